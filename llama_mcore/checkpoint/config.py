@@ -1,0 +1,12 @@
+"""When checkpoints are written and how many stay. Pure Python."""
+
+from pydantic import Field
+
+from llama_mcore.section import Section
+
+
+class CheckpointConfig(Section):
+    interval: int = Field(default=1000, ge=1)
+    """Steps between checkpoints; one is also written at the end and when a run is asked to stop."""
+    keep: int = Field(default=2, ge=1)
+    """The newest so many stay."""

@@ -1,0 +1,157 @@
+"""The `llama-mcore` command. Each script in tools/ is one of its sub-commands under Megatron's name.
+
+Commands import what they need when they run: `--help` and `--dry-run` load no torch.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llama_mcore import __version__
+from llama_mcore.errors import report_errors
+
+app = typer.Typer(
+    name="llama-mcore",
+    help="Pre-train LLaMA with megatron-core layers and DeepSpeed ZeRO.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Print a traceback with an error.")]
+
+
+def main(command: str | None = None) -> None:
+    """Entry point: the whole command line, or one sub-command for the script of that name in tools/."""
+    import sys
+
+    app(args=[command, *sys.argv[1:]] if command else None)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+
+
+@app.command("train-tokenizer")
+def train_tokenizer(
+    input: Annotated[list[Path], typer.Option(help="JSONL file; repeat for several.")],
+    output: Annotated[Path, typer.Option(help="The model to write, e.g. tokenizer/tokenizer.model.")],
+    vocab_size: Annotated[int, typer.Option(help="Tokens in the vocabulary.")] = 32000,
+    json_key: Annotated[str, typer.Option(help="Key of the text in each line.")] = "text",
+    debug: Debug = False,
+) -> None:
+    """Train a SentencePiece BPE tokenizer with LLaMA's settings."""
+    with report_errors(debug):
+        from llama_mcore.data.tokenizer import train_tokenizer
+
+        train_tokenizer(input, output, vocab_size=vocab_size, json_key=json_key)
+
+
+@app.command("preprocess-data")
+def preprocess_data(
+    input: Annotated[list[Path], typer.Option(help="JSONL file; repeat for several.")],
+    tokenizer_model: Annotated[Path, typer.Option(help="SentencePiece model.")],
+    output_prefix: Annotated[Path, typer.Option(help="Writes PREFIX_KEY_document.bin and .idx.")],
+    json_keys: Annotated[list[str], typer.Option(help="Keys of the text in each line.")] = ["text"],  # noqa: B006
+    workers: Annotated[int, typer.Option(min=1, help="Processes that tokenize.")] = 1,
+    append_eod: Annotated[bool, typer.Option("--append-eod", help="Close each document with EOS.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Tokenize JSONL into megatron-core's .bin and .idx."""
+    with report_errors(debug):
+        from llama_mcore.data.preprocess import preprocess
+
+        preprocess(
+            input, tokenizer_model, output_prefix, json_keys=json_keys, workers=workers, append_eod=append_eod
+        )
+
+
+@app.command(
+    "train", context_settings={"allow_extra_args": True}, options_metavar="--config NAME [section.key=value ...]"
+)
+def train(
+    context: typer.Context,
+    config: Annotated[str, typer.Option(help="YAML file, or a shipped one: tiny, 7b, 13b, 33b, 65b.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the plan; start nothing.")] = False,
+    world_size: Annotated[int, typer.Option(help="With --dry-run: ranks to plan for.")] = 0,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Set by deepspeed.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Train, or resume, the run that a configuration describes. Start it with torchrun."""
+    with report_errors(debug):
+        from llama_mcore.config import check_run, load_run, world_size_from_env
+
+        run = load_run(config, context.args)
+        ranks = world_size if dry_run and world_size else world_size_from_env(run)
+        check_run(run, ranks)
+        if dry_run:
+            from llama_mcore.plan.summary import describe_run
+
+            typer.echo(describe_run(run, ranks))
+            return
+        from llama_mcore.train.loop import train
+
+        exit_code = train(run)
+    raise typer.Exit(exit_code)
+
+
+@app.command("convert")
+def convert(
+    input: Annotated[Path, typer.Option(help="Run folder or checkpoint folder.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    target: Annotated[str, typer.Option("--to", help="Format to write: hf.")] = "hf",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    verify: Annotated[bool, typer.Option(help="Read the output back and compare.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Convert a checkpoint to another format and verify the result."""
+    with report_errors(debug):
+        from llama_mcore.checkpoint.convert.run import convert
+
+        convert(input, output, target=target, dtype=dtype, verify=verify)
+
+
+@app.command("generate")
+def generate(
+    checkpoint: Annotated[Path, typer.Option(help="Run folder, checkpoint folder or Hugging Face folder.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    tokenizer_model: Annotated[Path | None, typer.Option(help="SentencePiece model; default: the run's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 picks the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
+    seed: Annotated[int, typer.Option()] = 0,
+    debug: Debug = False,
+) -> None:
+    """Continue a text with a trained checkpoint."""
+    with report_errors(debug):
+        from llama_mcore.generate import generate
+
+        typer.echo(
+            generate(
+                checkpoint,
+                prompt,
+                tokenizer_model=tokenizer_model,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+            )
+        )
+
+
+@app.command(
+    "torchrun", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def torchrun(context: typer.Context) -> None:
+    """torchrun, passing signals to the workers and their exit code on."""
+    from llama_mcore.launch.torchrun import run
+
+    raise typer.Exit(run(context.args))
+
+
+if __name__ == "__main__":
+    main()

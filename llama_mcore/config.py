@@ -1,0 +1,268 @@
+"""A run's configuration: one YAML file, dotted overrides, and the checks across sections.
+
+    defaults of the sections  <  file (`--config`)  <  `section.key=value` on the command line
+
+Every key is known to one section, an unknown one is refused with the nearest name, and all
+problems are reported together. Nothing here imports torch.
+"""
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from llama_mcore.checkpoint.config import CheckpointConfig
+from llama_mcore.data.config import DataConfig
+from llama_mcore.errors import ConfigError, MissingInputError, Problem
+from llama_mcore.model.config import PRESETS, ModelConfig
+from llama_mcore.observe.config import ObserveConfig
+from llama_mcore.parallel.config import ParallelConfig, ZeroConfig
+from llama_mcore.section import Section
+from llama_mcore.train.config import EvalConfig, OptimConfig, TrainConfig
+
+CONFIG_DIR = Path(__file__).parent / "configs"
+
+
+class RunSection(Section):
+    dir: str
+    """Folder of the run: metrics, checkpoints, TensorBoard events, the resolved configuration."""
+    seed: int = 1234
+    """Seed of the initial weights and of the data order."""
+
+
+class RunConfig(Section):
+    """Everything that decides what a run computes."""
+
+    run: RunSection
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    zero: ZeroConfig = ZeroConfig()
+    data: DataConfig
+    train: TrainConfig
+    optim: OptimConfig
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    observe: ObserveConfig = ObserveConfig()
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """dp = world_size / tp."""
+        return world_size // self.parallel.tp
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches that one rank runs per optimizer step."""
+        return self.train.global_batch_size // (
+            self.train.micro_batch_size * self.data_parallel_size(world_size)
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.global_batch_size * self.model.seq_length
+
+
+def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read `config` (a path, or the name of a shipped file) and apply `section.key=value` overrides.
+
+    Raises MissingInputError if there is no such file and ConfigError with every problem of its content.
+    """
+    data = _read_yaml(_find_config(config))
+    for override in overrides:
+        _apply_override(data, override)
+    _expand_preset(data)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError([_problem(details) for details in error.errors()]) from None
+
+
+def dump_run(run: RunConfig) -> str:
+    """The resolved configuration as YAML; `load_run` reads it back to an equal RunConfig."""
+    return yaml.safe_dump(run.model_dump(), sort_keys=False)
+
+
+def check_run(run: RunConfig, world_size: int) -> None:
+    """Check what no section can check alone. Raises one ConfigError with all problems."""
+    problems = [*_check_model(run), *_check_parallel(run), *_check_batch(run, world_size), *_check_training(run)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def world_size_from_env(run: RunConfig) -> int:
+    """Ranks of this job as torchrun and srun announce them; one tensor-parallel group if nobody does."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or run.parallel.tp)
+
+
+def _find_config(config: str) -> Path:
+    for path in (Path(config), CONFIG_DIR / f"{config}.yaml"):
+        if path.is_file():
+            return path
+    shipped = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))
+    raise MissingInputError(
+        Problem("--config", config, "no such file", f"give a path or one of {', '.join(shipped)}")
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(Problem("--config", path, f"is not YAML ({reason})")) from None
+    if not isinstance(data, dict) or not all(isinstance(value, dict) for value in data.values()):
+        raise ConfigError(Problem("--config", path, "must hold sections of `key: value` lines"))
+    return data
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not equals or not dot or not name:
+        raise ConfigError(Problem("override", override, "must read section.key=value"))
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        value = text
+    data.setdefault(section, {})[name] = value
+
+
+def _expand_preset(data: dict[str, Any]) -> None:
+    """`model.preset: 7b` stands for that preset's fields; fields beside it win."""
+    model = data.get("model")
+    if not isinstance(model, dict) or "preset" not in model:
+        return
+    preset = model.pop("preset")
+    if preset not in PRESETS:
+        raise ConfigError(Problem("model.preset", preset, "is no preset", _nearest(str(preset), PRESETS)))
+    data["model"] = {**PRESETS[preset], **model}
+
+
+def _problem(details: ErrorDetails) -> Problem:
+    """One pydantic error in the words of the configuration file."""
+    location = [str(part) for part in details["loc"]]
+    field = ".".join(location)
+    if details["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        return Problem(field, details["input"], "is not a known key", _nearest(location[-1], known))
+    if details["type"] == "missing":
+        return Problem(field, "(not given)", "is required", f"add it to the file or as {field}=VALUE")
+    return Problem(field, details["input"], details["msg"][0].lower() + details["msg"][1:])
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    fields = RunConfig.model_fields
+    for part in location:
+        section = fields[part].annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            fields = section.model_fields
+    return [*fields, "preset"] if location == ["model"] else list(fields)
+
+
+def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {matches[0]}?" if matches else f"known: {', '.join(known)}"
+
+
+def _check_model(run: RunConfig) -> list[Problem]:
+    model, problems = run.model, []
+    if model.head_dim * model.num_attention_heads != model.hidden_size and (
+        model.hidden_size % model.num_attention_heads
+    ):
+        problems.append(
+            Problem(
+                "model.hidden_size",
+                model.hidden_size,
+                f"must be divisible by model.num_attention_heads = {model.num_attention_heads}",
+                "change one of them, or set model.head_dim",
+            )
+        )
+    if model.num_attention_heads % model.num_query_groups:
+        problems.append(
+            Problem(
+                "model.num_query_groups",
+                model.num_query_groups,
+                f"must divide model.num_attention_heads = {model.num_attention_heads}",
+            )
+        )
+    if model.head_dim % 2:
+        problems.append(
+            Problem("model.head_dim", model.head_dim, "must be even", "rotary embedding turns pairs of channels")
+        )
+    return problems
+
+
+def _check_parallel(run: RunConfig) -> list[Problem]:
+    model, tp = run.model, run.parallel.tp
+    split = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.num_query_groups": model.num_query_groups,
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+        "model.vocab_size": model.vocab_size,
+    }
+    if run.parallel.sequence_parallel:
+        split["model.seq_length"] = model.seq_length
+    return [
+        Problem(field, value, f"must be divisible by parallel.tp = {tp}", f"choose tp from {_divisors(value)}")
+        for field, value in split.items()
+        if value % tp
+    ]
+
+
+def _divisors(value: int) -> str:
+    return ", ".join(str(n) for n in range(1, min(value, 64) + 1) if value % n == 0)
+
+
+def _check_batch(run: RunConfig, world_size: int) -> list[Problem]:
+    tp, train = run.parallel.tp, run.train
+    if world_size % tp:
+        return [
+            Problem(
+                "world size",
+                world_size,
+                f"must be divisible by parallel.tp = {tp}",
+                f"start {tp * max(1, world_size // tp)} ranks or change parallel.tp",
+            )
+        ]
+    per_pass = train.micro_batch_size * (world_size // tp)
+    if train.global_batch_size % per_pass:
+        nearest = per_pass * max(1, round(train.global_batch_size / per_pass))
+        return [
+            Problem(
+                "train.global_batch_size",
+                train.global_batch_size,
+                f"must be divisible by train.micro_batch_size * dp = {train.micro_batch_size} * "
+                f"{world_size // tp} = {per_pass}",
+                f"nearest that fits: {nearest}",
+            )
+        ]
+    return []
+
+
+def _check_training(run: RunConfig) -> list[Problem]:
+    problems = []
+    if run.zero.stage == 0 and run.train.precision == "bf16":
+        problems.append(
+            Problem(
+                "zero.stage",
+                0,
+                "cannot run with train.precision = bf16: DeepSpeed then clips by a gradient norm that counts "
+                "the shards of tensor-parallel rank 0 only",
+                "set zero.stage=1, which needs no more memory, or train.precision=fp32",
+            )
+        )
+    if run.optim.warmup_steps > run.train.steps:
+        problems.append(
+            Problem(
+                "optim.warmup_steps",
+                run.optim.warmup_steps,
+                f"must not exceed train.steps = {run.train.steps}",
+            )
+        )
+    if run.eval.interval and run.data.valid is None:
+        problems.append(
+            Problem("eval.interval", run.eval.interval, "needs held-out data", "set data.valid or eval.interval=0")
+        )
+    return problems

@@ -1,0 +1,104 @@
+"""What can go wrong on the user's side: each error names field, value, bound and remedy.
+
+Problems are collected and raised together, so that one run of a command shows all of them.
+A command turns an error into one message and its exit code (`report_errors`); a traceback is
+printed only with `--debug`.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+EXIT_SAVED = 75  # the run was asked to stop, has saved, and can be started again (EX_TEMPFAIL)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to mend. `bound` says what must hold, `remedy` what the reader can do."""
+
+    field: str
+    value: object
+    bound: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        remedy = f"; {self.remedy}" if self.remedy else ""
+        return f"{self.field} = {self.value}: {self.bound}{remedy}"
+
+
+class UserError(Exception):
+    """A problem that the user can mend. `exit_code` follows sysexits.h."""
+
+    exit_code = 1
+    title = "error"
+
+    def __init__(self, problems: Problem | Sequence[Problem]) -> None:
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        super().__init__(self.message())
+
+    def message(self) -> str:
+        if len(self.problems) == 1:
+            return f"{self.title}: {self.problems[0]}"
+        lines = [f"{self.title}: {len(self.problems)} problems"]
+        return "\n".join(lines + [f"  - {problem}" for problem in self.problems])
+
+
+class ConfigError(UserError):
+    """A setting is unknown, out of range, or does not fit another one."""
+
+    exit_code = 64
+    title = "configuration error"
+
+
+class DataError(UserError):
+    """An input is there but cannot be used."""
+
+    exit_code = 65
+    title = "data error"
+
+
+class CheckpointError(DataError):
+    """A checkpoint is damaged or belongs to another model."""
+
+    title = "checkpoint error"
+
+
+class MissingInputError(UserError):
+    """An input is not there."""
+
+    exit_code = 66
+    title = "missing input"
+
+
+class PreflightError(UserError):
+    """The machine, or what is installed on it, cannot do what was asked."""
+
+    exit_code = 69
+    title = "preflight error"
+
+
+class OutputError(UserError):
+    """An output cannot be written."""
+
+    exit_code = 73
+    title = "output error"
+
+
+@contextmanager
+def report_errors(debug: bool = False) -> Iterator[None]:
+    """Turn a `UserError` into one message on stderr and its exit code.
+
+    Every rank of a job checks the same settings and ranks agree on what failed before they
+    raise, so only the first rank of a node speaks.
+    """
+    try:
+        yield
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        elif os.environ.get("LOCAL_RANK", "0") == "0":
+            print(error.message(), file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,87 @@
+"""The shape of a LLaMA and its presets. Pure Python: `--dry-run` and the planner read it without torch."""
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from llama_mcore.section import Section
+
+Recompute = Literal["none", "selective", "full"]
+
+
+class ModelConfig(Section):
+    """A LLaMA-shaped decoder, in megatron-core's words (LLaMA paper, section 2.2 and Table 2)."""
+
+    num_layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_query_groups: int = Field(default=0, ge=0)
+    """Key/value heads; 0 means one per attention head."""
+    head_dim: int = Field(default=0, ge=0)
+    """Width of one head; 0 means hidden_size / num_attention_heads."""
+    ffn_hidden_size: int = Field(default=0, ge=0)
+    """Width of the SwiGLU; 0 means 2/3 of 4 * hidden_size, rounded up to a multiple of 256."""
+    vocab_size: int = Field(default=32000, ge=2)
+    seq_length: int = Field(default=2048, ge=1)
+    """Tokens in one training sample."""
+    norm_eps: float = Field(default=1e-6, gt=0)
+    rope_theta: float = Field(default=10000.0, gt=0)
+    tie_embeddings: bool = False
+    init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights; the two projections into the residual stream
+    are scaled by 1/sqrt(2 * num_layers) as in GPT-2."""
+
+    layer: Literal["llama", "stock"] = "llama"
+    """`llama`: our layer; `stock`: megatron-core's own, for comparison."""
+    attention: Literal["auto", "reference", "sdpa"] = "auto"
+    recompute: Recompute = "none"
+    """What the backward computes again instead of keeping it from the forward."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_derived(cls, data: dict) -> dict:
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        heads, hidden = data.get("num_attention_heads"), data.get("hidden_size")
+        if not data.get("num_query_groups") and isinstance(heads, int):
+            data["num_query_groups"] = heads
+        if isinstance(hidden, int) and hidden > 0:
+            if not data.get("head_dim") and isinstance(heads, int) and heads > 0:
+                data["head_dim"] = hidden // heads
+            if not data.get("ffn_hidden_size"):
+                data["ffn_hidden_size"] = default_ffn_hidden_size(hidden)
+        return data
+
+    def num_params(self) -> int:
+        """Number of parameters: embedding, layers, final norm, output layer."""
+        q_and_o = 2 * self.hidden_size * self.num_attention_heads * self.head_dim
+        k_and_v = 2 * self.hidden_size * self.num_query_groups * self.head_dim
+        mlp = 3 * self.hidden_size * self.ffn_hidden_size
+        norms = 2 * self.hidden_size
+        embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
+        return self.num_layers * (q_and_o + k_and_v + mlp + norms) + self.hidden_size + embeddings
+
+
+def default_ffn_hidden_size(hidden_size: int) -> int:
+    """2/3 * 4h rounded up to a multiple of 256 (LLaMA paper, section 2.2; `multiple_of` in the release)."""
+    return 256 * math.ceil(int(2 * 4 * hidden_size / 3) / 256)
+
+
+def _llama(num_layers: int, hidden_size: int, num_attention_heads: int, norm_eps: float = 1e-6) -> dict:
+    return {
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "num_attention_heads": num_attention_heads,
+        "norm_eps": norm_eps,
+    }
+
+
+PRESETS: dict[str, dict] = {
+    "7b": _llama(32, 4096, 32),
+    "13b": _llama(40, 5120, 40),
+    "33b": _llama(60, 6656, 52),
+    # The released params.json of 65B alone has eps 1e-5.
+    "65b": _llama(80, 8192, 64, norm_eps=1e-5),
+}

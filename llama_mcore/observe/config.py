@@ -1,0 +1,12 @@
+"""What a run reports while it trains. Pure Python."""
+
+from pydantic import Field
+
+from llama_mcore.section import Section
+
+
+class ObserveConfig(Section):
+    log_interval: int = Field(default=10, ge=1)
+    """Steps between lines on a plain (non-terminal) output; metrics.jsonl has every step."""
+    tensorboard: bool = True
+    """Write TensorBoard events to RUN_DIR/tensorboard."""
