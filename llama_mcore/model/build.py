@@ -1,0 +1,75 @@
+"""From a configuration to the GPTModel of this rank. The only list of megatron-core options that we set."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+
+from llama_mcore.model.config import ModelConfig
+from llama_mcore.model.init import init_weights
+from llama_mcore.model.sharding import mark_tensor_parallel
+from llama_mcore.model.spec import block_spec
+from llama_mcore.parallel.config import ParallelConfig
+from llama_mcore.parallel.device import on_gpu
+from llama_mcore.parallel.groups import Groups
+
+
+def build_model(
+    model: ModelConfig, parallel: ParallelConfig, groups: Groups, dtype: torch.dtype, seed: int
+) -> GPTModel:
+    """This rank's shard of the model on its device, initialised from `seed`.
+
+    Called with tokens [b, s], position_ids None, attention_mask None it gives logits [b, s, vocab/tp]; with
+    labels [b, s] too, the loss of each token [b, s] in fp32.
+    """
+    gpt = GPTModel(
+        config=transformer_config(model, parallel, dtype),
+        transformer_layer_spec=block_spec(model),
+        vocab_size=model.vocab_size,
+        max_sequence_length=model.seq_length,
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        # our layer rotates by itself
+        position_embedding_type="rope" if model.layer == "stock" else "none",
+        rotary_base=model.rope_theta,
+    ).to(groups.device)
+    mark_tensor_parallel(gpt)
+    init_weights(gpt, model, seed, groups.tp_rank, groups.tp_size)
+    return gpt
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """megatron-core's configuration of the same model."""
+    recompute_all = model.recompute == "full"
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tp,
+        sequence_parallel=parallel.sequence_parallel and parallel.tp > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        attention_softmax_in_fp32=True,
+        # our own initialisation is the same for every layout
+        perform_initialization=False,
+        use_cpu_initialization=not on_gpu(),
+        # torch.compile of the fused activations takes seconds per shape
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        # needs apex and hides gradients from ZeRO's hooks
+        gradient_accumulation_fusion=False,
+        recompute_granularity="full" if recompute_all else None,
+        recompute_method="uniform" if recompute_all else None,
+        recompute_num_layers=1 if recompute_all else None,
+    )

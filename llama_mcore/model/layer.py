@@ -1,0 +1,148 @@
+"""One LLaMA layer: pre-norm attention, pre-norm SwiGLU, residuals (LLaMA paper, section 2.2).
+
+    s sequence (s/tp outside the GEMMs under sequence parallelism), b micro-batch, h hidden,
+    n query heads, g key/value heads, d head width, f ffn, all of this rank
+
+Parameter names are those of megatron-core's own layer, so that both read the same checkpoints.
+"""
+
+from dataclasses import dataclass
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer
+from torch import Tensor, nn
+
+from llama_mcore.model.attention import attention_backend
+from llama_mcore.model.config import ModelConfig
+from llama_mcore.model.rope import rope, rope_table
+from llama_mcore.model.swiglu import swiglu
+
+
+@dataclass
+class LlamaAttentionSubmodules:
+    linear_qkv: type
+    linear_proj: type
+
+
+@dataclass
+class LlamaLayerSubmodules:
+    input_layernorm: type
+    self_attention: ModuleSpec
+    pre_mlp_layernorm: type
+    mlp: ModuleSpec
+
+
+class LlamaLayer(nn.Module, BaseTransformerLayer):
+    """What megatron-core's TransformerBlock builds num_layers times."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: LlamaLayerSubmodules,
+        layer_number: int,
+        model: ModelConfig,
+        pg_collection: ProcessGroupCollection,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.layer_number = layer_number
+        norm = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
+        inner = {"config": config, "model": model, "tp_group": pg_collection.tp}
+        self.input_layernorm = build_module(submodules.input_layernorm, **norm)
+        self.self_attention = build_module(submodules.self_attention, **inner)
+        self.pre_mlp_layernorm = build_module(submodules.pre_mlp_layernorm, **norm)
+        self.mlp = build_module(submodules.mlp, **inner)
+
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
+        """[s, b, h] -> [s, b, h]; the second item is megatron-core's cross-attention context.
+
+        TransformerBlock also passes masks and rotary tables; attention here is causal and rotates itself.
+        """
+        hidden_states = hidden_states + self.self_attention(self.input_layernorm(hidden_states))
+        hidden_states = hidden_states + self.mlp(self.pre_mlp_layernorm(hidden_states))
+        return hidden_states, None
+
+
+class LlamaAttention(nn.Module):
+    """Causal self-attention with rotary embedding, grouped queries allowed."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: LlamaAttentionSubmodules,
+        model: ModelConfig,
+        tp_group: object,
+    ) -> None:
+        super().__init__()
+        self.head_dim = model.head_dim
+        self.heads_per_group = model.num_attention_heads // model.num_query_groups
+        self.rope_theta = model.rope_theta
+        self.attention = attention_backend(model.attention)
+        width = model.num_attention_heads * model.head_dim
+        self.linear_qkv = build_module(
+            submodules.linear_qkv,
+            config.hidden_size,
+            width + 2 * model.num_query_groups * model.head_dim,
+            gather_output=False,
+            **_linear(config, tp_group),
+        )
+        self.linear_proj = build_module(
+            submodules.linear_proj,
+            width,
+            config.hidden_size,
+            input_is_parallel=True,
+            **_linear(config, tp_group),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv, _ = self.linear_qkv(x)  # [s, b, g * (n/g + 2) * d]
+        q, k, v = split_qkv(qkv, self.heads_per_group, self.head_dim)
+        cos, sin = rope_table(qkv.size(0), self.head_dim, self.rope_theta, qkv.device)
+        out = self.attention(rope(q, cos, sin), rope(k, cos, sin), v)  # [s, b, n, d]
+        return self.linear_proj(out.flatten(2))[0]
+
+
+class LlamaMlp(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(
+        self, config: TransformerConfig, submodules: MLPSubmodules, model: ModelConfig, tp_group: object
+    ) -> None:
+        super().__init__()
+        ffn = model.ffn_hidden_size
+        linear = _linear(config, tp_group)
+        self.linear_fc1 = build_module(
+            submodules.linear_fc1, config.hidden_size, 2 * ffn, gather_output=False, stride=2, **linear
+        )
+        self.linear_fc2 = build_module(
+            submodules.linear_fc2, ffn, config.hidden_size, input_is_parallel=True, **linear
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate_up, _ = self.linear_fc1(x)  # [s, b, 2f]
+        return self.linear_fc2(swiglu(gate_up))[0]
+
+
+def split_qkv(qkv: Tensor, heads_per_group: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[s, b, g * (n/g + 2) * d] -> q [s, b, n, d], k [s, b, g, d], v [s, b, g, d].
+
+    megatron-core's layout: per key/value group its query heads, then k, then v.
+    """
+    s, b, _ = qkv.shape
+    grouped = qkv.view(s, b, -1, heads_per_group + 2, head_dim)
+    q = grouped[:, :, :, :heads_per_group].flatten(2, 3)
+    return q, grouped[:, :, :, -2], grouped[:, :, :, -1]
+
+
+def _linear(config: TransformerConfig, tp_group: object) -> dict[str, object]:
+    """What every linear of this layer shares."""
+    return {
+        "config": config,
+        "init_method": config.init_method,
+        "bias": False,
+        "skip_bias_add": False,
+        "tp_group": tp_group,
+    }

@@ -1,0 +1,35 @@
+"""RMSNorm (Zhang and Sennrich, 2019) as LLaMA uses it: fp32 statistics, a weight, no bias."""
+
+import torch
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+
+
+def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., h], weight [h] -> [..., h] in x's dtype. The mean of squares is taken in fp32 (or wider)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
+
+
+class RMSNorm(nn.Module):
+    """The norm that megatron-core's specs build: `RMSNorm(config, hidden_size, eps)`.
+
+    Under sequence parallelism each rank sees its own part of the sequence, so the weight's gradient is a
+    partial sum. Passing the weight through `copy_to_tensor_model_parallel_region` (identity forward,
+    all-reduce backward over the tensor-parallel group) completes it inside autograd, before any ZeRO
+    stage sees it. Without this the replicas drift apart while loss and gradient norm look normal.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.sequence_parallel = config.sequence_parallel
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if self.sequence_parallel:
+            weight = copy_to_tensor_model_parallel_region(weight)
+        return rmsnorm(x, weight, self.eps)

@@ -1,0 +1,46 @@
+"""Where tensors live: one GPU per rank, or the CPU. The only file that names a device."""
+
+import os
+import resource
+
+import torch
+
+# Linux reports ru_maxrss in KiB.
+_KIB = 1024
+
+
+def on_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def local_device() -> torch.device:
+    """This rank's device: the GPU of its local rank, or the CPU."""
+    if on_gpu():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def select_device() -> torch.device:
+    """Make this rank's device the current one and return it."""
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def communication_backend() -> str:
+    """nccl between GPUs, gloo between CPU processes."""
+    return "nccl" if on_gpu() else "gloo"
+
+
+def synchronize() -> None:
+    """Wait until everything queued on this rank's device is done, so that a clock reads true."""
+    if on_gpu():
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int:
+    """Most bytes ever allocated on this rank's GPU; on the CPU the process's peak resident size."""
+    if on_gpu():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB

@@ -1,0 +1,82 @@
+"""The process groups of a job: built on entry, torn down on every way out."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from llama_mcore.parallel.config import ParallelConfig
+from llama_mcore.parallel.device import communication_backend, select_device
+from llama_mcore.parallel.mcore_cpu import patch_mcore_for_cpu
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Where this rank stands. Ranks of one tensor-parallel group are consecutive."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+
+
+@contextmanager
+def process_groups(parallel: ParallelConfig, seed: int) -> Iterator[Groups]:
+    """Join the job that torchrun or srun describes in the environment; alone if there is none.
+
+    Leaving without an error waits for all ranks (a rank that tears down early breaks the others'
+    last collective); leaving with one does not, since the others may never come.
+    """
+    device = select_device()
+    _default_environment()
+    dist.init_process_group(
+        communication_backend(), timeout=TIMEOUT, device_id=device if device.type == "cuda" else None
+    )
+    try:
+        with model_parallel_groups(parallel, seed, device) as groups:
+            yield groups
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def model_parallel_groups(parallel: ParallelConfig, seed: int, device: torch.device) -> Iterator[Groups]:
+    """Split the world into tensor- and data-parallel groups for as long as the context lasts."""
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tp)
+    try:
+        patch_mcore_for_cpu(seed)
+        yield Groups(
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            device=device,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_group=parallel_state.get_data_parallel_group(),
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def _default_environment() -> None:
+    """What torchrun would have set for a single process."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    # Port 0 lets the operating system choose; only a job of one process may do so.
+    os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")

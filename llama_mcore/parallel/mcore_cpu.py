@@ -1,0 +1,53 @@
+"""Every patch that lets megatron-core 0.16.1 run on CPU, one function each; none applies where CUDA is.
+
+megatron-core has no device setting: it names CUDA in the places below. Nothing here changes a number,
+and tests/parallel/test_mcore_cpu.py goes red for each patch that upstream stops needing.
+"""
+
+import torch
+from megatron.core.tensor_parallel import random as mcore_random
+
+from llama_mcore.parallel.device import on_gpu
+
+
+def patch_mcore_for_cpu(seed: int) -> None:
+    """Apply every patch, once; with CUDA only seed megatron-core's generators.
+
+    Call it after the model-parallel groups exist: the seed of a tensor-parallel rank depends on its rank.
+    """
+    if on_gpu():
+        mcore_random.model_parallel_cuda_manual_seed(seed)
+        return
+    allocate_on_cpu()
+    use_rng_tracker_without_cuda(seed)
+    skip_cuda_rng_in_recompute()
+
+
+def allocate_on_cpu() -> None:
+    """`tensor_parallel/mappings.py:91-181`, `layers.py:552`, `utils.py:631` allocate their communication
+    buffers on `torch.cuda.current_device()`."""
+    torch.cuda.current_device = _cpu  # type: ignore[assignment]
+
+
+def use_rng_tracker_without_cuda(seed: int) -> None:
+    """`transformer_block.py` and the embedding fork the CUDA generator under sequence parallelism. The
+    inference tracker's fork does nothing; without dropout no forward or backward draws a random number."""
+    mcore_random.model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
+
+
+def skip_cuda_rng_in_recompute() -> None:
+    """`random.py:444` reads the CUDA generator around each recomputed layer."""
+    mcore_random._get_cuda_rng_state = _no_state
+    mcore_random._set_cuda_rng_state = _ignore_state
+
+
+def _cpu() -> torch.device:
+    return torch.device("cpu")
+
+
+def _no_state(*_: object, **__: object) -> None:
+    return None
+
+
+def _ignore_state(*_: object, **__: object) -> None:
+    return None
