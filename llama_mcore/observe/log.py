@@ -1,0 +1,79 @@
+"""One logger for the package, and the start-up noise of the libraries kept out of it."""
+
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TextIO
+
+NAME = "llama_mcore"
+
+
+def get_logger() -> logging.Logger:
+    return logging.getLogger(NAME)
+
+
+def setup_logging(rank: int) -> logging.Logger:
+    """Log to stderr: rank 0 from INFO on, the others warnings and errors under their rank."""
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler = _StderrHandler()
+    handler.setFormatter(logging.Formatter(f"{prefix}%(levelname)s %(message)s"))
+    logger = get_logger()
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.propagate = False
+    return logger
+
+
+def silence_libraries(cpu: bool) -> None:
+    """Filter what megatron-core and DeepSpeed say at every start; call before either is imported.
+
+    `cpu`: this job runs without a GPU; DeepSpeed then need not look for one and warn that it found none.
+    Warnings of other modules, errors and exceptions stay.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    # These name the module that calls, which is not always one of the two libraries.
+    warnings.filterwarnings("ignore", message=r".*\b(Apex|Transformer Engine)\b.*not installed")
+    warnings.filterwarnings(
+        "ignore",
+        message=r"`torch\.distributed\.(_?all_gather|_?reduce_scatter)\w*` is .*deprecated",
+        category=FutureWarning,
+    )
+    # A filter survives the setLevel of DeepSpeed's own import, a level would not.
+    logging.getLogger("DeepSpeed").addFilter(_from_warning_on)
+    if cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@contextmanager
+def prints_as_debug() -> Iterator[None]:
+    """Log what is printed inside at DEBUG: `deepspeed.initialize` prints its memory use unasked.
+
+    What was printed before an exception may explain it, and is logged as a warning.
+    """
+    captured, level = io.StringIO(), logging.WARNING
+    try:
+        with redirect_stdout(captured):
+            yield
+        level = logging.DEBUG
+    finally:
+        for line in captured.getvalue().splitlines():
+            get_logger().log(level, line)
+
+
+def _from_warning_on(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Writes to whatever sys.stderr is now: rich replaces it while a progress line is drawn."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr

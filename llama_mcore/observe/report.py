@@ -1,0 +1,102 @@
+"""What a run looked like: its metrics read back, and a picture of the loss."""
+
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from llama_mcore.errors import DataError, MissingInputError, OutputError, Problem
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TRAIN_COLOR, VALID_COLOR, LR_COLOR = "#1f4e79", "#c8501e", "#8a8a8a"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics.jsonl, oldest first; a last line still being written is left out.
+
+    Raises MissingInputError without the file and DataError at a damaged line.
+    """
+    if not path.is_file():
+        raise MissingInputError(Problem("metrics", path, "no such file", "give the metrics.jsonl of a run"))
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            rows.append(orjson.loads(line))
+        except orjson.JSONDecodeError as error:
+            raise DataError(Problem("metrics", f"{path}:{number}", f"is not JSON ({error})")) from None
+    return rows
+
+
+def loss_curve(metrics: Path, output: Path, title: str | None = None) -> None:
+    """Draw the losses and the learning rate of a run as a PNG.
+
+    `title` defaults to the name of the run's folder. Raises DataError where no step has a finite loss,
+    OutputError where `output` cannot be written.
+    """
+    rows = read_metrics(metrics)
+    if not any(row["loss"] is not None for row in rows):
+        raise DataError(Problem("metrics", metrics, "holds no finite loss", "let the run do a step first"))
+    # Agg by object, not by matplotlib.use: drawing a report must not change the caller's backend.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
+    loss_axes, lr_axes = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    _draw_loss(loss_axes, rows)
+    _draw_lr(lr_axes, rows)
+    loss_axes.set_title(title or metrics.resolve().parent.name, loc="left", fontweight="bold")
+    FigureCanvasAgg(figure)
+    temporary = output.with_name(output.name + ".tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(temporary, format="png")
+        temporary.replace(output)
+    except OSError as error:
+        raise OutputError(Problem("output", output, f"cannot be written ({error.strerror})")) from error
+
+
+def smoothed(values: list[float], window: int) -> list[float]:
+    """Centred moving average over `window` values, narrower towards the ends: it follows without lagging."""
+    sums = [0.0, *accumulate(values)]
+    averages = []
+    for i in range(len(values)):
+        half = min(window // 2, i, len(values) - 1 - i)
+        averages.append((sums[i + half + 1] - sums[i - half]) / (2 * half + 1))
+    return averages
+
+
+def _draw_loss(axes: "Axes", rows: list[dict[str, Any]]) -> None:
+    train = [(row["step"], row["loss"]) for row in rows if row["loss"] is not None]
+    valid = [(row["step"], row["valid_loss"]) for row in rows if row.get("valid_loss") is not None]
+    steps, losses = [step for step, _ in train], [loss for _, loss in train]
+    axes.plot(steps, losses, color=TRAIN_COLOR, alpha=0.3, linewidth=0.8, label="train")
+    axes.plot(
+        steps, smoothed(losses, len(losses) // 20), color=TRAIN_COLOR, linewidth=1.8, label="train, smoothed"
+    )
+    if valid:
+        axes.plot(*zip(*valid, strict=True), "o", color=VALID_COLOR, markersize=5, label="held-out", zorder=3)
+    last_step, last_loss = (valid or train)[-1]
+    label = f"{'held-out' if valid else 'train'} {last_loss:.3f}"
+    axes.annotate(label, (last_step, last_loss), xytext=(0, 10), textcoords="offset points", ha="right")
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(frameon=False)
+    _tidy(axes)
+
+
+def _draw_lr(axes: "Axes", rows: list[dict[str, Any]]) -> None:
+    axes.plot([row["step"] for row in rows], [row["lr"] for row in rows], color=LR_COLOR, linewidth=1.5)
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axes.set_ylabel("learning rate")
+    axes.set_xlabel("step")
+    _tidy(axes)
+
+
+def _tidy(axes: "Axes") -> None:
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

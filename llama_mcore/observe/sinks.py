@@ -1,0 +1,215 @@
+"""Where step reports go: metrics.jsonl, TensorBoard, and a line for the person who watches."""
+
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Self
+
+import orjson
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from llama_mcore.errors import OutputError, Problem
+from llama_mcore.observe.config import ObserveConfig
+from llama_mcore.observe.metrics import StepReport, describe_duration, describe_step
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_DIR = "tensorboard"
+ETA_WINDOW = 50  # steps
+
+
+class MetricSinks:
+    """Writes every step of one run; made by one rank alone.
+
+    A run that resumes at `start_step` has lost what came after it: those lines leave metrics.jsonl
+    and those TensorBoard events are hidden, so that no step appears twice.
+    Raises OutputError where the run folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        config: ObserveConfig,
+        run_dir: Path,
+        total_steps: int,
+        start_step: int,
+        console: Console | None = None,
+    ) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._total_steps = total_steps
+        self._start_step = start_step
+        self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with _writing(self._run_dir), ExitStack() as stack:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            metrics = self._run_dir / METRICS_FILE
+            drop_steps_after(metrics, self._start_step)
+            self._metrics = stack.enter_context(metrics.open("ab"))
+            self._events = self._open_events(stack)
+            self._watcher = self._open_watcher(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def write(self, report: StepReport) -> None:
+        """Record one step. A loss that is not finite becomes null in metrics.jsonl."""
+        with _writing(self._run_dir):
+            self._metrics.write(orjson.dumps(report.to_dict()) + b"\n")
+            self._metrics.flush()
+            if self._events:
+                self._events.write(report)
+        self._watcher.write(report)
+
+    def _open_events(self, stack: ExitStack) -> "_TensorBoard | None":
+        if not self._config.tensorboard:
+            return None
+        events = _TensorBoard(self._run_dir / TENSORBOARD_DIR, purge_step=self._start_step + 1)
+        stack.callback(events.close)
+        return events
+
+    def _open_watcher(self, stack: ExitStack) -> "_ProgressLine | _PlainLines":
+        if not self._console.is_interactive:
+            return _PlainLines(self._console, self._total_steps, self._start_step, self._config.log_interval)
+        line = _ProgressLine(self._console, self._total_steps, self._start_step)
+        stack.callback(line.close)
+        return line
+
+
+def drop_steps_after(metrics: Path, step: int) -> None:
+    """Keep the whole lines of `metrics` up to `step`; the file is replaced in one move."""
+    if not metrics.exists():
+        return
+    content = metrics.read_bytes()
+    kept = b"".join(line + b"\n" for line in content.splitlines() if _step_of(line) <= step)
+    if kept == content:
+        return
+    temporary = metrics.with_name(metrics.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(metrics)
+
+
+def _step_of(line: bytes) -> float:
+    """Step of a line; infinity for one that a kill or a crash left half-written."""
+    try:
+        return float(orjson.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+@contextmanager
+def _writing(run_dir: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(
+            Problem("run.dir", run_dir, f"cannot be written ({reason})", "choose another folder or make room")
+        ) from error
+
+
+class _TensorBoard:
+    """Scalars at `train/*`, `valid/*` and `speed/*`; events from `purge_step` on are hidden."""
+
+    def __init__(self, log_dir: Path, purge_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(log_dir), purge_step=purge_step, flush_secs=30)
+
+    def write(self, report: StepReport) -> None:
+        scalars = {
+            "train/loss": report.loss,
+            "train/grad_norm": report.grad_norm,
+            "train/lr": report.lr,
+            "train/tokens": report.tokens,
+            "speed/tokens_per_s": report.tokens_per_s,
+            "speed/step_time_s": report.step_time_s,
+            "speed/memory_bytes": report.memory_bytes,
+        }
+        if report.valid_loss is not None:
+            scalars["valid/loss"] = report.valid_loss
+        for tag, value in scalars.items():
+            self._writer.add_scalar(tag, value, report.step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Eta:
+    """Time to the last step from the median of recent steps, which evaluations and saves do not disturb."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total_steps = total_steps
+        self._times: deque[float] = deque(maxlen=ETA_WINDOW)
+
+    def update(self, report: StepReport) -> str:
+        self._times.append(report.step_time_s)
+        return describe_duration((self._total_steps - report.step) * median(self._times))
+
+
+class _PlainLines:
+    """One line every `log_interval` steps, at the first and last step and at every evaluation."""
+
+    def __init__(self, console: Console, total_steps: int, start_step: int, log_interval: int) -> None:
+        self._console = console
+        self._total_steps = total_steps
+        self._first_step = start_step + 1
+        self._log_interval = log_interval
+        self._eta = _Eta(total_steps)
+
+    def write(self, report: StepReport) -> None:
+        eta = self._eta.update(report)
+        if self._is_due(report):
+            percent = 100 * report.step // self._total_steps
+            self._console.print(
+                f"step {report.step}/{self._total_steps} ({percent}%)  {describe_step(report)}  ETA {eta}"
+            )
+
+    def _is_due(self, report: StepReport) -> bool:
+        return (
+            report.step % self._log_interval == 0
+            or report.step in (self._first_step, self._total_steps)
+            or report.valid_loss is not None
+            or report.skipped
+        )
+
+
+class _ProgressLine:
+    """A line that redraws itself; evaluations and skipped updates leave a line that stays."""
+
+    def __init__(self, console: Console, total_steps: int, start_step: int) -> None:
+        self._eta = _Eta(total_steps)
+        self._progress = Progress(
+            MofNCompleteColumn(),
+            BarColumn(bar_width=12),
+            TextColumn("{task.description}"),
+            console=console,
+        )
+        self._task = self._progress.add_task("starting", total=total_steps, completed=start_step)
+        self._progress.start()
+
+    def write(self, report: StepReport) -> None:
+        line = (
+            f"loss {report.loss:.3f} norm {report.grad_norm:.2f} lr {report.lr:.1e} "
+            f"{report.tokens_per_s:,.0f} tok/s ETA {self._eta.update(report)}"
+        )
+        self._progress.update(self._task, completed=report.step, description=line)
+        if report.valid_loss is not None or report.skipped:
+            self._progress.console.print(f"step {report.step}  {describe_step(report)}")
+
+    def close(self) -> None:
+        self._progress.stop()
