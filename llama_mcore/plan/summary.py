@@ -1,0 +1,150 @@
+"""What a run would be, in one screen: `--dry-run` prints it. Reads file sizes and loads no torch."""
+
+import json
+from pathlib import Path
+
+from llama_mcore.config import RunConfig
+from llama_mcore.plan.memory import ModelState, model_state
+
+CHECKOUT = Path(__file__).parents[2]
+COLUMN = 16
+
+
+def describe_run(run: RunConfig, world_size: int) -> str:
+    """Model, layout, tokens, memory per rank and inputs of a checked run; the last line is the conclusion."""
+    sections = [
+        _describe_model(run),
+        _describe_layout(run, world_size),
+        _describe_tokens(run, world_size),
+        _describe_memory(run, world_size),
+        _describe_files(run),
+    ]
+    return "\n".join([*sections, "", _conclude(run, world_size)])
+
+
+def human_bytes(count: int) -> str:
+    """12.6 GiB; a GPU's `80 GB` are 80 of these."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if count >= 1024**power:
+            return f"{count / 1024**power:.1f} {unit}"
+    return f"{count} B"
+
+
+def human_count(count: float) -> str:
+    """6.74 B for billions, 1.40 T for trillions."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:,.0f}"
+
+
+def _describe_model(run: RunConfig) -> str:
+    model = run.model
+    num_params = model.num_params()
+    kv = (
+        ""
+        if model.num_query_groups == model.num_attention_heads
+        else f" ({model.num_query_groups} key/value)"
+    )
+    return "\n".join(
+        [
+            _line("model", f"{human_count(num_params)} parameters ({num_params:,})"),
+            _line(
+                "", f"{model.num_layers} layers, hidden {model.hidden_size:,}, ffn {model.ffn_hidden_size:,}"
+            ),
+            _line("", f"{model.num_attention_heads} heads{kv}, vocabulary {model.vocab_size:,}"),
+        ]
+    )
+
+
+def _describe_layout(run: RunConfig, world_size: int) -> str:
+    tp, dp = run.parallel.tp, run.data_parallel_size(world_size)
+    sequence_parallel = "on" if run.parallel.sequence_parallel and tp > 1 else "off"
+    return "\n".join(
+        [
+            _line(
+                "layout", f"{world_size:,} ranks = tp {tp} x dp {dp:,}, sequence parallel {sequence_parallel}"
+            ),
+            _line("", f"ZeRO-{run.zero.stage}, {run.train.precision}, recompute {run.model.recompute}"),
+        ]
+    )
+
+
+def _describe_tokens(run: RunConfig, world_size: int) -> str:
+    train, steps = run.train, run.accumulation_steps(world_size)
+    batch = (
+        f"{train.global_batch_size:,} sequences = micro-batch {train.micro_batch_size} "
+        f"x dp {run.data_parallel_size(world_size):,} x accumulation {steps}"
+    )
+    tokens = f"{run.tokens_per_step:,} a step, {human_count(_total_tokens(run))} in {train.steps:,} steps"
+    return "\n".join([_line("batch", batch), _line("tokens", tokens)])
+
+
+def _describe_memory(run: RunConfig, world_size: int) -> str:
+    state, stage, dp = _state(run, world_size), run.zero.stage, run.data_parallel_size(world_size)
+    host = ", host memory" if _offloads_optimizer(run) else ""
+
+    def note(dtype: str, sharded_from: int) -> str:
+        return f"{dtype}, 1/{dp} on each dp rank" if stage >= sharded_from and dp > 1 else dtype
+
+    rows = [
+        ("weights", state.weights, note(run.train.precision, 3)),
+        ("gradients", state.gradients, note("fp32", 2) + host),
+        ("masters", state.masters, note("fp32", 1) + host),
+        ("Adam moments", state.moments, note("2 x fp32", 1) + host),
+        ("total", state.total, "activations and buffers come on top"),
+    ]
+    lines = [_line("memory per rank" if i == 0 else "", _memory_row(*row)) for i, row in enumerate(rows)]
+    return "\n".join(lines)
+
+
+def _memory_row(name: str, count: int, note: str) -> str:
+    return f"{name:<13}{human_bytes(count):>10}  {note}"
+
+
+def _describe_files(run: RunConfig) -> str:
+    lines = []
+    for name, path in _inputs(run):
+        found = human_bytes(path.stat().st_size) if path.is_file() else "missing"
+        lines.append(_line(name, f"{path}  {found}"))
+    state = "exists: continues from its newest checkpoint" if Path(run.run.dir).exists() else "new"
+    return "\n".join([*lines, _line("run.dir", f"{run.run.dir}  {state}")])
+
+
+def _inputs(run: RunConfig) -> list[tuple[str, Path]]:
+    """Setting and file of everything the run reads."""
+    data = run.data
+    prefixes = [("data.train", data.train), ("data.valid", data.valid)]
+    files = [(name, Path(prefix + end)) for name, prefix in prefixes if prefix for end in (".bin", ".idx")]
+    if data.tokenizer:
+        files.append(("data.tokenizer", Path(data.tokenizer)))
+    return files
+
+
+def _conclude(run: RunConfig, world_size: int) -> str:
+    missing = [str(path) for _, path in _inputs(run) if not path.is_file()]
+    if missing:
+        return f"Not ready: the settings fit together, {len(missing)} input files are missing."
+    tokens, state = human_count(_total_tokens(run)), human_bytes(_state(run, world_size).total)
+    return f"Ready: {tokens} tokens on {world_size:,} ranks, {state} of model state each."
+
+
+def _state(run: RunConfig, world_size: int) -> ModelState:
+    return model_state(run.model, run.parallel, run.zero, run.train.precision, world_size)
+
+
+def _total_tokens(run: RunConfig) -> int:
+    return run.tokens_per_step * run.train.steps
+
+
+def _offloads_optimizer(run: RunConfig) -> bool:
+    """Whether the run's DeepSpeed file keeps the optimizer in host memory; none that is a default does."""
+    for path in (Path(run.zero.config or ""), CHECKOUT / (run.zero.config or "")):
+        if path.is_file():
+            zero = json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {})
+            return "offload_optimizer" in zero
+    return False
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<{COLUMN}}{text}"
