@@ -1,0 +1,60 @@
+"""Output files appear under their final name complete, or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llama_mcore.errors import OutputError, Problem
+
+
+def temporary_name(path: Path) -> Path:
+    """Where `path` is written until it is complete: hidden, beside it, and so on the same file system."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses while writing `path` into an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            Problem(
+                "output",
+                path,
+                f"cannot be written ({error.strerror})",
+                "choose another place or free some space",
+            )
+        ) from error
+
+
+def prepare_output(path: Path) -> None:
+    """Make the folder of `path` and check, before any work, that a file of that name can appear in it."""
+    if path.is_dir():
+        raise OutputError(Problem("output", path, "is a folder", "give the name of a file"))
+    probe = temporary_name(path)
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+
+
+def replace_durably(temporary: Path, path: Path) -> None:
+    """Publish `temporary` as `path`; after a power cut the name never stands for half the bytes."""
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+@contextmanager
+def published(path: Path) -> Iterator[Path]:
+    """Yield the name to write to; it becomes `path` if the block succeeds and is removed if it fails."""
+    prepare_output(path)
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        with output_errors(path):
+            replace_durably(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,69 @@
+"""How far a pass over input files is: a bar on a terminal, a line now and then elsewhere. On stderr."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class InputProgress:
+    """Counts `megabytes` of input, documents and tokens; `total_bytes` is the size of all inputs."""
+
+    def __init__(self, title: str, total_bytes: int) -> None:
+        self.title = title
+        self.total_bytes = total_bytes
+        self.bytes = self.documents = self.tokens = 0
+        self._started = self._last_line = time.perf_counter()
+        console = Console(stderr=True)
+        self._bar = (
+            Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[state]}"),
+                TimeRemainingColumn(),
+            )
+            if console.is_terminal
+            else None
+        )
+        if self._bar:
+            self._bar.live.console = console
+            self._task = self._bar.add_task(title, total=total_bytes, state="")
+
+    def __enter__(self) -> "InputProgress":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    @property
+    def seconds(self) -> float:
+        return max(time.perf_counter() - self._started, 1e-9)
+
+    @property
+    def megabytes_per_second(self) -> float:
+        return self.bytes / 1e6 / self.seconds
+
+    def advance(self, *, bytes: int, documents: int, tokens: int = 0) -> None:
+        self.bytes += bytes
+        self.documents += documents
+        self.tokens += tokens
+        if self._bar:
+            self._bar.update(self._task, completed=self.bytes, state=self._state())
+        elif time.perf_counter() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = time.perf_counter()
+            left = (self.total_bytes - self.bytes) / (self.bytes / self.seconds)
+            print(f"{self.title}: {self._state()}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def _state(self) -> str:
+        megabytes = f"{self.bytes / 1e6:,.1f} of {self.total_bytes / 1e6:,.1f} MB"
+        tokens = f", {self.tokens:,} tokens" if self.tokens else ""
+        return f"{megabytes}, {self.megabytes_per_second:.1f} MB/s, {self.documents:,} documents{tokens}"

@@ -1,0 +1,86 @@
+"""A corpus of real text without a download: the sources and the manual of this machine's own Python.
+
+python tools/build_corpus.py --output-dir runs/demo/corpus
+"""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Annotated
+
+import orjson
+import typer
+
+from llama_mcore.data.files import output_errors, published
+from llama_mcore.errors import DataError, MissingInputError, Problem, report_errors
+
+LARGEST_TO_SMALLEST = 1.4
+ONE_IN = 50  # held-out documents: 2 %
+# Tests are two thirds of the standard library and mostly tables; pydoc_data is the manual again, as literals.
+LEFT_OUT = {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages"}
+
+
+def python_files(folder: str, left_out: set[str]) -> Iterator[tuple[str, bytes]]:
+    if not Path(folder).is_dir():
+        raise MissingInputError(
+            Problem("Python library", folder, "no such folder", "install Python's sources")
+        )
+    for path in sorted(Path(folder).rglob("*.py")):
+        if left_out.isdisjoint(path.relative_to(folder).parts):
+            try:
+                yield "python", path.read_text(encoding="utf-8").encode()
+            except (OSError, UnicodeDecodeError):
+                continue
+
+
+def collect(min_bytes: int) -> dict[bytes, tuple[str, bytes]]:
+    """SHA-256 -> (source, text): manual, library, and installed packages if these are under `min_bytes`."""
+    most = int(min_bytes * LARGEST_TO_SMALLEST)
+    manual = (("prose", topics[topic].encode()) for topic in sorted(topics))
+    library = python_files(sysconfig.get_path("stdlib"), LEFT_OUT)
+    packages = python_files(sysconfig.get_path("purelib"), set())
+    chosen: dict[bytes, tuple[str, bytes]] = {}
+    size = 0
+    for documents, enough in ((manual, most), (library, most), (packages, min_bytes)):
+        for source, text in documents:
+            if size >= enough:
+                break
+            digest = hashlib.sha256(text).digest()
+            if text.strip() and digest not in chosen and size + len(text) <= most:
+                chosen[digest] = source, text
+                size += len(text)
+    if size < min_bytes:
+        remedy = f"install more packages or give --min-bytes {size}"
+        raise DataError(Problem("min_bytes", min_bytes, f"this Python has {size:,} bytes of text", remedy))
+    return chosen
+
+
+def write(path: Path, documents: list[tuple[str, bytes]]) -> str:
+    lines = [orjson.dumps({"text": text.decode(), "source": source}) + b"\n" for source, text in documents]
+    with published(path) as temporary, output_errors(path):
+        temporary.write_bytes(b"".join(lines))
+    return f"{path}: {len(lines):,} documents, {sum(len(text) for _, text in documents) / 1e6:.1f} MB"
+
+
+def main(
+    output_dir: Annotated[Path, typer.Option(help="Folder for train.jsonl and valid.jsonl.")],
+    min_bytes: Annotated[int, typer.Option(min=1, help="Least bytes of text in all.")] = 10_000_000,
+    debug: Annotated[bool, typer.Option("--debug", help="Print a traceback with an error.")] = False,
+) -> None:
+    """Write train.jsonl, and valid.jsonl with 2 % of the documents, from the Python on this machine."""
+    with report_errors(debug):
+        parts: dict[bool, list[tuple[str, bytes]]] = {False: [], True: []}
+        for digest, document in collect(min_bytes).items():
+            # By the text alone: a document stays on its side whatever else the corpus holds.
+            parts[int.from_bytes(digest[:8]) % ONE_IN == 0].append(document)
+        print(
+            write(output_dir / "train.jsonl", parts[False]),
+            write(output_dir / "valid.jsonl", parts[True]),
+            sep="; ",
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)
