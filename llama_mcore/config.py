@@ -168,9 +168,8 @@ def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
 
 def _check_model(run: RunConfig) -> list[Problem]:
     model, problems = run.model, []
-    if model.head_dim * model.num_attention_heads != model.hidden_size and (
-        model.hidden_size % model.num_attention_heads
-    ):
+    derived_head_dim, rest = divmod(model.hidden_size, model.num_attention_heads)
+    if rest and model.head_dim == derived_head_dim:
         problems.append(
             Problem(
                 "model.hidden_size",
@@ -217,7 +216,7 @@ def _divisors(value: int) -> str:
 
 def _check_batch(run: RunConfig, world_size: int) -> list[Problem]:
     tp, train = run.parallel.tp, run.train
-    if world_size % tp:
+    if world_size < 1 or world_size % tp:
         return [
             Problem(
                 "world size",

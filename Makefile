@@ -1,0 +1,58 @@
+# `make demo` and `make test` are all a newcomer needs; each makes the environment when it is missing.
+# Paths are relative and programs run as `python -m`: the checkout's own path may hold spaces, which the
+# first line of an installed script cannot.
+
+PYTHON ?= $(shell for python in python3.11 python3.12; do \
+	$$python -c '' 2>/dev/null && echo $$python && break; done)
+VENV_PYTHON := .venv/bin/python
+STAMP := .venv/.installed
+PIP_INSTALL := $(VENV_PYTHON) -m pip --disable-pip-version-check install
+# DeepSpeed comes as source and asks for no setuptools of its own; its kernels stay uncompiled.
+SETUPTOOLS := setuptools==84.2.1
+export DS_BUILD_OPS := 0
+
+.PHONY: help demo test lint venv clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   raw text to a trained, resumed and exported LLaMA on this machine, in minutes"
+	@echo "make test   run the tests"
+	@echo
+	@echo "Also: make lint (ruff, mypy), make venv (environment only), make clean (remove it and the caches)."
+	@echo "PYTHON=/path/to/python picks another interpreter: 3.11, or 3.12."
+
+demo: $(STAMP)
+	@$(VENV_PYTHON) tools/demo.py
+
+test: $(STAMP)
+	@$(VENV_PYTHON) -m pytest
+
+lint: $(STAMP)
+	@$(VENV_PYTHON) -m ruff check .
+	@$(VENV_PYTHON) -m ruff format --check .
+	@$(VENV_PYTHON) -m mypy
+
+venv: $(STAMP)
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+
+# The stamp is written last: an interrupted install goes on where it stopped.
+$(STAMP): requirements.txt pyproject.toml
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "Python 3.11 or 3.12 is needed and neither python3.11 nor python3.12 runs." >&2; \
+		echo "Debian: apt-get install python3.11 python3.11-venv; elsewhere: make PYTHON=/path/to/python3.11" >&2; \
+		exit 1; \
+	fi
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null || { \
+		echo "PYTHON=$(PYTHON) does not run, or is neither Python 3.11 nor 3.12." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) cannot make virtual environments. Debian: apt-get install python3.11-venv" >&2; exit 1; }
+	@$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || { \
+		echo "Making .venv with $(PYTHON)"; "$(PYTHON)" -m venv --clear .venv; }
+	@echo "Installing torch: a few minutes, once"
+	@$(PIP_INSTALL) "$$(grep '^torch==' requirements.txt)" $(SETUPTOOLS)
+	@echo "Installing the other packages of requirements.txt"
+	@$(PIP_INSTALL) -q --no-build-isolation -r requirements.txt
+	@$(PIP_INSTALL) -q --no-build-isolation --no-deps -e .
+	@touch $(STAMP)

@@ -1,0 +1,282 @@
+"""llama_mcore.config: what is read, what is refused and in which words."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_mcore.config import RunConfig, check_run, dump_run, load_run, world_size_from_env
+from llama_mcore.errors import ConfigError, MissingInputError
+
+ROOT = Path(__file__).parents[1]
+VALID = {
+    "run": {"dir": "runs/test"},
+    "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512, "seq_length": 32},
+    "data": {"train": "train_document"},
+    "train": {"steps": 10, "micro_batch_size": 2, "global_batch_size": 8},
+    "optim": {"lr": 1e-3, "warmup_steps": 2},
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(VALID))
+    return str(path)
+
+
+def refused(config: str, *overrides: str) -> str:
+    """The message with which `overrides` are refused when they are read."""
+    with pytest.raises(ConfigError) as error:
+        load_run(config, overrides)
+    return str(error.value)
+
+
+def unfit(config: str, *overrides: str, world_size: int = 1) -> str:
+    """The message with which settings that are fine one by one are refused together."""
+    with pytest.raises(ConfigError) as error:
+        check_run(load_run(config, overrides), world_size)
+    return str(error.value)
+
+
+def test_a_valid_file_passes_every_check(config: str) -> None:
+    check_run(load_run(config), world_size=1)
+
+
+def test_overrides_win_over_the_file_and_are_read_as_yaml(config: str) -> None:
+    overrides = ["train.steps=20", "optim.lr=3e-4", "parallel.sequence_parallel=true", "run.dir=out=1"]
+    run = load_run(config, overrides)
+    assert (run.train.steps, run.optim.lr, run.parallel.sequence_parallel) == (20, 3e-4, True)
+    assert run.run.dir == "out=1"
+
+
+def test_an_empty_override_means_null(config: str) -> None:
+    assert load_run(config, ["data.valid=held_out", "data.valid="]).data.valid is None
+
+
+@pytest.mark.parametrize("override", ["train.steps", "steps=3", "train.=3", "=3"])
+def test_an_override_of_another_form_is_refused(config: str, override: str) -> None:
+    assert "section.key=value" in refused(config, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("train.micro_batchsize=4", "micro_batch_size"),
+        ("paralel.tp=2", "parallel"),
+        ("model.hiden_size=64", "hidden_size"),
+        ("model.presset=7b", "preset"),
+        ("zero.stages=2", "stage"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_name(config: str, override: str, nearest: str) -> None:
+    message = refused(config, override)
+    assert override.partition("=")[0].partition(".")[0] in message
+    assert f"did you mean {nearest}?" in message
+
+
+def test_an_unknown_key_like_no_other_lists_the_known_ones(config: str) -> None:
+    assert "known: stage, config, reduce_dtype" in refused(config, "zero.qqqq=1")
+
+
+def test_all_problems_come_in_one_message(config: str) -> None:
+    message = refused(config, "train.steps=0", "optim.lr=fast", "zero.stage=7", "model.layers=3")
+    assert "4 problems" in message
+    for field in ("train.steps", "optim.lr", "zero.stage", "model.layers"):
+        assert field in message
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**VALID, "data": {}}))
+    assert "data.train = (not given): is required" in refused(str(path))
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "train: 3", "", "\x00"])
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert str(path) in refused(str(path))
+
+
+def test_a_file_of_other_bytes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x81")
+    assert "is not YAML" in refused(str(path))
+
+
+def test_a_missing_file_names_the_shipped_ones() -> None:
+    with pytest.raises(MissingInputError, match=r"13b, 33b, 65b, 7b, tiny"):
+        load_run("no-such-config")
+
+
+def test_yaml_tags_build_no_objects(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"run: !!python/object/apply:pathlib.Path.touch [{tmp_path / 'made'}]")
+    assert "is not YAML" in refused(str(path))
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_preset_stands_for_its_fields_and_fields_beside_it_win(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**VALID, "model": {"preset": "7b", "vocab_size": 512}}))
+    model = load_run(str(path), ["model.num_layers=3"]).model
+    assert (model.num_layers, model.hidden_size, model.vocab_size) == (3, 4096, 512)
+
+
+def test_an_unknown_preset_is_refused_with_the_nearest(config: str) -> None:
+    assert "did you mean 65b?" in refused(config, "model.preset=65")
+
+
+def test_sections_are_frozen(config: str) -> None:
+    run = load_run(config)
+    with pytest.raises(ValueError, match="frozen"):
+        run.train.steps = 5  # type: ignore[misc]
+
+
+def test_derived_sizes_are_filled(config: str) -> None:
+    model = load_run(config).model
+    assert (model.num_query_groups, model.head_dim, model.ffn_hidden_size) == (4, 16, 256)
+
+
+@given(
+    steps=st.integers(1, 10**6),
+    lr=st.floats(1e-9, 1.0),
+    layers=st.integers(1, 200),
+    stage=st.sampled_from([0, 1, 2, 3]),
+    valid=st.one_of(st.none(), st.text("abc/._-", min_size=1)),
+)
+def test_a_dumped_run_reads_back_equal(
+    tmp_path_factory: pytest.TempPathFactory, steps: int, lr: float, layers: int, stage: int, valid: str | None
+) -> None:
+    run = RunConfig.model_validate(
+        VALID
+        | {"train": VALID["train"] | {"steps": steps}, "optim": {"lr": lr}, "zero": {"stage": stage}}
+        | {"model": VALID["model"] | {"num_layers": layers}, "data": {"train": "t", "valid": valid}}
+    )
+    path = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    path.write_text(dump_run(run))
+    assert load_run(str(path)) == run
+
+
+def test_hidden_size_must_divide_by_heads(config: str) -> None:
+    message = unfit(config, "model.hidden_size=66")
+    assert "model.hidden_size = 66: must be divisible by model.num_attention_heads = 4" in message
+
+
+def test_head_dim_frees_hidden_size_from_the_heads(config: str) -> None:
+    check_run(load_run(config, ["model.hidden_size=66", "model.head_dim=32"]), 1)
+
+
+def test_query_groups_must_divide_heads(config: str) -> None:
+    assert "model.num_query_groups = 3" in unfit(config, "model.num_query_groups=3")
+
+
+def test_head_dim_must_be_even(config: str) -> None:
+    assert "model.head_dim = 15: must be even" in unfit(config, "model.head_dim=15")
+
+
+@pytest.mark.parametrize(
+    ("field", "overrides"),
+    [
+        ("model.num_attention_heads", ["model.num_attention_heads=2", "model.num_query_groups=2"]),
+        ("model.num_query_groups", ["model.num_query_groups=2"]),
+        ("model.ffn_hidden_size", ["model.ffn_hidden_size=254"]),
+        ("model.vocab_size", ["model.vocab_size=510"]),
+    ],
+)
+def test_what_tensor_parallelism_splits_must_divide(config: str, field: str, overrides: list[str]) -> None:
+    message = unfit(config, "parallel.tp=4", *overrides, world_size=4)
+    assert f"{field} = " in message
+    assert "must be divisible by parallel.tp = 4; choose tp from 1, 2" in message
+
+
+def test_33b_cannot_be_split_by_eight() -> None:
+    assert "model.num_attention_heads = 52" in unfit("33b", "parallel.tp=8", world_size=8)
+
+
+def test_the_sequence_must_divide_only_under_sequence_parallelism(config: str) -> None:
+    overrides = ["parallel.tp=2", "model.seq_length=33"]
+    check_run(load_run(config, overrides), 2)
+    assert "model.seq_length = 33" in unfit(config, "parallel.sequence_parallel=true", *overrides, world_size=2)
+
+
+def test_the_world_must_divide_by_tp(config: str) -> None:
+    message = unfit(config, "parallel.tp=2", world_size=3)
+    assert "world size = 3: must be divisible by parallel.tp = 2; start 2 ranks" in message
+
+
+def test_a_negative_world_is_refused(config: str) -> None:
+    assert "world size = -2" in unfit(config, "parallel.tp=2", world_size=-2)
+
+
+def test_the_batch_must_divide_by_what_one_pass_takes(config: str) -> None:
+    message = unfit(config, "train.global_batch_size=9", world_size=2)
+    assert "train.micro_batch_size * dp = 2 * 2 = 4; nearest that fits: 8" in message
+
+
+def test_bf16_without_zero_is_refused_with_the_reason(config: str) -> None:
+    message = unfit(config, "zero.stage=0")
+    assert "gradient norm" in message
+    assert "zero.stage=1" in message
+    check_run(load_run(config, ["zero.stage=0", "train.precision=fp32"]), 1)
+
+
+def test_warm_up_must_end_within_the_run(config: str) -> None:
+    assert "must not exceed train.steps = 10" in unfit(config, "optim.warmup_steps=11")
+
+
+def test_evaluation_needs_held_out_data(config: str) -> None:
+    assert "set data.valid" in unfit(config, "eval.interval=5")
+    check_run(load_run(config, ["eval.interval=5", "data.valid=held_out"]), 1)
+
+
+def test_problems_of_several_sections_come_together(config: str) -> None:
+    message = unfit(config, "model.head_dim=15", "parallel.tp=3", "zero.stage=0", world_size=4)
+    for field in ("model.head_dim", "parallel.tp = 3", "world size", "zero.stage"):
+        assert field in message
+
+
+def test_batch_arithmetic(config: str) -> None:
+    run = load_run(config, ["parallel.tp=2"])
+    assert run.data_parallel_size(4) == 2
+    assert run.accumulation_steps(4) == 2
+    assert run.tokens_per_step == 8 * 32
+
+
+@pytest.mark.parametrize(
+    ("environment", "ranks"),
+    [({"WORLD_SIZE": "8", "SLURM_NTASKS": "4"}, 8), ({"SLURM_NTASKS": "4"}, 4), ({}, 2)],
+)
+def test_the_world_is_what_the_launcher_says(
+    config: str, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], ranks: int
+) -> None:
+    for name in ("WORLD_SIZE", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert world_size_from_env(load_run(config, ["parallel.tp=2"])) == ranks
+
+
+def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/train.py", "--config", "tiny", "--dry-run", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_a_wrong_setting_ends_the_command_with_64_and_no_traceback() -> None:
+    result = dry_run("--world-size", "2", "train.setps=3", "optim.lr=-1")
+    assert result.returncode == 64
+    assert "train.setps" in result.stderr
+    assert "did you mean steps?" in result.stderr
+    assert "optim.lr" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_debug_adds_the_traceback() -> None:
+    result = dry_run("--debug", "train.setps=3")
+    assert result.returncode == 64
+    assert "Traceback" in result.stderr
