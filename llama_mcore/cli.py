@@ -71,12 +71,16 @@ def preprocess_data(
 
 
 @app.command(
-    "train", context_settings={"allow_extra_args": True}, options_metavar="--config NAME [section.key=value ...]"
+    "train",
+    context_settings={"allow_extra_args": True},
+    options_metavar="--config NAME [section.key=value ...]",
 )
 def train(
     context: typer.Context,
     config: Annotated[str, typer.Option(help="YAML file, or a shipped one: tiny, 7b, 13b, 33b, 65b.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the plan; start nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and print the plan; start nothing.")
+    ] = False,
     world_size: Annotated[int, typer.Option(help="With --dry-run: ranks to plan for.")] = 0,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Set by deepspeed.")] = 0,
     debug: Debug = False,
@@ -93,9 +97,16 @@ def train(
 
             typer.echo(describe_run(run, ranks))
             return
-        from llama_mcore.train.loop import train
+        from llama_mcore.train.signals import stop_signals
 
-        exit_code = train(run)
+        with stop_signals() as stop:
+            from llama_mcore.observe.log import silence_libraries
+            from llama_mcore.parallel.device import on_gpu
+
+            silence_libraries(cpu=not on_gpu())
+            from llama_mcore.train.loop import train
+
+            exit_code = train(run, stop)
     raise typer.Exit(exit_code)
 
 
@@ -119,7 +130,9 @@ def convert(
 def generate(
     checkpoint: Annotated[Path, typer.Option(help="Run folder, checkpoint folder or Hugging Face folder.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    tokenizer_model: Annotated[Path | None, typer.Option(help="SentencePiece model; default: the run's.")] = None,
+    tokenizer_model: Annotated[
+        Path | None, typer.Option(help="SentencePiece model; default: the run's.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 picks the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
@@ -144,7 +157,8 @@ def generate(
 
 
 @app.command(
-    "torchrun", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    "torchrun",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )
 def torchrun(context: typer.Context) -> None:
     """torchrun, passing signals to the workers and their exit code on."""

@@ -1,0 +1,74 @@
+"""Full parameters out of a checkpoint folder, whatever layout wrote it. Needs neither a job nor DeepSpeed."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llama_mcore.checkpoint.layout import WEIGHT, parse_fragment_key, read_manifest
+from llama_mcore.errors import CheckpointError, Problem
+from llama_mcore.model.config import ModelConfig
+from llama_mcore.model.shapes import parameter_shapes
+from llama_mcore.model.sharding import cut_of, unshard
+from llama_mcore.train.state import TrainState
+
+
+class CheckpointReader:
+    """Full parameters from a checkpoint folder; files are memory-mapped, read as far as they are needed.
+
+    Raises CheckpointError for a file that is missing or damaged, and for a parameter with a gap.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = read_manifest(path)
+        self.model = ModelConfig.model_validate(self.manifest["config"]["model"])
+        self.state = TrainState(self.manifest["step"], self.manifest["consumed_samples"])
+        self._shapes = parameter_shapes(self.model)
+        self._pieces: dict[tuple[str, str, int], list[tuple[int, Any, str]]] = defaultdict(list)
+        for entry in self.manifest["files"]:
+            self._index(entry["name"], entry["tp_rank"])
+
+    def names(self) -> list[str]:
+        """Parameters of the model, in its order."""
+        return list(self._shapes)
+
+    def full(self, name: str, kind: str = WEIGHT) -> Tensor:
+        """The full fp32 tensor: master weight or Adam moment."""
+        cut, tp_size = cut_of(name), self.manifest["tp_size"]
+        shape = list(self._shapes[name])
+        if cut is not None:
+            shape[cut.dim] //= tp_size
+        ranks = range(tp_size if cut is not None else 1)
+        return unshard([self._join(kind, name, rank).view(shape) for rank in ranks], cut)
+
+    def _index(self, file_name: str, tp_rank: int) -> None:
+        path = self.path / Path(file_name).name
+        try:
+            file = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(Problem("file", path, f"cannot be read ({error})")) from None
+        for key in file.keys():  # noqa: SIM118  safe_open is no mapping
+            kind, name, start = parse_fragment_key(key)
+            self._pieces[kind, name, tp_rank].append((start, file, key))
+
+    def _join(self, kind: str, name: str, tp_rank: int) -> Tensor:
+        """The flat fp32 shard of one tensor-parallel rank from its fragments."""
+        pieces, end = [], 0
+        for start, file, key in sorted(self._pieces[kind, name, tp_rank], key=lambda piece: piece[0]):
+            if start != end:
+                break
+            pieces.append(file.get_tensor(key))
+            end += pieces[-1].numel()
+        expected = self._shard_numel(name)
+        if end != expected:
+            raise CheckpointError(
+                Problem(f"{kind} of {name}", end, f"elements in {self.path} where {expected} are needed")
+            )
+        return torch.cat(pieces)
+
+    def _shard_numel(self, name: str) -> int:
+        return self._shapes[name].numel() // (self.manifest["tp_size"] if cut_of(name) else 1)

@@ -1,0 +1,98 @@
+"""DeepSpeed's configuration: a file from ds_configs/ with our values in place of its "auto".
+
+A value has one owner. Batch, precision, clipping and the ZeRO stage are ours; a file that sets one of them
+itself is refused, so that nobody has to guess which of two values counts.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from llama_mcore.config import RunConfig
+from llama_mcore.errors import ConfigError, MissingInputError, Problem
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def deepspeed_config(run: RunConfig, world_size: int) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`.
+
+    Raises MissingInputError if the file is not there, ConfigError if it is not JSON, sets a value that we
+    own, or holds an "auto" that nobody fills.
+    """
+    path = _template_path(run)
+    config = _read_json(path)
+    problems = _fill(config, _owned_values(run, world_size), path)
+    problems += [
+        Problem(key, "auto", f"in {path} is not a value that llama_mcore sets", "write a value there")
+        for key in _remaining_auto(config)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _template_path(run: RunConfig) -> Path:
+    # Stage 0 exists as a reference and differs from stage 1 in nothing that a file could say.
+    name = run.zero.config or f"ds_configs/zero{max(1, run.zero.stage)}.json"
+    for path in (Path(name), CHECKOUT / name):
+        if path.is_file():
+            return path
+    raise MissingInputError(Problem("zero.config", name, "no such file", "see ds_configs/README.md"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(Problem("zero.config", path, f"is not JSON ({error})")) from None
+    if not isinstance(config, dict):
+        raise ConfigError(Problem("zero.config", path, "must hold one JSON object"))
+    return config
+
+
+def _owned_values(run: RunConfig, world_size: int) -> dict[str, tuple[Any, str]]:
+    """Dotted DeepSpeed key -> (value, the key of ours that it comes from)."""
+    bf16 = run.train.precision == "bf16"
+    return {
+        "train_micro_batch_size_per_gpu": (run.train.micro_batch_size, "train.micro_batch_size"),
+        "gradient_accumulation_steps": (run.accumulation_steps(world_size), "train.global_batch_size"),
+        "train_batch_size": (run.train.global_batch_size, "train.global_batch_size"),
+        "gradient_clipping": (run.optim.clip_grad, "optim.clip_grad"),
+        # Unset, DeepSpeed rounds fp32 accumulated gradients to bf16 before it reduces them.
+        "communication_data_type": (run.zero.reduce_dtype, "zero.reduce_dtype"),
+        "data_types.grad_accum_dtype": ("fp32", "train.precision"),
+        "bf16.enabled": (bf16, "train.precision"),
+        # Adds each bf16 gradient to its fp32 sum as soon as it exists and frees it: same bits, less memory.
+        "bf16.immediate_grad_update": (bf16 and run.zero.stage == 1, "zero.stage"),
+        "zero_optimization.stage": (run.zero.stage, "zero.stage"),
+        "steps_per_print": (sys.maxsize, "observe.log_interval"),
+    }
+
+
+def _fill(config: dict[str, Any], owned: dict[str, tuple[Any, str]], path: Path) -> list[Problem]:
+    problems = []
+    for key, (value, ours) in owned.items():
+        *sections, name = key.split(".")
+        section = config
+        for part in sections:
+            section = section.setdefault(part, {})
+        if section.get(name, "auto") != "auto":
+            problems.append(
+                Problem(
+                    key, section[name], f"in {path} is set by {ours}", f'write "auto" there and set {ours}'
+                )
+            )
+        section[name] = value
+    return problems
+
+
+def _remaining_auto(config: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found += _remaining_auto(value, f"{prefix}{key}.")
+        elif value == "auto":
+            found.append(prefix + key)
+    return found

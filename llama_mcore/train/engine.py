@@ -1,0 +1,48 @@
+"""The DeepSpeed engine: ZeRO over our model, our optimizer and our groups."""
+
+import deepspeed
+import deepspeed.ops
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from llama_mcore.config import RunConfig
+from llama_mcore.observe.log import prints_as_debug
+from llama_mcore.parallel.groups import Groups
+from llama_mcore.parallel.mpu import Mpu
+from llama_mcore.train.ds_config import deepspeed_config
+from llama_mcore.train.optimizer import build_optimizer
+
+__all__ = ["DeepSpeedEngine", "build_engine", "dtype_of", "full_fp32_weight"]
+
+
+def build_engine(model: nn.Module, run: RunConfig, groups: Groups) -> DeepSpeedEngine:
+    """Wrap this rank's model; every rank of the job must call it."""
+    _disable_shared_memory_op()
+    with prints_as_debug():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(model, run.optim),
+            config=deepspeed_config(run, groups.world_size),
+            mpu=Mpu(groups),
+            dist_init_required=False,
+        )
+    return engine
+
+
+def full_fp32_weight(parameter: nn.Parameter) -> Tensor:
+    """fp32 master weight of a parameter, gathered over the data-parallel group: every rank must call it."""
+    weight = safe_get_full_fp32_param(parameter)
+    return parameter.detach().float() if weight is None else weight
+
+
+def _disable_shared_memory_op() -> None:
+    """Without this DeepSpeed compiles a C++ extension for over a minute at the first start on a CPU, or
+    fails where there is no compiler. It serves `inference_all_reduce` alone, which training never calls."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def dtype_of(run: RunConfig) -> torch.dtype:
+    """Dtype of weights and activations."""
+    return torch.bfloat16 if run.train.precision == "bf16" else torch.float32
