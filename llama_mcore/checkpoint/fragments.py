@@ -6,6 +6,7 @@ DeepSpeed 0.19.8's optimizers to find, for a parameter, its stretch of its buffe
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -56,7 +57,7 @@ def create_optimizer_state(fragments: list[Fragment], step: int) -> None:
         }
 
 
-def set_model_weight(parameter: nn.Parameter, full: Tensor, dp_rank: int) -> None:
+def set_model_weight(parameter: Any, full: Tensor, dp_rank: int) -> None:
     """Set the weight that the model computes with; `full` is the whole tensor-parallel shard."""
     with torch.no_grad():
         if not hasattr(parameter, "ds_tensor"):
@@ -68,12 +69,12 @@ def set_model_weight(parameter: nn.Parameter, full: Tensor, dp_rank: int) -> Non
             parameter.copy_(full)
 
 
-def _whole_parameters(engine: DeepSpeedEngine, named: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
+def _whole_parameters(engine: DeepSpeedEngine, named: list[tuple[str, Any]]) -> Iterator[Fragment]:
     for name, parameter in named:
         yield Fragment(name, parameter, 0, parameter.numel(), parameter, 0, engine.optimizer)
 
 
-def _stage12_fragments(engine: DeepSpeedEngine, named: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
+def _stage12_fragments(engine: DeepSpeedEngine, named: list[tuple[str, Any]]) -> Iterator[Fragment]:
     """`_hp_mapping` is DeepSpeed's own link from a parameter to its stretch of the fp32 buffer of its group
     (deepspeed/utils/tensor_fragment.py); None where another rank owns all of it."""
     optimizer = engine.optimizer.optimizer
@@ -85,7 +86,7 @@ def _stage12_fragments(engine: DeepSpeedEngine, named: list[tuple[str, nn.Parame
             yield Fragment(name, parameter, lp.start, lp.numel, buffer, hp.start, optimizer)
 
 
-def _stage3_fragments(named: list[tuple[str, nn.Parameter]], dp_rank: int) -> Iterator[Fragment]:
+def _stage3_fragments(named: list[tuple[str, Any]], dp_rank: int) -> Iterator[Fragment]:
     """Stage 3 cuts each parameter into dp equal parts, padding the last, and lines a rank's parts up in
     sub-groups (deepspeed/runtime/zero/stage3.py, `_get_fp32_opt_state_partition`)."""
     for name, parameter in named:
@@ -97,7 +98,7 @@ def _stage3_fragments(named: list[tuple[str, nn.Parameter]], dp_rank: int) -> It
             yield Fragment(name, parameter, start, numel, buffer, offset, zero.optimizer)
 
 
-def _stage3_range(parameter: nn.Parameter, dp_rank: int) -> tuple[int, int]:
+def _stage3_range(parameter: Any, dp_rank: int) -> tuple[int, int]:
     """(start, numel) of this rank's part without its padding."""
     size = parameter.ds_tensor.ds_numel
     start = size * dp_rank

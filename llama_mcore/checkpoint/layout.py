@@ -1,7 +1,7 @@
 """What a checkpoint looks like on disk.
 
     RUN_DIR/checkpoints/step-00000100/
-        manifest.json             what the run was, and which rank wrote which file; its presence means complete
+        manifest.json             the run and its files; its presence means complete
         rank-00000.safetensors    the fragments that rank 0 owned
 
 A fragment is a stretch of one parameter of one tensor-parallel rank, as ZeRO cut it: its fp32 master weight

@@ -24,6 +24,6 @@ def rope_table(seq_length: int, head_dim: int, theta: float, device: torch.devic
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [s, b, n, d] by tables [s, 1, 1, d/2]; computed in the wider of the dtypes, returned in x's."""
+    """Rotate x [s, b, n, d] by tables [s, 1, 1, d/2]. The products are fp32 or wider, the result in x's dtype."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

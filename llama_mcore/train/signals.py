@@ -1,4 +1,4 @@
-"""A request to stop, from Slurm or a person: noted at once, obeyed at a step boundary by all ranks together."""
+"""A request to stop, from Slurm or a person: noted at once, obeyed by all ranks after a step."""
 
 import signal
 from collections.abc import Iterator

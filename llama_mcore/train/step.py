@@ -66,7 +66,7 @@ def _mean_over(value: Tensor, group: dist.ProcessGroup) -> float:
 def _unsharded_grad_norm(engine: DeepSpeedEngine, groups: Groups) -> float | None:
     """Global gradient norm at ZeRO stage 0, where DeepSpeed clips by it but does not tell it; else None.
 
-    Every rank holds the replicated parameters, so only the cut ones are summed over the tensor-parallel group.
+    Every rank holds the replicated parameters; only the cut ones are summed over the tensor-parallel group.
     """
     if engine.zero_optimization_stage() > 0 or not engine.is_gradient_accumulation_boundary():
         return None

@@ -18,10 +18,6 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llama_mcore.observe.log import silence_libraries
-
-silence_libraries(cpu=True)
-
 from llama_mcore.config import RunConfig
 from llama_mcore.data.loader import MicroBatch
 from llama_mcore.model import rmsnorm

@@ -1,0 +1,58 @@
+"""torchrun, with two things it lacks: a signal to it reaches the workers as a request, and the workers' exit
+code becomes its own.
+
+Plain torchrun answers SIGTERM by stopping the workers and raising, and any failure by exit code 1, so that a
+scheduler cannot tell "saved, start me again" (75) from a crash.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+import psutil
+from torch.distributed import run as torch_run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from llama_mcore.errors import EXIT_SAVED, UserError
+
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def run(args: Sequence[str]) -> int:
+    """Run torchrun with these arguments and return the first failed worker's exit code, 0 if none failed."""
+    parsed = torch_run.parse_args(list(args))
+    parsed.signals_to_handle = "SIGHUP,SIGQUIT"
+    _default_threads(parsed.nproc_per_node)
+    # What a worker had to say it has said; torchrun's own report repeats it in 20 lines.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for number in FORWARDED:
+        signal.signal(number, _forward)
+    try:
+        torch_run.run(parsed)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        return _exit_code(rank, failure.exitcode)
+    return 0
+
+
+def _forward(number: int, _: FrameType | None) -> None:
+    for child in psutil.Process().children():
+        child.send_signal(number)
+
+
+def _default_threads(processes: str) -> None:
+    """Share the machine's cores among the workers; torchrun would give each a single thread."""
+    if processes.isdigit():
+        cores = len(os.sched_getaffinity(0))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(processes))))
+
+
+def _exit_code(rank: int, code: int) -> int:
+    explained = {EXIT_SAVED, *(error.exit_code for error in UserError.__subclasses__())}
+    if code not in explained:
+        print(f"rank {rank} failed with exit code {code}", file=sys.stderr, flush=True)
+    # a worker killed by signal n has code -n; shells say 128 + n
+    return code if code >= 0 else 128 - code
