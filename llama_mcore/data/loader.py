@@ -30,7 +30,7 @@ class MicroBatch:
 
 
 class MicroBatches:
-    """Endless micro-batches from `start_step` on: `accumulation_steps` of them make one optimizer step.
+    """Endless micro-batches of this rank, from global position `start_sample` on.
 
     A thread reads `prefetch` of them ahead; what goes wrong there is raised by `next`. Close it, or use it in
     a `with` block, to end the thread.
@@ -42,10 +42,9 @@ class MicroBatches:
         *,
         seed: int,
         micro_batch_size: int,
-        accumulation_steps: int,
         dp_rank: int = 0,
         dp_size: int = 1,
-        start_step: int = 0,
+        start_sample: int = 0,
         prefetch: int = 4,
     ) -> None:
         self._dataset = dataset
@@ -53,7 +52,7 @@ class MicroBatches:
         self._micro_batch_size = micro_batch_size
         self._dp_rank = dp_rank
         self._dp_size = dp_size
-        self._start = start_step * accumulation_steps
+        self._start_sample = start_sample
         self._batches = _read_ahead(self._read(), prefetch)
 
     def __iter__(self) -> "MicroBatches":
@@ -74,8 +73,9 @@ class MicroBatches:
         self._batches.close()
 
     def _read(self) -> Iterator[MicroBatch]:
-        for number in count(self._start):
+        for number in count():
             positions = _positions(number, self._micro_batch_size, self._dp_rank, self._dp_size)
+            positions += self._start_sample
             yield _collate(self._dataset, windows_at(positions, self._dataset.num_windows, self._seed))
 
 
@@ -104,7 +104,7 @@ def eval_batches(
 
 
 def _positions(number: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> NDArray[np.int64]:
-    """Global positions of a rank's micro-batch `number`, counted from the start of the run."""
+    """Positions that a rank's micro-batch `number` reads, both counted from the first one."""
     first = (number * dp_size + dp_rank) * micro_batch_size
     return np.arange(first, first + micro_batch_size, dtype=np.int64)
 
