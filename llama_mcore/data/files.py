@@ -33,6 +33,10 @@ def prepare_output(path: Path) -> None:
     """Make the folder of `path` and check, before any work, that a file of that name can appear in it."""
     if path.is_dir():
         raise OutputError(Problem("output", path, "is a folder", "give the name of a file"))
+    if path.parent.is_file():
+        raise OutputError(
+            Problem("output", path, f"{path.parent} is a file, not a folder", "choose another place")
+        )
     probe = temporary_name(path)
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -70,8 +70,8 @@ class IndexedWriter:
         prepare_output(self.bin_path)
         prepare_output(self.idx_path)
         with output_errors(self.bin_path):
-            self._bin = temporary_name(self.bin_path).open("wb")
             self._lengths = tempfile.TemporaryFile(dir=self.bin_path.parent)  # noqa: SIM115
+            self._bin = temporary_name(self.bin_path).open("wb")
 
     def __enter__(self) -> "IndexedWriter":
         return self

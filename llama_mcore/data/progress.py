@@ -11,26 +11,15 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class InputProgress:
-    """Counts `megabytes` of input, documents and tokens; `total_bytes` is the size of all inputs."""
+    """Counts bytes of input, documents and tokens; `total_bytes` is the size of all inputs."""
 
     def __init__(self, title: str, total_bytes: int) -> None:
         self.title = title
         self.total_bytes = total_bytes
         self.bytes = self.documents = self.tokens = 0
         self._started = self._last_line = time.perf_counter()
-        console = Console(stderr=True)
-        self._bar = (
-            Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.fields[state]}"),
-                TimeRemainingColumn(),
-            )
-            if console.is_terminal
-            else None
-        )
+        self._bar = _bar() if sys.stderr.isatty() else None
         if self._bar:
-            self._bar.live.console = console
             self._task = self._bar.add_task(title, total=total_bytes, state="")
 
     def __enter__(self) -> "InputProgress":
@@ -67,3 +56,13 @@ class InputProgress:
         megabytes = f"{self.bytes / 1e6:,.1f} of {self.total_bytes / 1e6:,.1f} MB"
         tokens = f", {self.tokens:,} tokens" if self.tokens else ""
         return f"{megabytes}, {self.megabytes_per_second:.1f} MB/s, {self.documents:,} documents{tokens}"
+
+
+def _bar() -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True))
