@@ -1,5 +1,6 @@
 """Where step reports go: metrics.jsonl, TensorBoard, and a line for the person who watches."""
 
+import errno
 import os
 import sys
 from collections import deque
@@ -51,7 +52,8 @@ class MetricSinks:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             metrics = self._run_dir / METRICS_FILE
             drop_steps_after(metrics, self._start_step)
-            self._metrics = stack.enter_context(metrics.open("ab"))
+            # Unbuffered: a line that did not fit the disk must not be tried again when the file is closed.
+            self._metrics = stack.enter_context(metrics.open("ab", buffering=0))
             self._events = self._open_events(stack)
             self._watcher = self._open_watcher(stack)
             self._stack = stack.pop_all()
@@ -60,13 +62,15 @@ class MetricSinks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        with _writing(self._run_dir):
+            self._stack.close()
 
     def write(self, report: StepReport) -> None:
         """Record one step. A loss that is not finite becomes null in metrics.jsonl."""
         with _writing(self._run_dir):
-            self._metrics.write(orjson.dumps(report.to_dict()) + b"\n")
-            self._metrics.flush()
+            line = orjson.dumps(report.to_dict()) + b"\n"
+            if self._metrics.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if self._events:
                 self._events.write(report)
         self._watcher.write(report)

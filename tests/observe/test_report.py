@@ -1,0 +1,99 @@
+"""llama_mcore.observe.report: metrics read back, and the picture."""
+
+import math
+from pathlib import Path
+
+import orjson
+import pytest
+from matplotlib.image import imread
+
+from llama_mcore.errors import DataError, MissingInputError, OutputError
+from llama_mcore.observe.report import loss_curve, read_metrics, smoothed
+
+
+def row(step: int, **fields: object) -> bytes:
+    return orjson.dumps({"step": step, "loss": 8 * math.exp(-step / 20), "lr": 1e-3, **fields}) + b"\n"
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> Path:
+    path = tmp_path / "a run" / "metrics.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(b"".join(row(step) for step in range(1, 60)) + row(60, valid_loss=0.5))
+    return path
+
+
+def test_rows_come_back_in_order(metrics: Path) -> None:
+    assert [item["step"] for item in read_metrics(metrics)] == list(range(1, 61))
+
+
+def test_a_line_still_being_written_is_left_out(metrics: Path) -> None:
+    with metrics.open("ab") as file:
+        file.write(row(61)[:-5])
+    assert len(read_metrics(metrics)) == 60
+
+
+def test_a_damaged_line_is_named(metrics: Path) -> None:
+    metrics.write_bytes(row(1) + b"{oops\n" + row(3))
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: is not JSON"):
+        read_metrics(metrics)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match=r"metrics\.jsonl: no such file"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_the_picture_shows_the_curve(metrics: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "loss.png"
+    loss_curve(metrics, output)
+    image = imread(output)
+    assert image.shape[:2] == (720, 1080)
+    blue = (image[..., 2] - image[..., 0] > 0.2).sum()
+    orange = (image[..., 0] - image[..., 2] > 0.4).sum()
+    assert blue > 500
+    assert orange > 20
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_without_evaluation_there_is_no_held_out_point(metrics: Path, tmp_path: Path) -> None:
+    metrics.write_bytes(b"".join(row(step) for step in range(1, 60)))
+    loss_curve(metrics, tmp_path / "loss.png")
+    image = imread(tmp_path / "loss.png")
+    assert (image[..., 0] - image[..., 2] > 0.4).sum() == 0
+
+
+def test_steps_without_a_finite_loss_are_gaps(metrics: Path, tmp_path: Path) -> None:
+    metrics.write_bytes(row(1) + row(2, loss=None) + row(3))
+    loss_curve(metrics, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("content", [b"", row(1, loss=None)])
+def test_a_run_without_a_loss_has_no_picture(metrics: Path, tmp_path: Path, content: bytes) -> None:
+    metrics.write_bytes(content)
+    with pytest.raises(DataError, match="no finite loss"):
+        loss_curve(metrics, tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_an_unwritable_picture_is_one_clear_error(metrics: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"loss\.png: cannot be written"):
+        loss_curve(metrics, tmp_path / "file" / "loss.png")
+
+
+def test_smoothing_does_not_lag_behind_a_line() -> None:
+    line = [float(value) for value in range(50)]
+    assert smoothed(line, 10) == pytest.approx(line)
+
+
+def test_smoothing_takes_the_noise_away() -> None:
+    noise = [1.0 + (-1) ** i for i in range(100)]
+    middle = smoothed(noise, 20)[20:80]
+    assert max(middle) - min(middle) < 0.2
+
+
+def test_smoothing_of_one_value_and_of_none() -> None:
+    assert smoothed([3.0], 5) == [3.0]
+    assert smoothed([], 5) == []

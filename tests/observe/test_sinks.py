@@ -1,0 +1,207 @@
+"""llama_mcore.observe.sinks: metrics.jsonl, TensorBoard events and what the terminal shows."""
+
+import io
+import os
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from llama_mcore.errors import OutputError
+from llama_mcore.observe.config import ObserveConfig
+from llama_mcore.observe.metrics import StepReport
+from llama_mcore.observe.sinks import METRICS_FILE, TENSORBOARD_DIR, MetricSinks, drop_steps_after
+
+QUIET = ObserveConfig(log_interval=10, tensorboard=False)
+
+
+def report(
+    step: int, loss: float = 2.0, valid_loss: float | None = None, skipped: bool = False
+) -> StepReport:
+    return StepReport(step, loss, 0.5, 1e-3, step * 100, 1000.0, 2.0, 4096, valid_loss, skipped)
+
+
+def write(
+    run_dir: Path,
+    reports: Sequence[StepReport],
+    start_step: int = 0,
+    config: ObserveConfig = QUIET,
+    terminal: bool = False,
+) -> str:
+    """What a person sees of a run of 40 steps that reports `reports`."""
+    screen = io.StringIO()
+    console = Console(
+        file=screen,
+        force_terminal=terminal,
+        force_interactive=terminal,
+        width=100,
+        color_system=None,
+        soft_wrap=True,
+    )
+    with MetricSinks(config, run_dir, total_steps=40, start_step=start_step, console=console) as sinks:
+        for one in reports:
+            sinks.write(one)
+    return screen.getvalue()
+
+
+def rows(run_dir: Path) -> list[dict]:
+    return [orjson.loads(line) for line in (run_dir / METRICS_FILE).read_bytes().splitlines()]
+
+
+def test_every_step_is_a_line(tmp_path: Path) -> None:
+    write(tmp_path / "new" / "run", [report(1), report(2, valid_loss=2.5)])
+    first, second = rows(tmp_path / "new" / "run")
+    assert list(first) == [
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "tokens",
+        "tokens_per_s",
+        "step_time_s",
+        "memory_bytes",
+    ]
+    assert second["valid_loss"] == 2.5
+
+
+def test_a_line_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
+    with MetricSinks(QUIET, tmp_path, 40, 0, Console(file=io.StringIO())) as sinks:
+        sinks.write(report(1))
+        assert [row["step"] for row in rows(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])
+def test_a_loss_that_is_not_finite_is_null_in_the_file_and_visible_on_the_screen(
+    tmp_path: Path, loss: float
+) -> None:
+    screen = write(tmp_path, [report(1, loss=loss)])
+    assert rows(tmp_path)[0]["loss"] is None
+    assert f"loss {loss:.4f}" in screen
+
+
+def test_no_step_appears_twice_after_a_resume(tmp_path: Path) -> None:
+    write(tmp_path, [report(step, loss=1.0) for step in range(1, 8)])
+    write(tmp_path, [report(step, loss=9.0) for step in range(6, 9)], start_step=5)
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [
+        *[(step, 1.0) for step in range(1, 6)],
+        *[(step, 9.0) for step in range(6, 9)],
+    ]
+
+
+def test_a_run_that_starts_anew_begins_an_empty_file(tmp_path: Path) -> None:
+    write(tmp_path, [report(1), report(2)])
+    write(tmp_path, [report(1, loss=7.0)])
+    assert [row["loss"] for row in rows(tmp_path)] == [7.0]
+
+
+@given(steps=st.integers(0, 6), start=st.integers(0, 6), cut=st.integers(0, 400))
+def test_a_file_cut_anywhere_keeps_its_whole_lines(
+    tmp_path_factory: pytest.TempPathFactory, steps: int, start: int, cut: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "cut.jsonl"
+    lines = [orjson.dumps(report(step).to_dict()) for step in range(1, steps + 1)]
+    content = b"".join(line + b"\n" for line in lines)[:cut]
+    path.write_bytes(content)
+    drop_steps_after(path, start)
+    whole = sum(
+        1 for end in range(1, steps + 1) if sum(len(line) + 1 for line in lines[:end]) - 1 <= len(content)
+    )
+    kept = lines[: min(whole, start)]
+    assert path.read_bytes() == b"".join(line + b"\n" for line in kept)
+
+
+def test_the_file_is_replaced_in_one_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, [report(1), report(2)])
+    before = (tmp_path / METRICS_FILE).read_bytes()
+
+    def power_cut(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        drop_steps_after(tmp_path / METRICS_FILE, 1)
+    assert (tmp_path / METRICS_FILE).read_bytes() == before
+
+
+def test_a_file_with_nothing_to_drop_is_left_alone(tmp_path: Path) -> None:
+    write(tmp_path, [report(1)])
+    before = (tmp_path / METRICS_FILE).stat()
+    drop_steps_after(tmp_path / METRICS_FILE, 1)
+    assert (tmp_path / METRICS_FILE).stat().st_ino == before.st_ino
+
+
+def losses(run_dir: Path, tag: str = "train/loss") -> list[tuple[int, float]]:
+    events = EventAccumulator(str(run_dir / TENSORBOARD_DIR))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_tensorboard_has_every_step_once_after_a_resume(tmp_path: Path) -> None:
+    config = ObserveConfig(tensorboard=True)
+    write(tmp_path, [report(step, loss=1.0) for step in range(1, 5)], config=config)
+    write(tmp_path, [report(3, loss=9.0, valid_loss=4.0)], start_step=2, config=config)
+    assert losses(tmp_path) == [(1, 1.0), (2, 1.0), (3, 9.0)]
+    assert losses(tmp_path, "valid/loss") == [(3, 4.0)]
+
+
+def test_tensorboard_can_be_switched_off(tmp_path: Path) -> None:
+    write(tmp_path, [report(1)])
+    assert not (tmp_path / TENSORBOARD_DIR).exists()
+
+
+def test_plain_output_is_a_rare_line(tmp_path: Path) -> None:
+    lines = write(tmp_path, [report(step) for step in range(1, 41)]).splitlines()
+    assert [line.split()[1] for line in lines] == ["1/40", "10/40", "20/40", "30/40", "40/40"]
+    assert "(25%)" in lines[1]
+    assert lines[1].endswith("ETA 1m00s")  # 30 steps of 2 s
+
+
+def test_plain_output_shows_the_first_step_after_a_resume(tmp_path: Path) -> None:
+    lines = write(tmp_path, [report(13), report(14)], start_step=12).splitlines()
+    assert [line.split()[1] for line in lines] == ["13/40"]
+
+
+def test_plain_output_shows_evaluations_and_skipped_updates(tmp_path: Path) -> None:
+    screen = write(tmp_path, [report(1), report(2), report(3, valid_loss=2.25), report(4, skipped=True)])
+    assert [line.split()[1] for line in screen.splitlines()] == ["1/40", "3/40", "4/40"]
+    assert "held-out loss 2.2500" in screen
+    assert "update skipped" in screen
+
+
+def test_one_slow_step_does_not_move_the_eta(tmp_path: Path) -> None:
+    slow = StepReport(10, 2.0, 0.5, 1e-3, 1000, 1.0, 500.0, 4096)
+    screen = write(tmp_path, [*[report(step) for step in range(1, 10)], slow])
+    assert screen.splitlines()[-1].endswith("ETA 1m00s")
+
+
+def test_a_terminal_gets_a_progress_line_and_lasting_evaluations(tmp_path: Path) -> None:
+    screen = write(tmp_path, [report(1), report(2, valid_loss=2.25), report(3)], terminal=True)
+    assert "3/40" in screen
+    assert "tok/s ETA 1m14s" in screen  # 37 steps of 2 s
+    assert "step 2  loss 2.0000" in screen
+    assert "held-out loss 2.2500" in screen
+
+
+def test_an_unwritable_run_folder_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file where the folder should be")
+    with pytest.raises(OutputError, match=r"run\.dir = .*cannot be written"):
+        write(tmp_path / "run", [])
+
+
+def test_a_full_disk_is_one_clear_error_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))  # bytes; the kernel then fails a write half-way
+    try:
+        with pytest.raises(OutputError, match="cannot be written"):
+            write(tmp_path, [report(step) for step in range(1, 30)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / METRICS_FILE).stat().st_size == 500
+    write(tmp_path, [report(3)], start_step=2)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]

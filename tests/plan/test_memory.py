@@ -1,0 +1,52 @@
+"""llama_mcore.plan.memory: bytes per rank."""
+
+import pytest
+
+from llama_mcore.model.config import PRESETS, ModelConfig
+from llama_mcore.parallel.config import ParallelConfig, ZeroConfig
+from llama_mcore.plan.memory import ModelState, model_state, params_per_rank
+
+SMALL = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, ffn_hidden_size=176, vocab_size=512)
+P = SMALL.num_params()
+
+
+def state(stage: int, precision: str, tp: int = 1, dp: int = 4) -> ModelState:
+    return model_state(SMALL, ParallelConfig(tp=tp), ZeroConfig(stage=stage), precision, world_size=tp * dp)
+
+
+def test_every_weight_but_the_norms_is_split() -> None:
+    norms = 5 * 64
+    assert params_per_rank(SMALL, 1) == P
+    assert params_per_rank(SMALL, 4) == (P - norms) // 4 + norms
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "expected"),
+    [
+        (1, "bf16", ModelState(2 * P, 4 * P, P, 2 * P)),
+        (2, "bf16", ModelState(2 * P, P, P, 2 * P)),
+        (3, "bf16", ModelState(P // 2, P, P, 2 * P)),
+        (0, "fp32", ModelState(4 * P, 4 * P, 0, 8 * P)),
+        (1, "fp32", ModelState(4 * P, 4 * P, P, 2 * P)),
+        (2, "fp32", ModelState(4 * P, P, P, 2 * P)),
+        (3, "fp32", ModelState(P, P, P, 2 * P)),
+    ],
+)
+def test_bytes_on_four_data_parallel_ranks(stage: int, precision: str, expected: ModelState) -> None:
+    assert P % 4 == 0
+    assert state(stage, precision) == expected
+
+
+def test_total_is_the_sum() -> None:
+    assert state(1, "bf16", dp=1).total == 18 * P
+
+
+def test_a_shard_that_does_not_divide_is_rounded_up() -> None:
+    assert state(1, "bf16", dp=3).masters == 4 * -(-P // 3)
+
+
+def test_65b_as_the_paper_trained_it_fits_one_gpu() -> None:
+    model = ModelConfig(**PRESETS["65b"])
+    memory = model_state(model, ParallelConfig(tp=8), ZeroConfig(stage=2), "bf16", world_size=2048)
+    assert memory.weights == 2 * params_per_rank(model, 8)
+    assert 15 * 2**30 < memory.total < 17 * 2**30

@@ -1,0 +1,131 @@
+"""llama_mcore.cli: the commands, their scripts in tools/, and how an error ends."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from llama_mcore import __version__, errors
+from llama_mcore.cli import app
+from llama_mcore.errors import Problem, report_errors
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = [command.name or "" for command in app.registered_commands]
+WITH_OPTIONS = [name for name in COMMANDS if name != "torchrun"]  # which passes everything on, --help too
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(arguments))
+    return result.exit_code, result.output
+
+
+def test_version() -> None:
+    assert run("--version") == (0, __version__ + "\n")
+
+
+def test_help_lists_every_command() -> None:
+    code, output = run("--help")
+    assert code == 0
+    assert all(name in output for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", WITH_OPTIONS)
+def test_every_option_is_explained(name: str) -> None:
+    code, output = run(name, "--help")
+    assert code == 0
+    assert "--debug" in output
+
+
+def test_an_unknown_command_is_a_usage_error() -> None:
+    assert run("trian")[0] == 2
+
+
+def test_a_missing_option_is_a_usage_error_that_names_it() -> None:
+    code, output = run("train")
+    assert code == 2
+    assert "--config" in output
+
+
+@pytest.mark.parametrize(
+    "script", ["train", "train_tokenizer", "preprocess_data", "convert_checkpoint", "generate"]
+)
+def test_each_script_is_its_command(script: str) -> None:
+    path = ROOT / "tools" / f"{script}.py"
+    assert len(path.read_text().splitlines()) < 60
+    result = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0
+    assert "--debug" in result.stdout
+
+
+def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
+    code, output = run(
+        "train",
+        "--config",
+        "tiny",
+        "--dry-run",
+        "--world-size",
+        "4",
+        f"run.dir={tmp_path / 'new'}",
+        "zero.stage=2",
+    )
+    assert code == 0
+    assert "4 ranks = tp 2 x dp 2" in output
+    assert "ZeRO-2" in output
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_dry_run_without_a_world_plans_for_one_tensor_parallel_group() -> None:
+    assert "2 ranks = tp 2 x dp 1" in run("train", "--config", "tiny", "--dry-run")[1]
+
+
+def test_a_wrong_setting_exits_with_64() -> None:
+    code, output = run("train", "--config", "tiny", "--dry-run", "--world-size", "3")
+    assert code == 64
+    assert "world size = 3" in output
+
+
+def test_a_missing_file_exits_with_66() -> None:
+    code, output = run("train", "--config", "no-such-file.yaml")
+    assert code == 66
+    assert "no-such-file.yaml" in output
+
+
+KINDS = [
+    (errors.ConfigError, 64),
+    (errors.DataError, 65),
+    (errors.CheckpointError, 65),
+    (errors.MissingInputError, 66),
+    (errors.PreflightError, 69),
+    (errors.OutputError, 73),
+]
+
+
+@pytest.mark.parametrize(("kind", "code"), KINDS)
+def test_an_error_becomes_one_message_and_its_exit_code(
+    kind: type[errors.UserError],
+    code: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(SystemExit) as exit_info, report_errors():
+        raise kind(Problem("train.steps", 0, "must be at least 1", "set it to 1"))
+    assert exit_info.value.code == code
+    message = capsys.readouterr().err
+    assert message == f"{kind.title}: train.steps = 0: must be at least 1; set it to 1\n"
+
+
+def test_one_rank_of_a_node_speaks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit), report_errors():
+        raise errors.ConfigError(Problem("train.steps", 0, "must be at least 1"))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_defect_of_ours_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), report_errors():
+        _ = 1 // 0

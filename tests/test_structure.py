@@ -1,0 +1,280 @@
+"""The import direction and the banned calls of the package. Each checker is itself tried on a bad source."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "llama_mcore"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+BASE = {"errors", "section"}
+CONFIGS = {f"{package}.config" for package in ("model", "parallel", "data", "train", "checkpoint", "observe")}
+
+# Module, or package with all in it -> what of llama_mcore it may import. The longest name that fits decides.
+MAY_IMPORT: dict[str, set[str]] = {
+    "__init__": set(),
+    "errors": set(),
+    "section": set(),
+    "config": BASE | CONFIGS,
+    "model": BASE | {"model", "parallel"},
+    "parallel": BASE | {"parallel"},
+    "data": BASE | {"data"},
+    "observe": BASE | {"observe"},
+    # train.state is a record that imports nothing of ours: what a checkpoint stores beside the tensors.
+    "checkpoint": BASE | {"checkpoint", "model", "parallel", "data", "observe", "config", "train.state"},
+    "train": BASE | {"train", "model", "parallel", "data", "checkpoint", "observe", "config"},
+    "train.state": set(),
+    "plan": BASE | CONFIGS | {"plan", "config"},
+    "launch": BASE | CONFIGS | {"launch", "plan", "observe", "config"},
+    "generate": BASE | {"model", "parallel", "data", "checkpoint", "observe", "config"},
+    "cli": {""},  # everything
+    **dict.fromkeys(CONFIGS, BASE | CONFIGS),
+}
+
+# Library -> where it may be imported.
+LIBRARY_BORDERS = {
+    "megatron": ("model.", "parallel.", "data.indexed", "checkpoint.convert.megatron"),
+    "deepspeed": ("train.engine", "checkpoint."),
+}
+
+# Arithmetic that works on any device and in one process.
+MODEL_MATHS = ("model.rope", "model.swiglu", "model.attention", "model.layer_function")
+DEVICE_FILES = ("parallel.device", "parallel.mcore_cpu")
+WITHOUT_TORCH = (*sorted(CONFIGS), "errors", "section", "config", "cli", "plan.memory", "plan.summary")
+
+BANNED_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+BANNED_CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "torch.load",
+    "os.system",
+    "os.popen",
+    "subprocess.getoutput",
+}
+BANNED_ARGUMENTS = {"shell", "allow_pickle"}  # as `=True`
+
+
+def module_name(path: Path) -> str:
+    """model/rope.py -> model.rope; a package goes by the name of its folder."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+def within(name: str, parent: str) -> bool:
+    return not parent or name == parent or name.startswith(parent.rstrip(".") + ".")
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of all that is imported: `from a import b` gives a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def dotted(node: ast.AST) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def wrong_direction(module: str, source: str) -> list[str]:
+    rule = max((name for name in MAY_IMPORT if within(module, name)), key=len, default=None)
+    if rule is None:
+        return [f"{module} has no entry in MAY_IMPORT"]
+    problems = []
+    for line, name in imports(ast.parse(source)):
+        if name.startswith("."):
+            problems.append(f"{module}:{line} imports {name}: write the whole name")
+        if name.startswith("llama_mcore.") and name != "llama_mcore.__version__":
+            target = name.removeprefix("llama_mcore.")
+            if not any(within(target, allowed) for allowed in MAY_IMPORT[rule]):
+                problems.append(f"{module}:{line} imports {target}")
+    return problems
+
+
+def beyond_border(module: str, source: str) -> list[str]:
+    return [
+        f"{module}:{line} imports {name}"
+        for line, name in imports(ast.parse(source))
+        for library, places in LIBRARY_BORDERS.items()
+        if within(name, library) and not any(within(module, place) for place in places)
+    ]
+
+
+def impure_maths(module: str, source: str) -> list[str]:
+    """Process groups, devices and other layers of the product in a file that should be arithmetic."""
+    if not any(within(module, maths) for maths in MODEL_MATHS):
+        return []
+    tree = ast.parse(source)
+    problems = [
+        f"{module}:{line} imports {name}"
+        for line, name in imports(tree)
+        if within(name, "torch.distributed")
+        or within(name, "megatron")
+        or (within(name, "llama_mcore") and not within(name, "llama_mcore.model"))
+    ]
+    accesses = [node for node in ast.walk(tree) if dotted(node).startswith("torch.distributed")]
+    return problems + [f"{module}:{node.lineno} uses torch.distributed" for node in accesses]
+
+
+def names_a_device(module: str, source: str) -> list[str]:
+    """`cuda` in code; docstrings and comments may speak of it."""
+    if module in DEVICE_FILES:
+        return []
+    tree = ast.parse(source)
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    problems = []
+    for node in ast.walk(tree):
+        text = ""
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            text = node.value if " " not in node.value else ""
+        elif isinstance(node, ast.Attribute):
+            text = node.attr
+        if "cuda" in text.lower():
+            problems.append(f"{module}:{node.lineno} says {text!r}")
+    return problems
+
+
+def banned(module: str, source: str) -> list[str]:
+    tree = ast.parse(source)
+    problems = [
+        f"{module}:{line} imports {name}"
+        for line, name in imports(tree)
+        if name.partition(".")[0] in BANNED_MODULES or name in BANNED_CALLS
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Global):
+            problems.append(f"{module}:{node.lineno} has a global statement")
+        if not isinstance(node, ast.Call):
+            continue
+        if dotted(node.func) in BANNED_CALLS:
+            problems.append(f"{module}:{node.lineno} calls {dotted(node.func)}")
+        problems += [
+            f"{module}:{node.lineno} passes {keyword.arg}"
+            for keyword in node.keywords
+            if keyword.arg in BANNED_ARGUMENTS
+            and not (isinstance(keyword.value, ast.Constant) and not keyword.value.value)
+        ]
+    return problems
+
+
+CHECKERS = (wrong_direction, beyond_border, impure_maths, names_a_device, banned)
+
+
+@pytest.mark.parametrize("checker", CHECKERS, ids=lambda checker: checker.__name__)
+def test_the_package_keeps_its_structure(checker) -> None:
+    problems = [problem for path in SOURCES for problem in checker(module_name(path), path.read_text())]
+    assert not problems, "\n".join(problems)
+
+
+def test_all_of_the_package_was_looked_at() -> None:
+    modules = {module_name(path) for path in SOURCES}
+    assert {"__init__", "model.config", "parallel.device", "plan.summary", "model.attention"} <= modules
+
+
+@pytest.mark.parametrize(
+    ("checker", "module", "source"),
+    [
+        (wrong_direction, "model.layer", "from llama_mcore.train import loop"),
+        (wrong_direction, "model.layer", "from llama_mcore.train.loop import train"),
+        (wrong_direction, "model.config", "from llama_mcore.model.layer import Layer"),
+        (wrong_direction, "plan.memory", "import llama_mcore.parallel.groups"),
+        (wrong_direction, "plan.memory", "def f():\n    from llama_mcore.train.loop import train"),
+        (wrong_direction, "checkpoint.save", "from llama_mcore.train.loop import train"),
+        (wrong_direction, "train.state", "from llama_mcore.config import RunConfig"),
+        (wrong_direction, "train.loop", "from llama_mcore.plan.memory import model_state"),
+        (wrong_direction, "model.layer", "from .config import ModelConfig"),
+        (wrong_direction, "utils", "import os"),
+        (beyond_border, "train.loop", "import deepspeed"),
+        (beyond_border, "train.loop", "from deepspeed.utils import groups"),
+        (beyond_border, "data.order", "from megatron.core import parallel_state"),
+        (beyond_border, "checkpoint.convert.hf", "import megatron.core.dist_checkpointing"),
+        (impure_maths, "model.rope", "import torch.distributed as dist"),
+        (impure_maths, "model.rope", "from torch import distributed"),
+        (impure_maths, "model.swiglu", "import torch\ntorch.distributed.all_reduce(x)"),
+        (impure_maths, "model.attention.sdpa", "from megatron.core import parallel_state"),
+        (impure_maths, "model.attention.sdpa", "from llama_mcore.parallel.device import device"),
+        (names_a_device, "train.step", "x.to('cuda')"),
+        (names_a_device, "train.step", "x.cuda()"),
+        (names_a_device, "train.step", "torch.cuda.synchronize()"),
+        (names_a_device, "train.step", "torch.device(f'cuda:{rank}')"),
+        (banned, "checkpoint.load", "import pickle"),
+        (banned, "checkpoint.load", "from cloudpickle import loads"),
+        (banned, "checkpoint.load", "import torch\ntorch.load(path)"),
+        (banned, "checkpoint.load", "from torch import load"),
+        (banned, "data.readers", "np.load(path, allow_pickle=True)"),
+        (banned, "config", "yaml.load(text)"),
+        (banned, "launch.slurm", "subprocess.run(line, shell=True)"),
+        (banned, "launch.slurm", "subprocess.run(line, shell=flag)"),
+        (banned, "train.loop", "eval('1')"),
+        (banned, "train.loop", "exec('1')"),
+        (banned, "train.loop", "def f():\n    global state\n    state = 1"),
+    ],
+)
+def test_a_bad_source_is_found(checker, module: str, source: str) -> None:
+    assert checker(module, source)
+
+
+@pytest.mark.parametrize(
+    ("checker", "module", "source"),
+    [
+        (wrong_direction, "train.loop", "from llama_mcore.checkpoint.save import save"),
+        (wrong_direction, "checkpoint.save", "from llama_mcore.train.state import TrainState"),
+        (beyond_border, "model.spec", "from megatron.core.transformer import TransformerConfig"),
+        (beyond_border, "checkpoint.save", "from deepspeed import DeepSpeedEngine"),
+        (impure_maths, "model.rope", "import torch\nfrom llama_mcore.model.config import ModelConfig"),
+        (names_a_device, "train.step", '"""Runs on cuda and elsewhere."""\n# cuda is fine here'),
+        (names_a_device, "parallel.device", "torch.device('cuda')"),
+        (banned, "config", "yaml.safe_load(text)"),
+        (banned, "data.readers", "re.compile('a')\nsubprocess.run(words, shell=False)"),
+    ],
+)
+def test_a_good_source_passes(checker, module: str, source: str) -> None:
+    assert not checker(module, source)
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level names in sys.modules of a fresh interpreter that runs `statement`."""
+    code = f"import sys\n{statement}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    return set(result.stdout.splitlines()[-1].split())
+
+
+def test_configuration_and_planning_load_no_torch() -> None:
+    statement = "\n".join(f"import llama_mcore.{module}" for module in WITHOUT_TORCH)
+    assert not loaded_by(statement) & {"torch", "deepspeed", "megatron", "numpy"}
+
+
+def test_help_loads_nothing_heavy() -> None:
+    loaded = loaded_by("from llama_mcore.cli import app\ntry: app(['--help'])\nexcept SystemExit: pass")
+    assert "typer" in loaded
+    assert not loaded & {"torch", "deepspeed", "megatron", "numpy", "pydantic", "yaml", "matplotlib"}
+
+
+def test_torch_is_seen_when_it_is_loaded() -> None:
+    assert "numpy" in loaded_by("import numpy")
+
+
+def test_the_command_line_calls_functions_that_exist() -> None:
+    tree = ast.parse((PACKAGE / "cli.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("llama_mcore."):
+            path = PACKAGE / Path(*node.module.split(".")[1:]).with_suffix(".py")
+            assert path.is_file(), f"cli.py imports {node.module}"
+            defined = {getattr(item, "name", "") for item in ast.parse(path.read_text()).body}
+            assert {alias.name for alias in node.names} <= defined, f"{path.name} lacks what cli.py imports"
