@@ -35,15 +35,12 @@ def silence_libraries(cpu: bool) -> None:
     Warnings of other modules, errors and exceptions stay.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.")
-    # These name the module that calls, which is not always one of the two libraries.
-    warnings.filterwarnings("ignore", message=r".*\b(Apex|Transformer Engine)\b.*not installed")
+    # Both libraries call these collectives by their old names; the warning names the caller's module.
     warnings.filterwarnings(
         "ignore",
         message=r"`torch\.distributed\.(_?all_gather|_?reduce_scatter)\w*` is .*deprecated",
         category=FutureWarning,
     )
-    # A filter survives the setLevel of DeepSpeed's own import, a level would not.
-    logging.getLogger("DeepSpeed").addFilter(_from_warning_on)
     if cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -62,10 +59,6 @@ def prints_as_debug() -> Iterator[None]:
     finally:
         for line in captured.getvalue().splitlines():
             get_logger().log(level, line)
-
-
-def _from_warning_on(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING
 
 
 class _StderrHandler(logging.StreamHandler):

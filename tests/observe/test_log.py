@@ -91,14 +91,12 @@ def test_warnings_and_errors_still_show() -> None:
 import logging, warnings
 warnings.warn("our own warning")
 warnings.warn("something else in torch is deprecated", FutureWarning)
-logging.getLogger("DeepSpeed").info("DeepSpeed informs")
 logging.getLogger("DeepSpeed").error("DeepSpeed failed")
 raise SystemError("an error of ours")
 """
     )
     assert result.returncode == 1
     assert "DeepSpeed failed" in result.stdout
-    assert "DeepSpeed informs" not in result.stdout
     for text in ("our own warning", "something else in torch", "Traceback", "an error of ours"):
         assert text in result.stderr
 
