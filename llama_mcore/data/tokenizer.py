@@ -69,7 +69,7 @@ class Tokenizer:
             self._processor.LoadFromSerializedProto(model)
         except RuntimeError:
             raise self._not_a_model() from None
-        if not model or self._processor.eos_id() < 0:
+        if self._processor.eos_id() < 0:
             raise self._not_a_model()
 
     def _not_a_model(self) -> DataError:

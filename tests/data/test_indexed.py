@@ -120,11 +120,6 @@ def test_output_that_cannot_be_written(tmp_path: Path) -> None:
         IndexedWriter(tmp_path / "file" / "d", np.uint16)
 
 
-def test_a_full_disk_is_an_output_error() -> None:
-    with pytest.raises(OutputError, match="No space left"), indexed.output_errors(Path("d.bin")):
-        Path("/dev/full").write_bytes(b"tokens")
-
-
 def test_both_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError) as error:
         IndexedDataset(tmp_path / "d")
@@ -164,4 +159,14 @@ def test_documents_out_of_order_are_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-32] + np.array([0, 2, 1, 3]).tobytes())
     with pytest.raises(DataError, match="must list documents in order from sequence 0 to 3"):
+        IndexedDataset(tmp_path / "d")
+
+
+def test_negative_length_is_refused_though_all_sums_agree(tmp_path: Path) -> None:
+    write(tmp_path / "d", DOCUMENTS)
+    path = tmp_path / "d.idx"
+    whole = path.read_bytes()
+    lengths, pointers = np.array([9, -5, 4], dtype=np.int32), np.array([0, 18, 8])
+    path.write_bytes(whole[:34] + lengths.tobytes() + pointers.tobytes() + whole[34 + 36 :])
+    with pytest.raises(DataError, match="has a negative length"):
         IndexedDataset(tmp_path / "d")

@@ -102,7 +102,7 @@ def test_corpus_without_a_usable_line(documents: list[dict[str, object]], tmp_pa
 def test_a_bad_line_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     corpus = tmp_path / "c.jsonl"
     corpus.write_text('{"text": "fine"}\nnot JSON\n')
-    with pytest.raises(DataError, match=r"c\.jsonl line 2"):
+    with pytest.raises(DataError, match=rf"^data error: input = {corpus} line 2: is not JSON"):
         train_tokenizer([corpus], tmp_path / "t.model", vocab_size=300)
     assert list(tmp_path.iterdir()) == [corpus]
 
