@@ -15,7 +15,13 @@ from llama_mcore.errors import ConfigError, MissingInputError
 ROOT = Path(__file__).parents[1]
 VALID = {
     "run": {"dir": "runs/test"},
-    "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512, "seq_length": 32},
+    "model": {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "vocab_size": 512,
+        "seq_length": 32,
+    },
     "data": {"train": "train_document"},
     "train": {"steps": 10, "micro_batch_size": 2, "global_batch_size": 8},
     "optim": {"lr": 1e-3, "warmup_steps": 2},
@@ -151,7 +157,12 @@ def test_derived_sizes_are_filled(config: str) -> None:
     valid=st.one_of(st.none(), st.text("abc/._-", min_size=1)),
 )
 def test_a_dumped_run_reads_back_equal(
-    tmp_path_factory: pytest.TempPathFactory, steps: int, lr: float, layers: int, stage: int, valid: str | None
+    tmp_path_factory: pytest.TempPathFactory,
+    steps: int,
+    lr: float,
+    layers: int,
+    stage: int,
+    valid: str | None,
 ) -> None:
     run = RunConfig.model_validate(
         VALID
@@ -202,7 +213,9 @@ def test_33b_cannot_be_split_by_eight() -> None:
 def test_the_sequence_must_divide_only_under_sequence_parallelism(config: str) -> None:
     overrides = ["parallel.tp=2", "model.seq_length=33"]
     check_run(load_run(config, overrides), 2)
-    assert "model.seq_length = 33" in unfit(config, "parallel.sequence_parallel=true", *overrides, world_size=2)
+    assert "model.seq_length = 33" in unfit(
+        config, "parallel.sequence_parallel=true", *overrides, world_size=2
+    )
 
 
 def test_the_world_must_divide_by_tp(config: str) -> None:
