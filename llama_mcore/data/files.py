@@ -31,14 +31,13 @@ def output_errors(path: Path) -> Iterator[None]:
 
 def prepare_output(path: Path) -> None:
     """Make the folder of `path` and check, before any work, that a file of that name can appear in it."""
-    if path.is_dir():
-        raise OutputError(Problem("output", path, "is a folder", "give the name of a file"))
-    if path.parent.is_file():
-        raise OutputError(
-            Problem("output", path, f"{path.parent} is a file, not a folder", "choose another place")
-        )
     probe = temporary_name(path)
     with output_errors(path):
+        if path.is_dir():
+            raise OutputError(Problem("output", path, "is a folder", "give the name of a file"))
+        if path.parent.is_file():
+            bound = f"{path.parent} is a file, not a folder"
+            raise OutputError(Problem("output", path, bound, "choose another place"))
         path.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
