@@ -1,0 +1,253 @@
+"""Hugging Face's LlamaForCausalLM: safetensors and config.json, written and read as a stream."""
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from shutil import copymode
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llama_mcore.checkpoint.convert.hf_tokenizer import TOKENIZER_MODEL, write_tokenizer
+from llama_mcore.checkpoint.convert.names import HUGGING_FACE, NameTable
+from llama_mcore.checkpoint.convert.tensors import join, split
+from llama_mcore.checkpoint.convert.weights import Rounded, Weights
+from llama_mcore.data.tokenizer import Tokenizer
+from llama_mcore.errors import CheckpointError, MissingInputError, Problem
+from llama_mcore.model.config import ModelConfig
+from llama_mcore.model.shapes import parameter_shapes
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+MAX_SHARD_BYTES = 5_000_000_000
+NAMES = NameTable(HUGGING_FACE)
+_DEFAULT_ROPE_THETA = 10000.0  # of LlamaConfig, where config.json is silent
+
+
+def write_hf(
+    weights: Weights,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    advance: Callable[[int], None] = lambda size: None,
+) -> None:
+    """Write everything that `from_pretrained` needs into an existing folder.
+
+    Holds one shard in memory. `advance` is told the bytes of each tensor. Raises CheckpointError for a weight
+    that `dtype` cannot hold; OSError or SafetensorError where the disk refuses.
+    """
+    _write_json(folder / CONFIG, hf_config(weights.model, dtype, tokenizer))
+    shards = plan_shards(weights.model, dtype, max_shard_bytes)
+    stream = hf_tensors(Rounded(weights, dtype))
+    for file_name, shard in shards.items():
+        tensors = {}
+        for name, tensor in islice(stream, len(shard)):
+            tensors[name] = tensor
+            advance(tensor.nbytes)
+        # transformers refuses files that do not say which framework they are for
+        save_file(tensors, folder / file_name, metadata={"format": "pt"})
+        # safetensors keeps its files from everyone but the owner
+        copymode(folder / CONFIG, folder / file_name)
+    if len(shards) > 1:
+        _write_json(folder / INDEX, _index(shards))
+    _write_json(folder / "generation_config.json", _token_ids(tokenizer))
+    if tokenizer:
+        write_tokenizer(tokenizer.path, folder, weights.model.seq_length)
+
+
+def hf_tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under its Hugging Face name, in the order of the model."""
+    for name in weights.names():
+        yield from zip(NAMES.parts(name), split(name, weights.full(name), weights.model), strict=True)
+
+
+def hf_shapes(model: ModelConfig) -> dict[str, torch.Size]:
+    """Shape of every tensor under its Hugging Face name, in the order of `hf_tensors`."""
+    return {
+        part: tensor.shape
+        for name, shape in parameter_shapes(model).items()
+        for part, tensor in zip(
+            NAMES.parts(name), split(name, torch.empty(shape, device="meta"), model), strict=True
+        )
+    }
+
+
+def plan_shards(model: ModelConfig, dtype: torch.dtype, max_shard_bytes: int) -> dict[str, dict[str, int]]:
+    """File name -> (tensor -> its bytes). A tensor over the limit has a file of its own."""
+    shards: list[dict[str, int]] = [{}]
+    for name, shape in hf_shapes(model).items():
+        size = shape.numel() * dtype.itemsize
+        if shards[-1] and sum(shards[-1].values()) + size > max_shard_bytes:
+            shards.append({})
+        shards[-1][name] = size
+    if len(shards) == 1:
+        return {SINGLE_FILE: shards[0]}
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard
+        for number, shard in enumerate(shards, start=1)
+    }
+
+
+def hf_config(model: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """config.json. Rope and dtype are spelled as transformers 5 writes them and as 4 reads them."""
+    dtype_name = str(dtype).removeprefix("torch.")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.head_dim,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.seq_length,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "rope_theta": model.rope_theta,
+        "tie_word_embeddings": model.tie_embeddings,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "initializer_range": model.init_std,
+        "dtype": dtype_name,
+        "torch_dtype": dtype_name,
+        "use_cache": True,
+        **_token_ids(tokenizer),
+    }
+
+
+def model_of(config: dict[str, Any]) -> ModelConfig:
+    """The model that a config.json describes. Raises CheckpointError for what our layer does not compute."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    expected = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    problems = [
+        Problem(f"{CONFIG}: {key}", config[key], f"is not supported: only {value} is")
+        for key, value in expected.items()
+        if config.get(key, value) != value
+    ]
+    if rope_type != "default":
+        problems.append(Problem(f"{CONFIG}: rope_type", rope_type, "is not supported: only default is"))
+    if problems:
+        raise CheckpointError(problems)
+    try:
+        return ModelConfig(
+            num_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            num_attention_heads=config["num_attention_heads"],
+            num_query_groups=config.get("num_key_value_heads") or 0,
+            head_dim=config.get("head_dim") or 0,
+            ffn_hidden_size=config["intermediate_size"],
+            vocab_size=config["vocab_size"],
+            seq_length=config["max_position_embeddings"],
+            norm_eps=config["rms_norm_eps"],
+            rope_theta=rope.get("rope_theta", config.get("rope_theta", _DEFAULT_ROPE_THETA)),
+            tie_embeddings=config.get("tie_word_embeddings", False),
+            init_std=config.get("initializer_range", 0.02),
+        )
+    except KeyError as error:
+        raise CheckpointError(Problem(f"{CONFIG}: {error.args[0]}", "(not given)", "is required")) from None
+    except ValueError as error:
+        raise CheckpointError(Problem(CONFIG, config, f"does not describe a model ({error})")) from None
+
+
+class HfReader:
+    """`Weights` of a Hugging Face folder, in the dtype of its files, which are memory-mapped.
+
+    Raises CheckpointError with every tensor that is missing, of another shape, or not LLaMA's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = _read_json(folder / CONFIG)
+        self.model = model_of(self.config)
+        self._files = self._open_files()
+        self._check_tensors()
+
+    def names(self) -> list[str]:
+        """Parameters of the model by megatron-core's names, in its order."""
+        return list(parameter_shapes(self.model))
+
+    def full(self, name: str) -> Tensor:
+        parts = tuple(self._files[part].get_tensor(part) for part in NAMES.parts(name))
+        return join(name, parts, self.model)
+
+    @property
+    def tokenizer_model(self) -> Path | None:
+        path = self.folder / TOKENIZER_MODEL
+        return path if path.is_file() else None
+
+    def _open_files(self) -> dict[str, Any]:
+        """Name of each tensor -> the open file that holds it."""
+        files = [SINGLE_FILE]
+        if (self.folder / INDEX).is_file():
+            files = sorted(set(_read_json(self.folder / INDEX).get("weight_map", {}).values()))
+        opened = {}
+        for file_name in files:
+            file = _open_tensors(self.folder / Path(str(file_name)).name)
+            opened.update(dict.fromkeys(file.keys(), file))
+        return opened
+
+    def _check_tensors(self) -> None:
+        expected = hf_shapes(self.model)
+        found = {name: torch.Size(file.get_slice(name).get_shape()) for name, file in self._files.items()}
+        problems = [
+            Problem("tensor", name, f"of {self.folder} is missing") for name in expected if name not in found
+        ]
+        problems += [
+            Problem("tensor", name, f"of {self.folder} is not a part of this model")
+            for name in found
+            if name not in expected
+        ]
+        problems += [
+            Problem("tensor", name, f"has shape {list(found[name])} where {list(shape)} is needed")
+            for name, shape in expected.items()
+            if found.get(name, shape) != shape
+        ]
+        if problems:
+            raise CheckpointError(problems)
+
+
+def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """BOS and EOS of the run's tokenizer. There is no padding token, as in LLaMA."""
+    bos = tokenizer.bos if tokenizer and tokenizer.bos >= 0 else None
+    return {"bos_token_id": bos, "eos_token_id": tokenizer.eod if tokenizer else None, "pad_token_id": None}
+
+
+def _index(shards: dict[str, dict[str, int]]) -> dict[str, Any]:
+    return {
+        "metadata": {"total_size": sum(sum(shard.values()) for shard in shards.values())},
+        "weight_map": {name: file_name for file_name, shard in shards.items() for name in shard},
+    }
+
+
+def _open_tensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(Problem("file", path, f"cannot be read ({error})")) from None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingInputError(Problem("file", path, "no such file")) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(Problem("file", path, f"cannot be read ({error})")) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(Problem("file", path, "must hold a JSON object"))
+    return content
