@@ -94,7 +94,9 @@ def train(
         check_run(run, ranks)
         if dry_run:
             from llama_mcore.plan.summary import describe_run
+            from llama_mcore.train.ds_config import deepspeed_config
 
+            deepspeed_config(run, ranks)
             typer.echo(describe_run(run, ranks))
             return
         from llama_mcore.train.signals import stop_signals

@@ -70,7 +70,9 @@ def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises MissingInputError if there is no such file and ConfigError with every problem of its content.
     """
     data = _read_yaml(_find_config(config))
-    for override in overrides:
+    for override in sorted(overrides, key=_is_preset, reverse=True):
+        if _is_preset(override):
+            data["model"] = {}  # a preset on the command line stands for the whole section
         _apply_override(data, override)
     _expand_preset(data)
     try:
@@ -86,7 +88,12 @@ def dump_run(run: RunConfig) -> str:
 
 def check_run(run: RunConfig, world_size: int) -> None:
     """Check what no section can check alone. Raises one ConfigError with all problems."""
-    problems = [*_check_model(run), *_check_parallel(run), *_check_batch(run, world_size), *_check_training(run)]
+    problems = [
+        *_check_model(run),
+        *_check_parallel(run),
+        *_check_batch(run, world_size),
+        *_check_training(run),
+    ]
     if problems:
         raise ConfigError(problems)
 
@@ -127,6 +134,10 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         value = text
     data.setdefault(section, {})[name] = value
+
+
+def _is_preset(override: str) -> bool:
+    return override.startswith("model.preset=")
 
 
 def _expand_preset(data: dict[str, Any]) -> None:
@@ -188,7 +199,9 @@ def _check_model(run: RunConfig) -> list[Problem]:
         )
     if model.head_dim % 2:
         problems.append(
-            Problem("model.head_dim", model.head_dim, "must be even", "rotary embedding turns pairs of channels")
+            Problem(
+                "model.head_dim", model.head_dim, "must be even", "rotary embedding turns pairs of channels"
+            )
         )
     return problems
 
@@ -204,7 +217,9 @@ def _check_parallel(run: RunConfig) -> list[Problem]:
     if run.parallel.sequence_parallel:
         split["model.seq_length"] = model.seq_length
     return [
-        Problem(field, value, f"must be divisible by parallel.tp = {tp}", f"choose tp from {_divisors(value)}")
+        Problem(
+            field, value, f"must be divisible by parallel.tp = {tp}", f"choose tp from {_divisors(value)}"
+        )
         for field, value in split.items()
         if value % tp
     ]
@@ -262,6 +277,8 @@ def _check_training(run: RunConfig) -> list[Problem]:
         )
     if run.eval.interval and run.data.valid is None:
         problems.append(
-            Problem("eval.interval", run.eval.interval, "needs held-out data", "set data.valid or eval.interval=0")
+            Problem(
+                "eval.interval", run.eval.interval, "needs held-out data", "set data.valid or eval.interval=0"
+            )
         )
     return problems

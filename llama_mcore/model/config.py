@@ -35,8 +35,10 @@ class ModelConfig(Section):
     layer: Literal["llama", "stock"] = "llama"
     """`llama`: our layer; `stock`: megatron-core's own, for comparison."""
     attention: Literal["auto", "reference", "sdpa"] = "auto"
-    recompute: Recompute = "none"
-    """What the backward computes again instead of keeping it from the forward."""
+    recompute: Recompute = "selective"
+    """What the backward computes again instead of keeping it from the forward. none: nothing, plain
+    autograd; selective: norms, rotations and the SwiGLU product, by the hand-written backward; full: the
+    whole layer."""
 
     @model_validator(mode="before")
     @classmethod

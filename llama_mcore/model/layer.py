@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from llama_mcore.model.attention import attention_backend
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.model.rope import rope, rope_table
+from llama_mcore.model.layer_function import AttentionHalf, AttentionShape, MlpHalf, rotated_qkv
 from llama_mcore.model.swiglu import swiglu
+from llama_mcore.parallel.overlap import TensorParallel
 
 
 @dataclass
@@ -49,6 +50,8 @@ class LlamaLayer(nn.Module, BaseTransformerLayer):
     ) -> None:
         super().__init__()
         self.layer_number = layer_number
+        self.by_hand = model.recompute != "none"
+        self.tp = TensorParallel(pg_collection.tp, config.sequence_parallel)
         norm = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
         inner = {"config": config, "model": model, "tp_group": pg_collection.tp}
         self.input_layernorm = build_module(submodules.input_layernorm, **norm)
@@ -56,14 +59,39 @@ class LlamaLayer(nn.Module, BaseTransformerLayer):
         self.pre_mlp_layernorm = build_module(submodules.pre_mlp_layernorm, **norm)
         self.mlp = build_module(submodules.mlp, **inner)
 
-    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
-        """[s, b, h] -> [s, b, h]; the second item is megatron-core's cross-attention context.
+    def __call__(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
+        """TransformerBlock names its arguments, and ZeRO-3's hooks only watch those without a name: they
+        would release the layer's weights before its backward. Of masks and rotary tables none is needed,
+        attention here is causal and rotates by itself."""
+        return super().__call__(hidden_states)
 
-        TransformerBlock also passes masks and rotary tables; attention here is causal and rotates itself.
-        """
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
+        """[s, b, h] -> [s, b, h]; the second item is megatron-core's cross-attention context."""
+        if self.by_hand:
+            return self._forward_by_hand(hidden_states), None
         hidden_states = hidden_states + self.self_attention(self.input_layernorm(hidden_states))
         hidden_states = hidden_states + self.mlp(self.pre_mlp_layernorm(hidden_states))
         return hidden_states, None
+
+    def _forward_by_hand(self, x: Tensor) -> Tensor:
+        """The same with the hand-written backward of layer_function.py."""
+        attention, mlp = self.self_attention, self.mlp
+        x = AttentionHalf.apply(
+            x,
+            self.input_layernorm.weight,
+            attention.linear_qkv.weight,
+            attention.linear_proj.weight,
+            attention.shape,
+            self.tp,
+        )
+        return MlpHalf.apply(
+            x,
+            self.pre_mlp_layernorm.weight,
+            mlp.linear_fc1.weight,
+            mlp.linear_fc2.weight,
+            self.pre_mlp_layernorm.eps,
+            self.tp,
+        )
 
 
 class LlamaAttention(nn.Module):
@@ -77,10 +105,13 @@ class LlamaAttention(nn.Module):
         tp_group: object,
     ) -> None:
         super().__init__()
-        self.head_dim = model.head_dim
-        self.heads_per_group = model.num_attention_heads // model.num_query_groups
-        self.rope_theta = model.rope_theta
-        self.attention = attention_backend(model.attention)
+        self.shape = AttentionShape(
+            norm_eps=model.norm_eps,
+            heads_per_group=model.num_attention_heads // model.num_query_groups,
+            head_dim=model.head_dim,
+            rope_theta=model.rope_theta,
+            backend=attention_backend(model.attention),
+        )
         width = model.num_attention_heads * model.head_dim
         self.linear_qkv = build_module(
             submodules.linear_qkv,
@@ -98,10 +129,8 @@ class LlamaAttention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv, _ = self.linear_qkv(x)  # [s, b, g * (n/g + 2) * d]
-        q, k, v = split_qkv(qkv, self.heads_per_group, self.head_dim)
-        cos, sin = rope_table(qkv.size(0), self.head_dim, self.rope_theta, qkv.device)
-        out = self.attention(rope(q, cos, sin), rope(k, cos, sin), v)  # [s, b, n, d]
+        qkv, _ = self.linear_qkv(x)  # [s, b, (n + 2g) d]
+        out = self.shape.backend.attend(*rotated_qkv(qkv, self.shape))  # [s, b, n, d]
         return self.linear_proj(out.flatten(2))[0]
 
 
@@ -124,17 +153,6 @@ class LlamaMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate_up, _ = self.linear_fc1(x)  # [s, b, 2f]
         return self.linear_fc2(swiglu(gate_up))[0]
-
-
-def split_qkv(qkv: Tensor, heads_per_group: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[s, b, g * (n/g + 2) * d] -> q [s, b, n, d], k [s, b, g, d], v [s, b, g, d].
-
-    megatron-core's layout: per key/value group its query heads, then k, then v.
-    """
-    s, b, _ = qkv.shape
-    grouped = qkv.view(s, b, -1, heads_per_group + 2, head_dim)
-    q = grouped[:, :, :, :heads_per_group].flatten(2, 3)
-    return q, grouped[:, :, :, -2], grouped[:, :, :, -1]
 
 
 def _linear(config: TransformerConfig, tp_group: object) -> dict[str, object]:

@@ -7,10 +7,31 @@ from torch import Tensor, nn
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., h], weight [h] -> [..., h] in x's dtype. The mean of squares is taken in fp32 (or wider)."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight
+    """x [..., h], weight [h] -> [..., h] in x's dtype. Statistics are fp32, or wider if x is."""
+    wide = _widen(x)
+    return (wide * _inverse_rms(wide, eps)).to(x.dtype) * weight
+
+
+def rmsnorm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients of x [..., h] and weight [h] from that of the output; statistics are computed again.
+
+    With r = 1/rms(x), n = x r and g = grad * weight:  dx = r (g - n mean(g n)),  dweight = sum(grad n).
+    """
+    wide = _widen(x)
+    inverse = _inverse_rms(wide, eps)
+    normed, wide_grad = wide * inverse, _widen(grad)
+    grad_weight = (wide_grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+    scaled = wide_grad * weight
+    projected = (scaled * normed).mean(-1, keepdim=True)
+    return ((scaled - normed * projected) * inverse).to(x.dtype), grad_weight
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _inverse_rms(wide: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
 
 
 class RMSNorm(nn.Module):

@@ -24,6 +24,11 @@ def rope_table(seq_length: int, head_dim: int, theta: float, device: torch.devic
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [s, b, n, d] by tables [s, 1, 1, d/2]. The products are fp32 or wider, the result in x's dtype."""
+    """Rotate x [s, b, n, d] by tables [s, 1, 1, d/2], in fp32 or wider; the result has x's dtype."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def rope_backward(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Gradient of the input: a rotation's transpose turns back."""
+    return rope(grad, cos, -sin)

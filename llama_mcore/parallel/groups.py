@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from llama_mcore.parallel.config import ParallelConfig
-from llama_mcore.parallel.device import communication_backend, select_device
+from llama_mcore.parallel.device import communication_backend, on_gpu, select_device
 from llama_mcore.parallel.mcore_cpu import patch_mcore_for_cpu
 
 TIMEOUT = timedelta(minutes=30)
@@ -41,9 +41,7 @@ def process_groups(parallel: ParallelConfig, seed: int) -> Iterator[Groups]:
     """
     device = select_device()
     _default_environment()
-    dist.init_process_group(
-        communication_backend(), timeout=TIMEOUT, device_id=device if device.type == "cuda" else None
-    )
+    dist.init_process_group(communication_backend(), timeout=TIMEOUT, device_id=device if on_gpu() else None)
     try:
         with model_parallel_groups(parallel, seed, device) as groups:
             yield groups

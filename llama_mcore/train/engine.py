@@ -4,10 +4,11 @@ import deepspeed
 import deepspeed.ops
 import torch
 from deepspeed import DeepSpeedEngine
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, set_z3_leaf_modules
 from torch import Tensor, nn
 
 from llama_mcore.config import RunConfig
+from llama_mcore.model.layer import LlamaLayer
 from llama_mcore.observe.log import prints_as_debug
 from llama_mcore.parallel.groups import Groups
 from llama_mcore.parallel.mpu import Mpu
@@ -20,6 +21,10 @@ __all__ = ["DeepSpeedEngine", "build_engine", "dtype_of", "full_fp32_weight"]
 def build_engine(model: nn.Module, run: RunConfig, groups: Groups) -> DeepSpeedEngine:
     """Wrap this rank's model; every rank of the job must call it."""
     _disable_shared_memory_op()
+    if run.zero.stage == 3:
+        # The hand-written backward uses a layer's weights without calling the modules that hold them, so
+        # stage 3 has to gather the layer as one.
+        set_z3_leaf_modules(model, [LlamaLayer], raise_if_not_found=False)
     with prints_as_debug():
         engine, *_ = deepspeed.initialize(
             model=model,

@@ -1,23 +1,18 @@
 """Causal attention by explicitly named backend.
 
-    S sequence, B micro-batch, N query heads on this rank, G key/value heads on this rank, D head width
-
-A backend is a function (q_SBND, k_SBGD, v_SBGD) -> [S, B, N, D]; it scales by 1/sqrt(D).
+S sequence, B micro-batch, N query heads on this rank, G key/value heads on this rank, D head width
 """
 
-from collections.abc import Callable
+from llama_mcore.model.attention.backend import AttentionBackend
+from llama_mcore.model.attention.reference import REFERENCE
+from llama_mcore.model.attention.sdpa import SDPA
 
-from torch import Tensor
+__all__ = ["BACKENDS", "AttentionBackend", "attention_backend"]
 
-from llama_mcore.model.attention.reference import reference_attention
-from llama_mcore.model.attention.sdpa import sdpa_attention
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-BACKENDS: dict[str, Attention] = {"reference": reference_attention, "sdpa": sdpa_attention}
+BACKENDS: dict[str, AttentionBackend] = {"reference": REFERENCE, "sdpa": SDPA}
 
 
-def attention_backend(name: str) -> Attention:
+def attention_backend(name: str) -> AttentionBackend:
     """The backend of that name. `auto` is torch's scaled_dot_product_attention, which has a fused kernel
     for every device that torch runs on."""
     return BACKENDS["sdpa" if name == "auto" else name]

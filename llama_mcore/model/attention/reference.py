@@ -3,13 +3,66 @@
 import torch
 from torch import Tensor
 
+from llama_mcore.model.attention.backend import AttentionBackend
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [s, b, n, d], k and v [s, b, g, d] -> [s, b, n, d]. Holds all n*s*s scores."""
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Holds all N * S * S scores."""
+    scores = _scores(q, k)
+    return _mix(scores.softmax(-1), v).to(q.dtype)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    scores = _scores(q, k)
+    log_sum_exp = scores.logsumexp(-1)  # [b, n, s]
+    return _mix((scores - log_sum_exp[..., None]).exp(), v).to(q.dtype), log_sum_exp
+
+
+def backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dao et al., 2022, appendix B.2: the weights come back from the log-sum-exp."""
+    heads_per_group = q.size(2) // k.size(2)
+    weights = (_scores(q, k) - log_sum_exp[..., None]).exp()
+    wide_grad = _widen(grad_out)
+    grad_v = torch.einsum("bnqk,qbnd->kbnd", weights, wide_grad)
+    grad_weights = torch.einsum("qbnd,kbnd->bnqk", wide_grad, _widen(_repeat(v, heads_per_group)))
+    row_sum = (wide_grad * _widen(out)).sum(-1).permute(1, 2, 0)[..., None]  # [b, n, s, 1]
+    grad_scores = weights * (grad_weights - row_sum) / q.size(-1) ** 0.5
+    grad_q = torch.einsum("bnqk,kbnd->qbnd", grad_scores, _widen(_repeat(k, heads_per_group)))
+    grad_k = torch.einsum("bnqk,qbnd->kbnd", grad_scores, _widen(q))
+    return (
+        grad_q.to(q.dtype),
+        _sum_groups(grad_k, heads_per_group).to(k.dtype),
+        _sum_groups(grad_v, heads_per_group).to(v.dtype),
+    )
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """Scaled scores [b, n, s, s] in fp32 or wider, the future at -inf."""
     s, _, n, d = q.shape
-    k, v = (x.repeat_interleave(n // x.size(2), dim=2) for x in (k, v))  # [s, b, n, d]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.einsum("qbnd,kbnd->bnqk", q.to(wide), k.to(wide)) / d**0.5
+    k = _repeat(k, n // k.size(2))
+    scores = torch.einsum("qbnd,kbnd->bnqk", _widen(q), _widen(k)) / d**0.5
     future = torch.ones(s, s, dtype=torch.bool, device=q.device).triu(1)
-    weights = scores.masked_fill(future, float("-inf")).softmax(-1)
-    return torch.einsum("bnqk,kbnd->qbnd", weights, v.to(wide)).to(q.dtype)
+    return scores.masked_fill(future, float("-inf"))
+
+
+def _mix(weights: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bnqk,kbnd->qbnd", weights, _widen(_repeat(v, weights.size(1) // v.size(2))))
+
+
+def _repeat(x: Tensor, heads_per_group: int) -> Tensor:
+    """[s, b, g, d] -> [s, b, n, d]."""
+    return x.repeat_interleave(heads_per_group, dim=2)
+
+
+def _sum_groups(grad: Tensor, heads_per_group: int) -> Tensor:
+    """[s, b, n, d] -> [s, b, g, d], the transpose of `_repeat`."""
+    return grad.unflatten(2, (-1, heads_per_group)).sum(3)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+REFERENCE = AttentionBackend(attend, forward, backward)

@@ -1,0 +1,183 @@
+"""The hand-written layer: its two halves as autograd.Functions that keep what is expensive and no more.
+
+    s sequence (s/tp outside the GEMMs under sequence parallelism), b micro-batch, h hidden,
+    n query heads, g key/value heads, d head width, f ffn, all of this rank
+
+Kept from the forward (LLaMA paper, section 2.4: "activations that are expensive to compute, such as the
+outputs of linear layers"):
+
+    attention   layer input [s, b, h], qkv before rope, attention output, its log-sum-exp
+    mlp         post-attention residual [s, b, h], fc1 output
+
+Computed again: norm outputs and their all-gathers, rotated q and k, the SwiGLU product. No GEMM is repeated.
+
+Each collective of the backward starts before a GEMM that does not need its result and is waited for after
+it: the gather of the output gradient runs beside recomputation, the gather of the norm output beside the
+data-gradient GEMMs, the reduction of the input gradient beside the weight-gradient GEMM.
+
+Assumed: no biases, no dropout, causal attention, fused qkv and gate|up in megatron-core's layout.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_mcore.model.attention import AttentionBackend
+from llama_mcore.model.rmsnorm import rmsnorm, rmsnorm_backward
+from llama_mcore.model.rope import rope, rope_backward, rope_table
+from llama_mcore.model.swiglu import swiglu, swiglu_backward
+from llama_mcore.parallel.overlap import TensorParallel
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What the attention half needs to know besides its tensors."""
+
+    norm_eps: float
+    heads_per_group: int
+    head_dim: int
+    rope_theta: float
+    backend: AttentionBackend
+
+
+class AttentionHalf(torch.autograd.Function):
+    """x + proj(attention(rope(qkv(norm(x)))))."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor,
+        qkv_weight: Tensor,
+        proj_weight: Tensor,
+        shape: AttentionShape,
+        tp: TensorParallel,
+    ) -> Tensor:
+        normed = tp.start_gather(rmsnorm(x, norm_weight, shape.norm_eps)).wait()
+        qkv = linear(normed, qkv_weight)  # [s, b, (n + 2g) d]
+        out, log_sum_exp = shape.backend.forward(*rotated_qkv(qkv, shape))
+        out = out.flatten(2)  # [s, b, n d]
+        partial = linear(out, proj_weight)
+        ctx.save_for_backward(x, qkv, out, log_sum_exp, norm_weight, qkv_weight, proj_weight)
+        ctx.shape, ctx.tp = shape, tp
+        return x + tp.start_reduce(partial).wait()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, qkv, out, log_sum_exp, norm_weight, qkv_weight, proj_weight = ctx.saved_tensors
+        shape, tp = ctx.shape, ctx.tp
+
+        gathering_grad = tp.start_gather(grad)
+        normed = rmsnorm(x, norm_weight, shape.norm_eps)
+        q, k, v = rotated_qkv(qkv, shape)
+        whole_grad = gathering_grad.wait()
+
+        gathering_normed = tp.start_gather(normed)
+        grad_out = linear_input_grad(whole_grad, proj_weight)
+        grad_proj = linear_weight_grad(whole_grad, out)
+        heads = (*out.shape[:2], -1, shape.head_dim)
+        grad_q, grad_k, grad_v = shape.backend.backward(
+            grad_out.view(heads), q, k, v, out.view(heads), log_sum_exp
+        )
+        grad_qkv = _unrotated(grad_q, grad_k, grad_v, shape)
+        grad_normed = linear_input_grad(grad_qkv, qkv_weight)
+        normed = gathering_normed.wait()
+
+        reducing = tp.start_reduce(grad_normed)
+        grad_qkv_weight = linear_weight_grad(grad_qkv, normed)
+        grad_x, grad_norm = rmsnorm_backward(reducing.wait(), x, norm_weight, shape.norm_eps)
+        summing = tp.start_replicated_sum(grad_norm)
+        grad_x += grad
+        return grad_x, summing.wait(), grad_qkv_weight, grad_proj, None, None
+
+
+class MlpHalf(torch.autograd.Function):
+    """x + fc2(swiglu(fc1(norm(x))))."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor,
+        fc1_weight: Tensor,
+        fc2_weight: Tensor,
+        norm_eps: float,
+        tp: TensorParallel,
+    ) -> Tensor:
+        normed = tp.start_gather(rmsnorm(x, norm_weight, norm_eps)).wait()
+        gate_up = linear(normed, fc1_weight)  # [s, b, 2f]
+        partial = linear(swiglu(gate_up), fc2_weight)
+        ctx.save_for_backward(x, gate_up, norm_weight, fc1_weight, fc2_weight)
+        ctx.norm_eps, ctx.tp = norm_eps, tp
+        return x + tp.start_reduce(partial).wait()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, gate_up, norm_weight, fc1_weight, fc2_weight = ctx.saved_tensors
+        norm_eps, tp = ctx.norm_eps, ctx.tp
+
+        gathering_grad = tp.start_gather(grad)
+        normed = rmsnorm(x, norm_weight, norm_eps)
+        product = swiglu(gate_up)
+        whole_grad = gathering_grad.wait()
+
+        gathering_normed = tp.start_gather(normed)
+        grad_product = linear_input_grad(whole_grad, fc2_weight)
+        grad_fc2 = linear_weight_grad(whole_grad, product)
+        grad_gate_up = swiglu_backward(grad_product, gate_up)
+        grad_normed = linear_input_grad(grad_gate_up, fc1_weight)
+        normed = gathering_normed.wait()
+
+        reducing = tp.start_reduce(grad_normed)
+        grad_fc1 = linear_weight_grad(grad_gate_up, normed)
+        grad_x, grad_norm = rmsnorm_backward(reducing.wait(), x, norm_weight, norm_eps)
+        summing = tp.start_replicated_sum(grad_norm)
+        grad_x += grad
+        return grad_x, summing.wait(), grad_fc1, grad_fc2, None, None
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [s, b, i], weight [o, i] -> [s, b, o]."""
+    return x @ weight.t()
+
+
+def linear_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad [s, b, o], weight [o, i] -> [s, b, i]."""
+    return grad @ weight
+
+
+def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    """grad [s, b, o], x [s, b, i] -> [o, i]."""
+    return grad.flatten(0, 1).t() @ x.flatten(0, 1)
+
+
+def split_qkv(qkv: Tensor, heads_per_group: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[s, b, (n + 2g) d] -> q [s, b, n, d], k [s, b, g, d], v [s, b, g, d].
+
+    megatron-core's layout: per key/value group its query heads, then k, then v.
+    """
+    grouped = qkv.unflatten(-1, (-1, heads_per_group + 2, head_dim))  # [s, b, g, n/g + 2, d]
+    return grouped[:, :, :, :-2].flatten(2, 3), grouped[:, :, :, -2], grouped[:, :, :, -1]
+
+
+def join_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The inverse of `split_qkv`."""
+    grouped = q.unflatten(2, (k.size(2), -1))  # [s, b, g, n/g, d]
+    return torch.cat((grouped, k[:, :, :, None], v[:, :, :, None]), dim=3).flatten(2)
+
+
+def rotated_qkv(qkv: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor, Tensor]:
+    """Fused qkv -> rotated q [s, b, n, d], rotated k [s, b, g, d], v [s, b, g, d]."""
+    q, k, v = split_qkv(qkv, shape.heads_per_group, shape.head_dim)
+    cos, sin = rope_table(qkv.size(0), shape.head_dim, shape.rope_theta, qkv.device)
+    return rope(q, cos, sin), rope(k, cos, sin), v
+
+
+def _unrotated(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, shape: AttentionShape) -> Tensor:
+    """Gradient of qkv from those of rotated q and k, and of v."""
+    cos, sin = rope_table(grad_q.size(0), shape.head_dim, shape.rope_theta, grad_q.device)
+    return join_qkv(rope_backward(grad_q, cos, sin), rope_backward(grad_k, cos, sin), grad_v)

@@ -1,0 +1,182 @@
+"""The whole product on this machine: raw text to a trained, resumed and exported LLaMA.
+
+    make demo        or, in the environment,        python tools/demo.py
+
+Every stage is a command of the product, printed before it runs. What it makes lies in runs/demo.
+"""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+DEMO = Path("runs/demo")
+TRAIN, UNINTERRUPTED = DEMO / "train", DEMO / "uninterrupted"
+VOCAB_SIZE = 4096
+LOSS_BOUND = 0.6 * math.log(VOCAB_SIZE)  # an untrained model has ln(vocabulary)
+COMPARED_STEPS = 20
+PROMPT = "def read(self, size):"
+SAVED = 75
+
+
+def main() -> None:
+    started = time.perf_counter()
+    shutil.rmtree(ROOT / DEMO, ignore_errors=True)
+    stages: list[tuple[str, Callable[[], str]]] = [
+        ("corpus", corpus),
+        ("tokenizer", tokenizer),
+        ("dataset", dataset),
+        ("training, stopped half-way by SIGTERM", train_and_stop),
+        ("training, resumed by the same command", resume),
+        ("the same run without interruption", compare_with_uninterrupted),
+        ("export to Hugging Face", export),
+        ("generation", generate),
+        ("picture", picture),
+    ]
+    for number, (title, stage) in enumerate(stages, 1):
+        say(f"\n[{number}/{len(stages)}] {title}")
+        stage_started = time.perf_counter()
+        result = stage()
+        say(f"      {result}  ({time.perf_counter() - stage_started:.0f} s)")
+    say(SUMMARY.format(minutes=(time.perf_counter() - started) / 60, demo=DEMO))
+
+
+def corpus() -> str:
+    run("tools/build_corpus.py", "--output-dir", DEMO / "corpus")
+    return f"text of this machine's Python in {DEMO}/corpus"
+
+
+def tokenizer() -> str:
+    model = DEMO / "tokenizer/tokenizer.model"
+    run(
+        "tools/train_tokenizer.py",
+        *("--input", DEMO / "corpus/train.jsonl", "--output", model, "--vocab-size", VOCAB_SIZE),
+    )
+    return f"SentencePiece BPE in {model}"
+
+
+def dataset() -> str:
+    for split in ("train", "valid"):
+        run(
+            "tools/preprocess_data.py",
+            *("--input", DEMO / f"corpus/{split}.jsonl"),
+            *("--tokenizer-model", DEMO / "tokenizer/tokenizer.model"),
+            *("--output-prefix", DEMO / f"data/{split}", "--workers", 2, "--append-eod"),
+        )
+    return f"megatron-core .bin and .idx in {DEMO}/data"
+
+
+def train_and_stop() -> str:
+    job = subprocess.Popen(echo(train_command()), cwd=ROOT)
+    while job.poll() is None and steps_done(TRAIN) < total_steps() // 2:
+        time.sleep(0.2)
+    job.send_signal(signal.SIGTERM)
+    check(job.wait() == SAVED, f"the stopped run exited with {job.returncode} instead of {SAVED}")
+    check(steps_done(TRAIN) < total_steps(), "the run had finished before it could be stopped")
+    return f"saved at step {steps_done(TRAIN)} of {total_steps()} and exited with {SAVED}"
+
+
+def resume() -> str:
+    execute(train_command())
+    steps = metrics(TRAIN)
+    loss = sum(step["loss"] for step in steps[-10:]) / 10
+    check(len(steps) == total_steps(), f"metrics.jsonl holds {len(steps)} steps instead of {total_steps()}")
+    check(loss < LOSS_BOUND, f"the training loss ended at {loss:.3f}, not below {LOSS_BOUND:.3f}")
+    return (
+        f"training loss {loss:.3f}, held-out loss {steps[-1]['valid_loss']:.3f}; "
+        f"bound {LOSS_BOUND:.3f} = 60 % of ln({VOCAB_SIZE})"
+    )
+
+
+def compare_with_uninterrupted() -> str:
+    execute(train_command(f"run.dir={UNINTERRUPTED}"))
+    resumed, whole = (
+        [step["loss"] for step in metrics(folder)[-COMPARED_STEPS:]] for folder in (TRAIN, UNINTERRUPTED)
+    )
+    check(resumed == whole, f"losses of the last {COMPARED_STEPS} steps differ:\n{resumed}\n{whole}")
+    return f"losses of the last {COMPARED_STEPS} steps are equal to the last bit"
+
+
+def export() -> str:
+    run("tools/convert_checkpoint.py", "--input", TRAIN, "--to", "hf", "--output", DEMO / "hf")
+    return f"loaded by transformers with the same logits; {DEMO}/hf"
+
+
+def generate() -> str:
+    run("tools/generate.py", "--checkpoint", DEMO / "hf", "--prompt", PROMPT, "--max-new-tokens", 60)
+    return "a continuation by six million parameters"
+
+
+def picture() -> str:
+    from llama_mcore.observe.report import loss_curve
+
+    loss_curve(ROOT / TRAIN / "metrics.jsonl", ROOT / DEMO / "loss.png")
+    return f"loss curve in {DEMO}/loss.png"
+
+
+def train_command(*overrides: str) -> list[object]:
+    """As one would type it; torchrun of llama-mcore, because torchrun's own hides the exit code."""
+    launcher = [sys.executable, "-m", "llama_mcore.cli", "torchrun", "--nproc-per-node", "2"]
+    return [*launcher, "tools/train.py", "--config", "tiny", "observe.log_interval=50", *overrides]
+
+
+def run(tool: str, *args: object) -> None:
+    execute([sys.executable, tool, *args])
+
+
+def execute(command: list[object]) -> None:
+    result = subprocess.run(echo(command), cwd=ROOT)
+    check(result.returncode == 0, f"the command exited with {result.returncode}")
+
+
+def echo(command: list[object]) -> list[str]:
+    """Print a command the way a person would type it."""
+    words = [str(word) for word in command]
+    shown = " ".join(["python", *words[1:]]).replace("python -m llama_mcore.cli", "llama-mcore")
+    say(f"      $ {shown}")
+    return words
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    path = ROOT / run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def steps_done(run_dir: Path) -> int:
+    path = ROOT / run_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def total_steps() -> int:
+    from llama_mcore.config import load_run
+
+    return load_run("tiny").train.steps
+
+
+def check(holds: bool, failure: str) -> None:
+    if not holds:
+        sys.exit(f"\ndemo failed: {failure}")
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+SUMMARY = """
+Done in {minutes:.1f} minutes. Where everything lies:
+  {demo}/corpus       text, one JSON document a line
+  {demo}/tokenizer    SentencePiece model
+  {demo}/data         token streams, megatron-core .bin and .idx
+  {demo}/train        config.yaml, metrics.jsonl, checkpoints, TensorBoard events
+  {demo}/hf           the model for transformers
+  {demo}/loss.png     loss curve
+"""
+
+if __name__ == "__main__":
+    main()
