@@ -1,0 +1,291 @@
+"""Export of a checkpoint that training wrote, at tp 2 with sequence parallelism and bf16 weights."""
+
+import json
+import shutil
+import stat
+from pathlib import Path
+
+import orjson
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from llama_mcore.checkpoint.convert import hf
+from llama_mcore.checkpoint.convert import verify as verify_module
+from llama_mcore.checkpoint.convert.hf import HfReader
+from llama_mcore.checkpoint.convert.names import HUGGING_FACE, NameTable
+from llama_mcore.checkpoint.convert.run import RECEIPT, convert
+from llama_mcore.checkpoint.convert.verify import Verification, same_bits, verify_hf
+from llama_mcore.checkpoint.layout import find_checkpoint
+from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.cli import app
+from llama_mcore.data.preprocess import preprocess
+from llama_mcore.data.tokenizer import Tokenizer, train_tokenizer
+from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, OutputError
+from llama_mcore.generate import generate
+from tests.distributed import ROOT, torchrun
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two real steps on this package's own sources."""
+    folder = tmp_path_factory.mktemp("run")
+    corpus, tokenizer = folder / "corpus.jsonl", folder / "tokenizer.model"
+    sources = sorted((ROOT / "llama_mcore").rglob("*.py"))
+    corpus.write_bytes(b"".join(orjson.dumps({"text": path.read_text()}) + b"\n" for path in sources))
+    train_tokenizer([corpus], tokenizer, vocab_size=500)
+    preprocess([corpus], tokenizer, folder / "train", json_keys=["text"], workers=1, append_eod=True)
+    settings = {
+        "run.dir": folder / "train",
+        "model.num_layers": 2,
+        "model.hidden_size": 64,
+        "model.num_attention_heads": 4,
+        "model.num_query_groups": 2,
+        "model.ffn_hidden_size": 176,
+        "model.vocab_size": 512,  # padded beyond the tokenizer
+        "model.seq_length": 64,
+        "data.train": folder / "train_text_document",
+        "data.valid": "null",
+        "data.tokenizer": tokenizer,
+        "train.steps": 2,
+        "train.micro_batch_size": 2,
+        "train.global_batch_size": 2,
+        "optim.warmup_steps": 1,
+        "eval.interval": 0,
+        "observe.tensorboard": "false",
+    }
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    torchrun(2, ROOT / "tools" / "train.py", "--config", "tiny", *overrides)
+    return folder / "train"
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job of one process; the variables that it sets do not outlive the test."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+
+
+@pytest.fixture(scope="module")
+def exported(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export to spoil copies of, written in several files."""
+    output = tmp_path_factory.mktemp("exported") / "hf"
+    convert(run_dir, output, verify=False, max_shard_bytes=50_000)
+    return output
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_export_is_verified_and_loads(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    output = tmp_path / "hf"
+    convert(run_dir, output, dtype=dtype)
+    line = capsys.readouterr().out
+    assert all(word in line for word in ("15 tensors bit by bit", "configuration", "tokenizer", "logits"))
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert (
+        str(model.dtype)
+        == {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}[dtype]
+    )
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == 2
+    assert model.config.bos_token_id == 1
+    reader = CheckpointReader(find_checkpoint(run_dir))
+    embedding = reader.full("embedding.word_embeddings.weight").to(model.dtype)
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+    assert json.loads((output / RECEIPT).read_text())["step"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_files_have_the_permissions_of_any_new_file(exported: Path) -> None:
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in exported.iterdir()}
+    (exported.parent / "new").touch()
+    assert modes == {stat.S_IMODE((exported.parent / "new").stat().st_mode)}
+
+
+def test_sharded_export_loads(exported: Path, run_dir: Path) -> None:
+    files = sorted(exported.glob("*.safetensors"))
+    assert len(files) > 3
+    index = json.loads((exported / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: path.name for path in files for name in load_file(path)}
+    assert index["metadata"]["total_size"] == sum(
+        t.nbytes for path in files for t in load_file(path).values()
+    )
+    result = verify(run_dir, exported)
+    assert not result.problems
+    assert not result.skipped
+
+
+def test_tokenizer_encodes_as_sentencepiece_does(exported: Path) -> None:
+    theirs = AutoTokenizer.from_pretrained(exported)
+    ours = Tokenizer(exported / "tokenizer.model")
+    sources = [path.read_text() for path in sorted((ROOT / "llama_mcore").rglob("*.py"))]
+    fragments = [text[start : start + 97] for text in sources for start in range(0, len(text), 89)]
+    strange = [" a", "  a", "\n", "1234 5", "<s></s><unk><0x0A>", "\u2581", "\u6f22 \U0001f642", "\u0000"]
+    for text in sources + fragments + strange:
+        assert theirs.encode(text) == ours.encode(text)
+        assert theirs.decode(ours.encode(text)) == ours.decode(ours.encode(text))
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos, ours.eod)
+    assert theirs.model_max_length == 64
+
+
+def test_export_is_replaced_by_the_next(run_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "hf"
+    convert(run_dir, output, verify=False, max_shard_bytes=50_000)
+    convert(run_dir, output, verify=False)
+    assert [path.name for path in output.glob("*.safetensors")] == ["model.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_run_and_export_generate_the_same(run_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "hf"
+    convert(run_dir, output, dtype="fp32", verify=False)
+    texts = [generate(path, "def main", max_new_tokens=12, seed=7) for path in (run_dir, output)]
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("def main")
+    assert len(texts[0]) > len("def main")
+
+
+def spoil_tensor(folder: Path, name: str, change) -> None:
+    path = next(path for path in folder.glob("*.safetensors") if name in load_file(path))
+    tensors = load_file(path)
+    tensors[name] = change(tensors[name])
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def spoil_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def flip_lowest_bit(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.view(torch.int16).view(-1)[5] ^= 1
+    return tensor
+
+
+QUERY, GATE = "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.gate_proj.weight"
+FAULTS = {
+    "one bit": (lambda folder: spoil_tensor(folder, QUERY, flip_lowest_bit), "layers.1.self_attention"),
+    "shape": (lambda folder: spoil_tensor(folder, GATE, lambda t: t[:-1].clone()), "has shape [175, 64]"),
+    "theta": (lambda folder: spoil_config(folder, rope_parameters={"rope_theta": 2e4}), "rope_theta"),
+    "eps": (lambda folder: spoil_config(folder, rms_norm_eps=1e-5), "norm_eps = 1e-05"),
+    "tied": (lambda folder: spoil_config(folder, tie_word_embeddings=True), "lm_head.weight"),
+    "scaling": (lambda folder: spoil_config(folder, rope_parameters={"rope_type": "llama3"}), "rope_type"),
+    "other model": (lambda folder: spoil_config(folder, model_type="gpt2"), "model_type"),
+    "file gone": (lambda folder: next(folder.glob("*-00002-*")).unlink(), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_verification_finds(fault: str, run_dir: Path, exported: Path, tmp_path: Path) -> None:
+    spoil, expected = FAULTS[fault]
+    spoiled = Path(shutil.copytree(exported, tmp_path / "spoiled"))
+    spoil(spoiled)
+    problems = verify(run_dir, spoiled).problems
+    assert any(expected in str(problem) for problem in problems), problems
+
+
+def test_verification_finds_what_only_running_the_model_shows(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writer and reader that agree on a wrong table, gate and up exchanged: every tensor reads back equal."""
+    pattern = "decoder.layers.{}.mlp.linear_fc1.weight"
+    wrong = HUGGING_FACE | {pattern: HUGGING_FACE[pattern][::-1]}
+    monkeypatch.setattr(hf, "NAMES", NameTable(wrong))
+    output = tmp_path / "hf"
+    with pytest.raises(CheckpointError, match="relative error of the logits"):
+        convert(run_dir, output)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf.unverified"]
+    monkeypatch.undo()
+    convert(run_dir, output)
+    assert HfReader(output).model == CheckpointReader(find_checkpoint(run_dir)).model
+
+
+def test_verification_says_what_it_left_out(
+    run_dir: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_module, "find_spec", lambda name: None)
+    result = verify(run_dir, exported)
+    assert not result.problems
+    assert "llama-mcore[hf]" in str(result)
+    assert "greedy" not in str(result)
+
+
+def test_bits_are_compared_not_values() -> None:
+    zero, nan = torch.zeros(3), torch.full((3,), float("nan"))
+    assert same_bits(zero, zero.clone())
+    assert not same_bits(zero, -zero)
+    assert same_bits(nan, nan.clone())
+    assert not same_bits(zero, zero.bfloat16())
+    assert not same_bits(zero, zero[None])
+
+
+def test_weights_beyond_fp16_are_refused(run_dir: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(find_checkpoint(run_dir), tmp_path / "step-00000002"))
+    path = copied / "rank-00000.safetensors"
+    tensors = load_file(path)
+    name = next(key for key in tensors if key.startswith("weight/decoder.final_layernorm"))
+    tensors[name][0] = 1e5
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"decoder\.final_layernorm\.weight.*float16.*bf16"):
+        convert(copied, tmp_path / "hf", dtype="fp16")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+    convert(copied, tmp_path / "hf", dtype="bf16")
+
+
+def test_all_unknown_choices_are_named(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        convert(run_dir, tmp_path / "hf", target="gguf", dtype="int8")
+    assert [problem.value for problem in caught.value.problems] == ["gguf", "int8"]
+
+
+def test_missing_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match="no complete checkpoint"):
+        convert(tmp_path / "nothing", tmp_path / "hf")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_damaged_rank_file(run_dir: Path, tmp_path: Path, damage: str) -> None:
+    copied = Path(shutil.copytree(find_checkpoint(run_dir), tmp_path / "step-00000002"))
+    path = copied / "rank-00001.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    result = CliRunner().invoke(app, ["convert", "--input", str(copied), "--output", str(tmp_path / "hf")])
+    assert result.exit_code == CheckpointError.exit_code
+    assert "rank-00001.safetensors: cannot be read" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_tokenizer_of_the_run_is_gone(run_dir: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(find_checkpoint(run_dir), tmp_path / "step-00000002"))
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["config"]["data"]["tokenizer"] = "elsewhere/tokenizer.model"
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(MissingInputError, match=r"data\.tokenizer = elsewhere/tokenizer\.model"):
+        convert(copied, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("taken", ["hf", "hf.tmp", "hf.unverified"])
+def test_what_convert_did_not_write_stays(run_dir: Path, tmp_path: Path, taken: str) -> None:
+    (tmp_path / taken).mkdir()
+    (tmp_path / taken / "thesis.txt").write_text("irreplaceable")
+    with pytest.raises(OutputError, match="not written by convert"):
+        convert(run_dir, tmp_path / "hf")
+    assert (tmp_path / taken / "thesis.txt").read_text() == "irreplaceable"
+
+
+def test_output_that_is_a_file_or_lies_in_one(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "hf"):
+        with pytest.raises(OutputError):
+            convert(run_dir, output)
+
+
+def verify(run_dir: Path, folder: Path) -> Verification:
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    return verify_hf(CheckpointReader(find_checkpoint(run_dir)), folder, torch.bfloat16, tokenizer)

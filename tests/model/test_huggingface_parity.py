@@ -1,0 +1,136 @@
+"""Our model and transformers' LlamaForCausalLM compute the same from the same random weights.
+
+The weights travel as a user's would: written by write_hf, read by from_pretrained and by HfReader.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from llama_mcore.checkpoint.convert.hf import NAMES, HfReader, write_hf
+from llama_mcore.checkpoint.convert.tensors import split
+from llama_mcore.checkpoint.convert.verify import relative_error
+from llama_mcore.checkpoint.convert.weights import loaded_model
+from llama_mcore.model.config import ModelConfig
+from llama_mcore.model.shapes import parameter_shapes
+
+# fp32 rounds by 6e-8; sums of some hundred products stay two orders of magnitude below this.
+TOLERANCE = 1e-5
+
+MODELS = {
+    "multi-head": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 176},
+    "grouped-query": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 8, "num_query_groups": 2},
+    "multi-query": {"num_layers": 1, "hidden_size": 48, "num_attention_heads": 6, "num_query_groups": 1},
+    "odd-sizes": {"num_layers": 3, "hidden_size": 96, "num_attention_heads": 3, "ffn_hidden_size": 112},
+    "own-head-dim": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "head_dim": 24},
+    "tied": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "tie_embeddings": True},
+    "other-theta-and-eps": {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "rope_theta": 500.0,
+        "norm_eps": 1e-2,
+    },
+}
+
+
+class RandomWeights:
+    """Weights, norms included, large enough that every part of the model shows in the logits."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.model = model
+        generator = torch.Generator().manual_seed(1)
+        self._tensors = {
+            name: torch.randn(shape, generator=generator) * (0.3 if len(shape) == 1 else shape[-1] ** -0.5)
+            for name, shape in parameter_shapes(model).items()
+        }
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def full(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job of one process; the variables that it sets do not outlive the test."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+
+
+@pytest.fixture(params=MODELS)
+def weights(request: pytest.FixtureRequest) -> RandomWeights:
+    return RandomWeights(ModelConfig(vocab_size=131, seq_length=33, **MODELS[request.param]))
+
+
+@pytest.fixture
+def folder(weights: RandomWeights, tmp_path: Path) -> Path:
+    write_hf(weights, tmp_path, torch.float32)
+    return tmp_path
+
+
+def test_logits_and_gradients(weights: RandomWeights, folder: Path) -> None:
+    theirs = load_theirs(folder)
+    with loaded_model(HfReader(folder)) as ours:
+        for length in (1, 7, 33):
+            tokens, labels = batch(weights.model, length)
+            our_logits = ours(tokens, None, None)
+            their_logits = theirs(tokens, use_cache=False).logits
+            assert relative_error(our_logits, their_logits) < TOLERANCE
+
+            ours.zero_grad()
+            theirs.zero_grad()
+            ours(tokens, None, None, labels=labels).mean().backward()
+            F.cross_entropy(their_logits.flatten(0, 1), labels.flatten()).backward()
+            their_gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+            for name, gradient in hf_gradients(ours, weights.model):
+                expected = their_gradients.pop(name)
+                # with one position softmax is constant: these gradients are zero
+                if length == 1 and ("q_proj" in name or "k_proj" in name):
+                    assert gradient.abs().max() < 1e-8
+                else:
+                    assert relative_error(gradient, expected) < TOLERANCE, name
+            assert not their_gradients
+
+
+def test_the_comparison_sees_a_wrong_setting(weights: RandomWeights, folder: Path) -> None:
+    """Theta and eps are the ones that conversions lose; no tensor shows it."""
+    theirs = load_theirs(folder)
+    tokens, _ = batch(weights.model, 33)
+    expected = theirs(tokens, use_cache=False).logits
+    for field in ("rope_theta", "norm_eps"):
+        reader = HfReader(folder)
+        reader.model = reader.model.model_copy(update={field: 10 * getattr(reader.model, field)})
+        with loaded_model(reader) as ours, torch.no_grad():
+            assert relative_error(ours(tokens, None, None), expected) > 10 * TOLERANCE, field
+
+
+def test_what_was_written_reads_back(weights: RandomWeights, folder: Path) -> None:
+    reader = HfReader(folder)
+    assert reader.model == weights.model
+    assert reader.names() == weights.names()
+    assert all(torch.equal(reader.full(name), weights.full(name)) for name in weights.names())
+
+
+def load_theirs(folder: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def batch(model: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    tokens = torch.randint(model.vocab_size, (3, length + 1), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def hf_gradients(ours: torch.nn.Module, model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Gradients come apart as their weights do."""
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None
+        yield from zip(NAMES.parts(name), split(name, parameter.grad, model), strict=True)
