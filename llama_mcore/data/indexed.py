@@ -13,6 +13,7 @@ writes. Reading takes any layout of it whose sequences lie in the .bin one after
 megatron or torch.
 """
 
+import os
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -160,7 +161,9 @@ class IndexedDataset:
         return np.memmap(idx_path(self.prefix), dtype=dtype, mode="r", offset=offset, shape=(count,))
 
     def _check_files_exist(self) -> None:
-        missing = [path for path in (idx_path(self.prefix), bin_path(self.prefix)) if not path.is_file()]
+        missing = [
+            path for path in (idx_path(self.prefix), bin_path(self.prefix)) if not os.path.isfile(path)
+        ]
         if missing:
             remedy = "make it with tools/preprocess_data.py; a dataset is named without .bin and .idx"
             raise MissingInputError([Problem("dataset", path, "no such file", remedy) for path in missing])

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -139,7 +139,8 @@ def _map_in_order(
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
         for batch in batches:
-            pending.append(pool.submit(encode, batch))
+            with _interrupts_held_back():
+                pending.append(pool.submit(encode, batch))
             if len(pending) == workers * _BATCHES_IN_FLIGHT:
                 yield pending.popleft().result()
         while pending:
@@ -151,9 +152,18 @@ def _map_in_order(
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """`submit` starts workers: they inherit the mask and leave Ctrl-C to the parent from the start."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker() -> None:
-    """Workers leave Ctrl-C to the parent and end with it, even if it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Workers end with the parent, even if it is killed."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

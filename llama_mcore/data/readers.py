@@ -3,6 +3,7 @@
 An unusable line is an error that names file and line; nothing is dropped silently.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,10 +45,11 @@ class Record:
 
 def check_inputs(paths: Sequence[Path]) -> int:
     """Bytes in all input files. MissingInputError names every one that is not a readable file."""
-    problems = [Problem("input", path, "is a folder, not a file") for path in paths if path.is_dir()]
-    problems += [
-        Problem("input", path, "no such file", "check the path") for path in paths if not path.exists()
-    ]
+    # Unlike pathlib, os.path answers for names that the system refuses: too long, in a closed folder.
+    folders = [path for path in paths if os.path.isdir(path)]
+    absent = [path for path in paths if not os.path.exists(path)]
+    problems = [Problem("input", path, "is a folder, not a file") for path in folders]
+    problems += [Problem("input", path, "no such file", "check the path") for path in absent]
     if not paths:
         problems.append(Problem("input", "(none)", "needs at least one file"))
     if problems:

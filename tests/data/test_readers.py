@@ -51,9 +51,9 @@ def test_missing_key_names_the_keys_that_are_there(tmp_path: Path) -> None:
 
 def test_every_missing_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError) as error:
-        check_inputs([tmp_path / "no.jsonl", tmp_path, tmp_path / "none.jsonl"])
+        check_inputs([tmp_path / "no.jsonl", tmp_path, tmp_path / ("x" * 300)])
     assert {str(problem.value) for problem in error.value.problems} == {
         str(tmp_path / "no.jsonl"),
         str(tmp_path),
-        str(tmp_path / "none.jsonl"),
+        str(tmp_path / ("x" * 300)),
     }
