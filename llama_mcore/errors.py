@@ -39,6 +39,10 @@ class UserError(Exception):
         self.problems = [problems] if isinstance(problems, Problem) else list(problems)
         super().__init__(self.message())
 
+    def __reduce__(self) -> tuple[type["UserError"], tuple[list[Problem]]]:
+        """Ranks tell each other what failed, so an error must survive the way with its problems."""
+        return type(self), (self.problems,)
+
     def message(self) -> str:
         if len(self.problems) == 1:
             return f"{self.title}: {self.problems[0]}"

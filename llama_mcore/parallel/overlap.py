@@ -50,7 +50,7 @@ class TensorParallel:
         return Pending(part, dist.reduce_scatter_tensor(part, x, group=self.group, async_op=True))
 
     def start_replicated_sum(self, gradient: Tensor) -> Pending:
-        """Sum, in place, the gradient of a replicated weight that saw only this rank's part of the sequence."""
+        """Sum, in place, the gradient of a replicated weight; each rank saw its part of the sequence."""
         if not self.sequence_parallel:
             return Pending(gradient)
         return Pending(gradient, dist.all_reduce(gradient, group=self.group, async_op=True))
