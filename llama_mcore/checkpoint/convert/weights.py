@@ -2,17 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama_mcore.errors import CheckpointError, Problem
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.parallel.config import ParallelConfig
-
-if TYPE_CHECKING:
-    from megatron.core.models.gpt import GPTModel
 
 
 class Weights(Protocol):
@@ -51,8 +48,8 @@ class Rounded:
 
 
 @contextmanager
-def loaded_model(weights: Weights) -> "Iterator[GPTModel]":
-    """Our model in fp32 with these weights, in this process alone, for as long as the context lasts."""
+def loaded_model(weights: Weights) -> Iterator[nn.Module]:
+    """Our GPTModel in fp32 with these weights, in this process alone, for as long as the context lasts."""
     from llama_mcore.model.build import build_model
     from llama_mcore.parallel.groups import process_groups
 
