@@ -42,8 +42,8 @@ LIBRARY_BORDERS = {
     "deepspeed": ("train.engine", "checkpoint."),
 }
 
-# Arithmetic that works on any device and in one process.
-MODEL_MATHS = ("model.rope", "model.swiglu", "model.attention", "model.layer_function")
+# Arithmetic that works on any device and in one process. layer_function is given its collectives.
+MODEL_MATHS = ("model.rope", "model.swiglu", "model.attention")
 DEVICE_FILES = ("parallel.device", "parallel.mcore_cpu")
 WITHOUT_TORCH = (*sorted(CONFIGS), "errors", "section", "config", "cli", "plan.memory", "plan.summary")
 

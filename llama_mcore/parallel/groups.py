@@ -40,8 +40,7 @@ def process_groups(parallel: ParallelConfig, seed: int) -> Iterator[Groups]:
     last collective); leaving with one does not, since the others may never come.
     """
     device = select_device()
-    _default_environment()
-    dist.init_process_group(communication_backend(), timeout=TIMEOUT, device_id=device if on_gpu() else None)
+    _join_world(device if on_gpu() else None)
     try:
         with model_parallel_groups(parallel, seed, device) as groups:
             yield groups
@@ -71,10 +70,10 @@ def model_parallel_groups(parallel: ParallelConfig, seed: int, device: torch.dev
         parallel_state.destroy_model_parallel()
 
 
-def _default_environment() -> None:
-    """What torchrun would have set for a single process."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_ADDR", "localhost")
-    # Port 0 lets the operating system choose; only a job of one process may do so.
-    os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
+def _join_world(gpu: torch.device | None) -> None:
+    if "RANK" in os.environ:
+        dist.init_process_group(communication_backend(), timeout=TIMEOUT, device_id=gpu)
+    else:
+        dist.init_process_group(
+            communication_backend(), store=dist.HashStore(), rank=0, world_size=1, device_id=gpu
+        )

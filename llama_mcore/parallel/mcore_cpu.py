@@ -4,7 +4,10 @@ megatron-core has no device setting: it names CUDA in the places below. Nothing 
 and tests/parallel/test_mcore_cpu.py goes red for each patch that upstream stops needing.
 """
 
+from functools import lru_cache
+
 import torch
+from megatron.core.fusions import fused_softmax
 from megatron.core.tensor_parallel import random as mcore_random
 
 from llama_mcore.parallel.device import on_gpu
@@ -21,6 +24,7 @@ def patch_mcore_for_cpu(seed: int) -> None:
     allocate_on_cpu()
     use_rng_tracker_without_cuda(seed)
     skip_cuda_rng_in_recompute()
+    mask_on_cpu()
 
 
 def allocate_on_cpu() -> None:
@@ -39,6 +43,17 @@ def skip_cuda_rng_in_recompute() -> None:
     """`random.py:444` reads the CUDA generator around each recomputed layer."""
     mcore_random._get_cuda_rng_state = _no_state
     mcore_random._set_cuda_rng_state = _ignore_state
+
+
+def mask_on_cpu() -> None:
+    """`transformer/utils.py:35` makes the causal mask of the stock attention on "cuda"."""
+    fused_softmax.get_default_causal_mask = _causal_mask
+
+
+@lru_cache(maxsize=8)
+def _causal_mask(length: int) -> torch.Tensor:
+    """[s, s], True where attention may not look."""
+    return torch.ones(length, length, dtype=torch.bool).triu(1)
 
 
 def _cpu() -> torch.device:

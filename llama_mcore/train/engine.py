@@ -1,5 +1,7 @@
 """The DeepSpeed engine: ZeRO over our model, our optimizer and our groups."""
 
+import os
+
 import deepspeed
 import deepspeed.ops
 import torch
@@ -21,6 +23,7 @@ __all__ = ["DeepSpeedEngine", "build_engine", "dtype_of", "full_fp32_weight"]
 def build_engine(model: nn.Module, run: RunConfig, groups: Groups) -> DeepSpeedEngine:
     """Wrap this rank's model; every rank of the job must call it."""
     _disable_shared_memory_op()
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists, also for a process started by hand
     if run.zero.stage == 3:
         # The hand-written backward uses a layer's weights without calling the modules that hold them, so
         # stage 3 has to gather the layer as one.
