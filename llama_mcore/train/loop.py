@@ -1,22 +1,23 @@
 """The story of a run: set up, resume, step, report, evaluate, save, stop."""
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from llama_mcore.checkpoint.layout import complete_checkpoints
+from llama_mcore.checkpoint.layout import checkpoints_dir, complete_checkpoints
 from llama_mcore.checkpoint.load import check_same_model, load_checkpoint
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.checkpoint.save import save_checkpoint
 from llama_mcore.config import RunConfig, dump_run
 from llama_mcore.data.dataset import WindowDataset
-from llama_mcore.data.loader import MicroBatches, eval_batches
+from llama_mcore.data.loader import MicroBatch, MicroBatches, eval_batches
 from llama_mcore.errors import EXIT_SAVED, OutputError, Problem, UserError
 from llama_mcore.model.build import build_model
 from llama_mcore.observe.log import get_logger, setup_logging
@@ -52,11 +53,11 @@ def train(run: RunConfig, stop: StopRequest) -> int:
     with process_groups(run.parallel, run.run.seed) as groups:
         setup_logging(groups.rank)
         job = setup(run, groups)
-        with _sinks(job) as sinks, _batches(job) as batches:
+        with ExitStack() as stack:
+            sinks = _together(groups, lambda: stack.enter_context(_sinks(job)))
+            batches = stack.enter_context(_batches(job))
             while job.state.step < run.train.steps:
-                report = _step(job, batches)
-                if sinks:
-                    sinks.write(report)
+                _write(job, sinks, _step(job, batches))
                 stopping = _any_rank(stop.received is not None, groups)
                 if stopping or _save_is_due(job):
                     save(job)
@@ -71,7 +72,7 @@ def setup(run: RunConfig, groups: Groups) -> Job:
     What can fail for the user's reasons comes first and fails on all ranks together.
     """
     _together(groups, lambda: _prepare_run_dir(run) if groups.rank == 0 else None)
-    train_data, valid_data = _together(groups, lambda: _open_data(run))
+    train_data, valid_data = _together(groups, lambda: _open_data(run, groups))
     reader = _together(groups, lambda: _find_resume(run))
     model = build_model(run.model, run.parallel, groups, dtype_of(run), run.run.seed)
     engine = build_engine(model, run, groups)
@@ -97,8 +98,10 @@ def _step(job: Job, batches: MicroBatches) -> StepReport:
     """Train one step, evaluate if that is due, and advance the state."""
     run, groups, step = job.run, job.groups, job.state.step + 1
     lr = learning_rate(step, run.train.steps, run.optim)
+    accumulation = run.accumulation_steps(groups.world_size)
     started = time.perf_counter()
-    result = train_step(job.engine, batches, run.accumulation_steps(groups.world_size), lr, groups)
+    micro_batches = _together(groups, lambda: list(islice(batches, accumulation)))
+    result = train_step(job.engine, iter(micro_batches), accumulation, lr, groups)
     synchronize()
     seconds = time.perf_counter() - started
     job.state = TrainState(step, job.state.consumed_samples + run.train.global_batch_size)
@@ -121,19 +124,28 @@ def _report(job: Job, result: StepResult, lr: float, seconds: float, valid_loss:
     )
 
 
+def _write(job: Job, sinks: MetricSinks | None, report: StepReport) -> None:
+    """Report a step on rank 0; if that fails, stop all ranks."""
+    _together(job.groups, lambda: sinks.write(report) if sinks else None)
+
+
 def _evaluate(job: Job) -> float | None:
-    if job.valid_data is None:
+    valid_data = job.valid_data
+    if valid_data is None:
         return None
-    run, groups = job.run, job.groups
-    batches = eval_batches(
-        job.valid_data,
+    batches = _together(job.groups, lambda: list(_eval_batches(job.run, job.groups, valid_data)))
+    return evaluate(job.engine, batches, job.groups)
+
+
+def _eval_batches(run: RunConfig, groups: Groups, valid_data: WindowDataset) -> Iterator[MicroBatch]:
+    return eval_batches(
+        valid_data,
         micro_batch_size=run.train.micro_batch_size,
         global_batch_size=run.train.global_batch_size,
         num_batches=run.eval.batches,
         dp_rank=groups.dp_rank,
         dp_size=groups.dp_size,
     )
-    return evaluate(job.engine, batches, groups)
 
 
 def _eval_is_due(job: Job) -> bool:
@@ -180,7 +192,7 @@ def _prepare_run_dir(run: RunConfig) -> None:
     """Create the run's folder and write down what runs there."""
     run_dir = Path(run.run.dir)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        checkpoints_dir(run_dir).mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(dump_run(run), encoding="utf-8")
     except OSError as error:
         raise OutputError(
@@ -188,9 +200,11 @@ def _prepare_run_dir(run: RunConfig) -> None:
         ) from None
 
 
-def _open_data(run: RunConfig) -> tuple[WindowDataset, WindowDataset | None]:
+def _open_data(run: RunConfig, groups: Groups) -> tuple[WindowDataset, WindowDataset | None]:
     length, vocab = run.model.seq_length, run.model.vocab_size
     valid = WindowDataset(run.data.valid, length, vocab) if run.data.valid else None
+    if valid:
+        _eval_batches(run, groups, valid)  # refuses too little data now rather than at the first evaluation
     return WindowDataset(run.data.train, length, vocab), valid
 
 
@@ -218,17 +232,20 @@ def _announce(run: RunConfig, groups: Groups) -> None:
 
 
 def _together(groups: Groups, action: Callable[[], T]) -> T:
-    """Run `action` on every rank; if it fails on any for a reason of the user's, raise that on all."""
+    """Run `action` on every rank; if it fails on any for a reason of the user's, raise that on all.
+
+    A rank that left alone would break the others' next collective and hide its reason behind theirs.
+    """
     result, failure = None, None
     try:
         result = action()
     except UserError as error:
         failure = error
-    failures: list[UserError | None] = [None] * groups.world_size
-    dist.all_gather_object(failures, failure)
-    found = next((error for error in failures if error), None)
-    if found:
-        raise found
+    if _any_rank(failure is not None, groups):
+        failures: list[tuple[type[UserError], list[Problem]] | None] = [None] * groups.world_size
+        dist.all_gather_object(failures, failure and (type(failure), failure.problems))
+        kind, problems = next(found for found in failures if found)
+        raise failure or kind(problems)
     return cast(T, result)
 
 
