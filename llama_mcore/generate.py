@@ -48,7 +48,7 @@ def generate(
     with loaded_model(weights) as model, torch.no_grad():
         device = next(model.parameters()).device
         for _ in range(min(max_new_tokens, room)):
-            logits = model(torch.tensor([ids], device=device), None, None)[0, -1]
+            logits = model(torch.tensor([ids], device=device))[0, -1]
             # a model's vocabulary may be padded beyond the tokenizer's
             ids.append(sample(logits.cpu()[: tokenizer.vocab_size], temperature, top_p, generator))
             if ids[-1] == tokenizer.eod:

@@ -2,10 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
 from llama_mcore.model.config import ModelConfig
+from llama_mcore.model.gpt import LlamaModel
 from llama_mcore.model.init import init_weights
 from llama_mcore.model.sharding import mark_tensor_parallel
 from llama_mcore.model.spec import block_spec
@@ -16,21 +16,24 @@ from llama_mcore.parallel.groups import Groups
 
 def build_model(
     model: ModelConfig, parallel: ParallelConfig, groups: Groups, dtype: torch.dtype, seed: int
-) -> GPTModel:
+) -> LlamaModel:
     """This rank's shard of the model on its device, initialised from `seed`.
 
-    Called with tokens [b, s], position_ids None, attention_mask None it gives logits [b, s, vocab/tp]; with
-    labels [b, s] too, the loss of each token [b, s] in fp32.
+    Called with tokens [b, s] it gives this rank's logits [b, s, vocab/tp]; with labels [b, s] the mean loss.
     """
-    gpt = GPTModel(
+    stock = model.layer == "stock"
+    gpt = LlamaModel(
+        fused_loss=not stock,
         config=transformer_config(model, parallel, dtype),
         transformer_layer_spec=block_spec(model),
         vocab_size=model.vocab_size,
         max_sequence_length=model.seq_length,
         share_embeddings_and_output_weights=model.tie_embeddings,
         # our layer rotates by itself
-        position_embedding_type="rope" if model.layer == "stock" else "none",
+        position_embedding_type="rope" if stock else "none",
         rotary_base=model.rope_theta,
+        rope_scaling=model.rope_scaling is not None,
+        rope_scaling_factor=model.rope_scaling.factor if model.rope_scaling else 1.0,
     ).to(groups.device)
     mark_tensor_parallel(gpt)
     init_weights(gpt, model, seed, groups.tp_rank, groups.tp_size)

@@ -1,13 +1,23 @@
 """The shape of a LLaMA and its presets. Pure Python: `--dry-run` and the planner read it without torch."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from llama_mcore.section import Section
 
 Recompute = Literal["none", "selective", "full"]
+
+
+class RopeScaling(Section):
+    """Llama 3.1's stretching of the rotary frequencies for contexts longer than it was first trained on."""
+
+    factor: float = Field(default=8.0, ge=1)
+    """Frequencies too slow to turn once within the original context are divided by this."""
+    low_freq_factor: float = Field(default=1.0, gt=0)
+    high_freq_factor: float = Field(default=4.0, gt=0)
+    original_seq_length: int = Field(default=8192, ge=1)
 
 
 class ModelConfig(Section):
@@ -27,7 +37,9 @@ class ModelConfig(Section):
     """Tokens in one training sample."""
     norm_eps: float = Field(default=1e-6, gt=0)
     rope_theta: float = Field(default=10000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
+    """One matrix for the input embedding and the output layer."""
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights; the two projections into the residual stream
     are scaled by 1/sqrt(2 * num_layers) as in GPT-2."""
@@ -71,19 +83,32 @@ def default_ffn_hidden_size(hidden_size: int) -> int:
     return 256 * math.ceil(int(2 * 4 * hidden_size / 3) / 256)
 
 
-def _llama(num_layers: int, hidden_size: int, num_attention_heads: int, norm_eps: float = 1e-6) -> dict:
+def _llama(num_layers: int, hidden_size: int, num_attention_heads: int, **others: Any) -> dict[str, Any]:
     return {
         "num_layers": num_layers,
         "hidden_size": hidden_size,
         "num_attention_heads": num_attention_heads,
-        "norm_eps": norm_eps,
+        **others,
     }
 
 
-PRESETS: dict[str, dict] = {
+# Grouped queries: 8 key/value heads.
+_LLAMA2_70B = _llama(80, 8192, 64, num_query_groups=8, ffn_hidden_size=28672, norm_eps=1e-5, seq_length=4096)
+_LLAMA3 = {
+    "num_query_groups": 8,
+    "norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "vocab_size": 128256,
+    "seq_length": 8192,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # LLaMA paper, Table 2. The released params.json of 65B alone has eps 1e-5.
     "7b": _llama(32, 4096, 32),
     "13b": _llama(40, 5120, 40),
     "33b": _llama(60, 6656, 52),
-    # The released params.json of 65B alone has eps 1e-5.
     "65b": _llama(80, 8192, 64, norm_eps=1e-5),
+    "llama2-70b": _LLAMA2_70B,
+    "llama3-8b": _llama(32, 4096, 32, ffn_hidden_size=14336, **_LLAMA3),
+    "llama3-70b": _LLAMA2_70B | _LLAMA3,
 }

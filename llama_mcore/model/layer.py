@@ -110,6 +110,7 @@ class LlamaAttention(nn.Module):
             heads_per_group=model.num_attention_heads // model.num_query_groups,
             head_dim=model.head_dim,
             rope_theta=model.rope_theta,
+            rope_scaling=model.rope_scaling,
             backend=attention_backend(model.attention),
         )
         width = model.num_attention_heads * model.head_dim

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from llama_mcore.model.attention import AttentionBackend
+from llama_mcore.model.config import RopeScaling
 from llama_mcore.model.rmsnorm import rmsnorm, rmsnorm_backward
 from llama_mcore.model.rope import rope, rope_backward, rope_table
 from llama_mcore.model.swiglu import swiglu, swiglu_backward
@@ -39,6 +40,7 @@ class AttentionShape:
     heads_per_group: int
     head_dim: int
     rope_theta: float
+    rope_scaling: RopeScaling | None
     backend: AttentionBackend
 
 
@@ -173,11 +175,16 @@ def join_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def rotated_qkv(qkv: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor, Tensor]:
     """Fused qkv -> rotated q [s, b, n, d], rotated k [s, b, g, d], v [s, b, g, d]."""
     q, k, v = split_qkv(qkv, shape.heads_per_group, shape.head_dim)
-    cos, sin = rope_table(qkv.size(0), shape.head_dim, shape.rope_theta, qkv.device)
+    cos, sin = _table(qkv, shape)
     return rope(q, cos, sin), rope(k, cos, sin), v
 
 
 def _unrotated(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, shape: AttentionShape) -> Tensor:
     """Gradient of qkv from those of rotated q and k, and of v."""
-    cos, sin = rope_table(grad_q.size(0), shape.head_dim, shape.rope_theta, grad_q.device)
+    cos, sin = _table(grad_q, shape)
     return join_qkv(rope_backward(grad_q, cos, sin), rope_backward(grad_k, cos, sin), grad_v)
+
+
+def _table(x: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return rope_table(x.size(0), shape.head_dim, shape.rope_theta, x.device, shape.rope_scaling, dtype)

@@ -4,23 +4,46 @@ Channel i turns with channel i + d/2. The original release pairs neighbouring ch
 a permutation of the rows of the q and k projections, which checkpoint conversion applies.
 """
 
+import math
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from llama_mcore.model.config import RopeScaling
+
 
 @lru_cache(maxsize=8)
-def rope_table(seq_length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2i/d), each [s, 1, 1, d/2] fp32.
+def rope_table(
+    seq_length: int,
+    head_dim: int,
+    theta: float,
+    device: torch.device,
+    scaling: RopeScaling | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency, each [s, 1, 1, d/2]; frequency i is theta^(-2i/d).
 
     Cached, since every layer of a model uses the same table. Angles are computed in float64: at position
     2^17 an fp32 product would already be off by 1e-2 radians.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
+    frequency = theta**-exponent
+    if scaling is not None:
+        frequency = _stretched(frequency, scaling)
     positions = torch.arange(seq_length, dtype=torch.float64, device=device)
-    angles = torch.outer(positions, theta**-exponent)[:, None, None, :]
-    return angles.cos().float(), angles.sin().float()
+    angles = torch.outer(positions, frequency)[:, None, None, :]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _stretched(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3.1 (`apply_scaling` of the release): a frequency that turns more than `high_freq_factor` times
+    within the original context stays, one that turns less than `low_freq_factor` times is divided by
+    `factor`, and between the two the division fades in linearly in the number of turns."""
+    turns = scaling.original_seq_length * frequency / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / scaling.factor)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

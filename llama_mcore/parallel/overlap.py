@@ -30,6 +30,7 @@ class TensorParallel:
     def __init__(self, group: dist.ProcessGroup, sequence_parallel: bool) -> None:
         self.group = group
         self.size = group.size()
+        self.rank = group.rank()
         self.sequence_parallel = sequence_parallel and self.size > 1
 
     def start_gather(self, x: Tensor) -> Pending:

@@ -55,7 +55,7 @@ def mean_loss(engine: DeepSpeedEngine, batch: MicroBatch, groups: Groups) -> Ten
     """Mean cross-entropy of one micro-batch, in nats per token."""
     tokens = batch.tokens.to(groups.device, non_blocking=True)
     labels = batch.labels.to(groups.device, non_blocking=True)
-    return engine(tokens, None, None, labels=labels).mean()
+    return engine(tokens, labels=labels)
 
 
 def _mean_over(value: Tensor, group: dist.ProcessGroup) -> float:

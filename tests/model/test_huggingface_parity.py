@@ -81,13 +81,13 @@ def test_logits_and_gradients(weights: RandomWeights, folder: Path) -> None:
     with loaded_model(HfReader(folder)) as ours:
         for length in (1, 7, 33):
             tokens, labels = batch(weights.model, length)
-            our_logits = ours(tokens, None, None)
+            our_logits = ours(tokens)
             their_logits = theirs(tokens, use_cache=False).logits
             assert relative_error(our_logits, their_logits) < TOLERANCE
 
             ours.zero_grad()
             theirs.zero_grad()
-            ours(tokens, None, None, labels=labels).mean().backward()
+            ours(tokens, labels=labels).backward()
             F.cross_entropy(their_logits.flatten(0, 1), labels.flatten()).backward()
             their_gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
             for name, gradient in hf_gradients(ours, weights.model):
@@ -109,7 +109,7 @@ def test_the_comparison_sees_a_wrong_setting(weights: RandomWeights, folder: Pat
         reader = HfReader(folder)
         reader.model = reader.model.model_copy(update={field: 10 * getattr(reader.model, field)})
         with loaded_model(reader) as ours, torch.no_grad():
-            assert relative_error(ours(tokens, None, None), expected) > 10 * TOLERANCE, field
+            assert relative_error(ours(tokens), expected) > 10 * TOLERANCE, field
 
 
 def test_what_was_written_reads_back(weights: RandomWeights, folder: Path) -> None:

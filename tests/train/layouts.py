@@ -124,7 +124,7 @@ def train_reference(groups: Groups) -> tuple[list[float], list[float], nn.Module
     optimizer = build_optimizer(model, run.optim)
     losses, norms = [], []
     for batch in batches(layout, 0):
-        loss = model(batch.tokens, None, None, labels=batch.labels).mean()
+        loss = model(batch.tokens, labels=batch.labels)
         loss.backward()
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), run.optim.clip_grad).item())
         optimizer.step()

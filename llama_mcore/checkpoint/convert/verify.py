@@ -152,7 +152,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def _our_answer(source: Rounded) -> Answer:
     with loaded_model(source) as model:
         device = next(model.parameters()).device
-        return _answer(lambda ids: model(ids.to(device), None, None), source.model.vocab_size)
+        return _answer(lambda ids: model(ids.to(device)), source.model.vocab_size)
 
 
 def _their_answer(folder: Path) -> Answer:

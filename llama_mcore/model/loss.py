@@ -1,0 +1,107 @@
+"""Cross-entropy fused with the output projection, vocabulary-parallel and in chunks of tokens.
+
+    T tokens of the micro-batch (s * b), c tokens of one chunk, h hidden, v vocabulary of this rank
+
+The logits are the largest tensor of a small model: T * v in fp32, and as much again for their gradient.
+Here a chunk's logits give at once its losses and its part of both gradients, and are gone. That works because
+the loss is a mean: its gradient is known up to one factor, which the backward multiplies in.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llama_mcore.parallel.overlap import TensorParallel
+
+CHUNK_BYTES = 64 * 2**20
+"""fp32 logits of one chunk: large enough for an efficient GEMM, small beside the activations of a layer."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor | None, tp: TensorParallel
+) -> Tensor:
+    """Mean loss in nats, a scalar in fp32 or wider, over the tokens where `loss_mask` is 1.
+
+    hidden [s, b, h] (s/tp under sequence parallelism), weight [v, h] this rank's rows, labels [b, s] int64,
+    loss_mask [b, s] or None for all. Runs an all-gather of hidden under sequence parallelism and two small
+    all-reduces per chunk; the backward reduces the gradient of hidden.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, labels, loss_mask, tp, torch.is_grad_enabled())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        loss_mask: Tensor | None,
+        tp: TensorParallel,
+        with_gradients: bool,
+    ) -> Tensor:
+        whole = tp.start_gather(hidden).wait()  # [s, b, h]
+        tokens = whole.flatten(0, 1)  # [T, h]
+        targets = labels.t().reshape(-1)  # [T], in the order of `tokens`
+        mask = None if loss_mask is None else loss_mask.t().reshape(-1)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=weight.device)
+        grad_tokens = torch.empty_like(tokens) if with_gradients else None
+        grad_weight = None
+        for chunk in torch.arange(len(tokens)).split(max(1, CHUNK_BYTES // (4 * len(weight)))):
+            rows = slice(int(chunk[0]), int(chunk[-1]) + 1)
+            logits = tokens[rows] @ weight.t()  # [c, v]
+            losses, grad = _losses_and_grad(logits, targets[rows], wide, tp)
+            if mask is not None:
+                losses = losses * mask[rows]
+                grad *= mask[rows, None]
+            total += losses.sum()
+            if grad_tokens is not None:
+                narrow = grad.to(weight.dtype)
+                torch.mm(narrow, weight, out=grad_tokens[rows])
+                part = (narrow.t() @ tokens[rows]).to(wide)
+                grad_weight = part if grad_weight is None else grad_weight.add_(part)
+        count = len(tokens) if mask is None else mask.sum().clamp(min=1)
+        ctx.save_for_backward(grad_tokens, grad_weight)
+        ctx.count, ctx.tp, ctx.shape, ctx.dtype = count, tp, whole.shape, weight.dtype
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_tokens, grad_weight = ctx.saved_tensors
+        factor = grads[0] / ctx.count
+        reducing = ctx.tp.start_reduce((grad_tokens * factor.to(grad_tokens.dtype)).view(ctx.shape))
+        scaled = (grad_weight * factor).to(ctx.dtype)
+        return reducing.wait(), scaled, None, None, None, None
+
+
+def _losses_and_grad(
+    logits: Tensor, targets: Tensor, wide: torch.dtype, tp: TensorParallel
+) -> tuple[Tensor, Tensor]:
+    """Loss of each token [c] and the gradient of their sum with respect to this rank's logits [c, v]."""
+    log_probabilities = logits.log_softmax(-1, dtype=wide)
+    local = targets - tp.rank * logits.size(1)
+    here = (local >= 0) & (local < logits.size(1))  # whose target lies in this rank's rows
+    index = local.clamp(0, logits.size(1) - 1)[:, None]
+    target_log_probability = log_probabilities.gather(1, index)[:, 0]
+    if tp.size == 1:
+        losses = -target_log_probability
+        grad = log_probabilities.exp_()
+    else:
+        # log_softmax over this rank's rows subtracted their log-sum-exp; the missing one is over all ranks.
+        local_lse = logits[:, 0].to(wide) - log_probabilities[:, 0]
+        correction = local_lse - _log_sum_exp_over_ranks(local_lse, tp)
+        losses = torch.where(here, -(target_log_probability + correction), 0)
+        dist.all_reduce(losses, group=tp.group)
+        grad = log_probabilities.exp_().mul_(correction.exp()[:, None])
+    grad.scatter_add_(1, index, -here[:, None].to(wide))
+    return losses, grad
+
+
+def _log_sum_exp_over_ranks(local_lse: Tensor, tp: TensorParallel) -> Tensor:
+    """[c] -> [c]; all-gathers one number per token."""
+    every = local_lse.new_empty(tp.size * len(local_lse))
+    dist.all_gather_into_tensor(every, local_lse, group=tp.group)
+    return every.view(tp.size, -1).logsumexp(0)
