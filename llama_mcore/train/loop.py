@@ -242,10 +242,9 @@ def _together(groups: Groups, action: Callable[[], T]) -> T:
     except UserError as error:
         failure = error
     if _any_rank(failure is not None, groups):
-        failures: list[tuple[type[UserError], list[Problem]] | None] = [None] * groups.world_size
-        dist.all_gather_object(failures, failure and (type(failure), failure.problems))
-        kind, problems = next(found for found in failures if found)
-        raise failure or kind(problems)
+        failures: list[UserError | None] = [None] * groups.world_size
+        dist.all_gather_object(failures, failure)
+        raise failure or next(error for error in failures if error)
     return cast(T, result)
 
 
