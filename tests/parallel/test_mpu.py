@@ -1,0 +1,46 @@
+"""llama_mcore.parallel.mpu: exactly what DeepSpeed asks, answered from our groups."""
+
+from llama_mcore.parallel.mpu import Mpu
+from tests.parallel.conftest import Results
+
+METHODS = {
+    "get_model_parallel_world_size",
+    "get_model_parallel_rank",
+    "get_model_parallel_group",
+    "get_tensor_model_parallel_world_size",
+    "get_tensor_model_parallel_rank",
+    "get_tensor_model_parallel_group",
+    "get_pipeline_model_parallel_world_size",
+    "get_pipeline_model_parallel_rank",
+    "get_data_parallel_world_size",
+    "get_data_parallel_rank",
+    "get_data_parallel_group",
+    "get_data_parallel_group_ranks",
+}
+
+
+def test_there_is_nothing_else_for_deepspeed_to_find() -> None:
+    """Above all no `initialize_sequence_parallel`, at the sight of which DeepSpeed drops the groups."""
+    assert {name for name in dir(Mpu) if not name.startswith("_")} == METHODS
+
+
+def test_nothing_is_forwarded_to_the_groups(results: Results) -> None:
+    assert [rank["forwarded"] for rank in results("groups", 4)] == [[]] * 4
+
+
+def test_answers_at_tp_2_and_dp_2(results: Results) -> None:
+    for number, rank in enumerate(results("groups", 4)):
+        tp_rank, dp_rank = number % 2, number // 2
+        assert rank["answers"] == {
+            "get_model_parallel_world_size": 2,
+            "get_model_parallel_rank": tp_rank,
+            "get_tensor_model_parallel_world_size": 2,
+            "get_tensor_model_parallel_rank": tp_rank,
+            "get_pipeline_model_parallel_world_size": 1,
+            "get_pipeline_model_parallel_rank": 0,
+            "get_data_parallel_world_size": 2,
+            "get_data_parallel_rank": dp_rank,
+        }
+        tensor_group = [number - tp_rank, number - tp_rank + 1]
+        assert rank["model_group"] == rank["tensor_group"] == tensor_group
+        assert rank["data_group"] == rank["data_group_ranks"] == [tp_rank, tp_rank + 2]

@@ -1,0 +1,170 @@
+"""Worker: everything of the parallel package that needs several processes.
+
+    python tests/parallel/worker.py OUTPUT_DIR
+
+Imports once and forks the ranks of each job. Rank r of job NAME leaves what it found in NAME-r.json.
+"""
+
+import inspect
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from llama_mcore.model.build import build_model
+from llama_mcore.model.config import ModelConfig
+from llama_mcore.parallel import mcore_cpu
+from llama_mcore.parallel.config import ParallelConfig
+from llama_mcore.parallel.groups import process_groups
+from llama_mcore.parallel.mpu import Mpu
+from llama_mcore.parallel.overlap import TensorParallel
+
+PATCHES = [
+    name
+    for name, value in vars(mcore_cpu).items()
+    if inspect.isfunction(value)
+    and value.__module__ == mcore_cpu.__name__
+    and not name.startswith("_")
+    and name != "patch_mcore_for_cpu"
+]
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    ffn_hidden_size=64,
+    vocab_size=64,
+    seq_length=8,
+    layer="stock",
+    recompute="full",
+)
+
+
+def main() -> None:
+    output = Path(sys.argv[1])
+    (output / "patches-0.json").write_text(json.dumps(PATCHES))
+    for patch in (None, *PATCHES):
+        run_ranks(output, f"without-{patch}", 2, lambda patch=patch: megatron_without(patch))
+    run_ranks(output, "groups", 4, four_ranks)
+    run_ranks(output, "raising", 2, raising)
+    run_ranks(output, "alone", 1, alone)
+    for size in (2, 4):
+        run_ranks(output, f"overlap-{size}", size, lambda size=size: overlap(size))
+
+
+def run_ranks(output: Path, name: str, world_size: int, job: Callable[[], Any]) -> None:
+    """Run `job` with the environment that torchrun would give each of `world_size` ranks."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+
+    def rank_main(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        (output / f"{name}-{rank}.json").write_text(json.dumps(job()))
+
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=rank_main, args=(rank,)) for rank in range(world_size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=60)
+        process.kill()
+
+
+def megatron_without(patch: str | None) -> str:
+    """One forward and backward of megatron-core's own layers under TP, SP and full recomputation."""
+    if patch:
+        setattr(mcore_cpu, patch, lambda *_: None)
+    parallel = ParallelConfig(tp=2, sequence_parallel=True)
+    try:
+        with process_groups(parallel, seed=1) as groups:
+            model = build_model(MODEL, parallel, groups, torch.float32, seed=1)
+            tokens = torch.arange(16).view(2, 8)
+            model(tokens, labels=tokens).mean().backward()
+            assert all(parameter.grad is not None for parameter in model.parameters())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "works"
+
+
+def four_ranks() -> dict[str, Any]:
+    with process_groups(ParallelConfig(tp=2), seed=1) as groups:
+        mpu = Mpu(groups)
+        forwarded = [name for name in ("rank", "world_size", "tp_group", "device") if hasattr(mpu, name)]
+        answers = {
+            name: getattr(mpu, name)() for name in dir(mpu) if name.startswith("get_") and "group" not in name
+        }
+        found = {
+            "tp": [groups.tp_rank, groups.tp_size, *dist.get_process_group_ranks(groups.tp_group)],
+            "dp": [groups.dp_rank, groups.dp_size, *dist.get_process_group_ranks(groups.dp_group)],
+            "world": [groups.rank, groups.world_size],
+            "forwarded": forwarded,
+            "answers": answers,
+            "model_group": dist.get_process_group_ranks(mpu.get_model_parallel_group()),
+            "tensor_group": dist.get_process_group_ranks(mpu.get_tensor_model_parallel_group()),
+            "data_group": dist.get_process_group_ranks(mpu.get_data_parallel_group()),
+            "data_group_ranks": mpu.get_data_parallel_group_ranks(),
+        }
+    return found | {"left": alive()}
+
+
+def raising() -> dict[str, Any]:
+    """The body fails on rank 1 alone; neither rank may wait for the other."""
+    try:
+        with process_groups(ParallelConfig(tp=2), seed=1) as groups:
+            if groups.rank == 1:
+                raise ValueError("of the body")
+    except (ValueError, RuntimeError) as error:
+        return {"error": str(error), "left": alive()}
+    return {"error": None, "left": alive()}
+
+
+def alone() -> dict[str, Any]:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    with process_groups(ParallelConfig(), seed=1) as groups:
+        found = [groups.rank, groups.world_size, groups.tp_size, groups.dp_size]
+    return {"found": found, "left": alive()}
+
+
+def alive() -> list[bool]:
+    return [dist.is_initialized(), parallel_state.model_parallel_is_initialized()]
+
+
+def overlap(size: int) -> list[str]:
+    """Names of the collectives whose result is not the plain one."""
+    with process_groups(ParallelConfig(tp=size), seed=1) as groups:
+        rank, wrong = groups.rank, []
+        # Whole numbers: sums are exact in any order.
+        whole = torch.arange(8 * 3 * 2.0).view(8, 3, 2)  # [s, b, h]
+        mine = slice(rank * 8 // size, (rank + 1) * 8 // size)
+        total = whole * size + sum(range(size))
+        expected: dict[bool, tuple[Tensor, Tensor, Tensor]] = {
+            True: (whole, total[mine], total),
+            False: (whole[mine], total, whole + rank),
+        }
+        for sequence_parallel, (gathered, reduced, replicated) in expected.items():
+            tp = TensorParallel(groups.tp_group, sequence_parallel)
+            results = {
+                "gather": (tp.start_gather(whole[mine].clone()), gathered),
+                "reduce": (tp.start_reduce(whole + rank), reduced),
+                "replicated_sum": (tp.start_replicated_sum(whole + rank), replicated),
+            }
+            wrong += [
+                f"{name}, sequence_parallel={sequence_parallel}"
+                for name, (pending, right) in results.items()
+                if not torch.equal(pending.wait(), right)
+            ]
+    return wrong
+
+
+if __name__ == "__main__":
+    main()
