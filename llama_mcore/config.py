@@ -267,6 +267,14 @@ def _check_training(run: RunConfig) -> list[Problem]:
                 "set zero.stage=1, which needs no more memory, or train.precision=fp32",
             )
         )
+    if run.model.layer == "stock" and run.data.reset_attention_at_eod:
+        problems.append(
+            Problem(
+                "data.reset_attention_at_eod",
+                True,
+                "needs model.layer = llama: megatron-core's own attention takes no documents",
+            )
+        )
     if run.optim.warmup_steps > run.train.steps:
         problems.append(
             Problem(

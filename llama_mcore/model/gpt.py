@@ -6,6 +6,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
+from llama_mcore.model.attention import Documents
 from llama_mcore.model.loss import linear_cross_entropy
 from llama_mcore.parallel.overlap import TensorParallel
 
@@ -53,11 +54,17 @@ class LlamaModel(GPTModel):
         )
 
     def forward(
-        self, tokens: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """tokens [b, s] -> logits [b, s, v] of this rank's vocabulary; with labels [b, s] the mean loss over
-        the tokens where loss_mask [b, s] is 1, a scalar."""
-        return super().forward(tokens, None, None, labels=labels, loss_mask=loss_mask)
+        the tokens where loss_mask [b, s] is 1, a scalar. With `documents` no token sees another document."""
+        return super().forward(
+            tokens, None, None, labels=labels, loss_mask=loss_mask, packed_seq_params=documents
+        )
 
     def _postprocess(
         self, hidden_states: Tensor, *, labels: Tensor | None, loss_mask: Tensor | None, **others: Any

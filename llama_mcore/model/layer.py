@@ -15,7 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from torch import Tensor, nn
 
-from llama_mcore.model.attention import attention_backend
+from llama_mcore.model.attention import Documents, attention_backend
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.layer_function import AttentionHalf, AttentionShape, MlpHalf, rotated_qkv
 from llama_mcore.model.swiglu import swiglu
@@ -59,21 +59,24 @@ class LlamaLayer(nn.Module, BaseTransformerLayer):
         self.pre_mlp_layernorm = build_module(submodules.pre_mlp_layernorm, **norm)
         self.mlp = build_module(submodules.mlp, **inner)
 
-    def __call__(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
+    def __call__(
+        self, hidden_states: Tensor, *_: object, packed_seq_params: Documents | None = None, **__: object
+    ) -> tuple[Tensor, None]:
         """TransformerBlock names its arguments, and ZeRO-3's hooks only watch those without a name: they
-        would release the layer's weights before its backward. Of masks and rotary tables none is needed,
-        attention here is causal and rotates by itself."""
-        return super().__call__(hidden_states)
+        would release the layer's weights before its backward. Documents travel in the argument that
+        megatron-core has for them; of masks and rotary tables none is needed, attention here is causal and
+        rotates by itself."""
+        return super().__call__(hidden_states, packed_seq_params)
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, documents: Documents | None = None) -> tuple[Tensor, None]:
         """[s, b, h] -> [s, b, h]; the second item is megatron-core's cross-attention context."""
         if self.by_hand:
-            return self._forward_by_hand(hidden_states), None
-        hidden_states = hidden_states + self.self_attention(self.input_layernorm(hidden_states))
+            return self._forward_by_hand(hidden_states, documents), None
+        hidden_states = hidden_states + self.self_attention(self.input_layernorm(hidden_states), documents)
         hidden_states = hidden_states + self.mlp(self.pre_mlp_layernorm(hidden_states))
         return hidden_states, None
 
-    def _forward_by_hand(self, x: Tensor) -> Tensor:
+    def _forward_by_hand(self, x: Tensor, documents: Documents | None) -> Tensor:
         """The same with the hand-written backward of layer_function.py."""
         attention, mlp = self.self_attention, self.mlp
         x = AttentionHalf.apply(
@@ -83,6 +86,7 @@ class LlamaLayer(nn.Module, BaseTransformerLayer):
             attention.linear_proj.weight,
             attention.shape,
             self.tp,
+            documents,
         )
         return MlpHalf.apply(
             x,
@@ -129,9 +133,9 @@ class LlamaAttention(nn.Module):
             **_linear(config, tp_group),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, documents: Documents | None) -> Tensor:
         qkv, _ = self.linear_qkv(x)  # [s, b, (n + 2g) d]
-        out = self.shape.backend.attend(*rotated_qkv(qkv, self.shape))  # [s, b, n, d]
+        out = self.shape.backend_for(documents).attend(*rotated_qkv(qkv, self.shape))  # [s, b, n, d]
         return self.linear_proj(out.flatten(2))[0]
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_mcore.model.attention import AttentionBackend
+from llama_mcore.model.attention import AttentionBackend, Documents, per_document
 from llama_mcore.model.config import RopeScaling
 from llama_mcore.model.rmsnorm import rmsnorm, rmsnorm_backward
 from llama_mcore.model.rope import rope, rope_backward, rope_table
@@ -43,6 +43,9 @@ class AttentionShape:
     rope_scaling: RopeScaling | None
     backend: AttentionBackend
 
+    def backend_for(self, documents: Documents | None) -> AttentionBackend:
+        return self.backend if documents is None else per_document(self.backend, documents)
+
 
 class AttentionHalf(torch.autograd.Function):
     """x + proj(attention(rope(qkv(norm(x)))))."""
@@ -56,14 +59,16 @@ class AttentionHalf(torch.autograd.Function):
         proj_weight: Tensor,
         shape: AttentionShape,
         tp: TensorParallel,
+        documents: Documents | None = None,
     ) -> Tensor:
         normed = tp.start_gather(rmsnorm(x, norm_weight, shape.norm_eps)).wait()
         qkv = linear(normed, qkv_weight)  # [s, b, (n + 2g) d]
-        out, log_sum_exp = shape.backend.forward(*rotated_qkv(qkv, shape))
+        backend = shape.backend_for(documents)
+        out, log_sum_exp = backend.forward(*rotated_qkv(qkv, shape))
         out = out.flatten(2)  # [s, b, n d]
         partial = linear(out, proj_weight)
         ctx.save_for_backward(x, qkv, out, log_sum_exp, norm_weight, qkv_weight, proj_weight)
-        ctx.shape, ctx.tp = shape, tp
+        ctx.shape, ctx.tp, ctx.backend = shape, tp, backend
         return x + tp.start_reduce(partial).wait()
 
     @staticmethod
@@ -81,7 +86,7 @@ class AttentionHalf(torch.autograd.Function):
         grad_out = linear_input_grad(whole_grad, proj_weight)
         grad_proj = linear_weight_grad(whole_grad, out)
         heads = (*out.shape[:2], -1, shape.head_dim)
-        grad_q, grad_k, grad_v = shape.backend.backward(
+        grad_q, grad_k, grad_v = ctx.backend.backward(
             grad_out.view(heads), q, k, v, out.view(heads), log_sum_exp
         )
         grad_qkv = _unrotated(grad_q, grad_k, grad_v, shape)
@@ -93,7 +98,7 @@ class AttentionHalf(torch.autograd.Function):
         grad_x, grad_norm = rmsnorm_backward(reducing.wait(), x, norm_weight, shape.norm_eps)
         summing = tp.start_replicated_sum(grad_norm)
         grad_x += grad
-        return grad_x, summing.wait(), grad_qkv_weight, grad_proj, None, None
+        return grad_x, summing.wait(), grad_qkv_weight, grad_proj, None, None, None
 
 
 class MlpHalf(torch.autograd.Function):

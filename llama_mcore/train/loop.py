@@ -101,7 +101,8 @@ def _step(job: Job, batches: MicroBatches) -> StepReport:
     accumulation = run.accumulation_steps(groups.world_size)
     started = time.perf_counter()
     micro_batches = _together(groups, lambda: list(islice(batches, accumulation)))
-    result = train_step(job.engine, iter(micro_batches), accumulation, lr, groups)
+    boundary = run.data.attention_boundary
+    result = train_step(job.engine, iter(micro_batches), accumulation, lr, groups, boundary)
     synchronize()
     seconds = time.perf_counter() - started
     job.state = TrainState(step, job.state.consumed_samples + run.train.global_batch_size)
@@ -134,7 +135,7 @@ def _evaluate(job: Job) -> float | None:
     if valid_data is None:
         return None
     batches = _together(job.groups, lambda: list(_eval_batches(job.run, job.groups, valid_data)))
-    return evaluate(job.engine, batches, job.groups)
+    return evaluate(job.engine, batches, job.groups, job.run.data.attention_boundary)
 
 
 def _eval_batches(run: RunConfig, groups: Groups, valid_data: WindowDataset) -> Iterator[MicroBatch]:
@@ -244,7 +245,7 @@ def _together(groups: Groups, action: Callable[[], T]) -> T:
     if _any_rank(failure is not None, groups):
         failures: list[UserError | None] = [None] * groups.world_size
         dist.all_gather_object(failures, failure)
-        raise failure or next(error for error in failures if error)
+        raise next(error for error in failures if error)
     return cast(T, result)
 
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llama_mcore.data.loader import MicroBatch
+from llama_mcore.model.attention import documents_of
 from llama_mcore.parallel.groups import Groups
 from llama_mcore.train.engine import DeepSpeedEngine
 
@@ -23,14 +24,19 @@ class StepResult:
 
 
 def train_step(
-    engine: DeepSpeedEngine, batches: Iterator[MicroBatch], accumulation_steps: int, lr: float, groups: Groups
+    engine: DeepSpeedEngine,
+    batches: Iterator[MicroBatch],
+    accumulation_steps: int,
+    lr: float,
+    groups: Groups,
+    eod: int | None = None,
 ) -> StepResult:
     """Run the micro-batches of one step and update the weights. All ranks call it together."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     total = torch.zeros((), device=groups.device)
     for _ in range(accumulation_steps):
-        loss = mean_loss(engine, next(batches), groups)
+        loss = mean_loss(engine, next(batches), groups, eod)
         engine.backward(loss)
         unsharded_norm = _unsharded_grad_norm(engine, groups)
         engine.step()
@@ -42,20 +48,24 @@ def train_step(
     )
 
 
-def evaluate(engine: DeepSpeedEngine, batches: Iterable[MicroBatch], groups: Groups) -> float:
+def evaluate(
+    engine: DeepSpeedEngine, batches: Iterable[MicroBatch], groups: Groups, eod: int | None = None
+) -> float:
     """Mean loss per token over `batches`, of which every data-parallel rank has equally many."""
     engine.eval()
     with torch.no_grad():
-        losses = [mean_loss(engine, batch, groups).float() for batch in batches]
+        losses = [mean_loss(engine, batch, groups, eod).float() for batch in batches]
     engine.train()
     return _mean_over(torch.stack(losses).mean(), groups.dp_group)
 
 
-def mean_loss(engine: DeepSpeedEngine, batch: MicroBatch, groups: Groups) -> Tensor:
-    """Mean cross-entropy of one micro-batch, in nats per token."""
+def mean_loss(engine: DeepSpeedEngine, batch: MicroBatch, groups: Groups, eod: int | None = None) -> Tensor:
+    """Mean cross-entropy of one micro-batch, in nats per token. With `eod`, attention stays inside the
+    documents that this token closes."""
     tokens = batch.tokens.to(groups.device, non_blocking=True)
     labels = batch.labels.to(groups.device, non_blocking=True)
-    return engine(tokens, labels=labels)
+    documents = None if eod is None else documents_of(batch.tokens, eod)
+    return engine(tokens, labels=labels, documents=documents)
 
 
 def _mean_over(value: Tensor, group: dist.ProcessGroup) -> float:

@@ -4,10 +4,11 @@ S sequence, B micro-batch, N query heads on this rank, G key/value heads on this
 """
 
 from llama_mcore.model.attention.backend import AttentionBackend
+from llama_mcore.model.attention.documents import Documents, documents_of, per_document
 from llama_mcore.model.attention.reference import REFERENCE
 from llama_mcore.model.attention.sdpa import SDPA
 
-__all__ = ["BACKENDS", "AttentionBackend", "attention_backend"]
+__all__ = ["BACKENDS", "AttentionBackend", "Documents", "attention_backend", "documents_of", "per_document"]
 
 BACKENDS: dict[str, AttentionBackend] = {"reference": REFERENCE, "sdpa": SDPA}
 

@@ -13,6 +13,6 @@ class AttentionBackend:
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     """(q, k, v) -> out [S, B, N, D], differentiable."""
     forward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    """(q, k, v) -> out [S, B, N, D] and the log-sum-exp of each row of scores, fp32 or wider."""
+    """(q, k, v) -> out [S, B, N, D] and the log-sum-exp of each row of scores [B, N, S], fp32 or wider."""
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     """(grad_out, q, k, v, out, log_sum_exp) -> gradients of q, k and v."""
