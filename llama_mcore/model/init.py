@@ -14,15 +14,16 @@ RESIDUAL_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
 def init_weights(model: nn.Module, config: ModelConfig, seed: int, tp_rank: int, tp_size: int) -> None:
     """Fill this rank's shards in place: normal weights, unit norms.
 
-    Each parameter has a generator of its own, seeded by its name, draws the full tensor and keeps this
-    rank's part. So neither tensor parallelism nor the order of construction changes a weight.
+    Each parameter has a generator of its own, seeded by `seed` and its name, draws the full tensor and
+    keeps this rank's part. So neither tensor parallelism nor the order of construction changes a weight.
     """
     for name, parameter in model.named_parameters():
         cut = cut_of(name)
         if cut is None:
             nn.init.ones_(parameter)
             continue
-        generator = torch.Generator().manual_seed((seed << 32) | zlib.crc32(name.encode()))
+        # torch's CPU generator reads 32 bits of its seed and drops the rest
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         full = torch.empty(full_shape(parameter.shape, cut, tp_size))
         full.normal_(0.0, _std(name, config), generator=generator)
         with torch.no_grad():
