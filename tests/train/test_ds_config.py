@@ -1,0 +1,138 @@
+"""llama_mcore.train.ds_config: the shipped files filled for a run, and the files that are refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from llama_mcore.config import RunConfig, load_run
+from llama_mcore.errors import ConfigError, MissingInputError
+from llama_mcore.train.ds_config import CHECKOUT, deepspeed_config
+
+SHIPPED = sorted((CHECKOUT / "ds_configs").glob("*.json"))
+WORLD_SIZE = 4  # tp 2 x dp 2
+
+
+def tiny(*overrides: str) -> RunConfig:
+    return load_run("tiny", ["train.micro_batch_size=2", "train.global_batch_size=16", *overrides])
+
+
+def values(run: RunConfig) -> list[tuple[str, object]]:
+    """Every leaf as (dotted key, value)."""
+
+    def walk(section: dict, prefix: str) -> list[tuple[str, object]]:
+        return [
+            leaf
+            for key, value in section.items()
+            for leaf in (
+                walk(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+            )
+        ]
+
+    return walk(deepspeed_config(run, WORLD_SIZE), "")
+
+
+def stages_of(path: Path) -> list[int]:
+    """zero2.json is for stage 2; zero1.json also serves the fp32 reference at stage 0."""
+    stage = int(path.stem.removeprefix("zero")[0])
+    return [0, 1] if stage == 1 else [stage]
+
+
+@pytest.mark.parametrize(
+    ("path", "stage"),
+    [(path, stage) for path in SHIPPED for stage in stages_of(path)],
+    ids=lambda value: getattr(value, "stem", str(value)),
+)
+def test_a_shipped_file_is_filled(path: Path, stage: int) -> None:
+    precision = "fp32" if stage == 0 else "bf16"
+    run = tiny(f"zero.stage={stage}", f"zero.config={path}", f"train.precision={precision}")
+    found = dict(values(run))
+    assert "auto" not in found.values()
+    assert found["zero_optimization.stage"] == stage
+    assert found["train_micro_batch_size_per_gpu"] == 2
+    assert found["gradient_accumulation_steps"] == 4
+    assert found["train_batch_size"] == 16
+    assert found["gradient_clipping"] == 1.0
+    assert found["bf16.enabled"] is (precision == "bf16")
+    assert found["bf16.immediate_grad_update"] is (stage == 1)
+    assert found["data_types.grad_accum_dtype"] == "fp32"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_file_of_a_stage_is_found_by_its_stage(stage: int) -> None:
+    own = json.loads((CHECKOUT / f"ds_configs/zero{stage}.json").read_text())["zero_optimization"]
+    filled = deepspeed_config(tiny(f"zero.stage={stage}"), WORLD_SIZE)["zero_optimization"]
+    assert filled == own | {"stage": stage}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_deepspeed_knows_every_key_of_a_shipped_file(path: Path) -> None:
+    """Its sections are pydantic models that refuse unknown keys."""
+    config = deepspeed_config(tiny(f"zero.stage={stages_of(path)[-1]}", f"zero.config={path}"), WORLD_SIZE)
+    config["train_batch_size"] = config["gradient_accumulation_steps"] * 2  # of one process, as here
+    parsed = DeepSpeedConfig(config)
+    assert parsed.zero_optimization_stage == stages_of(path)[-1]
+
+
+def test_gradients_travel_in_fp32_unless_bf16_is_asked_for() -> None:
+    assert dict(values(tiny()))["communication_data_type"] == "fp32"
+    assert dict(values(tiny("zero.reduce_dtype=bf16")))["communication_data_type"] == "bf16"
+
+
+Refused = Callable[[str], str]
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Refused:
+    """The message with which a file of this content is refused."""
+
+    def message(content: str) -> str:
+        path = tmp_path / "ds.json"
+        path.write_text(content)
+        with pytest.raises(ConfigError) as error:
+            deepspeed_config(tiny(f"zero.config={path}"), WORLD_SIZE)
+        assert str(path) in str(error.value)
+        return str(error.value)
+
+    return message
+
+
+@pytest.mark.parametrize(
+    ("content", "theirs", "ours"),
+    [
+        ({"gradient_clipping": 0.5}, "gradient_clipping = 0.5", "optim.clip_grad"),
+        ({"train_batch_size": 16}, "train_batch_size = 16", "train.global_batch_size"),
+        ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage = 1", "zero.stage"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled = False", "train.precision"),
+        ({"communication_data_type": "bf16"}, "communication_data_type = bf16", "zero.reduce_dtype"),
+    ],
+)
+def test_a_value_set_in_both_places_is_refused_with_both_names(
+    refused: Refused, content: dict, theirs: str, ours: str
+) -> None:
+    """Also where the two agree: nobody should have to compare them."""
+    message = refused(json.dumps(content))
+    assert theirs in message
+    assert f'write "auto" there and set {ours}' in message
+
+
+def test_all_of_them_are_told_at_once(refused: Refused) -> None:
+    message = refused(json.dumps({"gradient_clipping": 0.5, "train_batch_size": 4, "optimizer": "auto"}))
+    assert "3 problems" in message
+
+
+def test_an_auto_that_nobody_fills_is_refused(refused: Refused) -> None:
+    content = {"zero_optimization": {"reduce_bucket_size": "auto"}}
+    assert "zero_optimization.reduce_bucket_size = auto" in refused(json.dumps(content))
+
+
+@pytest.mark.parametrize("content", ["{", "", "[1]", '"zero"'])
+def test_a_file_that_is_no_json_object_is_refused(refused: Refused, content: str) -> None:
+    assert "JSON" in refused(content)
+
+
+def test_a_missing_file_is_refused() -> None:
+    with pytest.raises(MissingInputError, match=r"zero.config = no-such.json: no such file"):
+        deepspeed_config(tiny("zero.config=no-such.json"), WORLD_SIZE)

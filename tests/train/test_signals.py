@@ -1,0 +1,40 @@
+"""llama_mcore.train.signals: a request to stop is noted, a second one is obeyed at once."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from llama_mcore.train.signals import STOP_SIGNALS, stop_signals
+
+TWICE = """
+import signal
+from llama_mcore.train.signals import stop_signals
+with stop_signals():
+    signal.raise_signal(signal.SIGTERM)
+    print("noted", flush=True)
+    signal.raise_signal(signal.SIGTERM)
+    print("still here", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_is_noted(number: signal.Signals) -> None:
+    with stop_signals() as stop:
+        assert stop.received is None
+        signal.raise_signal(number)
+        assert stop.received is number
+
+
+def test_the_handlers_before_come_back() -> None:
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    with pytest.raises(ZeroDivisionError), stop_signals():
+        _ = 1 // 0
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+def test_a_second_signal_ends_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGTERM
+    assert done.stdout == "noted\n"
