@@ -1,0 +1,59 @@
+"""Bytes that autograd keeps from a layer's forward for its backward, on one rank in bf16. Pure Python.
+
+    h hidden, n query heads, g key/value heads, d head width, f ffn; n, g and f of this rank
+    token: one of the sequence; local token: one of this rank's part of it under sequence parallelism
+
+tests/model/test_activation_memory.py measures the same on the model, to the byte.
+"""
+
+from llama_mcore.model.config import ModelConfig, Recompute
+
+FP32, BF16 = 4, 2  # bytes per value
+
+
+def saved_bytes_per_layer(
+    model: ModelConfig, tp: int, sequence_parallel: bool, micro_batch_size: int, recompute: Recompute
+) -> int:
+    """Parameters are not counted, a storage shared by several tensors once.
+
+    full        the layer's input (and megatron-core's copy of the random generator's state, 5 KB)
+    selective   layer input, qkv, attention output, its log-sum-exp, residual after attention, fc1 output
+    none        what torch keeps for the written-out layer, with attention as one operator
+    """
+    tokens = model.seq_length * micro_batch_size
+    local_tokens = tokens // tp if sequence_parallel else tokens
+    residual = BF16 * model.hidden_size
+    if recompute == "full":
+        return residual * local_tokens
+    if recompute == "selective":
+        return 2 * residual * local_tokens + (_attention(model, tp) + _fc1_output(model, tp)) * tokens
+    per_local_token = 2 * _plain_norm(model)
+    per_token = _attention(model, tp) + _rotated(model, tp) + _plain_swiglu(model, tp)
+    return per_local_token * local_tokens + per_token * tokens
+
+
+def _attention(model: ModelConfig, tp: int) -> int:
+    """qkv before rope, output, log-sum-exp: (2n + 2g) d values and n in fp32 a token."""
+    heads, groups = model.num_attention_heads // tp, model.num_query_groups // tp
+    return BF16 * (2 * heads + 2 * groups) * model.head_dim + FP32 * heads
+
+
+def _fc1_output(model: ModelConfig, tp: int) -> int:
+    """Gate and up: 2f values a token."""
+    return BF16 * 2 * model.ffn_hidden_size // tp
+
+
+def _rotated(model: ModelConfig, tp: int) -> int:
+    """q and k after rope, kept by the attention operator. Its v is a view into qkv, so all of qkv stays."""
+    return BF16 * (model.num_attention_heads + model.num_query_groups) // tp * model.head_dim
+
+
+def _plain_norm(model: ModelConfig) -> int:
+    """Input in fp32, 1/rms in fp32, normed before the weight (for the weight's gradient), output (which the
+    next linear keeps): 8h + 4 bytes a local token."""
+    return (FP32 + BF16 + BF16) * model.hidden_size + FP32
+
+
+def _plain_swiglu(model: ModelConfig, tp: int) -> int:
+    """Gate and up, silu(gate), the product (which fc2 keeps): 4f values a token."""
+    return _fc1_output(model, tp) + BF16 * 2 * model.ffn_hidden_size // tp

@@ -1,0 +1,1 @@
+"""What tests/model/worker.py computes on every rank of a tensor-parallel job."""

@@ -1,0 +1,38 @@
+"""Our layer and megatron-core's own, from the same weights."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from llama_mcore.parallel.groups import Groups
+from tests.model.building import build, error, model_config, random_weights
+from tests.model.cases.layers import Errors
+
+MODELS = {"multi-head": {}, "grouped": {"num_query_groups": 4}}
+
+
+def names(tp: int) -> list[str]:
+    layouts = {1: ("sp-off",), 2: ("sp-off", "sp-on")}.get(tp, ())
+    return [f"{shape}/{sp}" for shape in MODELS for sp in layouts]
+
+
+def cases(groups: Groups) -> Iterator[tuple[str, Callable[[], Errors]]]:
+    for name in names(groups.tp_size):
+        yield name, partial(_errors, name, groups)
+
+
+def _errors(name: str, groups: Groups) -> Errors:
+    shape, layout = name.split("/")
+    tokens = torch.randint(52, (3, 16), generator=torch.Generator().manual_seed(0))
+    results = []
+    for layer in ("llama", "stock"):
+        model = model_config(layer=layer, **MODELS[shape])
+        gpt = build(model, groups, layout == "sp-on", torch.float32, random_weights(model))
+        logits = gpt(tokens)
+        logits.square().mean().backward()
+        grads = {name: parameter.grad for name, parameter in gpt.named_parameters()}
+        results.append({"logits": logits.detach(), **grads})
+    ours, stock = results
+    assert ours.keys() == stock.keys()
+    return {name: error(ours[name], stock[name]) for name in ours}
