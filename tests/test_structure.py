@@ -31,6 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train.state": set(),
     "plan": BASE | CONFIGS | {"plan", "config"},
     "launch": BASE | CONFIGS | {"launch", "plan", "observe", "config"},
+    "benchmark": BASE
+    | {"benchmark", "train", "model", "parallel", "data", "checkpoint", "observe", "plan", "config"},
     "generate": BASE | {"model", "parallel", "data", "checkpoint", "observe", "config"},
     "cli": {""},  # everything
     **dict.fromkeys(CONFIGS, BASE | CONFIGS),
@@ -43,7 +45,14 @@ LIBRARY_BORDERS = {
 }
 
 # Arithmetic that works on any device and in one process. layer_function is given its collectives.
-MODEL_MATHS = ("model.rope", "model.swiglu", "model.attention")
+MODEL_MATHS = (
+    "model.rope",
+    "model.swiglu",
+    "model.attention.backend",
+    "model.attention.documents",
+    "model.attention.reference_backend",
+    "model.attention.sdpa_backend",
+)
 DEVICE_FILES = ("parallel.device", "parallel.mcore_cpu")
 WITHOUT_TORCH = (*sorted(CONFIGS), "errors", "section", "config", "cli", "plan.memory", "plan.summary")
 
@@ -205,8 +214,8 @@ def test_all_of_the_package_was_looked_at() -> None:
         (impure_maths, "model.rope", "import torch.distributed as dist"),
         (impure_maths, "model.rope", "from torch import distributed"),
         (impure_maths, "model.swiglu", "import torch\ntorch.distributed.all_reduce(x)"),
-        (impure_maths, "model.attention.sdpa", "from megatron.core import parallel_state"),
-        (impure_maths, "model.attention.sdpa", "from llama_mcore.parallel.device import device"),
+        (impure_maths, "model.attention.sdpa_backend", "from megatron.core import parallel_state"),
+        (impure_maths, "model.attention.sdpa_backend", "from llama_mcore.parallel.device import device"),
         (names_a_device, "train.step", "x.to('cuda')"),
         (names_a_device, "train.step", "x.cuda()"),
         (names_a_device, "train.step", "torch.cuda.synchronize()"),

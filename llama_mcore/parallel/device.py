@@ -44,3 +44,20 @@ def peak_memory_bytes() -> int:
     if on_gpu():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory_bytes` of a GPU start anew; a process cannot forget its peak resident size."""
+    if on_gpu():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def release_cached_memory() -> None:
+    """Give freed GPU memory back, so that the next allocation pattern starts unfragmented."""
+    if on_gpu():
+        torch.cuda.empty_cache()
+
+
+def device_name() -> str:
+    """The driver's name of this rank's GPU, or "cpu"."""
+    return torch.cuda.get_device_name(local_device()) if on_gpu() else "cpu"

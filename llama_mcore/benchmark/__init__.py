@@ -1,0 +1,1 @@
+"""Measurements with stated bars: `python tools/benchmark.py NAME`. One file a benchmark."""

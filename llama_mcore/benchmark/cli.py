@@ -1,0 +1,105 @@
+"""The commands of tools/benchmark.py. Each imports what it needs when it runs."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llama_mcore.errors import report_errors
+
+if TYPE_CHECKING:
+    from llama_mcore.benchmark.runner import Bar, Result
+
+app = typer.Typer(
+    name="benchmark",
+    help="Measure this product. docs/benchmarks.md says what is compared, how, and what was found.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+Check = Annotated[bool, typer.Option("--check", help="Exit 1 when a stated bar is not held.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Print a traceback with an error.")]
+Dimension = Annotated[int | None, typer.Option(min=1)]
+
+
+@app.callback()
+def _root() -> None:
+    """Keeps NAME an argument however many benchmarks there are."""
+
+
+@app.command("step")
+def step(
+    model: Annotated[str | None, typer.Option(help="Preset, e.g. 7b; without it 58M parameters.")] = None,
+    num_layers: Dimension = None,
+    hidden_size: Dimension = None,
+    num_attention_heads: Dimension = None,
+    num_query_groups: Dimension = None,
+    head_dim: Dimension = None,
+    ffn_hidden_size: Dimension = None,
+    vocab_size: Dimension = None,
+    seq_length: Dimension = None,
+    micro_batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences; default 4.")] = None,
+    recompute: Annotated[str | None, typer.Option(help="Of ours: none, selective or full.")] = None,
+    attention: Annotated[str | None, typer.Option(help="Attention backend of ours.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed passes in one turn.")] = 2,
+    contender: Annotated[
+        list[str] | None, typer.Option(help="Only this one; repeat for several: ours, stock, huggingface.")
+    ] = None,
+    json: Json = None,
+    check: Check = False,
+    debug: Debug = False,
+) -> None:
+    """A training step beside megatron-core's own layers and Hugging Face: time, memory, MFU."""
+    fields = {
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "num_attention_heads": num_attention_heads,
+        "num_query_groups": num_query_groups,
+        "head_dim": head_dim,
+        "ffn_hidden_size": ffn_hidden_size,
+        "vocab_size": vocab_size,
+        "seq_length": seq_length,
+        "recompute": recompute,
+        "attention": attention,
+    }
+    with report_errors(debug):
+        _silence()
+        from llama_mcore.benchmark.step import measure, request, stated_bars
+
+        asked = request(model, fields, micro_batch_size, rounds, repeats, contender)
+        code = _run("step", lambda: measure(asked), stated_bars(asked), json, check)
+    raise typer.Exit(code)
+
+
+@app.command("activation-memory")
+def activation_memory(json: Json = None, check: Check = False, debug: Debug = False) -> None:
+    """Bytes that one layer keeps for its backward under each recompute policy."""
+    with report_errors(debug):
+        _silence()
+        from llama_mcore.benchmark.activation_memory import BARS, SHAPE, measure
+
+        code = _run("activation-memory", lambda: measure(SHAPE), BARS, json, check)
+    raise typer.Exit(code)
+
+
+def _run(
+    name: str, measure: Callable[[], "Result"], bars: Sequence["Bar"], json: Path | None, check: bool
+) -> int:
+    from llama_mcore.benchmark.runner import check_request, finish
+
+    check_request(name, bars, json, check)
+    return finish(measure(), json, check)
+
+
+def _silence() -> None:
+    """Before megatron-core and DeepSpeed are imported."""
+    from llama_mcore.observe.log import setup_logging, silence_libraries
+    from llama_mcore.parallel.device import on_gpu
+
+    setup_logging(rank=0)
+    silence_libraries(cpu=not on_gpu())

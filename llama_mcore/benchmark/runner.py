@@ -1,0 +1,153 @@
+"""What every benchmark shares: bars, the result, and how both are printed, written and checked."""
+
+import json
+import operator
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from llama_mcore.data.files import prepare_output, published
+from llama_mcore.errors import ConfigError, Problem
+from llama_mcore.parallel.device import device_name, on_gpu
+
+LIBRARIES = ("torch", "megatron-core", "deepspeed", "transformers")
+
+Relation = Literal["at most", "below", "at least"]
+_HOLDS = {"at most": operator.le, "below": operator.lt, "at least": operator.ge}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a measured quantity is held to."""
+
+    quantity: str
+    relation: Relation
+    limit: float
+
+    def holds(self, measured: float | None) -> bool:
+        """What was not measured does not hold."""
+        return measured is not None and _HOLDS[self.relation](measured, self.limit)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one benchmark found."""
+
+    benchmark: str
+    settings: dict[str, Any]
+    table: list[dict[str, str]]
+    """Rows for people: column -> text."""
+    measured: dict[str, Any]
+    """The same for programs, with every sample."""
+    quantities: dict[str, float]
+    """What bars are stated about."""
+    figure: str
+    """The conclusion: the last line of the output."""
+    bars: Sequence[Bar] = ()
+    notes: Sequence[str] = ()
+    environment: dict[str, Any] = field(default_factory=lambda: environment())
+
+    @property
+    def held(self) -> bool:
+        return all(bar.holds(self.quantities.get(bar.quantity)) for bar in self.bars)
+
+
+def use_all_cores() -> None:
+    """Benchmarks are one process on the whole machine, whatever OMP_NUM_THREADS says."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+def environment() -> dict[str, Any]:
+    """When, with which versions and on what kind of machine; neither its name nor its owner."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "machine": platform.machine(),
+        "cores": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "device": device_name(),
+    }
+
+
+def check_request(benchmark: str, bars: Sequence[Bar], json_file: Path | None, check: bool) -> None:
+    """Refuse a check of nothing, an output that cannot be written and several ranks, before anything runs."""
+    if check and not bars:
+        bound = "no bar is stated for these settings on this device"
+        raise ConfigError(Problem("--check", benchmark, bound, "see docs/benchmarks.md for those that are"))
+    if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ConfigError(Problem("WORLD_SIZE", ranks, "must be 1", "start the benchmark without torchrun"))
+    if json_file:
+        prepare_output(json_file)
+
+
+def finish(result: Result, json_file: Path | None, check: bool) -> int:
+    """Print and write the result; return the exit code: 1 if `check` and a bar is not held."""
+    print(describe(result))
+    if json_file:
+        with published(json_file) as temporary:
+            temporary.write_text(json.dumps(as_json(result), indent=2) + "\n", encoding="utf-8")
+    return 1 if check and not result.held else 0
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    bars = [
+        {
+            **asdict(bar),
+            "measured": result.quantities.get(bar.quantity),
+            "held": bar.holds(result.quantities.get(bar.quantity)),
+        }
+        for bar in result.bars
+    ]
+    return {**asdict(result), "bars": bars, "held": result.held}
+
+
+def describe(result: Result) -> str:
+    """Environment, table, notes and bars; the last line is the figure."""
+    found = result.environment
+    device = found["device"] if on_gpu() else f"{found['cores']} cores {found['machine']}"
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    lines = [
+        f"{result.benchmark} on {device} ({found['cpu_capability']}), {found['date']}",
+        f"Python {found['python']}, {versions}",
+        ", ".join(f"{name} {value}" for name, value in result.settings.items()),
+        "",
+        markdown_table(result.table),
+        "",
+        *result.notes,
+        *(_describe_bar(bar, result.quantities.get(bar.quantity)) for bar in result.bars),
+        result.figure,
+    ]
+    return "\n".join(lines)
+
+
+def markdown_table(rows: Sequence[dict[str, str]]) -> str:
+    """Rows under the columns of the first, padded so that it also reads well as plain text."""
+    columns = list(rows[0])
+    lines = [columns, *([row[column] for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    rule = ["-" * width for width in widths]
+    padded = (
+        [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        for line in [lines[0], rule, *lines[1:]]
+    )
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def say(text: str) -> None:
+    """Progress: apart from the result, which goes to stdout."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _describe_bar(bar: Bar, measured: float | None) -> str:
+    found = "not measured" if measured is None else f"{measured:.3f}"
+    verdict = "held" if bar.holds(measured) else "NOT HELD"
+    return f"bar: {bar.quantity} {found}, {bar.relation} {bar.limit:g}: {verdict}"

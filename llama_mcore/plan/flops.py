@@ -1,0 +1,55 @@
+"""Floating-point operations of training, and the share of a device's peak that they make (MFU). Pure Python.
+
+A multiply-add counts as two, the backward as twice the forward. What is recomputed does not count, nor do
+norms, rotations, the SwiGLU product, the loss and the optimizer.
+
+    L layers, n query heads, d head width, s sequence, Nmm weights that are multiplied with
+
+    matrix products    6 Nmm        Nmm: all but the norms and the input embedding, which is looked up
+    attention, full    12 L n d s   every token looks at s tokens (Korthikanti et al., 2022, eq. 7)
+    attention, causal  6 L n d s    every token looks at s/2 on average, which is all that a causal kernel
+                                    computes (megatron-core's own count since 2025)
+
+Published figures differ in which attention they count, by 7 points of MFU at s = 8192: hence both.
+"""
+
+from dataclasses import dataclass
+
+from llama_mcore.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class TokenFlops:
+    """Forward and backward of one token."""
+
+    matmul: int
+    full_attention: int
+
+    @property
+    def causal_attention(self) -> int:
+        return self.full_attention // 2
+
+    @property
+    def causal(self) -> int:
+        return self.matmul + self.causal_attention
+
+    @property
+    def full(self) -> int:
+        return self.matmul + self.full_attention
+
+
+def token_flops(model: ModelConfig) -> TokenFlops:
+    """Operations per token at the model's own sequence length."""
+    norms = (2 * model.num_layers + 1) * model.hidden_size
+    # A tied matrix is counted once among the parameters and is the one of the output layer.
+    looked_up = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size
+    width = model.num_attention_heads * model.head_dim
+    return TokenFlops(
+        matmul=6 * (model.num_params() - norms - looked_up),
+        full_attention=12 * model.num_layers * width * model.seq_length,
+    )
+
+
+def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float) -> float:
+    """Share of `peak_flops` (operations per second) that `tokens_per_s` need; both of one device."""
+    return tokens_per_s * flops_per_token / peak_flops
