@@ -46,7 +46,8 @@ class ModelConfig(Section):
 
     layer: Literal["llama", "stock"] = "llama"
     """`llama`: our layer; `stock`: megatron-core's own, for comparison."""
-    attention: Literal["auto", "reference", "sdpa"] = "auto"
+    attention: Literal["auto", "reference", "sdpa", "flash", "xformers", "te"] = "auto"
+    """`auto`: sdpa. flash, xformers and te need a GPU and a package of that name."""
     recompute: Recompute = "selective"
     """What the backward computes again instead of keeping it from the forward. none: nothing, plain
     autograd; selective: norms, rotations and the SwiGLU product, by the hand-written backward; full: the

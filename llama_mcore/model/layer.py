@@ -115,7 +115,7 @@ class LlamaAttention(nn.Module):
             head_dim=model.head_dim,
             rope_theta=model.rope_theta,
             rope_scaling=model.rope_scaling,
-            backend=attention_backend(model.attention),
+            backend=attention_backend(model.attention, by_hand=model.recompute != "none"),
         )
         width = model.num_attention_heads * model.head_dim
         self.linear_qkv = build_module(

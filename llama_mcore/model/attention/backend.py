@@ -2,8 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 from torch import Tensor
+
+
+def _no_halves(*_: Tensor) -> NoReturn:
+    raise RuntimeError("this attention backend has no forward and backward of its own")
 
 
 @dataclass(frozen=True)
@@ -12,7 +17,14 @@ class AttentionBackend:
 
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     """(q, k, v) -> out [S, B, N, D], differentiable."""
-    forward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    forward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = _no_halves
     """(q, k, v) -> out [S, B, N, D] and the log-sum-exp of each row of scores [B, N, S], fp32 or wider."""
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = (
+        _no_halves
+    )
     """(grad_out, q, k, v, out, log_sum_exp) -> gradients of q, k and v."""
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether the hand-written layer can use it."""
+        return self.forward is not _no_halves

@@ -87,4 +87,4 @@ def _sum_groups(grad: Tensor, groups: int) -> Tensor:
     return grad.unflatten(1, (groups, -1)).sum(2)
 
 
-SDPA = AttentionBackend(attend, forward, backward)
+BACKEND = AttentionBackend(attend, forward, backward)

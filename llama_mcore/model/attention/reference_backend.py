@@ -65,4 +65,4 @@ def _widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-REFERENCE = AttentionBackend(attend, forward, backward)
+BACKEND = AttentionBackend(attend, forward, backward)

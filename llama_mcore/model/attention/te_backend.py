@@ -1,0 +1,28 @@
+"""TransformerEngine's attention (cuDNN or FlashAttention, its choice): GPU, under plain autograd only."""
+
+from functools import lru_cache
+
+from torch import Tensor, nn
+from transformer_engine.pytorch import DotProductAttention
+
+from llama_mcore.model.attention.backend import AttentionBackend
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _module(q.size(2), k.size(2), q.size(3))(q, k, v).unflatten(-1, (q.size(2), q.size(3)))
+
+
+@lru_cache(maxsize=8)
+def _module(heads: int, groups: int, head_dim: int) -> nn.Module:
+    """It has no weights; one serves all layers."""
+    return DotProductAttention(
+        heads,
+        head_dim,
+        num_gqa_groups=groups,
+        attention_dropout=0.0,
+        qkv_format="sbhd",
+        attn_mask_type="causal",
+    )
+
+
+BACKEND = AttentionBackend(attend)
