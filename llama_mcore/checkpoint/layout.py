@@ -18,6 +18,7 @@ from llama_mcore.errors import CheckpointError, MissingInputError, Problem
 
 FORMAT = "llama_mcore/1"
 MANIFEST = "manifest.json"
+TEMPORARY = ".tmp"
 WEIGHT = "weight"
 KINDS = (WEIGHT, "exp_avg", "exp_avg_sq")
 
@@ -45,8 +46,12 @@ def parse_fragment_key(key: str) -> tuple[str, str, int]:
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
-    """Folders of the complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in checkpoints_dir(run_dir).glob(f"step-*/{MANIFEST}"))
+    """Folders of the complete checkpoints of a run, oldest first.
+
+    A manifest in a temporary folder does not count: its files may be on their way in, or out.
+    """
+    found = (path.parent for path in checkpoints_dir(run_dir).glob(f"step-*/{MANIFEST}"))
+    return sorted(path for path in found if path.suffix != TEMPORARY)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -94,4 +99,4 @@ def sync_dir(path: Path) -> None:
 
 def unfinished(run_dir: Path) -> Iterator[Path]:
     """What interrupted saves and removals left behind."""
-    yield from checkpoints_dir(run_dir).glob("*.tmp")
+    yield from checkpoints_dir(run_dir).glob(f"*{TEMPORARY}")

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llama_mcore.checkpoint.layout import WEIGHT, parse_fragment_key, read_manifest
+from llama_mcore.checkpoint.layout import MANIFEST, WEIGHT, parse_fragment_key, read_manifest
 from llama_mcore.errors import CheckpointError, Problem
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.shapes import parameter_shapes
@@ -25,12 +25,20 @@ class CheckpointReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = read_manifest(path)
-        self.model = ModelConfig.model_validate(self.manifest["config"]["model"])
-        self.state = TrainState(self.manifest["step"], self.manifest["consumed_samples"])
+        try:
+            self.model = ModelConfig.model_validate(self.manifest["config"]["model"])
+            self.state = TrainState(self.manifest["step"], self.manifest["consumed_samples"])
+            self._tp_size = int(self.manifest["tp_size"])
+            files = [(Path(entry["name"]).name, entry["tp_rank"]) for entry in self.manifest["files"]]
+        except (LookupError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise CheckpointError(
+                Problem("manifest", path / MANIFEST, f"does not describe a checkpoint ({reason})")
+            ) from None
         self._shapes = parameter_shapes(self.model)
         self._pieces: dict[tuple[str, str, int], list[tuple[int, Any, str]]] = defaultdict(list)
-        for entry in self.manifest["files"]:
-            self._index(entry["name"], entry["tp_rank"])
+        for name, tp_rank in files:
+            self._index(path / name, tp_rank)
 
     def names(self) -> list[str]:
         """Parameters of the model, in its order."""
@@ -38,21 +46,20 @@ class CheckpointReader:
 
     def full(self, name: str, kind: str = WEIGHT) -> Tensor:
         """The full fp32 tensor: master weight or Adam moment."""
-        cut, tp_size = cut_of(name), self.manifest["tp_size"]
+        cut, tp_size = cut_of(name), self._tp_size
         shape = list(self._shapes[name])
         if cut is not None:
             shape[cut.dim] //= tp_size
         ranks = range(tp_size if cut is not None else 1)
         return unshard([self._join(kind, name, rank).view(shape) for rank in ranks], cut)
 
-    def _index(self, file_name: str, tp_rank: int) -> None:
-        path = self.path / Path(file_name).name
+    def _index(self, path: Path, tp_rank: int) -> None:
         try:
             file = safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
+            keys = [(parse_fragment_key(key), key) for key in file.keys()]  # noqa: SIM118  no mapping
+        except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(Problem("file", path, f"cannot be read ({error})")) from None
-        for key in file.keys():  # noqa: SIM118  safe_open is no mapping
-            kind, name, start = parse_fragment_key(key)
+        for (kind, name, start), key in keys:
             self._pieces[kind, name, tp_rank].append((start, file, key))
 
     def _join(self, kind: str, name: str, tp_rank: int) -> Tensor:
@@ -71,4 +78,4 @@ class CheckpointReader:
         return torch.cat(pieces)
 
     def _shard_numel(self, name: str) -> int:
-        return self._shapes[name].numel() // (self.manifest["tp_size"] if cut_of(name) else 1)
+        return self._shapes[name].numel() // (self._tp_size if cut_of(name) else 1)

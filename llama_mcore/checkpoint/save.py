@@ -15,6 +15,7 @@ from llama_mcore.checkpoint.layout import (
     FORMAT,
     KINDS,
     MANIFEST,
+    TEMPORARY,
     complete_checkpoints,
     fragment_key,
     rank_file,
@@ -37,14 +38,13 @@ def save_checkpoint(engine: DeepSpeedEngine, run: RunConfig, state: TrainState, 
     """
     run_dir = Path(run.run.dir)
     final = step_dir(run_dir, state.step)
-    temporary = final.with_suffix(".tmp")
+    temporary = final.with_suffix(TEMPORARY)
     _agree(_attempt(groups.rank == 0, lambda: _start(temporary)), final)
     _agree(_attempt(True, lambda: _write_fragments(engine, groups, temporary)), final)
     _agree(
         _attempt(groups.rank == 0, lambda: _publish(temporary, final, _manifest(run, state, groups))), final
     )
-    if groups.rank == 0:
-        _remove_old(run_dir, run.checkpoint.keep)
+    _agree(_attempt(groups.rank == 0, lambda: _remove_old(run_dir, run.checkpoint.keep)), run_dir)
     return final
 
 
@@ -119,6 +119,7 @@ def _remove_old(run_dir: Path, keep: int) -> None:
 
 def _remove(path: Path) -> None:
     """Rename first: a half-removed folder must not look complete."""
-    doomed = path.with_suffix(".removed.tmp")
+    doomed = path.with_suffix(f".removed{TEMPORARY}")
+    shutil.rmtree(doomed, ignore_errors=True)  # of an interrupted removal
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)

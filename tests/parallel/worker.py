@@ -2,16 +2,15 @@
 
     python tests/parallel/worker.py OUTPUT_DIR
 
-Imports once and forks the ranks of each job. Rank r of job NAME leaves what it found in NAME-r.json.
+Rank r of job NAME leaves what it found in NAME-r.json.
 """
 
 import inspect
 import json
-import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from llama_mcore.parallel.config import ParallelConfig
 from llama_mcore.parallel.groups import process_groups
 from llama_mcore.parallel.mpu import Mpu
 from llama_mcore.parallel.overlap import TensorParallel
+from tests.forked import run_ranks
 
 PATCHES = [
     name
@@ -50,33 +50,23 @@ MODEL = ModelConfig(
 
 def main() -> None:
     output = Path(sys.argv[1])
-    (output / "patches-0.json").write_text(json.dumps(PATCHES))
-    for patch in (None, *PATCHES):
-        run_ranks(output, f"without-{patch}", 2, lambda patch=patch: megatron_without(patch))
-    run_ranks(output, "groups", 4, four_ranks)
-    run_ranks(output, "raising", 2, raising)
-    run_ranks(output, "alone", 1, alone)
-    for size in (2, 4):
-        run_ranks(output, f"overlap-{size}", size, lambda size=size: overlap(size))
+    jobs: dict[str, tuple[int, Callable[[], Any]]] = {
+        "patches": (1, lambda: PATCHES),
+        "without-nothing": (2, lambda: megatron_without(None)),
+        **{f"without-{patch}": (2, partial(megatron_without, patch)) for patch in PATCHES},
+        "groups": (4, four_ranks),
+        "raising": (2, raising),
+        "alone": (1, alone),
+        "overlap-2": (2, partial(overlap, 2)),
+        "overlap-4": (4, partial(overlap, 4)),
+    }
+    for name, (world_size, job) in jobs.items():
+        run_ranks(world_size, partial(write, output, name, job))
 
 
-def run_ranks(output: Path, name: str, world_size: int, job: Callable[[], Any]) -> None:
-    """Run `job` with the environment that torchrun would give each of `world_size` ranks."""
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-
-    def rank_main(rank: int) -> None:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        (output / f"{name}-{rank}.json").write_text(json.dumps(job()))
-
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=rank_main, args=(rank,)) for rank in range(world_size)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=60)
-        process.kill()
+def write(output: Path, name: str, job: Callable[[], Any]) -> None:
+    found = job()
+    (output / f"{name}-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(found))
 
 
 def megatron_without(patch: str | None) -> str:
@@ -128,6 +118,7 @@ def raising() -> dict[str, Any]:
 
 
 def alone() -> dict[str, Any]:
+    """Without anything that a launcher sets."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
     with process_groups(ParallelConfig(), seed=1) as groups:

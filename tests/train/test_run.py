@@ -5,7 +5,6 @@ Each case is stopped by a signal, resumed by the same command, and compared with
 
 import json
 import signal
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import Small
-from tests.distributed import torchrun
+from tests.forked import run_worker
 from tests.train.product import (
     LLAMA_MCORE,
     PLAIN_TORCHRUN,
@@ -75,12 +74,9 @@ class Stopped:
 def uninterrupted(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with an uninterrupted run of each case."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    todo = [
-        {"overrides": case.overrides(small, folder / case.name), "port": port}
-        for case, port in zip(REPEATED, free_ports(len(REPEATED)), strict=True)
-    ]
+    todo = [case.overrides(small, folder / case.name) for case in REPEATED]
     (folder / "cases.json").write_text(json.dumps(todo))
-    torchrun(2, WORKER, folder / "cases.json")
+    run_worker(WORKER, folder / "cases.json")
     return folder
 
 
@@ -179,11 +175,3 @@ def numbers(run_dir: Path) -> list[tuple]:
         (row["step"], row["loss"], row["grad_norm"], row["lr"], row["tokens"], row.get("valid_loss"))
         for row in metrics(run_dir)
     ]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports

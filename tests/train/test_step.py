@@ -1,15 +1,12 @@
 """llama_mcore.train.step through real engines: an update that must not happen, and evaluation."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed import ROOT
+from tests.forked import run_worker
 
 WORKER = Path(__file__).with_name("steps.py")
 CASES = [f"{precision}-zero{stage}" for precision in ("bf16", "fp32") for stage in (1, 2, 3)]
@@ -18,16 +15,7 @@ CASES = [f"{precision}-zero{stage}" for precision in ("bf16", "fp32") for stage 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("steps") / "found.json"
-    done = subprocess.run(
-        [sys.executable, WORKER, output],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-8000:]
+    run_worker(WORKER, output)
     return json.loads(output.read_text())
 
 

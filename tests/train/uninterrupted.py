@@ -1,21 +1,23 @@
-"""Worker: train several runs one after the other, without interruption.
+"""Worker: train several runs on two ranks, one after the other and without interruption.
 
-    torchrun --nproc-per-node 2 tests/train/uninterrupted.py CASES.json
+    python tests/train/uninterrupted.py CASES.json
 
-CASES.json: [{"overrides": [...], "port": free TCP port}, ...]
+CASES.json: a list of overrides for each run.
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
 from llama_mcore.config import load_run
-from llama_mcore.train.loop import train
-from llama_mcore.train.signals import StopRequest
+from llama_mcore.observe.log import silence_libraries
 
-# A store of its own for each run: torchrun's still holds the addresses of the one before.
-os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-for case in json.loads(Path(sys.argv[1]).read_text()):
-    os.environ["MASTER_PORT"] = str(case["port"])
-    assert train(load_run("tiny", case["overrides"]), StopRequest()) == 0
+silence_libraries(cpu=True)
+
+from llama_mcore.train.loop import train  # noqa: E402
+from llama_mcore.train.signals import StopRequest  # noqa: E402
+from tests.forked import run_ranks  # noqa: E402
+
+for overrides in json.loads(Path(sys.argv[1]).read_text()):
+    run = load_run("tiny", overrides)
+    run_ranks(2, lambda run=run: sys.exit(train(run, StopRequest())))
