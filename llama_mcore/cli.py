@@ -103,8 +103,9 @@ def train(
 
         with stop_signals() as stop:
             from llama_mcore.observe.log import silence_libraries
-            from llama_mcore.parallel.device import on_gpu
+            from llama_mcore.parallel.device import on_gpu, order_kernel_starts
 
+            order_kernel_starts(run.parallel.tp, run.zero.stage)
             silence_libraries(cpu=not on_gpu())
             from llama_mcore.train.loop import train
 

@@ -10,34 +10,40 @@ from llama_mcore.model.init import init_weights
 from llama_mcore.model.sharding import mark_tensor_parallel
 from llama_mcore.model.spec import block_spec
 from llama_mcore.parallel.config import ParallelConfig
-from llama_mcore.parallel.device import on_gpu
 from llama_mcore.parallel.groups import Groups
 
 
 def build_model(
-    model: ModelConfig, parallel: ParallelConfig, groups: Groups, dtype: torch.dtype, seed: int
+    model: ModelConfig, parallel: ParallelConfig, groups: Groups, dtype: torch.dtype, seed: int | None
 ) -> LlamaModel:
-    """This rank's shard of the model on its device, initialised from `seed`.
+    """This rank's shard of the model on its device: initialised from `seed`, or left for a checkpoint to fill.
 
     Called with tokens [b, s] it gives this rank's logits [b, s, vocab/tp]; with labels [b, s] the mean loss.
     """
-    stock = model.layer == "stock"
-    gpt = LlamaModel(
-        fused_loss=not stock,
-        config=transformer_config(model, parallel, dtype),
-        transformer_layer_spec=block_spec(model),
-        vocab_size=model.vocab_size,
-        max_sequence_length=model.seq_length,
-        share_embeddings_and_output_weights=model.tie_embeddings,
-        # our layer rotates by itself
-        position_embedding_type="rope" if stock else "none",
-        rotary_base=model.rope_theta,
-        rope_scaling=model.rope_scaling is not None,
-        rope_scaling_factor=model.rope_scaling.factor if model.rope_scaling else 1.0,
-    ).to(groups.device)
+    gpt = construct(model, parallel, dtype).to_empty(device=groups.device)
     mark_tensor_parallel(gpt)
-    init_weights(gpt, model, seed, groups.tp_rank, groups.tp_size)
+    if seed is not None:
+        init_weights(gpt, model, seed, groups.tp_rank, groups.tp_size)
     return gpt
+
+
+def construct(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> LlamaModel:
+    """The modules without memory for their weights: on the meta device, so that no weight ever exists twice."""
+    stock = model.layer == "stock"
+    with torch.device("meta"):
+        return LlamaModel(
+            fused_loss=not stock,
+            config=transformer_config(model, parallel, dtype),
+            transformer_layer_spec=block_spec(model),
+            vocab_size=model.vocab_size,
+            max_sequence_length=model.seq_length,
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            # our layer rotates by itself
+            position_embedding_type="rope" if stock else "none",
+            rotary_base=model.rope_theta,
+            rope_scaling=model.rope_scaling is not None,
+            rope_scaling_factor=model.rope_scaling.factor if model.rope_scaling else 1.0,
+        )
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
@@ -65,7 +71,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         attention_softmax_in_fp32=True,
         # our own initialisation is the same for every layout
         perform_initialization=False,
-        use_cpu_initialization=not on_gpu(),
+        # names no device, so that the meta device applies
+        use_cpu_initialization=True,
         # torch.compile of the fused activations takes seconds per shape
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

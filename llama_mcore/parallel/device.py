@@ -61,3 +61,14 @@ def release_cached_memory() -> None:
 def device_name() -> str:
     """The driver's name of this rank's GPU, or "cpu"."""
     return torch.cuda.get_device_name(local_device()) if on_gpu() else "cpu"
+
+
+def order_kernel_starts(tp: int, zero_stage: int) -> None:
+    """Have a GPU start kernels in the order of their launch, so that a collective launched before a GEMM
+    does not wait behind it. Call before the first use of CUDA.
+
+    Tensor parallelism needs that (megatron-core, `tensor_parallel/layers.py`); ZeRO-3's prefetching is
+    slowed by it (DeepSpeed issue 6685), so there the driver's default stays.
+    """
+    if tp > 1 and zero_stage < 3:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
