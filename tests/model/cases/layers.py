@@ -46,8 +46,7 @@ USES = {use.__name__: use for use in (once, twice, accumulated)}
 
 
 def names(tp: int) -> list[str]:
-    """Every combination; on 4 ranks, which take turns on a small machine, each use once with the backward that
-    is written by hand."""
+    """Every combination; on 4 ranks, which take turns on a small machine, each use with one recomputation."""
     layouts = ("sp-off", "sp-on") if tp > 1 else ("sp-off",)
     grid = itertools.product(MODELS, layouts, RECOMPUTE, USES)
     return ["/".join(case) for case in grid if tp <= 2 or "once" in case or "selective" in case]
