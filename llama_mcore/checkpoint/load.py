@@ -22,7 +22,7 @@ from llama_mcore.parallel.groups import Groups
 from llama_mcore.train.state import TrainState
 
 # How the same model is computed may change between the run that saved and the one that resumes.
-COMPUTED_WITH = {"recompute", "attention", "layer"}
+COMPUTED_WITH = {"recompute", "attention", "kernels", "layer"}
 
 
 def check_same_model(reader: CheckpointReader, run: RunConfig) -> None:

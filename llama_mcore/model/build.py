@@ -16,7 +16,7 @@ from llama_mcore.parallel.groups import Groups
 def build_model(
     model: ModelConfig, parallel: ParallelConfig, groups: Groups, dtype: torch.dtype, seed: int | None
 ) -> LlamaModel:
-    """This rank's shard of the model on its device: initialised from `seed`, or left for a checkpoint to fill.
+    """This rank's shard of the model on its device: filled from `seed`, or left for a checkpoint to fill.
 
     Called with tokens [b, s] it gives this rank's logits [b, s, vocab/tp]; with labels [b, s] the mean loss.
     """
@@ -28,7 +28,7 @@ def build_model(
 
 
 def construct(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> LlamaModel:
-    """The modules without memory for their weights: on the meta device, so that no weight ever exists twice."""
+    """The modules without memory for weights: on the meta device, so that no weight ever exists twice."""
     stock = model.layer == "stock"
     with torch.device("meta"):
         return LlamaModel(

@@ -48,6 +48,8 @@ class ModelConfig(Section):
     """`llama`: our layer; `stock`: megatron-core's own, for comparison."""
     attention: Literal["auto", "reference", "sdpa", "flash", "xformers", "te"] = "auto"
     """`auto`: sdpa. flash, xformers and te need a GPU and a package of that name."""
+    kernels: Literal["auto", "plain", "compile", "apex"] = "auto"
+    """Who computes norms, rotations and SwiGLU in the hand-written layer; see model/kernels.py."""
     recompute: Recompute = "selective"
     """What the backward computes again instead of keeping it from the forward. none: nothing, plain
     autograd; selective: norms, rotations and the SwiGLU product, by the hand-written backward; full: the

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llama_mcore.model.attention import Documents, attention_backend
 from llama_mcore.model.config import ModelConfig
+from llama_mcore.model.kernels import choose_kernels
 from llama_mcore.model.layer_function import AttentionHalf, AttentionShape, MlpHalf, rotated_qkv
 from llama_mcore.model.swiglu import swiglu
 from llama_mcore.parallel.overlap import TensorParallel
@@ -95,6 +96,7 @@ class LlamaLayer(nn.Module, BaseTransformerLayer):
             mlp.linear_fc2.weight,
             self.pre_mlp_layernorm.eps,
             self.tp,
+            self.self_attention.shape.kernels,
         )
 
 
@@ -115,6 +117,7 @@ class LlamaAttention(nn.Module):
             head_dim=model.head_dim,
             rope_theta=model.rope_theta,
             rope_scaling=model.rope_scaling,
+            kernels=choose_kernels(model.kernels),
             backend=attention_backend(model.attention, by_hand=model.recompute != "none"),
         )
         width = model.num_attention_heads * model.head_dim

@@ -26,9 +26,8 @@ from torch import Tensor
 
 from llama_mcore.model.attention import AttentionBackend, Documents, per_document
 from llama_mcore.model.config import RopeScaling
-from llama_mcore.model.rmsnorm import rmsnorm, rmsnorm_backward
-from llama_mcore.model.rope import rope, rope_backward, rope_table
-from llama_mcore.model.swiglu import swiglu, swiglu_backward
+from llama_mcore.model.kernels import PLAIN, Kernels
+from llama_mcore.model.rope import rope_table
 from llama_mcore.parallel.overlap import TensorParallel
 
 
@@ -42,6 +41,7 @@ class AttentionShape:
     rope_theta: float
     rope_scaling: RopeScaling | None
     backend: AttentionBackend
+    kernels: Kernels = PLAIN
 
     def backend_for(self, documents: Documents | None) -> AttentionBackend:
         return self.backend if documents is None else per_document(self.backend, documents)
@@ -61,7 +61,7 @@ class AttentionHalf(torch.autograd.Function):
         tp: TensorParallel,
         documents: Documents | None = None,
     ) -> Tensor:
-        normed = tp.start_gather(rmsnorm(x, norm_weight, shape.norm_eps)).wait()
+        normed = tp.start_gather(shape.kernels.rmsnorm(x, norm_weight, shape.norm_eps)).wait()
         qkv = linear(normed, qkv_weight)  # [s, b, (n + 2g) d]
         backend = shape.backend_for(documents)
         out, log_sum_exp = backend.forward(*rotated_qkv(qkv, shape))
@@ -78,7 +78,7 @@ class AttentionHalf(torch.autograd.Function):
         shape, tp = ctx.shape, ctx.tp
 
         gathering_grad = tp.start_gather(grad)
-        normed = rmsnorm(x, norm_weight, shape.norm_eps)
+        normed = shape.kernels.rmsnorm(x, norm_weight, shape.norm_eps)
         q, k, v = rotated_qkv(qkv, shape)
         whole_grad = gathering_grad.wait()
 
@@ -95,7 +95,7 @@ class AttentionHalf(torch.autograd.Function):
 
         reducing = tp.start_reduce(grad_normed)
         grad_qkv_weight = linear_weight_grad(grad_qkv, normed)
-        grad_x, grad_norm = rmsnorm_backward(reducing.wait(), x, norm_weight, shape.norm_eps)
+        grad_x, grad_norm = shape.kernels.rmsnorm_backward(reducing.wait(), x, norm_weight, shape.norm_eps)
         summing = tp.start_replicated_sum(grad_norm)
         grad_x += grad
         return grad_x, summing.wait(), grad_qkv_weight, grad_proj, None, None, None
@@ -113,38 +113,39 @@ class MlpHalf(torch.autograd.Function):
         fc2_weight: Tensor,
         norm_eps: float,
         tp: TensorParallel,
+        kernels: Kernels = PLAIN,
     ) -> Tensor:
-        normed = tp.start_gather(rmsnorm(x, norm_weight, norm_eps)).wait()
+        normed = tp.start_gather(kernels.rmsnorm(x, norm_weight, norm_eps)).wait()
         gate_up = linear(normed, fc1_weight)  # [s, b, 2f]
-        partial = linear(swiglu(gate_up), fc2_weight)
+        partial = linear(kernels.swiglu(gate_up), fc2_weight)
         ctx.save_for_backward(x, gate_up, norm_weight, fc1_weight, fc2_weight)
-        ctx.norm_eps, ctx.tp = norm_eps, tp
+        ctx.norm_eps, ctx.tp, ctx.kernels = norm_eps, tp, kernels
         return x + tp.start_reduce(partial).wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, gate_up, norm_weight, fc1_weight, fc2_weight = ctx.saved_tensors
-        norm_eps, tp = ctx.norm_eps, ctx.tp
+        norm_eps, tp, kernels = ctx.norm_eps, ctx.tp, ctx.kernels
 
         gathering_grad = tp.start_gather(grad)
-        normed = rmsnorm(x, norm_weight, norm_eps)
-        product = swiglu(gate_up)
+        normed = kernels.rmsnorm(x, norm_weight, norm_eps)
+        product = kernels.swiglu(gate_up)
         whole_grad = gathering_grad.wait()
 
         gathering_normed = tp.start_gather(normed)
         grad_product = linear_input_grad(whole_grad, fc2_weight)
         grad_fc2 = linear_weight_grad(whole_grad, product)
-        grad_gate_up = swiglu_backward(grad_product, gate_up)
+        grad_gate_up = kernels.swiglu_backward(grad_product, gate_up)
         grad_normed = linear_input_grad(grad_gate_up, fc1_weight)
         normed = gathering_normed.wait()
 
         reducing = tp.start_reduce(grad_normed)
         grad_fc1 = linear_weight_grad(grad_gate_up, normed)
-        grad_x, grad_norm = rmsnorm_backward(reducing.wait(), x, norm_weight, norm_eps)
+        grad_x, grad_norm = kernels.rmsnorm_backward(reducing.wait(), x, norm_weight, norm_eps)
         summing = tp.start_replicated_sum(grad_norm)
         grad_x += grad
-        return grad_x, summing.wait(), grad_fc1, grad_fc2, None, None
+        return grad_x, summing.wait(), grad_fc1, grad_fc2, None, None, None
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -181,12 +182,14 @@ def rotated_qkv(qkv: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor, Ten
     """Fused qkv -> rotated q [s, b, n, d], rotated k [s, b, g, d], v [s, b, g, d]."""
     q, k, v = split_qkv(qkv, shape.heads_per_group, shape.head_dim)
     cos, sin = _table(qkv, shape)
+    rope = shape.kernels.rope
     return rope(q, cos, sin), rope(k, cos, sin), v
 
 
 def _unrotated(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, shape: AttentionShape) -> Tensor:
     """Gradient of qkv from those of rotated q and k, and of v."""
     cos, sin = _table(grad_q, shape)
+    rope_backward = shape.kernels.rope_backward
     return join_qkv(rope_backward(grad_q, cos, sin), rope_backward(grad_k, cos, sin), grad_v)
 
 
