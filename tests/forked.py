@@ -30,7 +30,14 @@ def run_worker(script: Path, *args: object, timeout: int = 600) -> None:
         raise AssertionError(f"{script.name} failed:\n{done.stdout[-8000:]}")
 
 
-def run_ranks(world_size: int, job: Callable[[], object], timeout: int = 300) -> None:
+def run_ranks(world_size: int, job: Callable[[], object]) -> None:
+    """Call `job` in `world_size` forked ranks; ends this process if any of them fails."""
+    exit_codes = exit_codes_of(world_size, job)
+    if any(exit_codes):
+        sys.exit(f"ranks ended with {exit_codes}")
+
+
+def exit_codes_of(world_size: int, job: Callable[[], object], timeout: int = 300) -> list[int | None]:
     """Call `job` in `world_size` forked processes with the environment that torchrun would give them."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
@@ -48,6 +55,12 @@ def run_ranks(world_size: int, job: Callable[[], object], timeout: int = 300) ->
         process.join(timeout)
         process.kill()
         process.join()
-    exit_codes = [process.exitcode for process in ranks]
-    if any(exit_codes):
-        sys.exit(f"ranks ended with {exit_codes}")
+    return [process.exitcode for process in ranks]
+
+
+def write_output_to(path: Path) -> None:
+    """Let everything that this process prints from now on go to the end of a file."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(descriptor, stream.fileno())

@@ -1,0 +1,28 @@
+"""Worker of test_torchrun.py: does what its first argument says, without torch.
+
+python job.py exit CODE      rank 1 ends with CODE, or by signal -CODE
+python job.py signal FOLDER  each rank says that it is ready and writes down which signal it got
+python job.py threads FOLDER each rank writes down OMP_NUM_THREADS
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+what, value = sys.argv[1:]
+rank = os.environ["RANK"]
+if what == "exit" and rank == "1":
+    code = int(value)
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
+if what == "signal":
+    numbers = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    Path(value, f"ready-{rank}").touch()
+    got = signal.sigtimedwait(numbers, 60)
+    Path(value, f"got-{rank}").write_text(signal.Signals(got.si_signo).name if got else "nothing")
+    sys.exit(75)
+if what == "threads":
+    Path(value, f"threads-{rank}").write_text(os.environ.get("OMP_NUM_THREADS", "unset"))

@@ -1,0 +1,57 @@
+"""Worker: start job.py with our torchrun in every way that test_torchrun.py looks at.
+
+    python tests/launch/launches.py FOLDER
+
+FOLDER/NAME.txt has what launch NAME printed, FOLDER/exit_codes.json how each ended. Launchers are forked, so
+that torch is imported once.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+from llama_mcore.launch.torchrun import run
+from tests.forked import write_output_to
+
+JOB = str(Path(__file__).with_name("job.py"))
+EXITS = [0, 75, 64, 73, 3, -9, -11]
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    os.environ.pop("OMP_NUM_THREADS", None)
+    found = {f"exit{code}": launch(folder, f"exit{code}", "exit", str(code)) for code in EXITS}
+    found["threads"] = launch(folder, "threads", "threads", str(folder))
+    for number in SIGNALS:
+        (folder / number.name).mkdir()
+        arguments = ("signal", str(folder / number.name))
+        found[number.name] = launch(folder, f"{number.name}", *arguments, number=number)
+    (folder / "exit_codes.json").write_text(json.dumps(found))
+
+
+def launch(folder: Path, name: str, *arguments: str, number: signal.Signals | None = None) -> int | None:
+    """Exit code of torchrun with two workers; with `number`, it gets that signal when both are ready."""
+
+    def command() -> None:
+        write_output_to(folder / f"{name}.txt")
+        sys.exit(run(["--nproc-per-node", "2", JOB, *arguments]))
+
+    launcher = get_context("fork").Process(target=command)
+    launcher.start()
+    if number and launcher.pid:
+        while launcher.is_alive() and len(list((folder / name).glob("ready-*"))) < 2:
+            time.sleep(0.01)
+        os.kill(launcher.pid, number)
+    launcher.join(timeout=120)
+    launcher.kill()
+    launcher.join()
+    return launcher.exitcode
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""llama_mcore.launch.torchrun: exit codes and signals pass through a real torchrun."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.forked import run_worker
+
+WORKER = Path(__file__).with_name("launches.py")
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("launches")
+    run_worker(WORKER, folder)
+    return folder
+
+
+def exit_code(launches: Path, name: str) -> int:
+    return json.loads((launches / "exit_codes.json").read_text())[name]
+
+
+@pytest.mark.parametrize(
+    ("of_worker", "of_job"), [(0, 0), (75, 75), (64, 64), (73, 73), (3, 3), (-9, 137), (-11, 139)]
+)
+def test_the_exit_code_of_a_worker_becomes_that_of_the_job(
+    launches: Path, of_worker: int, of_job: int
+) -> None:
+    assert exit_code(launches, f"exit{of_worker}") == of_job
+
+
+@pytest.mark.parametrize("code", [0, 75, 64, 73])
+def test_nothing_is_added_to_what_a_worker_has_explained(launches: Path, code: int) -> None:
+    assert (launches / f"exit{code}.txt").read_text() == ""
+
+
+@pytest.mark.parametrize("code", [3, -9, -11])
+def test_an_unexplained_end_is_one_line(launches: Path, code: int) -> None:
+    assert (launches / f"exit{code}.txt").read_text() == f"rank 1 failed with exit code {code}\n"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_reaches_every_worker(launches: Path, name: str) -> None:
+    assert [(launches / name / f"got-{rank}").read_text() for rank in range(2)] == [name] * 2
+    assert exit_code(launches, name) == 75
+
+
+def test_workers_share_the_cores(launches: Path) -> None:
+    share = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert [(launches / f"threads-{rank}").read_text() for rank in range(2)] == [share] * 2

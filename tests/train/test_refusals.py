@@ -1,0 +1,78 @@
+"""Bad input ends with one clear message and its exit code: no traceback, nothing half-written."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Small
+from tests.forked import run_worker
+from tests.train.bad_input import CONFIGURATION, DATA, EVERY
+from tests.train.product import checkpoints, finish, start, train
+
+WORKER = Path(__file__).with_name("bad_input.py")
+TITLES = ("configuration error: ", "data error: ", "checkpoint error: ", "missing input: ", "output error: ")
+
+
+@pytest.fixture(scope="module")
+def refused(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What bad_input.py leaves."""
+    folder = tmp_path_factory.mktemp("refused")
+    overrides = [*small.overrides(folder)[1:], "parallel.tp=1"]
+    (folder / "overrides.json").write_text(json.dumps(overrides))
+    run_worker(WORKER, folder, folder / "overrides.json")
+    return folder
+
+
+def check_message(lines: list[str], says: list[str]) -> None:
+    output = "\n".join(lines)
+    assert sum(line.startswith(TITLES) for line in lines) == 1, output
+    assert "Traceback" not in output
+    assert [part for part in says if part not in output] == [], output
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_bad_input_is_one_message(refused: Path, name: str) -> None:
+    bad = EVERY[name]
+    check_message((refused / f"{name}.txt").read_text().splitlines(), bad.says)
+    assert json.loads((refused / "exit_codes.json").read_text())[name] == [bad.exit_code] * bad.ranks
+
+
+@pytest.mark.parametrize("name", CONFIGURATION)
+def test_a_refused_configuration_leaves_nothing(refused: Path, name: str) -> None:
+    assert (refused / f"{name}.txt").exists()
+    assert not (refused / name).exists()
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_refused_data_leaves_no_checkpoint(refused: Path, name: str) -> None:
+    assert checkpoints(refused / name) == []
+
+
+def test_another_model_leaves_the_checkpoint_as_it_was(refused: Path) -> None:
+    finished, run_dir = refused / "finished", refused / "another-model"
+    last = Path("checkpoints/step-00000004")
+    assert checkpoints(run_dir) == [last.name]
+    for path in (finished / last).iterdir():
+        assert (run_dir / last / path.name).read_bytes() == path.read_bytes()
+
+
+def test_through_a_launcher_it_is_the_same_one_message(refused: Path, small: Small, tmp_path: Path) -> None:
+    """One case in which all ranks find the problem before they meet, and one in which one rank does later."""
+    names = ["sequence", "ids-too-large"]
+    jobs = []
+    for name in names:
+        settings = [setting.format(refused) for setting in EVERY[name].settings]
+        overrides = [*small.overrides(tmp_path / name), "parallel.tp=1", *settings]
+        jobs.append(start(overrides, ranks=2))
+    for name, job in zip(names, jobs, strict=True):
+        found = finish(job)
+        assert found.exit_code == EVERY[name].exit_code
+        check_message(found.lines, EVERY[name].says)
+
+
+def test_debug_prints_a_traceback(small: Small, tmp_path: Path) -> None:
+    found = train([*small.overrides(tmp_path), "model.hidden_size=66", "--debug"])
+    assert found.exit_code == 64
+    assert found.lines[0].startswith("Traceback")
+    assert "model.hidden_size = 66" in found.lines[-1]
