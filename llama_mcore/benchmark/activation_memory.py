@@ -17,7 +17,7 @@ from llama_mcore.benchmark.models import (
     benchmark_run,
     random_batch,
 )
-from llama_mcore.benchmark.runner import Bar, Result, say, use_all_cores
+from llama_mcore.benchmark.runner import Bar, Result, say
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.parallel.groups import Groups, process_groups
 
@@ -66,7 +66,6 @@ POLICIES: dict[str, Callable[[Workload], Contender]] = {
 
 def measure(shape: dict[str, int]) -> Result:
     """Run the benchmark. `shape` is a ModelConfig without num_layers."""
-    use_all_cores()
     shallow, deep = (ModelConfig.model_validate({**shape, "num_layers": depth}) for depth in (1, 2))
     per_layer, rest = {}, {}
     run = benchmark_run(deep, 1)

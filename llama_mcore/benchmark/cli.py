@@ -90,9 +90,10 @@ def activation_memory(json: Json = None, check: Check = False, debug: Debug = Fa
 def _run(
     name: str, measure: Callable[[], "Result"], bars: Sequence["Bar"], json: Path | None, check: bool
 ) -> int:
-    from llama_mcore.benchmark.runner import check_request, finish
+    from llama_mcore.benchmark.runner import check_request, finish, use_all_cores
 
     check_request(name, bars, json, check)
+    use_all_cores()
     return finish(measure(), json, check)
 
 

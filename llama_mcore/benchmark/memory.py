@@ -19,7 +19,8 @@ def kept_bytes(forward: Callable[[], Tensor], excluded: Iterable[Tensor]) -> tup
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         sizes[StorageWeakRef(storage)] = storage.nbytes()
-        return tensor
+        # An output itself would refer to the node that keeps it, and neither would ever be freed.
+        return tensor.detach()
 
     with saved_tensors_hooks(note, _unchanged):
         answer = forward()

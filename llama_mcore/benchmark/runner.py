@@ -5,6 +5,7 @@ import operator
 import os
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 
 from llama_mcore.data.files import prepare_output, published
@@ -63,6 +65,25 @@ class Result:
 def use_all_cores() -> None:
     """Benchmarks are one process on the whole machine, whatever OMP_NUM_THREADS says."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+class OtherWork:
+    """How much of this machine's CPU other processes use while this object lives: timings need it near 0."""
+
+    def __init__(self) -> None:
+        self._started = self._read()
+
+    def share(self) -> float:
+        """0 to 1, since the start."""
+        busy, own, now = (end - start for end, start in zip(self._read(), self._started, strict=True))
+        return max(0.0, busy - own) / (now * (os.cpu_count() or 1))
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        """Seconds of all cores at work, of this process at work, on the clock."""
+        all_cores, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        busy = all_cores.user + all_cores.nice + all_cores.system
+        return busy, own.user + own.system, time.monotonic()
 
 
 def environment() -> dict[str, Any]:

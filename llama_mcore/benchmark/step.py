@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from llama_mcore.benchmark.memory import kept_bytes
 from llama_mcore.benchmark.models import CONTENDERS, Contender, Workload, benchmark_run, random_batch
-from llama_mcore.benchmark.runner import Bar, Result, say, use_all_cores
+from llama_mcore.benchmark.runner import Bar, OtherWork, Result, say
 from llama_mcore.config import check_run
 from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.model.config import PRESETS, ModelConfig
@@ -129,10 +129,10 @@ def stated_bars(request: Request) -> Sequence[Bar]:
 
 def measure(request: Request) -> Result:
     """Run the benchmark."""
-    use_all_cores()
     run = benchmark_run(request.model, request.micro_batch_size)
     batch = random_batch(request.model, request.micro_batch_size, run.run.seed)
     samples = {name: Samples() for name in request.contenders}
+    others = OtherWork()
     with process_groups(run.parallel, run.run.seed) as groups:
         workload = Workload(run, groups, batch)
         for number in range(1, request.rounds + 1):
@@ -141,11 +141,13 @@ def measure(request: Request) -> Result:
                 gc.collect()  # an engine and its hooks refer to each other
                 release_cached_memory()
                 say(f"round {number}/{request.rounds}  {name:<12} {_newest(found)}")
-    return summarize(request, samples, peak_of(device_name()))
+    return summarize(request, samples, peak_of(device_name()), others.share())
 
 
-def summarize(request: Request, samples: dict[str, Samples], peak: Peak | None) -> Result:
-    """Medians, ratios and what follows from them."""
+def summarize(
+    request: Request, samples: dict[str, Samples], peak: Peak | None, others_share: float
+) -> Result:
+    """Medians, ratios and what follows from them. `others_share`: see OtherWork."""
     flops = token_flops(request.model)
     tokens = request.micro_batch_size * request.model.seq_length
     speeds = {name: tokens / median(found.step_s) for name, found in samples.items() if found.step_s}
@@ -160,11 +162,15 @@ def summarize(request: Request, samples: dict[str, Samples], peak: Peak | None) 
         settings=_settings(request),
         table=[_row(name, found, speeds.get(name), shares.get(name)) for name, found in samples.items()],
         measured={name: asdict(found) for name, found in samples.items()}
-        | {"tokens_per_s": speeds, "flops_per_token": asdict(flops)},
+        | {
+            "tokens_per_s": speeds,
+            "flops_per_token": asdict(flops),
+            "other_processes_share_of_cpu": others_share,
+        },
         quantities=quantities,
         figure=_figure(quantities, speeds),
         bars=stated_bars(request),
-        notes=_notes(request, peak),
+        notes=[f"other processes used {others_share:.0%} of the CPU meanwhile", *_notes(request, peak)],
     )
 
 
