@@ -119,14 +119,17 @@ def convert(
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     target: Annotated[str, typer.Option("--to", help="Format to write: hf.")] = "hf",
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, e.g. 500MB or 5GB.")] = "5GB",
     verify: Annotated[bool, typer.Option(help="Read the output back and compare.")] = True,
     debug: Debug = False,
 ) -> None:
     """Convert a checkpoint to another format and verify the result."""
     with report_errors(debug):
         from llama_mcore.checkpoint.convert.run import convert
+        from llama_mcore.units import parse_bytes
 
-        convert(input, output, target=target, dtype=dtype, verify=verify)
+        shard_bytes = parse_bytes("--max-shard-size", max_shard_size)
+        convert(input, output, target=target, dtype=dtype, verify=verify, max_shard_bytes=shard_bytes)
 
 
 @app.command("generate")

@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
     "section": set(),
+    "units": {"errors"},
     "config": BASE | CONFIGS,
     "model": BASE | {"model", "parallel"},
     "parallel": BASE | {"parallel"},

@@ -116,7 +116,8 @@ def generate() -> str:
 def picture() -> str:
     from llama_mcore.observe.report import loss_curve
 
-    loss_curve(ROOT / TRAIN / "metrics.jsonl", ROOT / DEMO / "loss.png")
+    title = "LLaMA, 6M parameters, stopped half-way and resumed"
+    loss_curve(ROOT / TRAIN / "metrics.jsonl", ROOT / DEMO / "loss.png", title)
     return f"loss curve in {DEMO}/loss.png"
 
 
