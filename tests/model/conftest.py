@@ -22,13 +22,22 @@ def alone() -> Iterator[Groups]:
 
 @pytest.fixture(scope="session")
 def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, Any]]:
-    """What tests/model/worker.py found on so many ranks; each job runs once."""
+    """What tests/model/worker.py found on so many ranks; each job runs once, also one that fails."""
     folder = tmp_path_factory.mktemp("model")
 
     @cache
-    def results(world_size: int) -> dict[str, Any]:
+    def results_or_failure(world_size: int) -> dict[str, Any] | AssertionError:
         output = folder / f"{world_size}.json"
-        torchrun(world_size, WORKER, output)
+        try:
+            torchrun(world_size, WORKER, output, timeout=300)
+        except AssertionError as failure:
+            return failure
         return orjson.loads(output.read_bytes())
+
+    def results(world_size: int) -> dict[str, Any]:
+        found = results_or_failure(world_size)
+        if isinstance(found, AssertionError):
+            pytest.fail(str(found), pytrace=False)
+        return found
 
     return results
