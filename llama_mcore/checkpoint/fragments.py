@@ -51,10 +51,14 @@ def create_optimizer_state(fragments: list[Fragment], step: int) -> None:
     optimizer_of = {fragment.buffer: fragment.optimizer for fragment in fragments}
     for buffer, optimizer in optimizer_of.items():
         optimizer.state[buffer] = {
-            "step": torch.tensor(float(step), device=buffer.device),
             "exp_avg": torch.zeros_like(buffer, requires_grad=False),
             "exp_avg_sq": torch.zeros_like(buffer, requires_grad=False),
         }
+        if isinstance(optimizer, torch.optim.AdamW):
+            optimizer.state[buffer]["step"] = torch.tensor(float(step), device=buffer.device)
+        else:  # apex counts steps per group
+            for group in optimizer.param_groups:
+                group["step"] = step
 
 
 def set_model_weight(parameter: Any, full: Tensor, dp_rank: int) -> None:

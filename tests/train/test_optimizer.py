@@ -1,9 +1,12 @@
 """llama_mcore.train.optimizer: which parameters decay, and how Adam is set."""
 
+import importlib.util
+
 import pytest
 import torch
 from torch import nn
 
+from llama_mcore.errors import ConfigError
 from llama_mcore.train.config import OptimConfig
 from llama_mcore.train.optimizer import build_optimizer
 
@@ -52,3 +55,9 @@ def test_the_defaults_are_the_papers() -> None:
         ((0.9, 0.95), 0.1),
         ((0.9, 0.95), 0.0),
     ]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("amp_C") is not None, reason="apex is installed")
+def test_apex_is_refused_where_it_is_not_installed() -> None:
+    with pytest.raises(ConfigError, match=r"optim.implementation = apex: needs NVIDIA's apex"):
+        build_optimizer(Model(), OptimConfig(lr=1e-3, implementation="apex"))
