@@ -57,7 +57,16 @@ MODEL_MATHS = (
 # Names of other people's modules.
 FOREIGN_NAMES = ("fused_layer_norm_cuda",)
 DEVICE_FILES = ("parallel.device", "parallel.mcore_cpu")
-WITHOUT_TORCH = (*sorted(CONFIGS), "errors", "section", "config", "cli", "plan.memory", "plan.summary", "plan.activations")
+WITHOUT_TORCH = (
+    *sorted(CONFIGS),
+    "errors",
+    "section",
+    "config",
+    "cli",
+    "plan.memory",
+    "plan.summary",
+    "plan.activations",
+)
 
 BANNED_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 BANNED_CALLS = {

@@ -52,5 +52,5 @@ def test_compiled_functions_agree(dtype: torch.dtype) -> None:
 
 @pytest.mark.skipif(GPU, reason="shows what a machine without a GPU says")
 def test_apex_is_refused_where_it_cannot_run() -> None:
-    with pytest.raises(ConfigError, match="model.kernels = apex: needs a GPU"):
+    with pytest.raises(ConfigError, match=r"model.kernels = apex: needs a GPU"):
         choose_kernels("apex")
