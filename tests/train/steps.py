@@ -73,7 +73,7 @@ def evaluation(engine: DeepSpeedEngine, groups: Groups) -> dict[str, Any]:
         "expected": sum(one_by_one) / 3,
         "found": found,
         "changed": not all(torch.equal(*pair) for pair in zip(before, state(engine), strict=True)),
-        "training_goes_on": engine.training,
+        "training_goes_on": engine.module.training,
     }
 
 
