@@ -84,6 +84,7 @@ def _write_fragments(engine: DeepSpeedEngine, groups: Groups, folder: Path) -> N
     }
     path = folder / rank_file(groups.rank)
     save_file(tensors, path)
+    path.chmod(0o644)  # safetensors lets nobody else read it
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

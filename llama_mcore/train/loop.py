@@ -71,9 +71,9 @@ def setup(run: RunConfig, groups: Groups) -> Job:
 
     What can fail for the user's reasons comes first and fails on all ranks together.
     """
-    _together(groups, lambda: _prepare_run_dir(run) if groups.rank == 0 else None)
     train_data, valid_data = _together(groups, lambda: _open_data(run, groups))
     reader = _together(groups, lambda: _find_resume(run))
+    _together(groups, lambda: _prepare_run_dir(run) if groups.rank == 0 else None)
     seed = None if reader else run.run.seed
     model = build_model(run.model, run.parallel, groups, dtype_of(run), seed)
     engine = build_engine(model, run, groups)
