@@ -120,12 +120,12 @@ def carry_out(job: Job, run: RunConfig, folder: Path, groups: Groups) -> None:
     engine = new_engine(run, groups)
     if job.load:
         state = load_checkpoint(engine, CheckpointReader(find_checkpoint(folder / job.load)), groups)
-        if groups.rank == 0:
-            leave_interrupted(checkpoints_dir(Path(run.run.dir)))
     else:
         take_steps(engine, range(STEPS), job.dp, groups)
         state = TrainState(STEPS, STEPS * SEQUENCES)
     save_checkpoint(engine, run, state, groups)
+    if groups.rank == 0:
+        leave_interrupted(checkpoints_dir(Path(run.run.dir)))
     save_checkpoint(engine, run, state, groups)  # the same step again replaces the first
     following = take_steps(engine, range(state.step, state.step + 2), job.dp, groups)
     if groups.rank == 0:

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import Small
 from tests.forked import run_worker
 from tests.train.bad_input import CONFIGURATION, DATA, EVERY
-from tests.train.product import checkpoints, finish, start, train
+from tests.train.product import checkpoints, finish, metrics, start, train
 
 WORKER = Path(__file__).with_name("bad_input.py")
 TITLES = ("configuration error: ", "data error: ", "checkpoint error: ", "missing input: ", "output error: ")
@@ -47,6 +47,11 @@ def test_a_refused_configuration_leaves_nothing(refused: Path, name: str) -> Non
 @pytest.mark.parametrize("name", DATA)
 def test_refused_data_leaves_no_checkpoint(refused: Path, name: str) -> None:
     assert checkpoints(refused / name) == []
+
+
+@pytest.mark.parametrize("name", ["no-dataset", "too-short", "little-held-out-data"])
+def test_what_can_be_known_before_is_refused_before_the_first_step(refused: Path, name: str) -> None:
+    assert metrics(refused / name) == []
 
 
 def test_another_model_leaves_the_checkpoint_as_it_was(refused: Path) -> None:
