@@ -23,7 +23,7 @@ def test_the_numbers_of_a_run(run: RunConfig) -> None:
     for part in (
         "5.51 M parameters (5,507,328)",
         "4 ranks = tp 2 x dp 2, sequence parallel on",
-        "ZeRO-1, bf16, recompute none",
+        "ZeRO-1, bf16, recompute selective",
         "16 sequences = micro-batch 8 x dp 2 x accumulation 1",
         "4,096 a step, 819,200 in 200 steps",
         "1/2 on each dp rank",
