@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import Small
 from tests.forked import run_worker
-from tests.train.bad_input import CONFIGURATION, DATA, EVERY
+from tests.train.bad_input import CONFIGURATION, EVERY
 from tests.train.product import checkpoints, finish, metrics, start, train
 
 WORKER = Path(__file__).with_name("bad_input.py")
@@ -38,28 +38,25 @@ def test_bad_input_is_one_message(refused: Path, name: str) -> None:
     assert json.loads((refused / "exit_codes.json").read_text())[name] == [bad.exit_code] * bad.ranks
 
 
-@pytest.mark.parametrize("name", CONFIGURATION)
-def test_a_refused_configuration_leaves_nothing(refused: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [*CONFIGURATION, "no-dataset", "too-short", "little-held-out-data"])
+def test_what_can_be_known_before_the_first_step_leaves_nothing(refused: Path, name: str) -> None:
     assert (refused / f"{name}.txt").exists()
     assert not (refused / name).exists()
 
 
-@pytest.mark.parametrize("name", DATA)
-def test_refused_data_leaves_no_checkpoint(refused: Path, name: str) -> None:
-    assert checkpoints(refused / name) == []
+def test_what_shows_later_leaves_no_half_checkpoint(refused: Path) -> None:
+    assert metrics(refused / "ids-too-large")
+    assert checkpoints(refused / "ids-too-large") == []
 
 
-@pytest.mark.parametrize("name", ["no-dataset", "too-short", "little-held-out-data"])
-def test_what_can_be_known_before_is_refused_before_the_first_step(refused: Path, name: str) -> None:
-    assert metrics(refused / name) == []
-
-
-def test_another_model_leaves_the_checkpoint_as_it_was(refused: Path) -> None:
-    finished, run_dir = refused / "finished", refused / "another-model"
-    last = Path("checkpoints/step-00000004")
-    assert checkpoints(run_dir) == [last.name]
-    for path in (finished / last).iterdir():
-        assert (run_dir / last / path.name).read_bytes() == path.read_bytes()
+@pytest.mark.parametrize("name", ["another-model", "missing-rank-file"])
+def test_a_refused_resume_leaves_the_run_as_it_was(refused: Path, name: str) -> None:
+    finished, run_dir = refused / "finished", refused / name
+    kept = [path.relative_to(run_dir) for path in run_dir.rglob("*") if path.is_file()]
+    assert Path("checkpoints/step-00000004/manifest.json") in kept
+    assert Path("config.yaml") in kept
+    for path in kept:
+        assert (run_dir / path).read_bytes() == (finished / path).read_bytes()
 
 
 def test_through_a_launcher_it_is_the_same_one_message(refused: Path, small: Small, tmp_path: Path) -> None:
