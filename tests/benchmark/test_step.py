@@ -66,6 +66,13 @@ def test_tokens_per_second_and_mfu() -> None:
     assert result.quantities["MFU, ours"] == pytest.approx(0.5, abs=0.02)  # 11,992 tokens/s are 50 %
 
 
+@pytest.mark.parametrize(("share", "doubted"), [(0.01, False), (0.5, True)])
+def test_times_on_a_busy_machine_are_doubted(share: float, doubted: bool) -> None:
+    notes = summarize(Request(TINY_MODEL, 4), FOUND, None, share).notes
+    assert f"{share:.0%}" in notes[0]
+    assert ("not to be trusted" in notes[0]) is doubted
+
+
 def test_an_unknown_device_has_no_mfu() -> None:
     result = summarize(Request(TINY_MODEL, 4), FOUND, peak_of("Tesla T4"), 0.0)
     assert not [name for name in result.quantities if "MFU" in name]
