@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llama_mcore.parallel.overlap import TensorParallel
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 128 * 2**20
 """fp32 logits of one chunk: large enough for an efficient GEMM, small beside the activations of a layer."""
 
 
@@ -61,8 +61,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_tokens is not None:
                 narrow = grad.to(weight.dtype)
                 torch.mm(narrow, weight, out=grad_tokens[rows])
-                part = (narrow.t() @ tokens[rows]).to(wide)
-                grad_weight = part if grad_weight is None else grad_weight.add_(part)
+                part = narrow.t() @ tokens[rows]
+                grad_weight = part.to(wide) if grad_weight is None else grad_weight.add_(part)
         count = len(tokens) if mask is None else mask.sum().clamp(min=1)
         ctx.save_for_backward(grad_tokens, grad_weight)
         ctx.count, ctx.tp, ctx.shape, ctx.dtype = count, tp, whole.shape, weight.dtype
@@ -73,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_tokens, grad_weight = ctx.saved_tensors
         factor = grads[0] / ctx.count
         reducing = ctx.tp.start_reduce((grad_tokens * factor.to(grad_tokens.dtype)).view(ctx.shape))
-        scaled = (grad_weight * factor).to(ctx.dtype)
+        scaled = grad_weight.mul_(factor).to(ctx.dtype)
         return reducing.wait(), scaled, None, None, None, None
 
 
@@ -81,23 +81,22 @@ def _losses_and_grad(
     logits: Tensor, targets: Tensor, wide: torch.dtype, tp: TensorParallel
 ) -> tuple[Tensor, Tensor]:
     """Loss of each token [c] and the gradient of their sum with respect to this rank's logits [c, v]."""
-    log_probabilities = logits.log_softmax(-1, dtype=wide)
+    largest, where = logits.max(-1, keepdim=True)
+    probabilities = logits.softmax(-1, dtype=wide)
+    # The largest probability is at least 1/v, so its logarithm is exact enough: no second pass of exp.
+    lse = (largest.to(wide) - probabilities.gather(1, where).log())[:, 0]
     local = targets - tp.rank * logits.size(1)
     here = (local >= 0) & (local < logits.size(1))  # whose target lies in this rank's rows
     index = local.clamp(0, logits.size(1) - 1)[:, None]
-    target_log_probability = log_probabilities.gather(1, index)[:, 0]
-    if tp.size == 1:
-        losses = -target_log_probability
-        grad = log_probabilities.exp_()
-    else:
-        # log_softmax over this rank's rows subtracted their log-sum-exp; the missing one is over all ranks.
-        local_lse = logits[:, 0].to(wide) - log_probabilities[:, 0]
-        correction = local_lse - _log_sum_exp_over_ranks(local_lse, tp)
-        losses = torch.where(here, -(target_log_probability + correction), 0)
-        dist.all_reduce(losses, group=tp.group)
-        grad = log_probabilities.exp_().mul_(correction.exp()[:, None])
-    grad.scatter_add_(1, index, -here[:, None].to(wide))
-    return losses, grad
+    target_logits = logits.gather(1, index)[:, 0].to(wide)
+    if tp.size > 1:
+        # softmax normalised over this rank's rows; what is missing is the sum over all ranks.
+        local_lse, lse = lse, _log_sum_exp_over_ranks(lse, tp)
+        probabilities.mul_((local_lse - lse).exp()[:, None])
+        target_logits = torch.where(here, target_logits, 0)
+        dist.all_reduce(target_logits, group=tp.group)
+    probabilities.scatter_add_(1, index, -here[:, None].to(wide))
+    return lse - target_logits, probabilities
 
 
 def _log_sum_exp_over_ranks(local_lse: Tensor, tp: TensorParallel) -> Tensor:

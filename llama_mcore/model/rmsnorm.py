@@ -17,13 +17,14 @@ def rmsnorm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tup
 
     With r = 1/rms(x), n = x r and g = grad * weight:  dx = r (g - n mean(g n)),  dweight = sum(grad n).
     """
-    wide = _widen(x)
+    wide, wide_grad, wide_weight = _widen(x), _widen(grad), _widen(weight)
     inverse = _inverse_rms(wide, eps)
-    normed, wide_grad = wide * inverse, _widen(grad)
-    grad_weight = (wide_grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
-    scaled = wide_grad * weight
-    projected = (scaled * normed).mean(-1, keepdim=True)
-    return ((scaled - normed * projected) * inverse).to(x.dtype), grad_weight
+    normed = wide * inverse
+    products = (wide_grad * normed).flatten(0, -2)  # [tokens, h]
+    grad_weight = products.sum(0).to(weight.dtype)
+    projected = (products @ wide_weight / x.size(-1)).view(inverse.shape)
+    grad_x = (wide_grad * wide_weight).sub_(normed.mul_(projected)).mul_(inverse)
+    return grad_x.to(x.dtype), grad_weight
 
 
 def _widen(x: Tensor) -> Tensor:
@@ -31,7 +32,9 @@ def _widen(x: Tensor) -> Tensor:
 
 
 def _inverse_rms(wide: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    """[..., h] -> [..., 1]. The norm takes one pass; a mean of squares would write the squares first."""
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return torch.rsqrt(norm * norm / wide.size(-1) + eps)
 
 
 class RMSNorm(nn.Module):

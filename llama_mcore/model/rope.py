@@ -22,7 +22,9 @@ def rope_table(
     scaling: RopeScaling | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * frequency, each [s, 1, 1, d/2]; frequency i is theta^(-2i/d).
+    """cos and signed sin of position * frequency, each [s, 1, 1, d]; frequency i is theta^(-2i/d).
+
+    Both halves of the channels turn by the same angles, the first with -sin: as `rope` multiplies.
 
     Cached, since every layer of a model uses the same table. Angles are computed in float64: at position
     2^17 an fp32 product would already be off by 1e-2 radians.
@@ -33,7 +35,8 @@ def rope_table(
         frequency = _stretched(frequency, scaling)
     positions = torch.arange(seq_length, dtype=torch.float64, device=device)
     angles = torch.outer(positions, frequency)[:, None, None, :]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
 def _stretched(frequency: Tensor, scaling: RopeScaling) -> Tensor:
@@ -47,9 +50,10 @@ def _stretched(frequency: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [s, b, n, d] by tables [s, 1, 1, d/2], in fp32 or wider; the result has x's dtype."""
+    """Rotate x [s, b, n, d] by the tables [s, 1, 1, d], in their dtype; the result has x's dtype."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    swapped = torch.cat((second, first), dim=-1).to(cos.dtype)
+    return (x.to(cos.dtype) * cos).addcmul_(swapped, sin).to(x.dtype)
 
 
 def rope_backward(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -14,5 +14,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     """Gradient of gate_up [..., 2f] from that of the output [..., f]."""
     gate, up = gate_up.chunk(2, dim=-1)
-    grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-    return torch.cat((grad_gate, grad * F.silu(gate)), dim=-1)
+    grad_gate_up = torch.empty_like(gate_up)
+    grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+    torch.mul(grad, F.silu(gate), out=grad_up)
+    return grad_gate_up

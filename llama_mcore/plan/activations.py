@@ -49,9 +49,9 @@ def _rotated(model: ModelConfig, tp: int) -> int:
 
 
 def _plain_norm(model: ModelConfig) -> int:
-    """Input in fp32, 1/rms in fp32, normed before the weight (for the weight's gradient), output (which the
-    next linear keeps): 8h + 4 bytes a local token."""
-    return (FP32 + BF16 + BF16) * model.hidden_size + FP32
+    """Input in fp32, its norm and 1/rms in fp32, normed before the weight (for the weight's gradient), output
+    (which the next linear keeps): 8h + 8 bytes a local token."""
+    return (FP32 + BF16 + BF16) * model.hidden_size + 2 * FP32
 
 
 def _plain_swiglu(model: ModelConfig, tp: int) -> int:

@@ -21,7 +21,7 @@ def test_7b_by_hand(tp: int) -> None:
     ffn, log_sum_exp = 11008 / 4096, 4 * 32 / 4096
     assert per_value_of_input(SEVEN_B, tp, "full") == 2
     assert per_value_of_input(SEVEN_B, tp, "selective") == 12 + 4 * ffn + log_sum_exp
-    plain = 16 + 8 / 4096 + 12 + 8 * ffn + log_sum_exp
+    plain = 16 + 16 / 4096 + 12 + 8 * ffn + log_sum_exp
     assert per_value_of_input(SEVEN_B, tp, "none") == plain
 
 
@@ -34,7 +34,7 @@ def test_selective_holds_its_bound_at_7b(tp: int) -> None:
 def test_without_sequence_parallelism_residuals_stay_whole(recompute: str) -> None:
     whole = per_value_of_input(SEVEN_B, 8, recompute, sequence_parallel=False)
     split = per_value_of_input(SEVEN_B, 8, recompute)
-    residuals = {"none": 16 + 8 / 4096, "selective": 4, "full": 2}[recompute]
+    residuals = {"none": 16 + 16 / 4096, "selective": 4, "full": 2}[recompute]
     assert whole == split + 7 * residuals
 
 
