@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llama_mcore.parallel.overlap import TensorParallel
 
-CHUNK_BYTES = 128 * 2**20
+CHUNK_BYTES = 64 * 2**20
 """fp32 logits of one chunk: large enough for an efficient GEMM, small beside the activations of a layer."""
 
 
@@ -49,20 +49,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(weight.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=weight.device)
         grad_tokens = torch.empty_like(tokens) if with_gradients else None
-        grad_weight = None
-        for chunk in torch.arange(len(tokens)).split(max(1, CHUNK_BYTES // (4 * len(weight)))):
-            rows = slice(int(chunk[0]), int(chunk[-1]) + 1)
-            logits = tokens[rows] @ weight.t()  # [c, v]
-            losses, grad = _losses_and_grad(logits, targets[rows], wide, tp)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if with_gradients else None
+        # Large fresh memory costs more than what is computed in it: every chunk uses the same.
+        size = min(len(tokens), max(1, CHUNK_BYTES // (4 * len(weight))))
+        all_logits = tokens.new_empty(size, len(weight))
+        all_probabilities = torch.empty_like(all_logits, dtype=wide)
+        part = torch.empty_like(weight) if with_gradients else None
+        for start in range(0, len(tokens), size):
+            rows = slice(start, min(start + size, len(tokens)))
+            logits = torch.mm(tokens[rows], weight.t(), out=all_logits[: rows.stop - start])  # [c, v]
+            losses, grad = _losses_and_grad(logits, targets[rows], all_probabilities[: len(logits)], tp)
             if mask is not None:
                 losses = losses * mask[rows]
                 grad *= mask[rows, None]
             total += losses.sum()
-            if grad_tokens is not None:
-                narrow = grad.to(weight.dtype)
+            if grad_tokens is not None and grad_weight is not None:
+                narrow = logits.copy_(grad)
                 torch.mm(narrow, weight, out=grad_tokens[rows])
-                part = narrow.t() @ tokens[rows]
-                grad_weight = part.to(wide) if grad_weight is None else grad_weight.add_(part)
+                grad_weight.add_(torch.mm(narrow.t(), tokens[rows], out=part))
         count = len(tokens) if mask is None else mask.sum().clamp(min=1)
         ctx.save_for_backward(grad_tokens, grad_weight)
         ctx.count, ctx.tp, ctx.shape, ctx.dtype = count, tp, whole.shape, weight.dtype
@@ -78,11 +82,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _losses_and_grad(
-    logits: Tensor, targets: Tensor, wide: torch.dtype, tp: TensorParallel
+    logits: Tensor, targets: Tensor, out: Tensor, tp: TensorParallel
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each token [c] and the gradient of their sum with respect to this rank's logits [c, v]."""
+    """Loss of each token [c] and, in `out`, the gradient of their sum by this rank's logits [c, v]."""
+    wide = out.dtype
     largest, where = logits.max(-1, keepdim=True)
-    probabilities = logits.softmax(-1, dtype=wide)
+    probabilities = torch.softmax(logits, -1, dtype=wide, out=out)
     # The largest probability is at least 1/v, so its logarithm is exact enough: no second pass of exp.
     lse = (largest.to(wide) - probabilities.gather(1, where).log())[:, 0]
     local = targets - tp.rank * logits.size(1)
