@@ -14,7 +14,7 @@ def torchrun(world_size: int, script: Path, *args: object, timeout: int = 900) -
     result = subprocess.run(
         [str(part) for part in (*command, script, *args)],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        env=on_cpu(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -22,3 +22,8 @@ def torchrun(world_size: int, script: Path, *args: object, timeout: int = 900) -
     )
     if result.returncode:
         raise AssertionError(f"{script.name} failed on {world_size} ranks:\n{result.stdout[-8000:]}")
+
+
+def on_cpu() -> dict[str, str]:
+    """This environment for a job of CPU processes, which share the cores of the machine."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests.distributed import ROOT, on_cpu
 
 
 def run_worker(script: Path, *args: object, timeout: int = 600) -> None:
@@ -20,7 +20,7 @@ def run_worker(script: Path, *args: object, timeout: int = 600) -> None:
     done = subprocess.run(
         [sys.executable, str(script), *map(str, args)],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        env=on_cpu(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
