@@ -267,6 +267,15 @@ def _check_training(run: RunConfig) -> list[Problem]:
                 "set zero.stage=1, which needs no more memory, or train.precision=fp32",
             )
         )
+    if run.model.layer == "stock" and run.model.recompute == "selective":
+        problems.append(
+            Problem(
+                "model.recompute",
+                "selective",
+                "is the hand-written backward of model.layer = llama, which the stock layer has not",
+                "set model.recompute=none or full",
+            )
+        )
     if run.model.layer == "stock" and run.data.reset_attention_at_eod:
         problems.append(
             Problem(

@@ -293,3 +293,9 @@ def test_debug_adds_the_traceback() -> None:
     result = dry_run("--debug", "train.setps=3")
     assert result.returncode == 64
     assert "Traceback" in result.stderr
+
+
+def test_the_stock_layer_has_no_selective_recompute() -> None:
+    with pytest.raises(ConfigError, match=r"model.recompute = selective: .*model.recompute=none or full"):
+        check_run(load_run("tiny", ["model.layer=stock"]), 2)
+    check_run(load_run("tiny", ["model.layer=stock", "model.recompute=none"]), 2)
