@@ -7,12 +7,15 @@ printed only with `--debug`.
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 EXIT_SAVED = 75  # the run was asked to stop, has saved, and can be started again (EX_TEMPFAIL)
+
+_SILENT_RANKS_WAIT_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -105,4 +108,7 @@ def report_errors(debug: bool = False) -> Iterator[None]:
             traceback.print_exc()
         elif os.environ.get("LOCAL_RANK", "0") == "0":
             print(error.message(), file=sys.stderr, flush=True)
+        else:
+            # A launcher stops the others when one rank ends: let the one that speaks come first.
+            time.sleep(_SILENT_RANKS_WAIT_S)
         sys.exit(error.exit_code)
