@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 from llama_mcore.checkpoint.config import CheckpointConfig
 from llama_mcore.data.config import DataConfig
 from llama_mcore.errors import ConfigError, MissingInputError, Problem
-from llama_mcore.model.config import PRESETS, ModelConfig
+from llama_mcore.model.config import PRESETS, ModelConfig, RopeScaling
 from llama_mcore.observe.config import ObserveConfig
 from llama_mcore.parallel.config import ParallelConfig, ZeroConfig
 from llama_mcore.section import Section
@@ -282,6 +282,15 @@ def _check_training(run: RunConfig) -> list[Problem]:
                 "data.reset_attention_at_eod",
                 True,
                 "needs model.layer = llama: megatron-core's own attention takes no documents",
+            )
+        )
+    stretch = run.model.rope_scaling
+    if run.model.layer == "stock" and stretch and stretch != RopeScaling(factor=stretch.factor):
+        problems.append(
+            Problem(
+                "model.rope_scaling",
+                stretch.model_dump(),
+                "needs model.layer = llama: megatron-core's own knows Llama 3's bounds 1, 4 and 8192 only",
             )
         )
     if run.optim.warmup_steps > run.train.steps:

@@ -299,3 +299,10 @@ def test_the_stock_layer_has_no_selective_recompute() -> None:
     with pytest.raises(ConfigError, match=r"model.recompute = selective: .*model.recompute=none or full"):
         check_run(load_run("tiny", ["model.layer=stock"]), 2)
     check_run(load_run("tiny", ["model.layer=stock", "model.recompute=none"]), 2)
+
+
+def test_the_stock_layer_stretches_rope_in_one_way() -> None:
+    stock = ["model.layer=stock", "model.recompute=none"]
+    check_run(load_run("tiny", [*stock, "model.rope_scaling.factor=4"]), 2)
+    with pytest.raises(ConfigError, match=r"model\.rope_scaling"):
+        check_run(load_run("tiny", [*stock, "model.rope_scaling.low_freq_factor=2"]), 2)

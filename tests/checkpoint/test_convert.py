@@ -158,13 +158,23 @@ def flip_lowest_bit(tensor: torch.Tensor) -> torch.Tensor:
 
 
 QUERY, GATE = "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.gate_proj.weight"
+STRETCHED = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 FAULTS = {
     "one bit": (lambda folder: spoil_tensor(folder, QUERY, flip_lowest_bit), "layers.1.self_attention"),
     "shape": (lambda folder: spoil_tensor(folder, GATE, lambda t: t[:-1].clone()), "has shape [175, 64]"),
     "theta": (lambda folder: spoil_config(folder, rope_parameters={"rope_theta": 2e4}), "rope_theta"),
     "eps": (lambda folder: spoil_config(folder, rms_norm_eps=1e-5), "norm_eps = 1e-05"),
     "tied": (lambda folder: spoil_config(folder, tie_word_embeddings=True), "lm_head.weight"),
-    "scaling": (lambda folder: spoil_config(folder, rope_parameters={"rope_type": "llama3"}), "rope_type"),
+    "scaling": (lambda folder: spoil_config(folder, rope_parameters=STRETCHED), "rope_scaling"),
+    "scaling cut": (lambda folder: spoil_config(folder, rope_parameters={"rope_type": "llama3"}), "factor"),
+    "scaling kind": (lambda folder: spoil_config(folder, rope_parameters={"rope_type": "yarn"}), "rope_type"),
     "other model": (lambda folder: spoil_config(folder, model_type="gpt2"), "model_type"),
     "file gone": (lambda folder: next(folder.glob("*-00002-*")).unlink(), "cannot be read"),
 }

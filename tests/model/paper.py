@@ -8,10 +8,12 @@ are batch first.
     b batch, s sequence, h hidden, n query heads, g key/value heads, d head width
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from llama_mcore.model.config import ModelConfig
+from llama_mcore.model.config import ModelConfig, RopeScaling
 
 Weights = dict[str, Tensor]
 
@@ -49,7 +51,8 @@ def attention(weights: Weights, model: ModelConfig, x: Tensor) -> Tensor:
     q, k, v = (
         (x @ weights[name].T).unflatten(-1, (-1, width)) for name in ("wq.weight", "wk.weight", "wv.weight")
     )
-    q, k = rotated(q, model.rope_theta), rotated(k, model.rope_theta)
+    speeds = rotation_speeds(width, model.rope_theta, model.rope_scaling)
+    q, k = rotated(q, speeds), rotated(k, speeds)
     # query head i reads key/value head i // (n / g)
     group = torch.arange(heads) // (heads // model.num_query_groups)
     k, v = k[:, :, group], v[:, :, group]
@@ -59,10 +62,31 @@ def attention(weights: Weights, model: ModelConfig, x: Tensor) -> Tensor:
     return mixed.flatten(2) @ weights["wo.weight"].T
 
 
-def rotated(x: Tensor, theta: float) -> Tensor:
-    """x [b, s, n, d]: channels 2i and 2i+1 of position m turn by m * theta^(-2i/d)."""
-    length, width = x.size(1), x.size(-1)
+def rotation_speeds(width: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
+    """theta^(-2i/d) for each pair of channels [d/2]; stretched as in Llama 3.1's release, by wavelength."""
     speeds = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    if scaling is None:
+        return speeds
+    longest = scaling.original_seq_length / scaling.low_freq_factor
+    shortest = scaling.original_seq_length / scaling.high_freq_factor
+    stretched = []
+    for speed in speeds.tolist():
+        wavelength = 2 * math.pi / speed
+        if wavelength < shortest:
+            stretched.append(speed)
+        elif wavelength > longest:
+            stretched.append(speed / scaling.factor)
+        else:
+            smooth = (scaling.original_seq_length / wavelength - scaling.low_freq_factor) / (
+                scaling.high_freq_factor - scaling.low_freq_factor
+            )
+            stretched.append((1 - smooth) * speed / scaling.factor + smooth * speed)
+    return torch.tensor(stretched, dtype=torch.float64)
+
+
+def rotated(x: Tensor, speeds: Tensor) -> Tensor:
+    """x [b, s, n, d]: channels 2i and 2i+1 of position m turn by m * speeds[i]."""
+    length = x.size(1)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), speeds)[:, None]  # [s, 1, d/2]
     turns = torch.polar(torch.ones_like(angles), angles)
     pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())

@@ -36,6 +36,13 @@ MODELS = {
         "rope_theta": 500.0,
         "norm_eps": 1e-2,
     },
+    # wavelengths of 6.3 to 1,988 positions: before, within and behind the fade from 8 to 32
+    "llama3-scaling": {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "rope_scaling": {"factor": 4.0, "original_seq_length": 32},
+    },
 }
 
 
@@ -105,9 +112,13 @@ def test_the_comparison_sees_a_wrong_setting(weights: RandomWeights, folder: Pat
     theirs = load_theirs(folder)
     tokens, _ = batch(weights.model, 33)
     expected = theirs(tokens, use_cache=False).logits
-    for field in ("rope_theta", "norm_eps"):
+    model = weights.model
+    wrong: dict[str, object] = {"rope_theta": 10 * model.rope_theta, "norm_eps": 10 * model.norm_eps}
+    if model.rope_scaling:
+        wrong["rope_scaling"] = None
+    for field, value in wrong.items():
         reader = HfReader(folder)
-        reader.model = reader.model.model_copy(update={field: 10 * getattr(reader.model, field)})
+        reader.model = reader.model.model_copy(update={field: value})
         with loaded_model(reader) as ours, torch.no_grad():
             assert relative_error(ours(tokens), expected) > 10 * TOLERANCE, field
 

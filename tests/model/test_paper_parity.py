@@ -22,6 +22,8 @@ MODELS = {
     },
     "tied": {"tie_embeddings": True},
     "other-theta-and-eps": {"rope_theta": 500.0, "norm_eps": 0.1},
+    # wavelengths of 6.3, 62.8 and 628 positions: before, within and behind the fade from 25 to 100
+    "llama3-scaling": {"head_dim": 6, "rope_theta": 1000.0, "rope_scaling": {"original_seq_length": 100}},
 }
 
 
@@ -112,7 +114,9 @@ def test_the_reference_by_numbers() -> None:
     """The reference's own parts on values worked out by hand."""
     x = torch.tensor([[[3.0, 4.0]]], dtype=torch.float64)
     assert_equal(paper.norm(x, torch.tensor([1.0, 2.0]), eps=0.0), [3 / 12.5**0.5, 8 / 12.5**0.5])
-    quarter = paper.rotated(torch.tensor([[[[1.0, 0.0]], [[1.0, 0.0]]]], dtype=torch.float64), 10000.0)
+    quarter = paper.rotated(
+        torch.tensor([[[[1.0, 0.0]], [[1.0, 0.0]]]], dtype=torch.float64), paper.rotation_speeds(2, 10000.0)
+    )
     assert_equal(quarter, [1.0, 0.0, 0.5403023058681398, 0.8414709848078965])
     even = paper.cross_entropy(torch.zeros(1, 2, 8, dtype=torch.float64), torch.tensor([[0, 7]]))
     assert_equal(even, [2.0794415416798357])

@@ -29,7 +29,9 @@ def test_pair(shape: tuple[int, ...]) -> None:
 def test_it_is_the_papers_rotation_with_other_pairs(length: int, width: int) -> None:
     x = random_tensor(length, 2, 3, width)
     neighbours = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-    expected = paper.rotated(neighbours.transpose(0, 1), 10000.0).transpose(0, 1)
+    expected = paper.rotated(
+        neighbours.transpose(0, 1), paper.rotation_speeds(neighbours.size(-1), 10000.0)
+    ).transpose(0, 1)
     found = rope(x, *table(length, width)).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
     assert error(found, expected) < EXACT
 

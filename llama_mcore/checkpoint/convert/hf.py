@@ -18,7 +18,7 @@ from llama_mcore.checkpoint.convert.tensors import join, split
 from llama_mcore.checkpoint.convert.weights import Rounded, Weights
 from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import CheckpointError, MissingInputError, Problem
-from llama_mcore.model.config import ModelConfig
+from llama_mcore.model.config import ModelConfig, RopeScaling
 from llama_mcore.model.shapes import parameter_shapes
 
 CONFIG = "config.json"
@@ -27,6 +27,13 @@ SINGLE_FILE = "model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000
 NAMES = NameTable(HUGGING_FACE)
 _DEFAULT_ROPE_THETA = 10000.0  # of LlamaConfig, where config.json is silent
+# RopeScaling's fields -> theirs.
+_ROPE_SCALING = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_seq_length": "original_max_position_embeddings",
+}
 
 
 def write_hf(
@@ -111,8 +118,7 @@ def hf_config(model: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer | Non
         "max_position_embeddings": model.seq_length,
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        "rope_theta": model.rope_theta,
+        **_hf_rope(model),
         "tie_word_embeddings": model.tie_embeddings,
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -122,6 +128,19 @@ def hf_config(model: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer | Non
         "torch_dtype": dtype_name,
         "use_cache": True,
         **_token_ids(tokenizer),
+    }
+
+
+def _hf_rope(model: ModelConfig) -> dict[str, Any]:
+    """transformers 5 reads `rope_parameters`, 4 reads `rope_theta` and `rope_scaling`."""
+    kind: dict[str, Any] = {"rope_type": "default"}
+    if model.rope_scaling:
+        kind = {"rope_type": "llama3"}
+        kind |= {theirs: getattr(model.rope_scaling, ours) for ours, theirs in _ROPE_SCALING.items()}
+    return {
+        "rope_parameters": {**kind, "rope_theta": model.rope_theta},
+        "rope_theta": model.rope_theta,
+        "rope_scaling": kind if model.rope_scaling else None,
     }
 
 
@@ -135,8 +154,10 @@ def model_of(config: dict[str, Any]) -> ModelConfig:
         for key, value in expected.items()
         if config.get(key, value) != value
     ]
-    if rope_type != "default":
-        problems.append(Problem(f"{CONFIG}: rope_type", rope_type, "is not supported: only default is"))
+    if rope_type not in ("default", "llama3"):
+        problems.append(
+            Problem(f"{CONFIG}: rope_type", rope_type, "is not supported: only default and llama3 are")
+        )
     if problems:
         raise CheckpointError(problems)
     try:
@@ -151,6 +172,7 @@ def model_of(config: dict[str, Any]) -> ModelConfig:
             seq_length=config["max_position_embeddings"],
             norm_eps=config["rms_norm_eps"],
             rope_theta=rope.get("rope_theta", config.get("rope_theta", _DEFAULT_ROPE_THETA)),
+            rope_scaling=_rope_scaling(rope) if rope_type == "llama3" else None,
             tie_embeddings=config.get("tie_word_embeddings", False),
             init_std=config.get("initializer_range", 0.02),
         )
@@ -158,6 +180,10 @@ def model_of(config: dict[str, Any]) -> ModelConfig:
         raise CheckpointError(Problem(f"{CONFIG}: {error.args[0]}", "(not given)", "is required")) from None
     except ValueError as error:
         raise CheckpointError(Problem(CONFIG, config, f"does not describe a model ({error})")) from None
+
+
+def _rope_scaling(rope: dict[str, Any]) -> RopeScaling:
+    return RopeScaling(**{ours: rope[theirs] for ours, theirs in _ROPE_SCALING.items()})
 
 
 class HfReader:

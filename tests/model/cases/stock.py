@@ -9,7 +9,12 @@ from llama_mcore.parallel.groups import Groups
 from tests.model.building import build, error, model_config, random_weights
 from tests.model.cases.layers import Errors
 
-MODELS = {"multi-head": {}, "grouped": {"num_query_groups": 4}}
+# megatron-core fixes the fade of Llama 3's scaling between wavelengths of 2,048 and 8,192: 2,916 is one here.
+MODELS = {
+    "multi-head": {},
+    "grouped": {"num_query_groups": 4},
+    "llama3-scaling": {"rope_scaling": {"factor": 8.0}},
+}
 
 
 def names(tp: int) -> list[str]:
