@@ -10,7 +10,7 @@ import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -126,14 +126,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    section, dot, name = key.partition(".")
-    if not equals or not dot or not name:
+    *sections, name = key.split(".")
+    if not equals or not sections or not all(sections) or not name:
         raise ConfigError(Problem("override", override, "must read section.key=value"))
     try:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError:
         value = text
-    data.setdefault(section, {})[name] = value
+    section = data
+    for part in sections:
+        if not isinstance(section.get(part), dict):
+            section[part] = {}  # a null or a plain value gives way to the keys below it
+        section = section[part]
+    section[name] = value
 
 
 def _is_preset(override: str) -> bool:
@@ -166,9 +171,11 @@ def _problem(details: ErrorDetails) -> Problem:
 def _known_keys(location: Sequence[str]) -> list[str]:
     fields = RunConfig.model_fields
     for part in location:
-        section = fields[part].annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            fields = section.model_fields
+        annotation = fields[part].annotation if part in fields else None
+        # a section, or the one inside `Section | None` or `dict[str, Section]`
+        for kind in (annotation, *get_args(annotation)):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                fields = kind.model_fields
     return [*fields, "preset"] if location == ["model"] else list(fields)
 
 

@@ -306,3 +306,8 @@ def test_the_stock_layer_stretches_rope_in_one_way() -> None:
     check_run(load_run("tiny", [*stock, "model.rope_scaling.factor=4"]), 2)
     with pytest.raises(ConfigError, match=r"model\.rope_scaling"):
         check_run(load_run("tiny", [*stock, "model.rope_scaling.low_freq_factor=2"]), 2)
+
+
+def test_an_unknown_key_of_an_optional_section_gets_its_nearest_name() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean low_freq_factor\?"):
+        load_run("tiny", ["model.rope_scaling.low_freq=2"])
