@@ -1,0 +1,163 @@
+"""PREFIX.idx of megatron-core's indexed dataset: where the documents of PREFIX.bin begin.
+
+The .idx, little-endian (megatron/core/datasets/indexed_dataset.py, version 1):
+
+    9 bytes  MMIDIDX\\0\\0          int32 [sequences]  tokens in each sequence
+    u64      version, 1            int64 [sequences]  byte at which each begins in the .bin
+    u8       code of the dtype     int64 [documents]  first sequence of each document, and one past the last
+    u64      sequences
+    u64      documents + 1
+"""
+
+import os
+import struct
+from bisect import bisect_right
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama_mcore.data.disk_array import DiskArray
+from llama_mcore.errors import DataError, MissingInputError, Problem
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+VERSION = 1
+# Megatron's codes 6 and 7 are floating point: no token ids.
+DTYPES: dict[int, type[np.integer]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+_CHUNK = 1 << 20
+_REBUILD = "make it again with tools/preprocess_data.py"
+
+
+def bin_path(prefix: Path | str) -> Path:
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: Path | str) -> Path:
+    return Path(f"{prefix}.idx")
+
+
+class Index:
+    """The index of a dataset, checked in full against itself and the size of the .bin.
+
+    Sequences must lie in the .bin one after the other, from its first byte to its last. The check reads the
+    tables once, a chunk at a time; none of them is kept in memory or open.
+    """
+
+    def __init__(self, prefix: Path | str) -> None:
+        self.prefix = str(prefix)
+        self._check_files_exist()
+        self.num_bytes = bin_path(prefix).stat().st_size
+        self._read_header()
+        self._check_sequences()
+        self._check_documents()
+        self.num_tokens = self.num_bytes // self.itemsize
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a token."""
+        return np.dtype(self.dtype).itemsize
+
+    def tokens(self) -> DiskArray:
+        """All tokens as one stream."""
+        return DiskArray(bin_path(self.prefix), self.dtype, self.num_tokens)
+
+    def document_starts(self, first: int, end: int) -> NDArray[np.int64]:
+        """Token at which each document of [first, end) begins; document `num_documents` is the end."""
+        sequences = self._documents()[first:end]
+        if not len(sequences):
+            return sequences
+        low, high = int(sequences[0]), int(sequences[-1])
+        # A document without sequences at the end begins one past the last pointer.
+        pointers = np.append(self._pointers()[low : high + 1], self.num_bytes)
+        return pointers[sequences - low] // self.itemsize
+
+    def document_lengths(self) -> Iterator[NDArray[np.int64]]:
+        """Tokens in each document, its end token counted, a chunk of documents at a time."""
+        for first in range(0, self.num_documents, _CHUNK):
+            end = min(first + _CHUNK, self.num_documents)
+            yield np.diff(self.document_starts(first, end + 1))
+
+    def document_of(self, token: int) -> int:
+        """The document that holds the token at this position of the stream."""
+        starts = range(self.num_documents)
+        return bisect_right(starts, token, key=lambda n: int(self.document_starts(n, n + 1)[0])) - 1
+
+    def _lengths(self) -> DiskArray:
+        return DiskArray(idx_path(self.prefix), np.int32, self.num_sequences, offset=HEADER.size)
+
+    def _pointers(self) -> DiskArray:
+        offset = HEADER.size + 4 * self.num_sequences
+        return DiskArray(idx_path(self.prefix), np.int64, self.num_sequences, offset=offset)
+
+    def _documents(self) -> DiskArray:
+        offset = HEADER.size + 12 * self.num_sequences
+        return DiskArray(idx_path(self.prefix), np.int64, self.num_documents + 1, offset=offset)
+
+    def _check_files_exist(self) -> None:
+        missing = [
+            path for path in (idx_path(self.prefix), bin_path(self.prefix)) if not os.path.isfile(path)
+        ]
+        if missing:
+            remedy = "make it with tools/preprocess_data.py; a dataset is named without .bin and .idx"
+            raise MissingInputError([Problem("dataset", path, "no such file", remedy) for path in missing])
+
+    def _read_header(self) -> None:
+        """Sets the dtype and the counts once the size of the .idx confirms them."""
+        path = idx_path(self.prefix)
+        with path.open("rb") as stream:
+            header = stream.read(HEADER.size)
+        if len(header) < HEADER.size or not header.startswith(MAGIC):
+            raise self._damaged(path, "is not the index of a megatron-core dataset")
+        _, version, code, sequences, documents = HEADER.unpack(header)
+        if version != VERSION or code not in DTYPES:
+            raise self._damaged(path, f"has version {version} and dtype code {code}, which are not known")
+        expected, actual = HEADER.size + 12 * sequences + 8 * documents, path.stat().st_size
+        if actual != expected:
+            raise self._damaged(path, f"has {actual:,} bytes where its header asks for {expected:,}")
+        if not sequences or documents < 2:
+            raise self._damaged(path, "holds no documents")
+        self.dtype = DTYPES[code]
+        self.num_sequences, self.num_documents = sequences, documents - 1
+
+    def _check_sequences(self) -> None:
+        lengths, pointers = self._lengths(), self._pointers()
+        end = 0
+        for first in range(0, len(lengths), _CHUNK):
+            chunk = lengths[first : first + _CHUNK].astype(np.int64)
+            ends = end + np.cumsum(chunk) * self.itemsize
+            starts = np.concatenate(([end], ends[:-1]))
+            if chunk.min() < 0 or not np.array_equal(starts, pointers[first : first + _CHUNK]):
+                bound = f"has a negative length or a wrong pointer at or after sequence {first:,}"
+                raise self._damaged(idx_path(self.prefix), bound)
+            end = int(ends[-1])
+            if end > self.num_bytes:
+                break
+        if end != self.num_bytes:
+            least = "at least " if end > self.num_bytes else ""
+            bound = f"has {self.num_bytes:,} bytes where the .idx asks for {least}{end:,}"
+            raise self._damaged(bin_path(self.prefix), bound)
+        if not end:
+            raise self._damaged(bin_path(self.prefix), "holds no tokens")
+
+    def _check_documents(self) -> None:
+        documents = self._documents()
+        ordered = all(
+            bool(np.all(np.diff(documents[first : first + _CHUNK + 1]) >= 0))
+            for first in range(0, len(documents), _CHUNK)
+        )
+        if documents[0] != 0 or documents[-1] != self.num_sequences or not ordered:
+            bound = f"must list documents in order from sequence 0 to {self.num_sequences:,}"
+            raise self._damaged(idx_path(self.prefix), bound)
+
+    def _damaged(self, path: Path, bound: str) -> DataError:
+        return DataError(Problem("dataset", path, bound, _REBUILD))
