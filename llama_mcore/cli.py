@@ -46,7 +46,7 @@ def train_tokenizer(
 ) -> None:
     """Train a SentencePiece BPE tokenizer with LLaMA's settings."""
     with report_errors(debug):
-        from llama_mcore.data.tokenizer import train_tokenizer
+        from llama_mcore.data.tokenizer_training import train_tokenizer
 
         train_tokenizer(input, output, vocab_size=vocab_size, json_key=json_key)
 

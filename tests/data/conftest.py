@@ -3,7 +3,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from llama_mcore.data.tokenizer import train_tokenizer
+from llama_mcore.data.tokenizer_training import train_tokenizer
 
 LINES = [
     "The quick brown fox jumps over the lazy dog.",

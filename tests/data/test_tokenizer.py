@@ -5,7 +5,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_mcore.data.tokenizer import Tokenizer, train_tokenizer
+from llama_mcore.data.tokenizer import Tokenizer
+from llama_mcore.data.tokenizer_training import train_tokenizer
 from llama_mcore.errors import DataError, MissingInputError, OutputError
 from tests.data.conftest import write_jsonl
 
