@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 
 from llama_mcore.checkpoint.convert.hf import write_hf
 from llama_mcore.cli import app
-from llama_mcore.data.tokenizer import Tokenizer, train_tokenizer
+from llama_mcore.data.tokenizer import Tokenizer
+from llama_mcore.data.tokenizer_training import train_tokenizer
 from llama_mcore.errors import CheckpointError, DataError, MissingInputError
 from llama_mcore.generate import generate, sample
 from llama_mcore.model.config import ModelConfig

@@ -22,7 +22,8 @@ from llama_mcore.checkpoint.layout import find_checkpoint
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.cli import app
 from llama_mcore.data.preprocess import preprocess
-from llama_mcore.data.tokenizer import Tokenizer, train_tokenizer
+from llama_mcore.data.tokenizer import Tokenizer
+from llama_mcore.data.tokenizer_training import train_tokenizer
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, OutputError
 from llama_mcore.generate import generate
 from tests.distributed import ROOT, torchrun
