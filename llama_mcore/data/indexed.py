@@ -1,23 +1,16 @@
 """megatron-core's indexed dataset: PREFIX.bin holds the tokens, PREFIX.idx says where documents begin.
 
-The .idx, little-endian (megatron/core/datasets/indexed_dataset.py, version 1):
-
-    9 bytes  MMIDIDX\\0\\0          int32 [sequences]  tokens in each sequence
-    u64      version, 1            int64 [sequences]  byte at which each begins in the .bin
-    u8       code of the dtype     int64 [documents]  first sequence of each document, and one past the last
-    u64      sequences
-    u64      documents + 1
-
 What is written here has one sequence a document and is byte for byte what megatron-core's own builder
 writes. Reading takes any layout of it whose sequences lie in the .bin one after the other. Neither imports
 megatron or torch.
 """
 
+import hashlib
 import os
-import struct
+import sys
 import tempfile
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
 
@@ -25,31 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_mcore.data.files import output_errors, prepare_output, replace_durably, temporary_name
-from llama_mcore.errors import DataError, MissingInputError, Problem
+from llama_mcore.data.index import CODES, HEADER, MAGIC, VERSION, Index, bin_path, idx_path
+from llama_mcore.data.manifest import file_sha256, manifest_path, read_manifest
+from llama_mcore.data.verify import check_open
+from llama_mcore.errors import DataError, Problem
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
-_VERSION = 1
-# Megatron's codes 6 and 7 are floating point: no token ids.
-_DTYPES: dict[int, type[np.integer]] = {
-    1: np.uint8,
-    2: np.int8,
-    3: np.int16,
-    4: np.int32,
-    5: np.int64,
-    8: np.uint16,
-}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _CHUNK = 1 << 20
-_REBUILD = "make it again with tools/preprocess_data.py"
-
-
-def bin_path(prefix: Path | str) -> Path:
-    return Path(f"{prefix}.bin")
-
-
-def idx_path(prefix: Path | str) -> Path:
-    return Path(f"{prefix}.idx")
 
 
 def optimal_dtype(vocab_size: int) -> type[np.integer]:
@@ -65,6 +39,7 @@ class IndexedWriter:
     """
 
     def __init__(self, prefix: Path | str, dtype: type[np.integer]) -> None:
+        self.prefix = str(prefix)
         self.bin_path, self.idx_path = bin_path(prefix), idx_path(prefix)
         self.dtype = dtype
         self.num_documents = self.num_tokens = 0
@@ -87,8 +62,15 @@ class IndexedWriter:
         finally:
             self._discard()
 
-    def add_documents(self, tokens: NDArray[np.integer], lengths: NDArray[np.int32]) -> None:
-        """Append documents: `tokens` of all of them one after the other, and how many each has."""
+    def add_documents(self, tokens: NDArray[np.integer], lengths: NDArray[np.integer]) -> None:
+        """Append documents: `tokens` of all of them one after the other, and how many each has.
+
+        DataError if a token does not fit into the dtype, or a length into the 32 bits that the index has.
+        """
+        _refuse_outside("token id", tokens, self.dtype)
+        _refuse_outside("tokens in a document", lengths, np.int32)
+        if lengths.sum(dtype=np.int64) != len(tokens):
+            raise ValueError(f"{len(tokens)} tokens in documents of {lengths.sum(dtype=np.int64)}")
         with output_errors(self.bin_path):
             self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
             self._lengths.write(np.ascontiguousarray(lengths, dtype=np.int32).tobytes())
@@ -100,13 +82,14 @@ class IndexedWriter:
         self._bin.close()
         self._write_index()
         self.idx_path.unlink(missing_ok=True)
+        manifest_path(self.prefix).unlink(missing_ok=True)
         replace_durably(temporary_name(self.bin_path), self.bin_path)
         replace_durably(temporary_name(self.idx_path), self.idx_path)
 
     def _write_index(self) -> None:
         sequences = self.num_documents
         with temporary_name(self.idx_path).open("wb") as stream:
-            stream.write(_HEADER.pack(_MAGIC, _VERSION, _CODES[self.dtype], sequences, sequences + 1))
+            stream.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], sequences, sequences + 1))
             for lengths in self._written_lengths():
                 stream.write(lengths.tobytes())
             pointer = 0
@@ -129,91 +112,64 @@ class IndexedWriter:
         temporary_name(self.idx_path).unlink(missing_ok=True)
 
 
-class IndexedDataset:
-    """Reads PREFIX.bin through a memory map, after checking that .idx and .bin agree with each other.
+def _refuse_outside(what: str, values: NDArray[np.integer], dtype: type[np.integer]) -> None:
+    """numpy would wrap them around: 70,000 as uint16 is 4,464."""
+    limits = np.iinfo(dtype)
+    if not values.size or np.can_cast(values.dtype, dtype):
+        return
+    for value in (int(values.min()), int(values.max())):
+        if not limits.min <= value <= limits.max:
+            bound = f"must be from {limits.min:,} to {limits.max:,}, which {limits.dtype} holds"
+            raise DataError(Problem(what, value, bound))
 
-    `tokens` is the whole dataset as one stream, in the dtype of the file.
+
+class IndexedDataset:
+    """Reads a dataset, after checking that its files agree with each other and with its manifest.
+
+    `tokens` is the whole dataset as one stream, in the dtype of the file; its slices are arrays of their own.
+    A dataset without a manifest opens with a warning.
     """
 
     def __init__(self, prefix: Path | str) -> None:
         self.prefix = str(prefix)
-        self._check_files_exist()
-        sequences, documents = self._read_header()
-        lengths = self._map(np.int32, sequences, offset=_HEADER.size)
-        self._pointers = self._map(np.int64, sequences, offset=_HEADER.size + 4 * sequences)
-        self._documents = self._map(np.int64, documents, offset=_HEADER.size + 12 * sequences)
-        self._check_sequences(lengths)
-        self._check_documents()
-        self.num_tokens = bin_path(prefix).stat().st_size // np.dtype(self.dtype).itemsize
-        self.tokens = np.memmap(bin_path(prefix), dtype=self.dtype, mode="r")
+        self.index = Index(prefix)
+        self.manifest = read_manifest(prefix)
+        if self.manifest:
+            check_open(self.manifest, self.index)
+        else:
+            _warn_without_manifest(self.prefix)
+        self.dtype = self.index.dtype
+        self.num_tokens = self.index.num_tokens
+        self.num_documents = self.index.num_documents
+        self.tokens = self.index.tokens()
 
-    @property
-    def num_documents(self) -> int:
-        return len(self._documents) - 1
+    @cached_property
+    def content_id(self) -> str:
+        """Changes when tokens or documents do. Without a manifest it cannot see a change inside the .bin."""
+        if self.manifest:
+            return self.manifest.content_id
+        content = f"{file_sha256(idx_path(self.prefix))} {self.index.num_bytes}"
+        return f"index-only-sha256:{hashlib.sha256(content.encode()).hexdigest()}"
 
     @cached_property
     def document_lengths(self) -> NDArray[np.int64]:
         """Tokens in each document, its end token counted."""
-        starts = np.append(self._pointers, bin_path(self.prefix).stat().st_size)[self._documents]
-        return np.diff(starts) // np.dtype(self.dtype).itemsize
+        return np.concatenate(list(self.index.document_lengths()))
 
-    def _map(self, dtype: type[np.integer], count: int, *, offset: int) -> "np.memmap":
-        return np.memmap(idx_path(self.prefix), dtype=dtype, mode="r", offset=offset, shape=(count,))
+    def document(self, number: int) -> NDArray[np.integer]:
+        """The tokens of one document, its end token included."""
+        first, end = self.index.document_starts(number, number + 2)
+        return self.tokens[int(first) : int(end)]
 
-    def _check_files_exist(self) -> None:
-        missing = [
-            path for path in (idx_path(self.prefix), bin_path(self.prefix)) if not os.path.isfile(path)
-        ]
-        if missing:
-            remedy = "make it with tools/preprocess_data.py; a dataset is named without .bin and .idx"
-            raise MissingInputError([Problem("dataset", path, "no such file", remedy) for path in missing])
 
-    def _read_header(self) -> tuple[int, int]:
-        """Sets `dtype`; returns the lengths of the two tables once the size of the .idx confirms them."""
-        path = idx_path(self.prefix)
-        with path.open("rb") as stream:
-            header = stream.read(_HEADER.size)
-        if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-            raise self._damaged(path, "is not the index of a megatron-core dataset")
-        _, version, code, sequences, documents = _HEADER.unpack(header)
-        if version != _VERSION or code not in _DTYPES:
-            raise self._damaged(path, f"has version {version} and dtype code {code}, which are not known")
-        expected, actual = _HEADER.size + 12 * sequences + 8 * documents, path.stat().st_size
-        if actual != expected:
-            raise self._damaged(path, f"has {actual:,} bytes where its header asks for {expected:,}")
-        if not sequences or not documents:
-            raise self._damaged(path, "holds no documents")
-        self.dtype = _DTYPES[code]
-        return sequences, documents
-
-    def _check_sequences(self, lengths: "np.memmap") -> None:
-        """Sequences must lie one after the other from the first byte of the .bin to its last."""
-        end = 0
-        for first in range(0, len(lengths), _CHUNK):
-            chunk = np.asarray(lengths[first : first + _CHUNK], dtype=np.int64)
-            ends = end + np.cumsum(chunk) * np.dtype(self.dtype).itemsize
-            starts = np.concatenate(([end], ends[:-1]))
-            if chunk.min() < 0 or not np.array_equal(starts, self._pointers[first : first + _CHUNK]):
-                bound = f"has a negative length or a wrong pointer at or after sequence {first:,}"
-                raise self._damaged(idx_path(self.prefix), bound)
-            end = int(ends[-1])
-        actual = bin_path(self.prefix).stat().st_size
-        if actual != end:
-            raise self._damaged(
-                bin_path(self.prefix), f"has {actual:,} bytes where the .idx asks for {end:,}"
-            )
-        if not end:
-            raise self._damaged(bin_path(self.prefix), "holds no tokens")
-
-    def _check_documents(self) -> None:
-        index = self._documents
-        ordered = all(
-            bool(np.all(np.diff(index[first : first + _CHUNK + 1]) >= 0))
-            for first in range(0, len(index), _CHUNK)
+@cache
+def _warn_without_manifest(prefix: str) -> None:
+    """Once for each dataset; every rank opens it, the first of a node speaks."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(
+            f"warning: dataset {prefix} has no manifest: its tokenizer is unknown and changed tokens go "
+            f"unnoticed; add one with `python tools/inspect_dataset.py {prefix} --write-manifest "
+            "--tokenizer-model MODEL`",
+            file=sys.stderr,
+            flush=True,
         )
-        if index[0] != 0 or index[-1] != len(self._pointers) or not ordered:
-            bound = f"must list documents in order from sequence 0 to {len(self._pointers):,}"
-            raise self._damaged(idx_path(self.prefix), bound)
-
-    def _damaged(self, path: Path, bound: str) -> DataError:
-        return DataError(Problem("dataset", path, bound, _REBUILD))

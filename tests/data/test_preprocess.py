@@ -39,12 +39,12 @@ def test_tokens_are_the_documents_in_order(corpus: Path, tokenizer_model: Path, 
     dataset = IndexedDataset(tmp_path / "d_text_document")
     assert dataset.dtype is np.uint16
     assert dataset.document_lengths.tolist() == [len(ids) for ids in encoded]
-    assert dataset.tokens.tolist() == [token for ids in encoded for token in ids]
+    assert dataset.tokens[:].tolist() == [token for ids in encoded for token in ids]
 
 
 def test_without_append_eod_there_is_none(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
     preprocess([corpus], tokenizer_model, tmp_path / "d")
-    assert Tokenizer(tokenizer_model).eod not in IndexedDataset(tmp_path / "d_text_document").tokens
+    assert Tokenizer(tokenizer_model).eod not in IndexedDataset(tmp_path / "d_text_document").tokens[:]
 
 
 def test_two_workers_write_the_same_bytes_through_the_tool(
