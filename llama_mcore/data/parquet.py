@@ -1,0 +1,158 @@
+"""Documents from the rows of Parquet files, a few row pages in memory at a time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from llama_mcore.data.readers import BLOCK_BYTES, BadLine, Block
+from llama_mcore.errors import DataError, Problem
+
+_READ_BUFFER = 1 << 20
+_MOST_ROWS = 8192
+
+Answer = TypeVar("Answer")
+
+
+class ParquetRows:
+    """Rows by units: as many rows a unit as hold about `unit_bytes` of the file's uncompressed data."""
+
+    def __init__(self, path: Path, keys: Sequence[str], unit_bytes: int) -> None:
+        self._path, self._keys = path, list(keys)
+        self._file = _open(path)
+        self._check_columns()
+        metadata = self._file.metadata
+        self._starts = [0]
+        for group in range(metadata.num_row_groups):
+            self._starts.append(self._starts[-1] + metadata.row_group(group).num_rows)
+        self._num_rows = self._starts[-1]
+        self._bytes_per_row = max(1, _uncompressed_bytes(metadata, self._keys) // max(1, self._num_rows))
+        self._rows_per_unit = max(1, unit_bytes // self._bytes_per_row)
+        self._rows: Iterator[pa.RecordBatch] = iter(())
+        self._rest: pa.RecordBatch | None = None
+        self._position = self._num_rows
+        self.ended = False
+
+    def read(self, cut: int) -> Iterator[Block]:
+        start = cut * self._rows_per_unit
+        end = min(start + self._rows_per_unit, self._num_rows)
+        self.ended = end == self._num_rows
+        if start < end:
+            self._go_to(start)
+        while self._position < end and (batch := self._next(end - self._position)) is not None:
+            self._position += batch.num_rows
+            yield self._block(batch, self._position - batch.num_rows)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _go_to(self, row: int) -> None:
+        """Continue where the last unit ended, or start at the row group that holds `row`."""
+        if row != self._position:
+            group = max(g for g, start in enumerate(self._starts) if start <= row)
+            self._rows = self._file.iter_batches(
+                batch_size=max(1, min(_MOST_ROWS, BLOCK_BYTES // self._bytes_per_row)),
+                row_groups=range(group, len(self._starts) - 1),
+                columns=self._keys,
+                use_threads=False,
+            )
+            self._rest, self._position = None, self._starts[group]
+        while self._position < row and (batch := self._next(row - self._position)) is not None:
+            self._position += batch.num_rows
+
+    def _next(self, most: int) -> "pa.RecordBatch | None":
+        """The next rows, at most so many."""
+        batch = self._rest or _checked(self._path, lambda: next(self._rows, None))
+        if batch is None:
+            return None
+        self._rest = batch.slice(most) if batch.num_rows > most else None
+        return batch.slice(0, most)
+
+    def _block(self, batch: "pa.RecordBatch", first: int) -> Block:
+        columns = [_values(batch.column(key)) for key in self._keys]
+        block = Block([[] for _ in columns], lines=batch.num_rows, size=batch.nbytes)
+        for row, found in enumerate(zip(*columns, strict=True), first):
+            if all(type(text) is str for text in found):
+                for texts, text in zip(block.texts, found, strict=True):
+                    texts.append(text)
+            else:
+                reasons = [
+                    f"{'is not UTF-8' if value is NOT_TEXT else 'is null'} under {key!r}"
+                    for key, value in zip(self._keys, found, strict=True)
+                    if type(value) is not str
+                ]
+                block.bad.append(BadLine(self._path, row, reasons[0], ""))
+        return block
+
+    def _check_columns(self) -> None:
+        schema = self._file.schema_arrow
+        problems = []
+        for key in self._keys:
+            if key not in schema.names:
+                bound = f"has no column {key!r}; columns there: {', '.join(schema.names) or 'none'}"
+                problems.append(Problem("input", self._path, bound))
+            elif not _holds_text(schema.field(key).type):
+                bound = f"holds {schema.field(key).type} in column {key!r}, not strings"
+                problems.append(Problem("input", self._path, bound, "name a column that holds text"))
+        if problems:
+            raise DataError(problems)
+
+
+NOT_TEXT = object()
+"""A string that is not UTF-8."""
+
+
+def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every row as a dict, with about the bytes that it took of the file."""
+    file = _open(path)
+    size = path.stat().st_size // max(1, file.metadata.num_rows)
+    batches = file.iter_batches(batch_size=64, use_threads=False)
+    while (batch := _checked(path, lambda: next(batches, None))) is not None:
+        yield from ((size, row) for row in batch.to_pylist())
+
+
+def _open(path: Path) -> "parquet.ParquetFile":
+    # Buffered: else the whole column of a row group is read at once.
+    return _checked(path, lambda: parquet.ParquetFile(path, buffer_size=_READ_BUFFER, pre_buffer=False))
+
+
+def _checked(path: Path, read: Callable[[], Answer]) -> Answer:
+    try:
+        return read()
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(Problem("input", path, f"is damaged ({reason})", "fetch the file again")) from None
+
+
+def _uncompressed_bytes(metadata: Any, keys: Sequence[str]) -> int:
+    """Of the columns that are read."""
+    size = 0
+    for group in range(metadata.num_row_groups):
+        columns = metadata.row_group(group)
+        for index in range(columns.num_columns):
+            column = columns.column(index)
+            size += column.total_uncompressed_size if column.path_in_schema in keys else 0
+    return size
+
+
+def _holds_text(kind: "pa.DataType") -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _values(column: "pa.Array") -> list[object]:
+    """Strings, None for null, NOT_TEXT for bytes that are no text."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: "pa.Scalar") -> object:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return NOT_TEXT
