@@ -70,6 +70,36 @@ def preprocess_data(
         )
 
 
+@app.command("inspect-dataset")
+def inspect_dataset(
+    prefix: Annotated[str, typer.Argument(help="The dataset: PREFIX.bin and PREFIX.idx.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read and check every byte.")] = False,
+    show: Annotated[int, typer.Option(min=0, help="Documents to print.")] = 0,
+    start: Annotated[int, typer.Option(min=0, help="First document to print.")] = 0,
+    tokenizer_model: Annotated[
+        Path | None, typer.Option(help="SentencePiece model, to show text instead of ids.")
+    ] = None,
+    write_manifest: Annotated[
+        bool, typer.Option("--write-manifest", help="Add PREFIX.json to a dataset of another tool.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Print what a dataset holds; check that it is whole."""
+    with report_errors(debug):
+        from llama_mcore.data.inspect import inspect_dataset
+
+        inspect_dataset(
+            prefix,
+            verify=verify,
+            show=show,
+            start=start,
+            tokenizer_model=tokenizer_model,
+            add_manifest=write_manifest,
+            as_json=json,
+        )
+
+
 @app.command(
     "train",
     context_settings={"allow_extra_args": True},
@@ -82,6 +112,10 @@ def train(
         bool, typer.Option("--dry-run", help="Check and print the plan; start nothing.")
     ] = False,
     world_size: Annotated[int, typer.Option(help="With --dry-run: ranks to plan for.")] = 0,
+    accept_data_change: Annotated[
+        bool,
+        typer.Option("--accept-data-change", help="Resume with other data than before, and record that."),
+    ] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Set by deepspeed.")] = 0,
     debug: Debug = False,
 ) -> None:
@@ -109,7 +143,7 @@ def train(
             silence_libraries(cpu=not on_gpu())
             from llama_mcore.train.loop import train
 
-            exit_code = train(run, stop)
+            exit_code = train(run, stop, accept_data_change)
     raise typer.Exit(exit_code)
 
 

@@ -33,7 +33,8 @@ class DiskArray:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise MissingInputError(Problem("dataset", path, f"cannot be read ({error.strerror})")) from None
-        weakref.finalize(self, os.close, self._file)
+        # Not at exit: a daemon thread may still be reading, and the file ends with the process.
+        weakref.finalize(self, os.close, self._file).atexit = False
 
     def __len__(self) -> int:
         return self._count
@@ -55,7 +56,7 @@ class DiskArray:
 
     def read_into(self, first: int, out: NDArray[Any]) -> NDArray[Any]:
         """Fill `out`, contiguous and of this dtype, from entry `first` on; returns it. The GIL is free."""
-        rest = memoryview(out).cast("B")
+        rest = out.data.cast("B")
         position = self._offset + first * self.dtype.itemsize
         while rest:
             try:

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_mcore.data.files import output_errors, prepare_output, replace_durably, temporary_name
-from llama_mcore.data.index import CODES, HEADER, MAGIC, VERSION, Index, bin_path, idx_path
-from llama_mcore.data.manifest import file_sha256, manifest_path, read_manifest
-from llama_mcore.data.verify import check_open
+from llama_mcore.data.index import Index, bin_path, idx_path, write_index
+from llama_mcore.data.manifest import DatasetManifest, file_sha256, manifest_path, read_manifest
+from llama_mcore.data.verify import open_problems
 from llama_mcore.errors import DataError, Problem
 
 _CHUNK = 1 << 20
@@ -80,25 +80,11 @@ class IndexedWriter:
     def _publish(self) -> None:
         """.bin before .idx: a reader opens the .idx first, so it never meets an index without its tokens."""
         self._bin.close()
-        self._write_index()
+        write_index(temporary_name(self.idx_path), self.dtype, self.num_documents, self._written_lengths)
         self.idx_path.unlink(missing_ok=True)
         manifest_path(self.prefix).unlink(missing_ok=True)
         replace_durably(temporary_name(self.bin_path), self.bin_path)
         replace_durably(temporary_name(self.idx_path), self.idx_path)
-
-    def _write_index(self) -> None:
-        sequences = self.num_documents
-        with temporary_name(self.idx_path).open("wb") as stream:
-            stream.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], sequences, sequences + 1))
-            for lengths in self._written_lengths():
-                stream.write(lengths.tobytes())
-            pointer = 0
-            for lengths in self._written_lengths():
-                ends = pointer + np.cumsum(lengths, dtype=np.int64) * np.dtype(self.dtype).itemsize
-                stream.write(np.concatenate(([pointer], ends[:-1])).astype(np.int64).tobytes())
-                pointer = int(ends[-1])
-            for first in range(0, sequences + 1, _CHUNK):
-                stream.write(np.arange(first, min(first + _CHUNK, sequences + 1), dtype=np.int64).tobytes())
 
     def _written_lengths(self) -> Iterator[NDArray[np.int32]]:
         self._lengths.seek(0)
@@ -134,9 +120,9 @@ class IndexedDataset:
         self.prefix = str(prefix)
         self.index = Index(prefix)
         self.manifest = read_manifest(prefix)
-        if self.manifest:
-            check_open(self.manifest, self.index)
-        else:
+        if problems := open_problems(self.manifest, self.index):
+            raise DataError(problems)
+        if not self.manifest:
             _warn_without_manifest(self.prefix)
         self.dtype = self.index.dtype
         self.num_tokens = self.index.num_tokens
@@ -145,11 +131,7 @@ class IndexedDataset:
 
     @cached_property
     def content_id(self) -> str:
-        """Changes when tokens or documents do. Without a manifest it cannot see a change inside the .bin."""
-        if self.manifest:
-            return self.manifest.content_id
-        content = f"{file_sha256(idx_path(self.prefix))} {self.index.num_bytes}"
-        return f"index-only-sha256:{hashlib.sha256(content.encode()).hexdigest()}"
+        return content_id(self.index, self.manifest)
 
     @cached_property
     def document_lengths(self) -> NDArray[np.int64]:
@@ -160,6 +142,14 @@ class IndexedDataset:
         """The tokens of one document, its end token included."""
         first, end = self.index.document_starts(number, number + 2)
         return self.tokens[int(first) : int(end)]
+
+
+def content_id(index: Index, manifest: DatasetManifest | None) -> str:
+    """Changes when tokens or documents do. Without a manifest it cannot see a change inside the .bin."""
+    if manifest:
+        return manifest.content_id
+    content = f"{file_sha256(idx_path(index.prefix))} {index.num_bytes}"
+    return f"index-only-sha256:{hashlib.sha256(content.encode()).hexdigest()}"
 
 
 @cache

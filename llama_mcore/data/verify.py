@@ -1,7 +1,7 @@
 """A dataset against its manifest: what can be told at once when it is opened, and every byte of it."""
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from llama_mcore.data.manifest import (
     ids_outside,
     manifest_path,
 )
-from llama_mcore.errors import DataError, Problem
+from llama_mcore.errors import Problem
 
 # Hashed at every open up to here, which takes some 50 ms. A longer index, of millions of documents, is still
 # checked in full against itself and the size of the .bin: only borders of documents are left to `--verify`.
@@ -41,17 +41,20 @@ class Damage:
             f"documents {self.first_document:,} to {self.last_document:,}"
         )
 
+    def problem(self, index: Index) -> Problem:
+        return Problem("dataset", bin_path(index.prefix), str(self), REMEDY)
 
-def check_open(manifest: DatasetManifest, index: Index) -> None:
-    """Counts, the first and the last block, and the index if it is short. DataError with all that differs."""
-    problems = count_problems(manifest, index)
-    if not problems:
-        if idx_path(index.prefix).stat().st_size <= HASHED_INDEX_BYTES:
-            problems += index_problems(manifest, index)
-        ends = {0, len(manifest.block_checksums) - 1}
-        problems += damage_problems(index, damaged_blocks(manifest, index, blocks=sorted(ends)))
-    if problems:
-        raise DataError(problems)
+
+def open_problems(manifest: DatasetManifest | None, index: Index) -> list[Problem]:
+    """What differs in counts, the first and the last block, and in the index if it is short."""
+    if not manifest:
+        return []
+    if problems := count_problems(manifest, index):
+        return problems
+    if idx_path(index.prefix).stat().st_size <= HASHED_INDEX_BYTES:
+        problems = index_problems(manifest, index)
+    ends = sorted({0, len(manifest.block_checksums) - 1})
+    return problems + [each.problem(index) for each in damaged_blocks(manifest, index, blocks=ends)]
 
 
 def count_problems(manifest: DatasetManifest, index: Index) -> list[Problem]:
@@ -98,10 +101,6 @@ def damaged_blocks(
         if reason := _damage(manifest, number, block, vocab_size):
             yield _locate(index, number, first, first + len(block), reason)
         advance(block.nbytes)
-
-
-def damage_problems(index: Index, damages: Iterable[Damage]) -> list[Problem]:
-    return [Problem("dataset", bin_path(index.prefix), str(damage), REMEDY) for damage in damages]
 
 
 def _damage(
