@@ -127,7 +127,11 @@ def read_manifest(prefix: Path | str) -> DatasetManifest | None:
 
 
 def build_manifest(
-    prefix: Path | str, advance: Callable[[int], None] = lambda size: None, **known: Any
+    prefix: Path | str,
+    advance: Callable[[int], None] = lambda size: None,
+    *,
+    block_bytes: int = BLOCK_BYTES,
+    **known: Any,
 ) -> DatasetManifest:
     """The manifest of a dataset that is there, from all its bytes, and of what is `known` of its making.
 
@@ -135,11 +139,11 @@ def build_manifest(
     vocabulary.
     """
     index = Index(prefix)
-    checksums = BlockChecksums()
+    checksums = BlockChecksums(block_bytes)
     tokens = index.tokens()
     vocab_size = known.get("vocab_size")
-    for first in range(0, len(tokens), BLOCK_BYTES // index.itemsize):
-        block = tokens[first : first + BLOCK_BYTES // index.itemsize]
+    for first in range(0, len(tokens), block_bytes // index.itemsize):
+        block = tokens[first : first + block_bytes // index.itemsize]
         if vocab_size and (outside := ids_outside(block, vocab_size)):
             bound = f"{outside:,} tokens from position {first:,} on are not below it, or negative"
             raise DataError(Problem("vocab_size", vocab_size, bound, "give the tokenizer of this dataset"))
@@ -150,6 +154,7 @@ def build_manifest(
         "documents": index.num_documents,
         "tokens": index.num_tokens,
         "longest_document": max(int(lengths.max()) for lengths in index.document_lengths()),
+        "block_bytes": block_bytes,
         "block_checksums": checksums.finish(),
         "idx_sha256": file_sha256(idx_path(prefix)),
     }

@@ -9,6 +9,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset as MegatronDat
 
 from llama_mcore.data import index, indexed
 from llama_mcore.data.indexed import IndexedDataset, IndexedWriter, optimal_dtype
+from llama_mcore.data.manifest import build_manifest, write_manifest
 from llama_mcore.errors import DataError, MissingInputError, OutputError
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
@@ -127,47 +128,89 @@ def test_both_missing_files_are_named(tmp_path: Path) -> None:
     assert [problem.value for problem in error.value.problems] == [tmp_path / "d.idx", tmp_path / "d.bin"]
 
 
-def test_every_truncation_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "message"),
+    [
+        ([70000], [1], "token id = 70000: must be from 0 to 65,535, which uint16 holds"),
+        ([4, -1], [2], "token id = -1"),
+        ([4], [1 << 31], "tokens in a document = 2147483648: must be from .* to 2,147,483,647"),
+    ],
+)
+def test_what_the_format_cannot_hold_is_refused_at_write(
+    tmp_path: Path, tokens: list[int], lengths: list[int], message: str
+) -> None:
+    with (
+        pytest.raises(DataError, match=message),
+        IndexedWriter(tmp_path / "d", np.uint16) as writer,
+    ):
+        writer.add_documents(np.array(tokens, np.int64), np.array(lengths, np.int64))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lengths_must_add_up(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="3 tokens in documents of 2"),
+        IndexedWriter(tmp_path / "d", np.uint16) as w,
+    ):
+        w.add_documents(np.arange(3), np.array([1, 1]))
+
+
+def test_ids_are_read_as_they_were_written(tmp_path: Path) -> None:
+    write(tmp_path / "d", [[0, 65535]])
+    dataset = IndexedDataset(tmp_path / "d")
+    assert dataset.document(0).tolist() == [0, 65535]
+
+
+def test_a_dataset_without_a_manifest_opens_with_one_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write(tmp_path / "d", DOCUMENTS)
-    for suffix in (".bin", ".idx"):
-        path = tmp_path / f"d{suffix}"
-        whole = path.read_bytes()
-        for length in range(len(whole)):
-            path.write_bytes(whole[:length])
-            with pytest.raises(DataError):
-                IndexedDataset(tmp_path / "d")
-        path.write_bytes(whole)
+    assert IndexedDataset(tmp_path / "d").manifest is None
+    IndexedDataset(tmp_path / "d")
+    warning = capsys.readouterr().err
+    assert warning.count("has no manifest") == 1
+    assert f"python tools/inspect_dataset.py {tmp_path / 'd'} --write-manifest" in warning
 
 
-def test_every_flipped_bit_of_the_index_is_refused(tmp_path: Path) -> None:
-    """Each bit of this index is fixed by the .bin or by the other tables."""
+def test_only_the_first_rank_of_a_node_warns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
     write(tmp_path / "d", DOCUMENTS)
-    path = tmp_path / "d.idx"
-    whole = path.read_bytes()
-    inner_documents = range(len(whole) - 3 * 8, len(whole) - 8)
-    for position in set(range(len(whole))) - set(inner_documents):
-        for bit in range(8):
-            damaged = bytearray(whole)
-            damaged[position] ^= 1 << bit
-            path.write_bytes(damaged)
-            with pytest.raises(DataError):
-                IndexedDataset(tmp_path / "d")
+    IndexedDataset(tmp_path / "d")
+    assert capsys.readouterr().err == ""
 
 
-def test_documents_out_of_order_are_refused(tmp_path: Path) -> None:
+def test_a_manifest_is_used_and_goes_when_its_dataset_is_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = tmp_path / "d"
+    write(prefix, DOCUMENTS)
+    manifest = build_manifest(prefix)
+    write_manifest(prefix, manifest)
+    assert IndexedDataset(prefix).manifest == manifest
+    assert capsys.readouterr().err == ""
+    write(prefix, DOCUMENTS[::-1])
+    assert IndexedDataset(prefix).manifest is None
+
+
+def test_content_ids_with_and_without_a_manifest_cannot_be_confused(tmp_path: Path) -> None:
+    for name, documents in {
+        "a": DOCUMENTS,
+        "same": DOCUMENTS,
+        "other": [[5, 6], [7, 8], [9, 10, 11, 12]],
+    }.items():
+        write(tmp_path / name, documents)
+    bare = {name: IndexedDataset(tmp_path / name).content_id for name in ("a", "same", "other")}
+    assert bare["a"] == bare["same"] != bare["other"]
+    assert bare["a"].startswith("index-only-sha256:")
+    write_manifest(tmp_path / "a", build_manifest(tmp_path / "a"))
+    assert IndexedDataset(tmp_path / "a").content_id.startswith("sha256:")
+
+
+def test_a_dataset_that_differs_from_its_manifest_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "d", DOCUMENTS)
-    path = tmp_path / "d.idx"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-32] + np.array([0, 2, 1, 3]).tobytes())
-    with pytest.raises(DataError, match="must list documents in order from sequence 0 to 3"):
-        IndexedDataset(tmp_path / "d")
-
-
-def test_negative_length_is_refused_though_all_sums_agree(tmp_path: Path) -> None:
-    write(tmp_path / "d", DOCUMENTS)
-    path = tmp_path / "d.idx"
-    whole = path.read_bytes()
-    lengths, pointers = np.array([9, -5, 4], dtype=np.int32), np.array([0, 18, 8])
-    path.write_bytes(whole[:34] + lengths.tobytes() + pointers.tobytes() + whole[34 + 36 :])
-    with pytest.raises(DataError, match="has a negative length"):
+    write_manifest(tmp_path / "d", build_manifest(tmp_path / "d"))
+    (tmp_path / "d.bin").write_bytes(np.arange(8, dtype=np.uint16).tobytes())
+    with pytest.raises(DataError, match="block 0 does not have its checksum"):
         IndexedDataset(tmp_path / "d")
