@@ -38,17 +38,43 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command("train-tokenizer")
 def train_tokenizer(
-    input: Annotated[list[Path], typer.Option(help="JSONL file; repeat for several.")],
+    input: Annotated[
+        list[str],
+        typer.Option(
+            help="[NAME=]PATH: a file, folder or pattern of JSONL, Parquet or text; repeat for several.",
+            metavar="[NAME=]PATH",
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="The model to write, e.g. tokenizer/tokenizer.model.")],
     vocab_size: Annotated[int, typer.Option(help="Tokens in the vocabulary.")] = 32000,
-    json_key: Annotated[str, typer.Option(help="Key of the text in each line.")] = "text",
+    json_key: Annotated[str, typer.Option(help="Key of the text in each document.")] = "text",
+    bytes_per_source: Annotated[
+        str, typer.Option(help="Learn from a random sample of this size of each source, e.g. 500MB.")
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    max_memory: Annotated[
+        str, typer.Option(help="Refuse text that needs more, e.g. 60GB; default: 80 % of what is available.")
+    ] = "",
+    report: Annotated[bool, typer.Option("--report", help="Print how it does on each source.")] = False,
     debug: Debug = False,
 ) -> None:
     """Train a SentencePiece BPE tokenizer with LLaMA's settings."""
     with report_errors(debug):
         from llama_mcore.data.tokenizer_training import train_tokenizer
+        from llama_mcore.units import parse_bytes
 
-        train_tokenizer(input, output, vocab_size=vocab_size, json_key=json_key)
+        budget = parse_bytes("--bytes-per-source", bytes_per_source) if bytes_per_source else None
+        limit = parse_bytes("--max-memory", max_memory) if max_memory else None
+        train_tokenizer(
+            input,
+            output,
+            vocab_size=vocab_size,
+            json_key=json_key,
+            bytes_per_source=budget,
+            seed=seed,
+            max_memory=limit,
+            report=report,
+        )
 
 
 @app.command("preprocess-data")

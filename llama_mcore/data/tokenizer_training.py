@@ -1,19 +1,31 @@
 """Training of a SentencePiece BPE tokenizer with the settings of the released LLaMA tokenizer."""
 
 import hashlib
+import platform
 import re
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import orjson
+import psutil
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
+from llama_mcore import __version__
 from llama_mcore.data.files import output_errors, prepare_output, published
-from llama_mcore.data.progress import InputProgress
-from llama_mcore.data.readers import check_inputs, read_records
-from llama_mcore.errors import DataError, Problem
+from llama_mcore.data.progress import SECONDS_BETWEEN_LINES
+from llama_mcore.data.tokenizer_corpus import MAX_LINE_BYTES, Corpus, TextSource, find_sources
+from llama_mcore.data.tokenizer_memory import TrainerMemory
+from llama_mcore.data.tokenizer_report import TokenizerReport, report_on
+from llama_mcore.errors import ConfigError, DataError, Problem
 
 # The trainer_spec and normalizer_spec inside the tokenizer.model that Meta released with LLaMA. num_threads
 # stays at SentencePiece's default: the model stores it, and would otherwise differ from machine to machine.
@@ -22,7 +34,7 @@ LLAMA_TRAINER: dict[str, Any] = {
     "character_coverage": 0.99995,
     "input_sentence_size": 200_000_000,
     "shuffle_input_sentence": True,
-    "max_sentence_length": 4192,
+    "max_sentence_length": MAX_LINE_BYTES,
     "max_sentencepiece_length": 16,
     "split_by_unicode_script": True,
     "split_by_whitespace": True,
@@ -38,82 +50,223 @@ LLAMA_TRAINER: dict[str, Any] = {
     "eos_id": 2,
     "pad_id": -1,
 }
-# SentencePiece shuffles, and samples beyond input_sentence_size, with a generator of its own.
-_SAMPLING_SEED = 1
+# The released model gives this to every piece of spaces alone, in place of the score by which it was learnt.
+# They merge after all others: of four spaces before `return`, the last goes with the word, "\u2581return".
+LLAMA_SPACES_SCORE = -1e9
+_SMALLEST_VOCABULARY = 3 + 256 + 1
+_LARGEST_VOCABULARY = 2**31 - 1
+_LARGEST_SEED = 2**31 - 1
 _LOG_ERRORS_ONLY = 2
 
 
-def train_tokenizer(inputs: Sequence[Path], output: Path, *, vocab_size: int, json_key: str = "text") -> None:
-    """Train on the lines of all documents and write the model to `output`.
+def train_tokenizer(
+    inputs: Sequence[Path | str],
+    output: Path,
+    *,
+    vocab_size: int,
+    json_key: str = "text",
+    bytes_per_source: int | None = None,
+    seed: int = 0,
+    max_memory: int | None = None,
+    report: bool = False,
+) -> None:
+    """Train on the lines of all documents; write the model to `output` and what made it to `output`.json.
 
-    The same inputs give the same bytes. Lines over 4,192 bytes are left out, as in LLaMA's own training.
+    `inputs` are files, folders or patterns, each with or without NAME= before it. `bytes_per_source` and
+    `max_memory` are in bytes; by default all text is used, and 80 % of the memory available. The same inputs
+    and seed give the same bytes on any machine. Raises ConfigError, MissingInputError, DataError,
+    OutputError, and PreflightError for text that would not fit into memory.
     """
-    total_bytes = check_inputs(inputs)
+    _check_settings(vocab_size, bytes_per_source, seed)
+    sources = find_sources(inputs)
+    record_path = output.with_name(output.name + ".json")
     prepare_output(output)
-    with InputProgress("train-tokenizer", total_bytes) as progress:
-        sentences = _Sentences(inputs, json_key, progress)
-        model = _train(sentences, vocab_size)
-        with published(output) as temporary, output_errors(output):
-            temporary.write_bytes(model)
-    digest = hashlib.sha256(model).hexdigest()
-    print(
-        f"{output}: vocabulary {vocab_size:,} from {progress.documents:,} documents "
-        f"({total_bytes / 1e6:,.1f} MB) in {progress.seconds:.1f} s, SHA-256 {digest}",
-        flush=True,
+    prepare_output(record_path)
+    memory = TrainerMemory(max_memory, len(sources))
+    corpus = Corpus(
+        sources, json_key, memory, bytes_per_source=bytes_per_source, seed=seed, for_report=report
     )
+    corpus.check_memory_ahead()
+    started = time.perf_counter()
+    model = _like_llamas(_learn(corpus, vocab_size, seed))
+    digest = hashlib.sha256(model).hexdigest()
+    found = report_on(model, {source.name: source.report_sample for source in sources}) if report else None
+    record = _record(output, digest, sources, vocab_size, bytes_per_source, seed, found)
+    # The model appears last: where it is, what is told about it is there too.
+    with published(output) as temporary, published(record_path) as temporary_record, output_errors(output):
+        temporary.write_bytes(model)
+        temporary_record.write_bytes(record)
+    print(_summary(output, digest, vocab_size, sources, time.perf_counter() - started), flush=True)
+    if found:
+        print(found.table(), flush=True)
 
 
-class _Sentences:
-    """The non-empty lines of all documents.
+def _check_settings(vocab_size: int, bytes_per_source: int | None, seed: int) -> None:
+    problems = []
+    if vocab_size < _SMALLEST_VOCABULARY:
+        bound = f"must be at least {_SMALLEST_VOCABULARY}: 3 control tokens, 256 bytes and a character"
+        problems.append(Problem("--vocab-size", vocab_size, bound, "LLaMA's is 32000"))
+    if vocab_size > _LARGEST_VOCABULARY:
+        bound = f"must be at most {_LARGEST_VOCABULARY}: SentencePiece counts in 32 bits"
+        problems.append(Problem("--vocab-size", vocab_size, bound, "LLaMA's is 32000"))
+    if bytes_per_source is not None and bytes_per_source < MAX_LINE_BYTES:
+        bound = f"must be at least {MAX_LINE_BYTES} bytes, the longest line"
+        problems.append(Problem("--bytes-per-source", bytes_per_source, bound, "write it like 500MB"))
+    if not 0 <= seed <= _LARGEST_SEED:
+        problems.append(Problem("--seed", seed, f"must be from 0 to {_LARGEST_SEED}"))
+    if problems:
+        raise ConfigError(problems)
+
+
+class _Lines:
+    """Passes `corpus` on and calls `read` after the last line.
 
     SentencePiece turns an exception of its iterator into a RuntimeError; `error` keeps the original.
     """
 
-    def __init__(self, inputs: Sequence[Path], json_key: str, progress: InputProgress) -> None:
+    def __init__(self, corpus: Corpus, read: Callable[[], None]) -> None:
         self.error: BaseException | None = None
-        self._inputs = inputs
-        self._json_key = json_key
-        self._progress = progress
+        self._corpus = corpus
+        self._read = read
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[bytes]:
         try:
-            for record in read_records(self._inputs):
-                yield from filter(None, record.text(self._json_key).split("\n"))
-                self._progress.advance(bytes=record.size, documents=1)
+            yield from self._corpus.lines()
+            self._read()
         except (Exception, KeyboardInterrupt) as error:
             self.error = error
             raise
-        print("train-tokenizer: text read, learning the merges", file=sys.stderr, flush=True)
 
 
-def _train(sentences: _Sentences, vocab_size: int) -> bytes:
-    sentencepiece.set_random_generator_seed(_SAMPLING_SEED)
+def _learn(corpus: Corpus, vocab_size: int, seed: int) -> bytes:
+    sentencepiece.set_random_generator_seed(seed)
     model = BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
-            model_writer=model,
-            vocab_size=vocab_size,
-            minloglevel=_LOG_ERRORS_ONLY,
-            **LLAMA_TRAINER,
-        )
-    except RuntimeError as error:
-        raise sentences.error or _training_error(str(error), vocab_size) from None
+    with _learning_said() as read:
+        lines = _Lines(corpus, read)
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines),
+                model_writer=model,
+                vocab_size=vocab_size,
+                minloglevel=_LOG_ERRORS_ONLY,
+                **LLAMA_TRAINER,
+            )
+        except RuntimeError as error:
+            raise lines.error or _training_error(str(error), vocab_size) from None
     return model.getvalue()
+
+
+@contextmanager
+def _learning_said() -> Iterator[Callable[[], None]]:
+    """Yields what to call when the text is read. From then on stderr says now and then that work goes on.
+
+    SentencePiece never returns to Python while it learns, so Ctrl-C would wait for its end; nothing is being
+    written yet, and so it may end the process at once.
+    """
+    done = threading.Event()
+    interrupt = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+
+    def read() -> None:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        print("train-tokenizer: text read, learning the merges", file=sys.stderr, flush=True)
+        threading.Thread(target=_say_elapsed, args=(done,), daemon=True).start()
+
+    try:
+        yield read
+    finally:
+        done.set()
+        if in_main_thread:
+            signal.signal(signal.SIGINT, interrupt)
+
+
+def _say_elapsed(done: threading.Event) -> None:
+    started = time.perf_counter()
+    while not done.wait(SECONDS_BETWEEN_LINES):
+        seconds = time.perf_counter() - started
+        held = psutil.Process().memory_info().rss
+        state = f"learning the merges, {seconds:.0f} s so far, {held / 1e9:.2f} GB held"
+        print(f"train-tokenizer: {state}", file=sys.stderr, flush=True)
 
 
 def _training_error(message: str, vocab_size: int) -> DataError:
     if match := re.search(r"Vocabulary size too high .* value <= (\d+)", message):
         most = match[1]
-        bound = f"is more than the corpus supports: at most {most}"
-        return DataError(Problem("vocab_size", vocab_size, bound, f"give more text or --vocab-size {most}"))
+        bound = f"is more than the text supports: at most {most}"
+        return DataError(Problem("--vocab-size", vocab_size, bound, f"give more text or --vocab-size {most}"))
     if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        bound = f"must be at least {match[1]}: control tokens, 256 bytes and the corpus's own characters"
-        return DataError(Problem("vocab_size", vocab_size, bound, f"give --vocab-size {match[1]} or more"))
+        bound = f"must be at least {match[1]}: control tokens, 256 bytes and the text's own characters"
+        return DataError(Problem("--vocab-size", vocab_size, bound, f"give --vocab-size {match[1]} or more"))
     if "!sentences_.empty()" in message:
-        longest = LLAMA_TRAINER["max_sentence_length"]
-        bound = f"hold no line of text of at most {longest} bytes"
+        bound = f"hold no line of text of at most {MAX_LINE_BYTES} bytes"
         return DataError(Problem("input", "all documents", bound, "give text with shorter lines"))
     return DataError(
         Problem("input", "all documents", f"SentencePiece cannot train on them ({message.strip()})")
+    )
+
+
+def _like_llamas(model: bytes) -> bytes:
+    """Give pieces of spaces alone the score that they have in the released model."""
+    proto = model_pb2.ModelProto.FromString(model)
+    for piece in proto.pieces:
+        if set(piece.piece) == {"\u2581"}:
+            piece.score = LLAMA_SPACES_SCORE
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def _record(
+    output: Path,
+    digest: str,
+    sources: Sequence[TextSource],
+    vocab_size: int,
+    bytes_per_source: int | None,
+    seed: int,
+    report: TokenizerReport | None,
+) -> bytes:
+    """JSON that depends on the inputs and settings alone, and the versions that were used."""
+    versions = {
+        "llama_mcore": __version__,
+        "sentencepiece": sentencepiece.__version__,
+        "python": platform.python_version(),
+    }
+    content = {
+        "model": output.name,
+        "sha256": digest,
+        "vocab_size": vocab_size,
+        "seed": seed,
+        "bytes_per_source": bytes_per_source,
+        "settings": LLAMA_TRAINER | {"spaces_score": LLAMA_SPACES_SCORE},
+        "sources": [_record_source(source) for source in sources],
+        "versions": versions,
+        "report": asdict(report) if report else None,
+    }
+    return orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+def _record_source(source: TextSource) -> dict[str, Any]:
+    return {
+        "name": source.name,
+        "files": [{"path": str(file.path), "bytes": file.size} for file in source.files],
+        "documents": source.documents,
+        "lines": source.lines,
+        "text_bytes": source.text_bytes,
+        "lines_used": source.lines_used,
+        "text_bytes_used": source.text_bytes_used,
+        "lines_left_out": source.lines_left_out,
+    }
+
+
+def _summary(
+    output: Path, digest: str, vocab_size: int, sources: Sequence[TextSource], seconds: float
+) -> str:
+    used = sum(source.text_bytes_used for source in sources)
+    given = sum(source.text_bytes for source in sources)
+    left_out = sum(source.lines_left_out for source in sources)
+    text = f"{used / 1e6:,.1f} of {given / 1e6:,.1f} MB of text"
+    documents = sum(source.documents for source in sources)
+    too_long = f", {left_out:,} lines over {MAX_LINE_BYTES} bytes or with U+2585 left out" if left_out else ""
+    return (
+        f"{output}: vocabulary {vocab_size:,} from {text} in {documents:,} documents{too_long}, "
+        f"{seconds:.1f} s, SHA-256 {digest}"
     )
