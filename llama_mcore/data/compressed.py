@@ -31,10 +31,10 @@ def open_zstd(path: Path) -> io.BufferedReader:
 
 
 def _open(path: Path, member: str, start_member: Callable[[], Any]) -> io.BufferedReader:
-    return io.BufferedReader(_Decompressed(path, member, start_member), _AT_MOST)
+    return io.BufferedReader(Decompressed(path, member, start_member), _AT_MOST)
 
 
-class _Decompressed(io.RawIOBase):
+class Decompressed(io.RawIOBase):
     """A file of members (gzip) or frames (zstd) one after the other; DataError where one is damaged."""
 
     def __init__(self, path: Path, member: str, start_member: Callable[[], Any]) -> None:
@@ -44,6 +44,10 @@ class _Decompressed(io.RawIOBase):
         self._member_start = self._read_to = 0
         self._input = b""
         self._output = memoryview(b"")
+
+    @property
+    def position_on_disk(self) -> int:
+        return self._read_to
 
     def readable(self) -> bool:
         return True

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from pyarrow import parquet
 
-from llama_mcore.data.readers import BLOCK_BYTES, BadLine, Block
+from llama_mcore.data.blocks import BLOCK_BYTES, BadLine, Block
 from llama_mcore.errors import DataError, Problem
 
 _READ_BUFFER = 1 << 20
@@ -33,12 +33,15 @@ class ParquetRows:
         self._rows: Iterator[pa.RecordBatch] = iter(())
         self._rest: pa.RecordBatch | None = None
         self._position = self._num_rows
+        self._size = path.stat().st_size
         self.ended = False
+        self.taken = 0
 
     def read(self, cut: int) -> Iterator[Block]:
         start = cut * self._rows_per_unit
         end = min(start + self._rows_per_unit, self._num_rows)
         self.ended = end == self._num_rows
+        self.taken = self._size * max(0, end - start) // max(1, self._num_rows)
         if start < end:
             self._go_to(start)
         while self._position < end and (batch := self._next(end - self._position)) is not None:

@@ -1,193 +1,235 @@
-"""JSONL to megatron-core's indexed datasets, with Megatron's flags and file names.
+"""Text to megatron-core's indexed datasets, with Megatron's flags and file names.
 
-The output depends on the input alone: documents keep its order whatever the number of workers.
+The input is cut into units (inputs.py). Workers encode them (unit_encoder.py) into parts (shards.py), which
+are joined in the order of the input (join.py): the output depends on the input and the options alone, and a
+job that was killed goes on with the parts that are there.
 """
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cache, partial
+import sys
+from collections.abc import Iterable, Sequence
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from llama_mcore.data.indexed import IndexedWriter, optimal_dtype
+from llama_mcore.data.files import prepare_output
+from llama_mcore.data.index import bin_path, idx_path
+from llama_mcore.data.indexed import optimal_dtype
+from llama_mcore.data.inputs import InputFile, Unit, find_inputs, sources_of, unit_bytes_for
+from llama_mcore.data.join import join_parts, remove_dataset, remove_leftovers, write_quarantine
+from llama_mcore.data.manifest import manifest_path
+from llama_mcore.data.preprocess_settings import Settings, check_settings, output_prefixes, shard_prefix
 from llama_mcore.data.progress import InputProgress
-from llama_mcore.data.readers import Record, check_inputs, read_records
+from llama_mcore.data.schedule import Schedule
+from llama_mcore.data.shards import Lock, PartRecord, PartsFolder, open_parts, remove
 from llama_mcore.data.tokenizer import Tokenizer
-from llama_mcore.errors import DataError, PreflightError, Problem
+from llama_mcore.data.totals import Totals, describe
+from llama_mcore.data.unit_encoder import Job, UnitEncoder
+from llama_mcore.data.workers import Workers
+from llama_mcore.errors import DataError, Problem
 
-# Large enough that handing a batch over costs little, small enough that two workers share a small corpus.
-_BATCH_BYTES = 256 * 1024
-_BATCHES_IN_FLIGHT = 4
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Documents on their way to a worker: the texts of each key."""
-
-    texts: dict[str, list[str]]
-    size: int
-    """Bytes of input."""
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Tokens of documents one after the other, and how many each has. Empty documents are left out."""
-
-    tokens: NDArray[np.integer]
-    lengths: NDArray[np.int32]
-    num_empty: int
-
-
-@dataclass(frozen=True)
-class EncodedBatch:
-    documents: dict[str, Documents]
-    num_read: int
-    size: int
-
-
-def dataset_prefix(output_prefix: Path, key: str) -> str:
-    """Megatron's name of the dataset of one key."""
-    return f"{output_prefix}_{key}_document"
+_FORMAT = 1
+"""Of the parts and of the rules that make them."""
+_ENOUGH_TO_JUDGE = 1000
+"""Documents after which too many bad ones end a job at once."""
 
 
 def preprocess(
-    inputs: Sequence[Path],
-    tokenizer_model: Path,
-    output_prefix: Path,
-    *,
-    json_keys: Sequence[str] = ("text",),
-    workers: int = 1,
-    append_eod: bool = False,
+    inputs: Sequence[Path | str], tokenizer_model: Path, output_prefix: Path, **settings: Any
 ) -> None:
-    """Tokenize every document into PREFIX_KEY_document.bin and .idx, one pair a key.
+    """Tokenize every document into PREFIX_KEY_document.bin, .idx and .json, one dataset a key.
 
-    Nothing appears under those names unless all of it succeeded.
+    `settings` are the fields of `Settings`. Nothing appears under those names before all of it is there;
+    until then PREFIX.parts holds what is done, and the same call goes on from it.
     """
-    total_bytes = check_inputs(inputs)
-    encode = partial(_encode, tokenizer_model, append_eod)
-    dtype = optimal_dtype(Tokenizer(tokenizer_model).vocab_size)
-    num_empty = dict.fromkeys(json_keys, 0)
-    with ExitStack() as stack:
-        writers = {
-            key: stack.enter_context(IndexedWriter(dataset_prefix(output_prefix, key), dtype))
-            for key in num_empty
-        }
-        progress = stack.enter_context(InputProgress("preprocess-data", total_bytes))
-        for batch in _map_in_order(encode, _batches(read_records(inputs), list(writers)), workers):
-            for key, documents in batch.documents.items():
-                writers[key].add_documents(documents.tokens, documents.lengths)
-                num_empty[key] += documents.num_empty
-            num_tokens = sum(len(documents.tokens) for documents in batch.documents.values())
-            progress.advance(bytes=batch.size, documents=batch.num_read, tokens=num_tokens)
-        _refuse_empty(writers)
-    for key, writer in writers.items():
-        print(_summary(writer, num_empty[key], progress), flush=True)
+    chosen = Settings(**settings)
+    _Preprocessing(inputs, tokenizer_model, output_prefix, chosen).run()
 
 
-def _batches(records: Iterator[Record], keys: Sequence[str]) -> Iterator[Batch]:
-    texts: dict[str, list[str]] = {key: [] for key in keys}
-    size = 0
-    for record in records:
-        for key in keys:
-            texts[key].append(record.text(key))
-        size += record.size
-        if size >= _BATCH_BYTES:
-            yield Batch(texts, size)
-            texts, size = {key: [] for key in keys}, 0
-    if size:
-        yield Batch(texts, size)
+class _Preprocessing:
+    def __init__(
+        self, inputs: Sequence[Path | str], tokenizer_model: Path, output_prefix: Path, settings: Settings
+    ) -> None:
+        self._settings = settings
+        self._keys = list(dict.fromkeys(settings.json_keys))
+        self._files = find_inputs(inputs)
+        check_settings(settings, self._files)
+        self._tokenizer = Tokenizer(tokenizer_model)
+        self._dtype = optimal_dtype(self._tokenizer.vocab_size)
+        self._unit_bytes = unit_bytes_for(self._files)
+        self._sources = sources_of(self._files, self._unit_bytes)
+        prefix = shard_prefix(output_prefix, settings.shard)
+        self._folder = Path(f"{prefix}.parts")
+        self._quarantine = Path(f"{prefix}.quarantine.jsonl")
+        self._outputs = output_prefixes(prefix, self._keys, bool(settings.held_out))
 
+    def run(self) -> None:
+        written = [path(output) for output in self._outputs for path in (bin_path, idx_path, manifest_path)]
+        for path in (*written, self._quarantine):
+            prepare_output(path)
+        with Lock(self._folder):
+            for path in (*written, self._quarantine):
+                remove_leftovers(path)
+            parts = open_parts(
+                self._folder, self._plan(), restart=self._settings.restart or self._reads_a_stream()
+            )
+            try:
+                self._make(parts)
+            except BaseException:
+                if not parts.done():
+                    remove(self._folder)
+                raise
+            remove(self._folder)
 
-# A worker loads the tokenizer when its first batch comes and keeps it.
-_tokenizer = cache(Tokenizer)
+    def _make(self, parts: PartsFolder) -> None:
+        job = self._job(parts)
+        done = parts.done()
+        if self._settings.on_bad_line == "fail":
+            done = {unit: record for unit, record in done.items() if not record.skipped}
+        schedule = Schedule(self._sources, self._unit_bytes, self._settings.shard, done)
+        speed = self._encode(job, schedule)
+        units = list(schedule.in_order())
+        totals = self._totals(record for _, record in units)
+        self._refuse_bad(job, schedule, totals.skipped, totals.documents)
+        self._refuse_empty(totals)
+        join_parts(
+            job,
+            units,
+            {
+                index: (prefix, self._known(index, totals, units))
+                for index, prefix in enumerate(self._outputs)
+                if totals.outputs[index].documents
+            },
+        )
+        write_quarantine(job, units, self._quarantine)
+        for prefix, output in zip(self._outputs, totals.outputs, strict=True):
+            if not output.documents:
+                remove_dataset(prefix)
+        print(describe(self._outputs, self._dtype, totals, units, self._sources), flush=True)
+        print(f"  {speed}", flush=True)
 
+    def _encode(self, job: Job, schedule: Schedule) -> str:
+        """Do all units that are not done; says how fast it was."""
+        skipped = sum(record.skipped for record in schedule.done.values())
+        documents = sum(record.documents for record in schedule.done.values())
+        before = sum(record.input_bytes for record in schedule.done.values())
+        if schedule.done:
+            _say(f"going on with {len(schedule.done):,} parts ({before / 1e6:,.1f} MB) that are done")
+        noted = False
+        with (
+            InputProgress("preprocess-data", self._bytes_to_read(), done=before) as progress,
+            Workers(self._settings.workers, partial(UnitEncoder, job), self._describe_unit) as workers,
+        ):
+            for unit, (record, note) in workers.run(schedule.next):
+                if note and not noted:
+                    _say(f"sentencepiece encodes, as {note}")
+                    noted = True
+                schedule.finished(unit, record)
+                skipped, documents = skipped + record.skipped, documents + record.documents
+                if documents >= _ENOUGH_TO_JUDGE:
+                    self._refuse_bad(job, schedule, skipped, documents)
+                tokens = sum(output.tokens for output in record.outputs)
+                progress.advance(bytes=record.input_bytes, documents=record.documents, tokens=tokens)
+        return progress.speed
 
-def _encode(tokenizer_model: Path, append_eod: bool, batch: Batch) -> EncodedBatch:
-    tokenizer = _tokenizer(tokenizer_model)
-    documents = {key: _encode_texts(tokenizer, append_eod, texts) for key, texts in batch.texts.items()}
-    return EncodedBatch(documents, max(map(len, batch.texts.values())), batch.size)
-
-
-def _encode_texts(tokenizer: Tokenizer, append_eod: bool, texts: Sequence[str]) -> Documents:
-    dtype = optimal_dtype(tokenizer.vocab_size)
-    end = [tokenizer.eod] if append_eod else []
-    encoded = [np.array(ids + end, dtype=dtype) for ids in map(tokenizer.encode, texts) if ids]
-    lengths = np.array([len(ids) for ids in encoded], dtype=np.int32)
-    return Documents(np.concatenate([np.empty(0, dtype), *encoded]), lengths, len(texts) - len(encoded))
-
-
-def _map_in_order(
-    encode: "partial[EncodedBatch]", batches: Iterable[Batch], workers: int
-) -> Iterator[EncodedBatch]:
-    """`encode` of each batch, in order; at most a few batches a worker are in memory."""
-    if workers == 1:
-        yield from map(encode, batches)
-        return
-    pending: deque[Future[EncodedBatch]] = deque()
-    # Forking a process that runs threads can deadlock; a spawned worker starts clean.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    try:
-        for batch in batches:
-            with _interrupts_held_back():
-                pending.append(pool.submit(encode, batch))
-            if len(pending) == workers * _BATCHES_IN_FLIGHT:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        bound = "a worker was killed, most often for lack of memory"
-        raise PreflightError(Problem("workers", workers, bound, "start fewer with --workers")) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """`submit` starts workers: they inherit the mask and leave Ctrl-C to the parent from the start."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker() -> None:
-    """Workers end with the parent, even if it is killed."""
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _refuse_empty(writers: dict[str, IndexedWriter]) -> None:
-    empty = [key for key, writer in writers.items() if not writer.num_tokens]
-    if empty:
-        remedy = "check the input files and --json-keys"
-        raise DataError(
-            [Problem("input", f"key {key!r}", "no document holds any text", remedy) for key in empty]
+    def _job(self, parts: PartsFolder) -> Job:
+        settings, tokenizer = self._settings, self._tokenizer
+        return Job(
+            sources=self._sources,
+            unit_bytes=self._unit_bytes,
+            parts=parts,
+            tokenizer_model=tokenizer.path,
+            encoder=settings.encoder,
+            keys=self._keys,
+            vocab_size=tokenizer.vocab_size,
+            dtype=self._dtype,
+            bos=tokenizer.bos if settings.append_bos else None,
+            eod=tokenizer.eod if settings.append_eod else None,
+            held_out=settings.held_out,
+            on_bad_line=settings.on_bad_line,
+            shuffle_seed=settings.shuffle_seed,
         )
 
+    def _plan(self) -> dict[str, str]:
+        """All that the parts depend on. Not the encoder and the workers: they change nothing."""
+        files = {f"input {index}": _identity(file) for index, file in enumerate(self._files)}
+        plan = {"tokenizer_model": self._tokenizer.sha256, "unit_bytes": str(self._unit_bytes)}
+        return {"format": str(_FORMAT), **plan, **self._options(), **files}
 
-def _summary(writer: IndexedWriter, num_empty: int, progress: InputProgress) -> str:
-    skipped = f" ({num_empty:,} empty ones skipped)" if num_empty else ""
-    tokens = f"{writer.num_tokens:,} tokens as {writer.dtype.__name__}"
-    speed = f"{progress.seconds:.1f} s ({progress.megabytes_per_second:.1f} MB/s)"
-    return (
-        f"{writer.bin_path} and .idx: {writer.num_documents:,} documents{skipped}, {tokens} "
-        f"from {progress.bytes / 1e6:,.1f} MB in {speed}"
-    )
+    def _options(self) -> dict[str, str]:
+        settings = self._settings
+        return {
+            "json_keys": " ".join(self._keys),
+            "append_bos": str(settings.append_bos),
+            "append_eod": str(settings.append_eod),
+            "held_out": str(settings.held_out),
+            "shuffle_seed": str(settings.shuffle_seed),
+            "shard": f"{settings.shard.index}/{settings.shard.count}",
+        }
+
+    def _known(
+        self, index: int, totals: Totals, units: Sequence[tuple[Unit, PartRecord]]
+    ) -> dict[str, object]:
+        """What the manifest of an output says besides what its tokens tell."""
+        settings, per_key = self._settings, len(self._outputs) // len(self._keys)
+        key = index // per_key
+        split = "heldout" if index % per_key else "document"
+        read = {file for unit, _ in units for file in self._sources[unit.source].files}
+        return {
+            "tokenizer_sha256": self._tokenizer.sha256,
+            "vocab_size": self._tokenizer.vocab_size,
+            "text_bytes": totals.outputs[index].text_bytes,
+            "empty_documents": totals.empty[key],
+            "skipped_lines": totals.skipped,
+            "eod": self._tokenizer.eod if settings.append_eod else None,
+            "options": {**self._options(), "json_key": self._keys[key], "split": split},
+            "versions": {name: version(name) for name in ("llama-mcore", "sentencepiece", "gigatoken")},
+            "inputs": [{"path": str(f.path), "bytes": f.size} for f in self._files if f in read],
+        }
+
+    def _totals(self, records: Iterable[PartRecord]) -> Totals:
+        return Totals.of(records, len(self._keys), len(self._outputs))
+
+    def _bytes_to_read(self) -> int:
+        shard = self._settings.shard
+        return sum(file.size for file in self._files) // shard.count
+
+    def _reads_a_stream(self) -> bool:
+        """What was read of it is gone: a killed job cannot go on."""
+        return any(source.format == "stream" for source in self._sources)
+
+    def _describe_unit(self, unit: Unit) -> str:
+        source = self._sources[unit.source]
+        return f"{source.path}, part {unit.cut:,} of about {self._unit_bytes / 1e6:,.0f} MB"
+
+    def _refuse_bad(self, job: Job, schedule: Schedule, skipped: int, documents: int) -> None:
+        if documents and skipped / documents > self._settings.max_bad_ratio:
+            done = [(Unit(*place), record) for place, record in sorted(schedule.done.items())]
+            write_quarantine(job, done, self._quarantine)
+            bound = f"{skipped:,} of {documents:,} documents cannot be used; {self._quarantine} lists them"
+            remedy = "mend them, or allow more with --max-bad-ratio"
+            raise DataError(Problem("--max-bad-ratio", self._settings.max_bad_ratio, bound, remedy))
+
+    def _refuse_empty(self, totals: Totals) -> None:
+        """A whole input without text is a mistake; a shard of a small one may well have none."""
+        if self._settings.shard.count > 1:
+            return
+        written = [any(output.tokens for output in totals.of_key(index)) for index in range(len(self._keys))]
+        empty = [key for key, some in zip(self._keys, written, strict=True) if not some]
+        if empty:
+            remove(self._folder)
+            remedy = "check the input files and --json-keys"
+            raise DataError(
+                [Problem("input", f"key {key!r}", "no document holds any text", remedy) for key in empty]
+            )
+
+
+def _identity(file: InputFile) -> str:
+    if file.format == "stream":
+        return f"{file.path}"
+    changed = file.path.stat().st_mtime_ns
+    return f"{file.path}, {file.size} bytes, changed {changed} ns"
+
+
+def _say(text: str) -> None:
+    print(f"preprocess-data: {text}", file=sys.stderr, flush=True)

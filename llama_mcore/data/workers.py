@@ -1,0 +1,144 @@
+"""Processes that each do one task at a time. They end with their parent, and a task that fails ends all.
+
+A worker is spawned: forking a process that runs threads can deadlock.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any, Generic, TypeVar
+
+from llama_mcore.errors import PreflightError, Problem, UserError
+
+Task = TypeVar("Task")
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class _Crash:
+    """An error that is not the user's: its traceback."""
+
+    text: str
+
+
+class Workers(Generic[Task, Answer]):
+    """`count` processes; `make` builds in each the function that does the tasks. With one it is this process.
+
+    `describe` names a task in the error when its worker is gone.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        make: Callable[[], Callable[[Task], Answer]],
+        describe: Callable[[Task], str],
+    ) -> None:
+        self._count, self._make, self._describe = count, make, describe
+        self._processes: list[SpawnProcess] = []
+        self._connections: list[Connection] = []
+
+    def __enter__(self) -> "Workers[Task, Answer]":
+        if self._count == 1:
+            self._do = self._make()
+            return self
+        context = multiprocessing.get_context("spawn")
+        with _interrupts_held_back():
+            for _ in range(self._count):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(theirs, self._make), daemon=True)
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._connections.append(ours)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self._processes:
+            process.kill()  # whatever it is doing, nobody waits for it
+        for process, connection in zip(self._processes, self._connections, strict=True):
+            process.join()
+            connection.close()
+
+    def run(self, next_task: Callable[[int], Task | None]) -> Iterator[tuple[Task, Answer]]:
+        """Answers as they come. `next_task(worker)` is asked whenever one is free; None: nothing for now."""
+        if self._count == 1:
+            while (task := next_task(0)) is not None:
+                yield task, self._do(task)
+            return
+        doing: dict[Connection, tuple[int, Task]] = {}
+        while True:
+            busy = {worker for worker, _ in doing.values()}
+            for worker in range(self._count):
+                if worker not in busy and (task := next_task(worker)) is not None:
+                    connection = self._connections[worker]
+                    doing[connection] = worker, task
+                    self._send(connection, task)
+            if not doing:
+                return
+            for ready in wait(list(doing)):
+                assert isinstance(ready, Connection)
+                task = doing[ready][1]
+                answer = self._receive(ready, task)
+                del doing[ready]
+                yield task, answer
+
+    def _send(self, connection: Connection, task: Task) -> None:
+        try:
+            connection.send(task)
+        except OSError:
+            raise self._gone(task) from None
+
+    def _receive(self, connection: Connection, task: Task) -> Answer:
+        try:
+            answer: Any = connection.recv()
+        except (EOFError, OSError):
+            raise self._gone(task) from None
+        if isinstance(answer, UserError):
+            raise answer
+        if isinstance(answer, _Crash):
+            raise RuntimeError(f"a worker failed at {self._describe(task)}:\n{answer.text}")
+        result: Answer = answer
+        return result
+
+    def _gone(self, task: Task) -> PreflightError:
+        bound = f"a worker was killed at {self._describe(task)}, most often for lack of memory"
+        return PreflightError(Problem("workers", self._count, bound, "start fewer with --workers"))
+
+
+def _work(connection: Connection, make: Callable[[], Callable[[Any], Any]]) -> None:
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    do: Callable[[Any], Any] | None = None
+    while True:
+        task = connection.recv()
+        try:
+            do = do or make()
+            answer: Any = do(task)
+        except UserError as error:
+            answer = error
+        except Exception:
+            answer = _Crash(traceback.format_exc())
+        connection.send(answer)
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Workers inherit the mask and leave Ctrl-C to the parent from the start."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
