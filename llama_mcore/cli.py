@@ -4,12 +4,16 @@ Commands import what they need when they run: `--help` and `--dry-run` load no t
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from llama_mcore import __version__
 from llama_mcore.errors import report_errors
+
+if TYPE_CHECKING:
+    from llama_mcore.config import RunConfig
 
 app = typer.Typer(
     name="llama-mcore",
@@ -21,6 +25,22 @@ app = typer.Typer(
 )
 
 Debug = Annotated[bool, typer.Option("--debug", help="Print a traceback with an error.")]
+
+
+class ManyValues(TyperCommand):
+    """Takes `--input a b` for `--input a --input b`, as argparse's nargs="+" does in Megatron's tools."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        many = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
+        repeated: list[str] = []
+        flag = ""
+        for argument in args:
+            if argument.startswith("-") and argument != "-":
+                flag = argument if argument in many else ""
+            elif flag and repeated[-1] != flag:
+                repeated.append(flag)
+            repeated.append(argument)
+        return super().parse_args(ctx, repeated)
 
 
 def main(command: str | None = None) -> None:
@@ -77,23 +97,90 @@ def train_tokenizer(
         )
 
 
-@app.command("preprocess-data")
+@app.command("preprocess-data", cls=ManyValues)
 def preprocess_data(
-    input: Annotated[list[Path], typer.Option(help="JSONL file; repeat for several.")],
+    input: Annotated[
+        list[str],
+        typer.Option(
+            help="Files, folders or patterns, also several: .jsonl and .json (an object a line), both also .gz "
+            "and .zst, .parquet, .txt (one document a file). `-` reads JSONL from stdin; a job that reads stdin "
+            "cannot go on after it was killed."
+        ),
+    ],
     tokenizer_model: Annotated[Path, typer.Option(help="SentencePiece model.")],
-    output_prefix: Annotated[Path, typer.Option(help="Writes PREFIX_KEY_document.bin and .idx.")],
-    json_keys: Annotated[list[str], typer.Option(help="Keys of the text in each line.")] = ["text"],  # noqa: B006
+    output_prefix: Annotated[Path, typer.Option(help="Writes PREFIX_KEY_document.bin, .idx and .json.")],
+    json_keys: Annotated[list[str], typer.Option(help="Keys of the text; also several.")] = ["text"],  # noqa: B006
     workers: Annotated[int, typer.Option(min=1, help="Processes that tokenize.")] = 1,
     append_eod: Annotated[bool, typer.Option("--append-eod", help="Close each document with EOS.")] = False,
+    append_bos: Annotated[
+        bool,
+        typer.Option("--append-bos", help="Begin each document with BOS, as Megatron's Llama2Tokenizer did."),
+    ] = False,
+    encoder: Annotated[
+        str, typer.Option(help="gigatoken, or sentencepiece, which defines the tokens and is slower.")
+    ] = "gigatoken",
+    on_bad_line: Annotated[
+        str, typer.Option(help="fail; or skip, which lists such lines in PREFIX.quarantine.jsonl.")
+    ] = "fail",
+    max_bad_ratio: Annotated[float, typer.Option(help="Share of documents that may be skipped.")] = 0.01,
+    held_out: Annotated[
+        float, typer.Option(help="Share of documents, by their hash, for PREFIX_KEY_heldout instead.")
+    ] = 0.0,
+    shard: Annotated[
+        str, typer.Option(help="INDEX/COUNT, counted from 0: this part of the input only, for job arrays.")
+    ] = "0/1",
+    shuffle_seed: Annotated[
+        int | None, typer.Option(min=0, help="Shuffle documents inside each 4 to 64 MB of input.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Drop what an interrupted job has done.")
+    ] = False,
+    tokenizer_type: Annotated[str, typer.Option(help="Megatron's name for it; any SentencePiece one.")] = "",
+    log_interval: Annotated[int, typer.Option(hidden=True, help="Megatron's; without effect.")] = 0,
+    keep_sequential_samples: Annotated[bool, typer.Option("--keep-sequential-samples", hidden=True)] = False,
+    partitions: Annotated[int, typer.Option(hidden=True, help="Megatron's; without effect.")] = 1,
     debug: Debug = False,
 ) -> None:
-    """Tokenize JSONL into megatron-core's .bin and .idx."""
+    """Tokenize text into megatron-core's .bin and .idx. The same command goes on after an interruption.
+
+    Documents keep the order of the input, whatever the number of workers. Those without text are left out.
+    """
     with report_errors(debug):
         from llama_mcore.data.preprocess import preprocess
+        from llama_mcore.data.preprocess_settings import check_choices, parse_shard
 
+        check_choices(encoder=encoder, on_bad_line=on_bad_line, tokenizer_type=tokenizer_type)
         preprocess(
-            input, tokenizer_model, output_prefix, json_keys=json_keys, workers=workers, append_eod=append_eod
+            input,
+            tokenizer_model,
+            output_prefix,
+            json_keys=json_keys,
+            workers=workers,
+            append_eod=append_eod,
+            append_bos=append_bos,
+            encoder=encoder,
+            on_bad_line=on_bad_line,
+            max_bad_ratio=max_bad_ratio,
+            held_out=held_out,
+            shard=parse_shard(shard),
+            shuffle_seed=shuffle_seed,
+            restart=restart,
         )
+
+
+@app.command("merge-datasets", cls=ManyValues)
+def merge_datasets(
+    input: Annotated[
+        list[str], typer.Option(help="Prefixes of datasets in their order, or a folder: all in it by name.")
+    ],
+    output_prefix: Annotated[Path, typer.Option(help="Writes PREFIX.bin, .idx and .json.")],
+    debug: Debug = False,
+) -> None:
+    """Join datasets made with one tokenizer, such as the shards of a job array, into one."""
+    with report_errors(debug):
+        from llama_mcore.data.merge import merge_datasets
+
+        merge_datasets(input, output_prefix)
 
 
 @app.command("inspect-dataset")
@@ -126,6 +213,18 @@ def inspect_dataset(
         )
 
 
+@app.command("audit-data")
+def audit_data(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    debug: Debug = False,
+) -> None:
+    """Prove from plan and ledger how often a run has read every window."""
+    with report_errors(debug):
+        from llama_mcore.checkpoint.audit import audit_run
+
+        typer.echo(audit_run(run_dir))
+
+
 @app.command(
     "train",
     context_settings={"allow_extra_args": True},
@@ -153,11 +252,13 @@ def train(
         ranks = world_size if dry_run and world_size else world_size_from_env(run)
         check_run(run, ranks)
         if dry_run:
-            from llama_mcore.plan.summary import describe_run
+            from llama_mcore.plan.summary import describe_run, missing_inputs
             from llama_mcore.train.ds_config import deepspeed_config
 
             deepspeed_config(run, ranks)
             typer.echo(describe_run(run, ranks))
+            if not missing_inputs(run):
+                typer.echo(_data_plan(run))
             return
         from llama_mcore.train.signals import stop_signals
 
@@ -171,6 +272,18 @@ def train(
 
             exit_code = train(run, stop, accept_data_change)
     raise typer.Exit(exit_code)
+
+
+def _data_plan(run: "RunConfig") -> str:
+    """What a run would read. DataError where that is more than planned."""
+    from llama_mcore.data.ledger import check_caps, plan_table
+    from llama_mcore.data.sources import open_sources, plan_run
+
+    sources = open_sources(run.data, run.model.seq_length, run.model.vocab_size)
+    plan = plan_run(run.data, sources, run.run.seed, run.model.seq_length)
+    samples = run.train.steps * run.train.global_batch_size
+    check_caps(plan, samples)
+    return f"\n{plan_table(plan, samples)}"
 
 
 @app.command("convert")

@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from llama_mcore.data.encoder import EncoderName
 from llama_mcore.data.inputs import InputFile
 from llama_mcore.data.schedule import WHOLE, Shard
 from llama_mcore.data.unit_encoder import OnBadLine
 from llama_mcore.errors import ConfigError, Problem
+
+TOKENIZER_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+"""Megatron's names for a SentencePiece model. Its older Llama2Tokenizer puts BOS before each document."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,21 @@ def parse_shard(text: str) -> Shard:
     raise ConfigError(
         Problem("--shard", text, "must be INDEX/COUNT, counted from 0", "the first of 32 is 0/32")
     )
+
+
+def check_choices(*, encoder: str, on_bad_line: str, tokenizer_type: str) -> None:
+    """ConfigError for words of the command line that are not known."""
+    problems = [
+        Problem(flag, value, "is not known", f"known: {', '.join(known)}")
+        for flag, value, known in (
+            ("--encoder", encoder, get_args(EncoderName)),
+            ("--on-bad-line", on_bad_line, get_args(OnBadLine)),
+            ("--tokenizer-type", tokenizer_type or TOKENIZER_TYPES[0], TOKENIZER_TYPES),
+        )
+        if value not in known
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_settings(settings: Settings, files: Sequence[InputFile]) -> None:
