@@ -4,7 +4,7 @@ Commands import what they need when they run: `--help` and `--dry-run` load no t
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -102,9 +102,9 @@ def preprocess_data(
     input: Annotated[
         list[str],
         typer.Option(
-            help="Files, folders or patterns, also several: .jsonl and .json (an object a line), both also .gz "
-            "and .zst, .parquet, .txt (one document a file). `-` reads JSONL from stdin; a job that reads stdin "
-            "cannot go on after it was killed."
+            help="Files, folders or patterns, also several: .jsonl and .json (an object a line), both also "
+            ".gz and .zst, .parquet, .txt (one document a file). `-` reads JSONL from stdin; a job that "
+            "reads stdin cannot go on after it was killed."
         ),
     ],
     tokenizer_model: Annotated[Path, typer.Option(help="SentencePiece model.")],
