@@ -70,11 +70,12 @@ def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises MissingInputError if there is no such file and ConfigError with every problem of its content.
     """
     data = _read_yaml(_find_config(config))
-    for override in sorted(overrides, key=_is_preset, reverse=True):
-        if _is_preset(override):
-            data["model"] = {}  # a preset on the command line stands for the whole section
+    for override in sorted(overrides, key=_stands_for_others, reverse=True):
+        if _stands_for_others(override):
+            _drop_replaced(data, override)
         _apply_override(data, override)
     _expand_preset(data)
+    _expand_mixture(data)
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
@@ -92,6 +93,7 @@ def check_run(run: RunConfig, world_size: int) -> None:
         *_check_model(run),
         *_check_parallel(run),
         *_check_batch(run, world_size),
+        *_check_data(run),
         *_check_training(run),
     ]
     if problems:
@@ -103,24 +105,26 @@ def world_size_from_env(run: RunConfig) -> int:
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or run.parallel.tp)
 
 
-def _find_config(config: str) -> Path:
+def _find_config(config: str, field: str = "--config") -> Path:
     for path in (Path(config), CONFIG_DIR / f"{config}.yaml"):
         if path.is_file():
             return path
-    shipped = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))
+    mixtures = field == "data.mixture"
+    names = (path.stem for path in CONFIG_DIR.glob("*.yaml"))
+    shipped = sorted(name for name in names if name.startswith("mixture") == mixtures)
     raise MissingInputError(
-        Problem("--config", config, "no such file", f"give a path or one of {', '.join(shipped)}")
+        Problem(field, config, "no such file", f"give a path or one of {', '.join(shipped)}")
     )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, field: str = "--config") -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(Problem("--config", path, f"is not YAML ({reason})")) from None
+        raise ConfigError(Problem(field, path, f"is not YAML ({reason})")) from None
     if not isinstance(data, dict) or not all(isinstance(value, dict) for value in data.values()):
-        raise ConfigError(Problem("--config", path, "must hold sections of `key: value` lines"))
+        raise ConfigError(Problem(field, path, "must hold sections of `key: value` lines"))
     return data
 
 
@@ -141,8 +145,24 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     section[name] = value
 
 
-def _is_preset(override: str) -> bool:
-    return override.startswith("model.preset=")
+# A key that stands for others -> what of its section it puts aside when it comes from the command line.
+_REPLACES = {
+    "model.preset": tuple(ModelConfig.model_fields),
+    "data.train": ("valid", "epochs", "mixture", "sources"),
+    "data.mixture": ("train", "valid", "epochs", "sources"),
+}
+
+
+def _stands_for_others(override: str) -> bool:
+    key, _, text = override.partition("=")
+    return key in _REPLACES and text != ""
+
+
+def _drop_replaced(data: dict[str, Any], override: str) -> None:
+    key, _, _ = override.partition("=")
+    section = data.get(key.partition(".")[0]) or {}
+    for name in _REPLACES[key]:
+        section.pop(name, None)
 
 
 def _expand_preset(data: dict[str, Any]) -> None:
@@ -154,6 +174,19 @@ def _expand_preset(data: dict[str, Any]) -> None:
     if preset not in PRESETS:
         raise ConfigError(Problem("model.preset", preset, "is no preset", _nearest(str(preset), PRESETS)))
     data["model"] = {**PRESETS[preset], **model}
+
+
+def _expand_mixture(data: dict[str, Any]) -> None:
+    """`data.mixture: FILE` stands for the sources of that file; what is said of a source beside it wins."""
+    section = data.get("data")
+    if not isinstance(section, dict) or "mixture" not in section:
+        return
+    mixture = _read_yaml(_find_config(str(section.pop("mixture")), "data.mixture"), "data.mixture")
+    sources = section.get("sources") or {}
+    section["sources"] = {
+        name: {**mixture.get(name, {}), **sources.get(name, {})}
+        for name in dict.fromkeys([*mixture, *sources])
+    }
 
 
 def _problem(details: ErrorDetails) -> Problem:
@@ -176,7 +209,8 @@ def _known_keys(location: Sequence[str]) -> list[str]:
         for kind in (annotation, *get_args(annotation)):
             if isinstance(kind, type) and issubclass(kind, Section):
                 fields = kind.model_fields
-    return [*fields, "preset"] if location == ["model"] else list(fields)
+    stand_ins = {"model": ["preset"], "data": ["mixture"]}
+    return [*fields, *(stand_ins.get(location[0], []) if len(location) == 1 else [])]
 
 
 def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
@@ -262,6 +296,34 @@ def _check_batch(run: RunConfig, world_size: int) -> list[Problem]:
     return []
 
 
+def _check_data(run: RunConfig) -> list[Problem]:
+    data = run.data
+    if data.train is not None and data.sources:
+        return [
+            Problem("data.train", data.train, "stands for a single source, beside data.sources", "drop one")
+        ]
+    if data.train is None and not data.sources:
+        return [Problem("data.train", "(not given)", "is required", "add it, or data.sources")]
+    problems = []
+    for setting in ("valid", "epochs"):
+        if data.sources and getattr(data, setting) != type(data).model_fields[setting].default:
+            bound = "belongs to data.train; each of data.sources has its own"
+            problems.append(Problem(f"data.{setting}", getattr(data, setting), bound, "drop it"))
+    planned_by = {
+        name: "epochs" if source.epochs else "weight" if source.weight else "neither"
+        for name, source in data.sources.items()
+    }
+    if data.sources and set(planned_by.values()) not in ({"epochs"}, {"weight"}):
+        bound = "all must give epochs, or all weight"
+        problems.append(Problem("data.sources", ", ".join(f"{n}: {p}" for n, p in planned_by.items()), bound))
+    problems += [
+        Problem(f"data.sources.{name}", "epochs and weight", "exclude each other", "weight has max_epochs")
+        for name, source in data.sources.items()
+        if source.epochs and source.weight
+    ]
+    return problems
+
+
 def _check_training(run: RunConfig) -> list[Problem]:
     problems = []
     if run.zero.stage == 0 and run.train.precision == "bf16":
@@ -308,10 +370,13 @@ def _check_training(run: RunConfig) -> list[Problem]:
                 f"must not exceed train.steps = {run.train.steps}",
             )
         )
-    if run.eval.interval and run.data.valid is None:
+    if run.eval.interval and not run.data.has_held_out:
         problems.append(
             Problem(
-                "eval.interval", run.eval.interval, "needs held-out data", "set data.valid or eval.interval=0"
+                "eval.interval",
+                run.eval.interval,
+                "needs held-out data",
+                "set data.valid, or valid of a source, or eval.interval=0",
             )
         )
     return problems

@@ -98,8 +98,8 @@ def test_all_problems_come_in_one_message(config: str) -> None:
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump({**VALID, "data": {}}))
-    assert "data.train = (not given): is required" in refused(str(path))
+    path.write_text(yaml.safe_dump({**VALID, "run": {}}))
+    assert "run.dir = (not given): is required" in refused(str(path))
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "train: 3", "", "\x00"])
@@ -311,3 +311,71 @@ def test_the_stock_layer_stretches_rope_in_one_way() -> None:
 def test_an_unknown_key_of_an_optional_section_gets_its_nearest_name() -> None:
     with pytest.raises(ConfigError, match=r"did you mean low_freq_factor\?"):
         load_run("tiny", ["model.rope_scaling.low_freq=2"])
+
+
+SOURCES = {
+    "prose": {"train": "p", "epochs": 2.0},
+    "code": {"train": ["c1", "c2"], "valid": "v", "epochs": 0.5},
+}
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> str:
+    """A run of two sources."""
+    path = tmp_path / "mixed.yaml"
+    path.write_text(yaml.safe_dump({**VALID, "data": {"sources": SOURCES}}))
+    return str(path)
+
+
+def test_sources_are_read_and_overridden_by_name(mixed: str) -> None:
+    run = load_run(mixed, ["data.sources.prose.epochs=3", "data.sources.code.train=c"])
+    check_run(run, 1)
+    assert run.data.sources["prose"].epochs == 3
+    assert run.data.sources["code"].train == "c"
+    assert run.data.has_held_out
+
+
+def test_one_source_or_several(config: str, mixed: str, tmp_path: Path) -> None:
+    nothing = tmp_path / "nothing.yaml"
+    nothing.write_text(yaml.safe_dump({**VALID, "data": {}}))
+    assert "data.train = (not given): is required" in unfit(str(nothing))
+    assert "stands for a single source" in unfit(config, "data.sources.prose.train=p")
+    assert "data.epochs = 4.0: belongs to data.train" in unfit(mixed, "data.epochs=4")
+    # on the command line the one stands for the other
+    run = load_run(mixed, ["data.train=single"])
+    check_run(run, 1)
+    assert list(run.data.named_sources) == ["train"]
+
+
+def test_sources_are_planned_in_one_way(mixed: str) -> None:
+    assert "all must give epochs, or all weight" in unfit(
+        mixed, "data.sources.prose.epochs=", "data.sources.prose.weight=1"
+    )
+    assert "all must give epochs, or all weight" in unfit(
+        mixed, "data.sources.prose.epochs=", "data.sources.code.epochs="
+    )
+    assert "exclude each other" in unfit(mixed, "data.sources.prose.weight=1")
+    assert "data.sources.a b" in refused(mixed, "data.sources.a b.train=x")
+
+
+def test_a_mixture_is_a_file_of_sources(config: str, tmp_path: Path) -> None:
+    path = tmp_path / "mixture.yaml"
+    path.write_text(yaml.safe_dump(SOURCES))
+    run = load_run(config, [f"data.mixture={path}", "data.sources.code.epochs=0.25", "eval.interval=0"])
+    check_run(run, 1)
+    assert (run.data.train, run.data.sources["code"].epochs, run.data.sources["prose"].epochs) == (
+        None,
+        0.25,
+        2,
+    )
+    assert load_run(config, [f"data.mixture={path}"]).data.sources["code"].train == ["c1", "c2"]
+    with pytest.raises(MissingInputError, match=r"data\.mixture = nowhere: no such file.* mixture_llama1"):
+        load_run(config, ["data.mixture=nowhere"])
+
+
+def test_a_resolved_mixture_reads_back(mixed: str, tmp_path: Path) -> None:
+    run = load_run(mixed)
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump_run(run))
+    assert load_run(str(resolved)) == run
+    check_run(load_run(str(resolved)), 1)

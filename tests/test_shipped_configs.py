@@ -36,7 +36,7 @@ DS_CONFIGS = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 
 
 def test_all_that_is_shipped_is_tested() -> None:
-    assert {path.stem for path in CONFIG_DIR.glob("*")} == set(WORLDS)
+    assert {path.stem for path in CONFIG_DIR.glob("*")} == {*WORLDS, "mixture_llama1"}
     assert {path.stem for path in (ROOT / "ds_configs").glob("*.json")} == set(DS_CONFIGS)
 
 
@@ -126,3 +126,24 @@ def test_offload_may_use_the_optimizer_of_the_run() -> None:
 def test_the_readme_has_a_row_for_every_file() -> None:
     text = (ROOT / "ds_configs" / "README.md").read_text()
     assert all(f"| `{name}.json` |" in text for name in DS_CONFIGS)
+
+
+# Table 1 of the paper: sampling proportion and epochs at 1.4T tokens.
+TABLE_1 = {
+    "common_crawl": (0.670, 1.10),
+    "c4": (0.150, 1.06),
+    "github": (0.045, 0.64),
+    "wikipedia": (0.045, 2.45),
+    "books": (0.045, 2.23),
+    "arxiv": (0.025, 1.06),
+    "stack_exchange": (0.020, 1.03),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_the_paper_sizes_read_table_1(name: str) -> None:
+    sources = load_run(name).data.named_sources
+    assert {source: config.epochs for source, config in sources.items()} == {
+        source: epochs for source, (_, epochs) in TABLE_1.items()
+    }
+    assert all(source.valid for source in sources.values())

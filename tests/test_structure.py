@@ -26,10 +26,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parallel": BASE | {"parallel"},
     "data": BASE | {"data"},
     "observe": BASE | {"observe"},
-    # train.state is a record that imports nothing of ours: what a checkpoint stores beside the tensors.
+    # train.state is a record without behaviour: what a checkpoint stores beside the tensors.
     "checkpoint": BASE | {"checkpoint", "model", "parallel", "data", "observe", "config", "train.state"},
     "train": BASE | {"train", "model", "parallel", "data", "checkpoint", "observe", "config"},
-    "train.state": set(),
+    "train.state": {"data.ledger"},
     "plan": BASE | CONFIGS | {"plan", "config"},
     "launch": BASE | CONFIGS | {"launch", "plan", "observe", "config"},
     "benchmark": BASE

@@ -19,7 +19,6 @@ from llama_mcore.config import RunConfig
 from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.model.sharding import cut_of, shard
 from llama_mcore.parallel.groups import Groups
-from llama_mcore.train.state import TrainState
 
 # How the same model is computed may change between the run that saved and the one that resumes.
 COMPUTED_WITH = {"recompute", "attention", "kernels", "layer"}
@@ -42,7 +41,7 @@ def check_same_model(reader: CheckpointReader, run: RunConfig) -> None:
         raise ConfigError(problems)
 
 
-def load_checkpoint(engine: DeepSpeedEngine, reader: CheckpointReader, groups: Groups) -> TrainState:
+def load_checkpoint(engine: DeepSpeedEngine, reader: CheckpointReader, groups: Groups) -> None:
     """Fill weights, masters and Adam moments of this rank. No collective runs."""
     fragments = owned_fragments(engine, groups.dp_rank)
     create_optimizer_state(fragments, reader.state.step)
@@ -53,7 +52,6 @@ def load_checkpoint(engine: DeepSpeedEngine, reader: CheckpointReader, groups: G
             _fill(by_name.get(name), kind, local)
             if kind == WEIGHT:
                 set_model_weight(parameter, local, groups.dp_rank)
-    return reader.state
 
 
 def _fill(fragment: Fragment | None, kind: str, local: Tensor) -> None:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama_mcore.checkpoint.layout import MANIFEST, WEIGHT, parse_fragment_key, read_manifest
+from llama_mcore.data.ledger import Segment
 from llama_mcore.errors import CheckpointError, Problem
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.shapes import parameter_shapes
@@ -27,7 +28,8 @@ class CheckpointReader:
         self.manifest = read_manifest(path)
         try:
             self.model = ModelConfig.model_validate(self.manifest["config"]["model"])
-            self.state = TrainState(self.manifest["step"], self.manifest["consumed_samples"])
+            segments = tuple(Segment.model_validate(segment) for segment in self.manifest["segments"])
+            self.state = TrainState(self.manifest["step"], self.manifest["consumed_samples"], segments)
             self._tp_size = int(self.manifest["tp_size"])
             files = [(Path(entry["name"]).name, entry["tp_rank"]) for entry in self.manifest["files"]]
         except (LookupError, TypeError, ValueError) as error:

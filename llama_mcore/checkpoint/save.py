@@ -95,6 +95,8 @@ def _manifest(run: RunConfig, state: TrainState, groups: Groups) -> dict[str, An
         "format": FORMAT,
         "step": state.step,
         "consumed_samples": state.consumed_samples,
+        "segments": [segment.model_dump() for segment in state.segments],
+        "windows_read": state.segments[-1].used(state.consumed_samples) if state.segments else {},
         "config": run.model_dump(),
         "tp_size": tp,
         # ranks of a tensor-parallel group are consecutive

@@ -5,7 +5,7 @@ in which rank and micro-batch reads it. So the samples of a step do not depend o
 """
 
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import count
 from queue import Full, Queue
@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llama_mcore.data.dataset import WindowDataset
-from llama_mcore.data.order import windows_at
-from llama_mcore.errors import DataError, Problem
+from llama_mcore.data.ledger import Segment
 
 _POLL_SECONDS = 0.1
 
@@ -27,28 +26,52 @@ _POLL_SECONDS = 0.1
 class MicroBatch:
     tokens: Tensor  # [b, s] int64
     labels: Tensor  # [b, s] int64, tokens shifted by one
+    loss_mask: Tensor | None = None  # [b, s] fp32, 1 where a label counts; None: everywhere
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The training samples of a run by their position."""
+
+    segment: Segment
+    datasets: tuple[WindowDataset, ...]
+    """Of the segment's sources."""
+
+    def read(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Token ids [n, s + 1] of the samples at `positions` [n]."""
+        numbers, windows = self.segment.windows_at(positions)
+        ids = np.empty((len(positions), self.segment.seq_length + 1), dtype=np.int64)
+        for number in np.unique(numbers):
+            here = numbers == number
+            ids[here] = self.datasets[number].read(windows[here])
+        return ids
 
 
 class MicroBatches:
     """Endless micro-batches of this rank, from global position `start_sample` on.
 
+    The labels that follow `masked_token` do not count in the loss. `pin` moves a tensor to where a GPU can
+    fetch it from. Ranks of one tensor-parallel group read the same windows each for itself: 4 kB a sequence,
+    from the page cache of their node, are cheaper than a broadcast.
     A thread reads `prefetch` of them ahead; what goes wrong there is raised by `next`. Close it, or use it in
     a `with` block, to end the thread.
     """
 
     def __init__(
         self,
-        dataset: WindowDataset,
+        samples: Samples,
         *,
-        seed: int,
         micro_batch_size: int,
         dp_rank: int = 0,
         dp_size: int = 1,
         start_sample: int = 0,
         prefetch: int = 4,
+        masked_token: int | None = None,
+        pin: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
-        self._dataset = dataset
-        self._seed = seed
+        self._samples = samples
+        self._masked_token = masked_token
+        self._pin = pin
         self._micro_batch_size = micro_batch_size
         self._dp_rank = dp_rank
         self._dp_size = dp_size
@@ -75,32 +98,34 @@ class MicroBatches:
     def _read(self) -> Iterator[MicroBatch]:
         for number in count():
             positions = _positions(number, self._micro_batch_size, self._dp_rank, self._dp_size)
-            positions += self._start_sample
-            yield _collate(self._dataset, windows_at(positions, self._dataset.num_windows, self._seed))
+            ids = self._samples.read(positions + self._start_sample)
+            yield micro_batch(ids, self._masked_token, self._pin)
 
 
 def eval_batches(
     dataset: WindowDataset,
     *,
     micro_batch_size: int,
-    global_batch_size: int,
-    num_batches: int,
+    num_windows: int,
     dp_rank: int = 0,
     dp_size: int = 1,
+    masked_token: int | None = None,
 ) -> Iterator[MicroBatch]:
-    """This rank's share of the first `num_batches` global batches of windows, or of as many as there are.
+    """This rank's share of the first `num_windows` windows, or of as many as there are.
 
     The windows are the same at every evaluation and under every layout, and every rank gets the same number
-    of micro-batches. `global_batch_size` is divisible by micro_batch_size * dp_size.
+    of micro-batches: what the last ones lack is filled with rows that do not count.
     """
-    available = min(num_batches, dataset.num_windows // global_batch_size)
-    if not available:
-        bound = f"holds {dataset.num_windows:,} windows; one evaluation batch needs {global_batch_size:,}"
-        remedy = "give more held-out text or a smaller train.global_batch_size"
-        raise DataError(Problem("dataset", dataset.prefix, bound, remedy))
-    micro_batches = available * global_batch_size // (micro_batch_size * dp_size)
-    windows = (_positions(number, micro_batch_size, dp_rank, dp_size) for number in range(micro_batches))
-    return (_collate(dataset, positions) for positions in windows)
+    num_windows = min(num_windows, dataset.num_windows)
+    for number in range(-(-num_windows // (micro_batch_size * dp_size))):
+        windows = _positions(number, micro_batch_size, dp_rank, dp_size)
+        missing = windows >= num_windows
+        batch = micro_batch(dataset.read(np.where(missing, 0, windows)), masked_token)
+        if missing.any():
+            mask = torch.ones(batch.labels.shape) if batch.loss_mask is None else batch.loss_mask
+            mask[torch.from_numpy(missing)] = 0
+            batch = MicroBatch(batch.tokens, batch.labels, mask)
+        yield batch
 
 
 def _positions(number: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> NDArray[np.int64]:
@@ -109,9 +134,16 @@ def _positions(number: int, micro_batch_size: int, dp_rank: int, dp_size: int) -
     return np.arange(first, first + micro_batch_size, dtype=np.int64)
 
 
-def _collate(dataset: WindowDataset, windows: NDArray[np.int64]) -> MicroBatch:
-    tokens, labels = zip(*(dataset[int(window)] for window in windows), strict=True)
-    return MicroBatch(torch.from_numpy(np.stack(tokens)), torch.from_numpy(np.stack(labels)))
+def micro_batch(
+    ids: NDArray[np.int64],
+    masked_token: int | None = None,
+    pin: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> MicroBatch:
+    """Token ids [b, s + 1] as tokens and labels; the labels that follow `masked_token` do not count."""
+    windows = torch.from_numpy(ids)
+    tokens, labels = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+    mask = None if masked_token is None else pin((tokens != masked_token).float())
+    return MicroBatch(pin(tokens), pin(labels), mask)
 
 
 def _read_ahead(source: Iterator[MicroBatch], depth: int) -> Generator[MicroBatch, None, None]:

@@ -6,6 +6,8 @@ Finite Domains", 2002). Nothing is stored or shuffled, so a trillion tokens star
 any position is reached at once. Runs depend on these numbers: a change here changes what a resumed run reads.
 """
 
+import hashlib
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,6 +18,11 @@ _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 Words = NDArray[np.uint64]
+
+
+def source_seed(seed: int, name: str) -> int:
+    """The seed of one source's order: by its name, so that it does not depend on the other sources."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8])
 
 
 def window_at(position: int, num_windows: int, seed: int) -> int:

@@ -1,7 +1,32 @@
 """What one optimizer step reports, and how it reads as text."""
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """An evaluation of one source."""
+
+    loss: float
+    """Mean over its tokens, in nats."""
+    tokens: int
+    bytes_per_token: float | None = None
+    """Of its text; None where the dataset does not say."""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700))  # e^710 is no float
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Comparable between tokenizers, as perplexity is not."""
+        return self.loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
+
+    def to_dict(self) -> dict[str, float]:
+        row = {"loss": self.loss, "perplexity": self.perplexity, "tokens": self.tokens}
+        return row if self.bits_per_byte is None else row | {"bits_per_byte": self.bits_per_byte}
 
 
 @dataclass(frozen=True)
@@ -22,16 +47,27 @@ class StepReport:
     step_time_s: float
     memory_bytes: int
     """Peak of the reporting rank."""
-    valid_loss: float | None = None
-    """Held-out loss after this step, where it was evaluated."""
+    windows: dict[str, int] = field(default_factory=dict)
+    """The ledger: windows read of each source since the start of the run, repeated ones counted each time."""
+    valid: dict[str, HeldOut] = field(default_factory=dict)
+    """By source, after a step with an evaluation."""
     skipped: bool = False
     """The update was not applied because its gradient was not finite."""
 
+    @property
+    def valid_loss(self) -> float | None:
+        """Mean held-out loss over the tokens of all sources."""
+        tokens = sum(evaluation.tokens for evaluation in self.valid.values())
+        total = sum(evaluation.loss * evaluation.tokens for evaluation in self.valid.values())
+        return total / tokens if tokens else None
+
     def to_dict(self) -> dict[str, Any]:
-        """Keys of a line of metrics.jsonl: those of every step, and the last two where they say something."""
+        """Keys of a line of metrics.jsonl: those of every step, and the others where they say something."""
         row = asdict(self)
-        if self.valid_loss is None:
-            del row["valid_loss"]
+        del row["valid"]
+        if self.valid:
+            row["valid_loss"] = self.valid_loss
+            row["valid"] = {name: evaluation.to_dict() for name, evaluation in self.valid.items()}
         if not self.skipped:
             del row["skipped"]
         return row

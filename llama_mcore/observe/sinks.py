@@ -127,7 +127,7 @@ def _writing(run_dir: Path) -> Iterator[None]:
 
 
 class _TensorBoard:
-    """Scalars at `train/*`, `valid/*` and `speed/*`; events from `purge_step` on are hidden."""
+    """Scalars at `train/*`, `valid*/*`, `data/*` and `speed/*`; events from `purge_step` on are hidden."""
 
     def __init__(self, log_dir: Path, purge_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -135,7 +135,7 @@ class _TensorBoard:
         self._writer = SummaryWriter(str(log_dir), purge_step=purge_step, flush_secs=30)
 
     def write(self, report: StepReport) -> None:
-        scalars = {
+        scalars: dict[str, float] = {
             "train/loss": report.loss,
             "train/grad_norm": report.grad_norm,
             "train/lr": report.lr,
@@ -144,8 +144,11 @@ class _TensorBoard:
             "speed/step_time_s": report.step_time_s,
             "speed/memory_bytes": report.memory_bytes,
         }
+        scalars |= {f"data/{source}_windows": count for source, count in report.windows.items()}
         if report.valid_loss is not None:
             scalars["valid/loss"] = report.valid_loss
+        for source, evaluation in report.valid.items():
+            scalars |= {f"valid_{key}/{source}": value for key, value in evaluation.to_dict().items()}
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, report.step)
 

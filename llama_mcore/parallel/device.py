@@ -33,6 +33,11 @@ def communication_backend() -> str:
     return "nccl" if on_gpu() else "gloo"
 
 
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in host memory that a GPU copies from while others compute; itself without a GPU."""
+    return tensor.pin_memory() if on_gpu() else tensor
+
+
 def synchronize() -> None:
     """Wait until everything queued on this rank's device is done, so that a clock reads true."""
     if on_gpu():

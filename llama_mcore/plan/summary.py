@@ -113,16 +113,25 @@ def _describe_files(run: RunConfig) -> str:
 
 def _inputs(run: RunConfig) -> list[tuple[str, Path]]:
     """Setting and file of everything the run reads."""
-    data = run.data
-    prefixes = [("data.train", data.train), ("data.valid", data.valid)]
-    files = [(name, Path(prefix + end)) for name, prefix in prefixes if prefix for end in (".bin", ".idx")]
-    if data.tokenizer:
-        files.append(("data.tokenizer", Path(data.tokenizer)))
+    prefixes = [
+        (f"{name}.{split}" if run.data.sources else f"data.{split}", prefix)
+        for name, source in run.data.named_sources.items()
+        for split, given in (("train", source.train), ("valid", source.valid or []))
+        for prefix in ([given] if isinstance(given, str) else given)
+    ]
+    files = [(name, Path(prefix + end)) for name, prefix in prefixes for end in (".bin", ".idx")]
+    if run.data.tokenizer:
+        files.append(("data.tokenizer", Path(run.data.tokenizer)))
     return files
 
 
+def missing_inputs(run: RunConfig) -> list[Path]:
+    """Files that the run reads and that are not there."""
+    return [path for _, path in _inputs(run) if not path.is_file()]
+
+
 def _conclude(run: RunConfig, world_size: int) -> str:
-    missing = [str(path) for _, path in _inputs(run) if not path.is_file()]
+    missing = missing_inputs(run)
     if missing:
         return f"Not ready: the settings fit together, {len(missing)} input files are missing."
     tokens, state = human_count(_total_tokens(run)), human_bytes(_state(run, world_size).total)

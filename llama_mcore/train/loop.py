@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar, cast
@@ -17,13 +17,15 @@ from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.checkpoint.save import save_checkpoint
 from llama_mcore.config import RunConfig, dump_run
 from llama_mcore.data.dataset import WindowDataset
-from llama_mcore.data.loader import MicroBatch, MicroBatches, eval_batches
+from llama_mcore.data.ledger import Segment, check_caps, continued
+from llama_mcore.data.loader import MicroBatch, MicroBatches, Samples, eval_batches
+from llama_mcore.data.sources import OpenSource, open_sources, plan_run
 from llama_mcore.errors import EXIT_SAVED, OutputError, Problem, UserError
 from llama_mcore.model.build import build_model
 from llama_mcore.observe.log import get_logger, setup_logging
-from llama_mcore.observe.metrics import StepReport
+from llama_mcore.observe.metrics import HeldOut, StepReport
 from llama_mcore.observe.sinks import MetricSinks
-from llama_mcore.parallel.device import peak_memory_bytes, synchronize
+from llama_mcore.parallel.device import peak_memory_bytes, pinned, synchronize
 from llama_mcore.parallel.groups import Groups, process_groups
 from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of
 from llama_mcore.train.schedule import learning_rate
@@ -41,18 +43,20 @@ class Job:
     run: RunConfig
     groups: Groups
     engine: DeepSpeedEngine
-    train_data: WindowDataset
-    valid_data: WindowDataset | None
+    sources: list[OpenSource]
     state: TrainState
     saved: TrainState
     """The state that the newest checkpoint holds."""
 
 
-def train(run: RunConfig, stop: StopRequest) -> int:
-    """Train to the last step and return 0, or to a request to stop and return 75. All ranks call it."""
+def train(run: RunConfig, stop: StopRequest, accept_data_change: bool = False) -> int:
+    """Train to the last step and return 0, or to a request to stop and return 75. All ranks call it.
+
+    A run that resumes with other data than it was trained on is refused unless that is accepted.
+    """
     with process_groups(run.parallel, run.run.seed) as groups:
         setup_logging(groups.rank)
-        job = setup(run, groups)
+        job = setup(run, groups, accept_data_change)
         with ExitStack() as stack:
             sinks = _together(groups, lambda: stack.enter_context(_sinks(job)))
             batches = stack.enter_context(_batches(job))
@@ -66,23 +70,24 @@ def train(run: RunConfig, stop: StopRequest) -> int:
         return _finish(job)
 
 
-def setup(run: RunConfig, groups: Groups) -> Job:
+def setup(run: RunConfig, groups: Groups, accept_data_change: bool = False) -> Job:
     """Open the data, build model and engine, resume from the newest checkpoint if there is one.
 
     What can fail for the user's reasons comes first and fails on all ranks together.
     """
-    train_data, valid_data = _together(groups, lambda: _open_data(run, groups))
+    sources = _together(groups, lambda: open_sources(run.data, run.model.seq_length, run.model.vocab_size))
     reader = _together(groups, lambda: _find_resume(run))
+    state = reader.state if reader else TrainState()
+    segments = _together(groups, lambda: _plan_data(run, sources, state, accept_data_change))
     _together(groups, lambda: _prepare_run_dir(run) if groups.rank == 0 else None)
     seed = None if reader else run.run.seed
     model = build_model(run.model, run.parallel, groups, dtype_of(run), seed)
     engine = build_engine(model, run, groups)
-    state = TrainState()
     if reader:
-        state = _together(groups, lambda: load_checkpoint(engine, reader, groups))
+        _together(groups, lambda: load_checkpoint(engine, reader, groups))
         get_logger().info("resuming at step %d from %s", state.step, reader.path)
     _announce(run, groups)
-    return Job(run, groups, engine, train_data, valid_data, state, saved=state)
+    return Job(run, groups, engine, sources, replace(state, segments=segments), saved=state)
 
 
 def save(job: Job) -> None:
@@ -106,11 +111,12 @@ def _step(job: Job, batches: MicroBatches) -> StepReport:
     result = train_step(job.engine, iter(micro_batches), accumulation, lr, groups, boundary)
     synchronize()
     seconds = time.perf_counter() - started
-    job.state = TrainState(step, job.state.consumed_samples + run.train.global_batch_size)
-    return _report(job, result, lr, seconds, _evaluate(job) if _eval_is_due(job) else None)
+    consumed = job.state.consumed_samples + run.train.global_batch_size
+    job.state = replace(job.state, step=step, consumed_samples=consumed)
+    return _report(job, result, lr, seconds, _evaluate(job) if _eval_is_due(job) else {})
 
 
-def _report(job: Job, result: StepResult, lr: float, seconds: float, valid_loss: float | None) -> StepReport:
+def _report(job: Job, result: StepResult, lr: float, seconds: float, valid: dict[str, HeldOut]) -> StepReport:
     run = job.run
     return StepReport(
         step=job.state.step,
@@ -121,7 +127,8 @@ def _report(job: Job, result: StepResult, lr: float, seconds: float, valid_loss:
         tokens_per_s=run.tokens_per_step / seconds,
         step_time_s=seconds,
         memory_bytes=peak_memory_bytes(),
-        valid_loss=valid_loss,
+        windows=job.state.segments[-1].used(job.state.consumed_samples),
+        valid=valid,
         skipped=result.skipped,
     )
 
@@ -131,22 +138,27 @@ def _write(job: Job, sinks: MetricSinks | None, report: StepReport) -> None:
     _together(job.groups, lambda: sinks.write(report) if sinks else None)
 
 
-def _evaluate(job: Job) -> float | None:
-    valid_data = job.valid_data
-    if valid_data is None:
-        return None
-    batches = _together(job.groups, lambda: list(_eval_batches(job.run, job.groups, valid_data)))
-    return evaluate(job.engine, batches, job.groups, job.run.data.attention_boundary)
+def _evaluate(job: Job) -> dict[str, HeldOut]:
+    """Loss on the held-out text of each source that has some."""
+    held_out = {source.name: source.valid for source in job.sources if source.valid}
+    return {name: _evaluate_on(job, dataset) for name, dataset in held_out.items()}
 
 
-def _eval_batches(run: RunConfig, groups: Groups, valid_data: WindowDataset) -> Iterator[MicroBatch]:
+def _evaluate_on(job: Job, dataset: WindowDataset) -> HeldOut:
+    batches = _together(job.groups, lambda: list(_eval_batches(job, dataset)))
+    loss, tokens = evaluate(job.engine, batches, job.groups, job.run.data.attention_boundary)
+    return HeldOut(loss, tokens, dataset.bytes_per_token)
+
+
+def _eval_batches(job: Job, dataset: WindowDataset) -> Iterator[MicroBatch]:
+    run = job.run
     return eval_batches(
-        valid_data,
+        dataset,
         micro_batch_size=run.train.micro_batch_size,
-        global_batch_size=run.train.global_batch_size,
-        num_batches=run.eval.batches,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.dp_size,
+        num_windows=run.eval.batches * run.train.global_batch_size,
+        dp_rank=job.groups.dp_rank,
+        dp_size=job.groups.dp_size,
+        masked_token=run.data.masked_token,
     )
 
 
@@ -180,13 +192,14 @@ def _sinks(job: Job) -> AbstractContextManager[MetricSinks | None]:
 def _batches(job: Job) -> MicroBatches:
     run, groups = job.run, job.groups
     return MicroBatches(
-        job.train_data,
-        seed=run.run.seed,
+        Samples(job.state.segments[-1], tuple(source.train for source in job.sources)),
         micro_batch_size=run.train.micro_batch_size,
         dp_rank=groups.dp_rank,
         dp_size=groups.dp_size,
         start_sample=job.state.consumed_samples,
         prefetch=run.data.prefetch,
+        masked_token=run.data.masked_token,
+        pin=pinned,
     )
 
 
@@ -202,12 +215,18 @@ def _prepare_run_dir(run: RunConfig) -> None:
         ) from None
 
 
-def _open_data(run: RunConfig, groups: Groups) -> tuple[WindowDataset, WindowDataset | None]:
-    length, vocab = run.model.seq_length, run.model.vocab_size
-    valid = WindowDataset(run.data.valid, length, vocab) if run.data.valid else None
-    if valid:
-        _eval_batches(run, groups, valid)  # refuses too little data now rather than at the first evaluation
-    return WindowDataset(run.data.train, length, vocab), valid
+def _plan_data(
+    run: RunConfig, sources: list[OpenSource], state: TrainState, accept_change: bool
+) -> tuple[Segment, ...]:
+    """What the run reads to its last step. Raises DataError where that is more than the plan allows, or where
+    it resumes with other data."""
+    planned = plan_run(run.data, sources, run.run.seed, run.model.seq_length)
+    segments: tuple[Segment, ...] = (planned,)
+    if state.segments:
+        segments = continued(state.segments, planned, state.consumed_samples, accept_change)
+    remaining = max(0, run.train.steps - state.step) * run.train.global_batch_size
+    check_caps(segments[-1], state.consumed_samples + remaining)
+    return segments
 
 
 def _find_resume(run: RunConfig) -> CheckpointReader | None:

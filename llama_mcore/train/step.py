@@ -1,7 +1,8 @@
 """One optimizer step, and one evaluation."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -34,9 +35,11 @@ def train_step(
     """Run the micro-batches of one step and update the weights. All ranks call it together."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+    chosen = list(islice(batches, accumulation_steps))
+    weights = _batch_weights(chosen, groups)
     total = torch.zeros((), device=groups.device)
-    for _ in range(accumulation_steps):
-        loss = mean_loss(engine, next(batches), groups, eod)
+    for batch, weight in zip(chosen, weights, strict=True):
+        loss = mean_loss(engine, batch, groups, eod) * weight
         engine.backward(loss)
         unsharded_norm = _unsharded_grad_norm(engine, groups)
         engine.step()
@@ -48,15 +51,45 @@ def train_step(
     )
 
 
+def _batch_weights(batches: Sequence[MicroBatch], groups: Groups) -> list[float]:
+    """What each micro-batch's mean loss counts relative to the others of the step, over all ranks.
+
+    1 where all have equally many tokens that count. Else the mean of means is not the mean over all tokens,
+    and would depend on which rank reads what.
+    """
+    if all(batch.loss_mask is None for batch in batches):
+        return [1.0] * len(batches)
+    counts = torch.stack([_num_counting(batch) for batch in batches])
+    total = counts.sum().to(groups.device)
+    dist.all_reduce(total, group=groups.dp_group)
+    mean = max(total.item(), 1) / (len(batches) * groups.dp_size)
+    return (counts / mean).tolist()
+
+
+def _num_counting(batch: MicroBatch) -> Tensor:
+    """Tokens that count in the loss; a float64 scalar on the CPU."""
+    if batch.loss_mask is None:
+        return torch.tensor(batch.labels.numel(), dtype=torch.float64)
+    return batch.loss_mask.sum(dtype=torch.float64)
+
+
 def evaluate(
     engine: DeepSpeedEngine, batches: Iterable[MicroBatch], groups: Groups, eod: int | None = None
-) -> float:
-    """Mean loss per token over `batches`, of which every data-parallel rank has equally many."""
+) -> tuple[float, int]:
+    """Mean loss per token over `batches`, of which every data-parallel rank has equally many, and how many
+    tokens these are."""
     engine.eval()
+    sums = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
-        losses = [mean_loss(engine, batch, groups, eod).float() for batch in batches]
+        for batch in batches:
+            count = _num_counting(batch)
+            loss = mean_loss(engine, batch, groups, eod).double().cpu()
+            sums += torch.stack((loss * count, count))
     engine.train()
-    return _mean_over(torch.stack(losses).mean(), groups.dp_group)
+    sums = sums.to(groups.device)
+    dist.all_reduce(sums, group=groups.dp_group)
+    total, count = sums.tolist()
+    return total / max(count, 1), int(count)
 
 
 def mean_loss(engine: DeepSpeedEngine, batch: MicroBatch, groups: Groups, eod: int | None = None) -> Tensor:
@@ -64,8 +97,9 @@ def mean_loss(engine: DeepSpeedEngine, batch: MicroBatch, groups: Groups, eod: i
     documents that this token closes."""
     tokens = batch.tokens.to(groups.device, non_blocking=True)
     labels = batch.labels.to(groups.device, non_blocking=True)
+    mask = None if batch.loss_mask is None else batch.loss_mask.to(groups.device, non_blocking=True)
     documents = None if eod is None else documents_of(batch.tokens, eod)
-    return engine(tokens, labels=labels, documents=documents)
+    return engine(tokens, labels=labels, loss_mask=mask, documents=documents)
 
 
 def _mean_over(value: Tensor, group: dist.ProcessGroup) -> float:

@@ -119,7 +119,9 @@ def work(world_size: int, folder: Path) -> None:
 def carry_out(job: Job, run: RunConfig, folder: Path, groups: Groups) -> None:
     engine = new_engine(run, groups)
     if job.load:
-        state = load_checkpoint(engine, CheckpointReader(find_checkpoint(folder / job.load)), groups)
+        reader = CheckpointReader(find_checkpoint(folder / job.load))
+        load_checkpoint(engine, reader, groups)
+        state = reader.state
     else:
         take_steps(engine, range(STEPS), job.dp, groups)
         state = TrainState(STEPS, STEPS * SEQUENCES)

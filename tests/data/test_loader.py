@@ -1,12 +1,14 @@
 import threading
 from itertools import islice
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from llama_mcore.data.dataset import WindowDataset
-from llama_mcore.data.loader import MicroBatch, MicroBatches, eval_batches
-from llama_mcore.data.order import window_at
+from llama_mcore.data.ledger import Segment, SourcePlan
+from llama_mcore.data.loader import MicroBatch, MicroBatches, Samples, eval_batches
 from llama_mcore.errors import DataError
 from tests.data.test_indexed import write
 
@@ -22,6 +24,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> WindowDataset:
     return WindowDataset(prefix, SEQ_LENGTH)
 
 
+def samples(dataset: WindowDataset, seed: int = 1) -> Samples:
+    plan = SourcePlan(name="a", content_id="", num_windows=dataset.num_windows, share=1, cap=1)
+    return Samples(Segment(seed=seed, seq_length=SEQ_LENGTH, sources=(plan,)), (dataset,))
+
+
 def windows_of(batch: MicroBatch) -> list[int]:
     return (batch.tokens[:, 0] // SEQ_LENGTH).tolist()
 
@@ -31,8 +38,7 @@ def step(dataset: WindowDataset, number: int, micro_batch_size: int, accumulatio
     windows = []
     for rank in range(dp):
         with MicroBatches(
-            dataset,
-            seed=5,
+            samples(dataset, seed=5),
             micro_batch_size=micro_batch_size,
             dp_rank=rank,
             dp_size=dp,
@@ -48,7 +54,8 @@ def step(dataset: WindowDataset, number: int, micro_batch_size: int, accumulatio
 
 @pytest.mark.parametrize("number", [0, 1, 3, 1000])
 def test_a_step_reads_the_same_samples_under_every_layout(dataset: WindowDataset, number: int) -> None:
-    expected = sorted(window_at(number * 12 + k, NUM_WINDOWS, seed=5) for k in range(12))
+    positions = np.arange(number * 12, number * 12 + 12)
+    expected = sorted(samples(dataset, seed=5).segment.windows_at(positions)[1].tolist())
     for micro_batch_size, accumulation, dp in [
         (12, 1, 1),
         (1, 12, 1),
@@ -62,14 +69,14 @@ def test_a_step_reads_the_same_samples_under_every_layout(dataset: WindowDataset
 
 def test_resuming_continues_the_same_sequence(dataset: WindowDataset) -> None:
     def first(start_sample: int, count: int) -> list[list[int]]:
-        with MicroBatches(dataset, seed=1, micro_batch_size=2, start_sample=start_sample) as batches:
+        with MicroBatches(samples(dataset), micro_batch_size=2, start_sample=start_sample) as batches:
             return [windows_of(batch) for batch in islice(batches, count)]
 
     assert first(0, 30)[4 * 3 :] == first(24, 30 - 4 * 3)
 
 
 def test_an_epoch_reads_every_window_once(dataset: WindowDataset) -> None:
-    with MicroBatches(dataset, seed=1, micro_batch_size=1) as batches:
+    with MicroBatches(samples(dataset), micro_batch_size=1) as batches:
         assert sorted(
             window for batch in islice(batches, NUM_WINDOWS) for window in windows_of(batch)
         ) == list(range(NUM_WINDOWS))
@@ -80,7 +87,7 @@ def read_ahead_threads() -> list[threading.Thread]:
 
 
 def test_closing_ends_the_thread_even_when_its_queue_is_full(dataset: WindowDataset) -> None:
-    batches = MicroBatches(dataset, seed=1, micro_batch_size=1, prefetch=1)
+    batches = MicroBatches(samples(dataset), micro_batch_size=1, prefetch=1)
     next(batches)
     assert len(read_ahead_threads()) == 1
     batches.close()
@@ -93,39 +100,71 @@ def test_errors_of_the_thread_reach_the_consumer(dataset: WindowDataset) -> None
     small = WindowDataset(dataset.prefix, SEQ_LENGTH, vocab_size=10)
     with (
         pytest.raises(DataError, match=r"token id \d+ in window \d+; model.vocab_size = 10"),
-        MicroBatches(small, seed=1, micro_batch_size=4) as batches,
+        MicroBatches(samples(small), micro_batch_size=4) as batches,
     ):
         list(islice(batches, NUM_WINDOWS))
     assert read_ahead_threads() == []
 
 
-@pytest.mark.parametrize(("micro_batch_size", "dp"), [(8, 1), (1, 8), (2, 2), (4, 2)])
-def test_evaluation_reads_the_first_windows_under_every_layout(
-    dataset: WindowDataset, micro_batch_size: int, dp: int
+LAYOUTS = [(8, 1), (1, 8), (2, 2), (4, 3)]
+
+
+@pytest.mark.parametrize(("micro_batch_size", "dp"), LAYOUTS)
+@pytest.mark.parametrize("num_windows", [1, 24, NUM_WINDOWS, 1000])
+def test_evaluation_counts_the_first_windows_once_under_every_layout(
+    dataset: WindowDataset, num_windows: int, micro_batch_size: int, dp: int
 ) -> None:
     ranks = [
-        [
-            windows_of(batch)
-            for batch in eval_batches(
-                dataset,
-                micro_batch_size=micro_batch_size,
-                global_batch_size=8,
-                num_batches=3,
-                dp_rank=rank,
-                dp_size=dp,
+        list(
+            eval_batches(
+                dataset, micro_batch_size=micro_batch_size, num_windows=num_windows, dp_rank=rank, dp_size=dp
             )
-        ]
+        )
         for rank in range(dp)
     ]
-    assert {len(batches) for batches in ranks} == {3 * 8 // (micro_batch_size * dp)}
-    assert sorted(w for batches in ranks for windows in batches for w in windows) == list(range(24))
+    assert len({len(batches) for batches in ranks}) == 1
+    counted = [
+        window
+        for batches in ranks
+        for batch in batches
+        for window, mask in zip(windows_of(batch), counting_rows(batch), strict=True)
+        if mask
+    ]
+    assert sorted(counted) == list(range(min(num_windows, NUM_WINDOWS)))
+    assert all(batch.tokens.shape == (micro_batch_size, SEQ_LENGTH) for batches in ranks for batch in batches)
 
 
-def test_evaluation_takes_fewer_batches_where_there_are_fewer(dataset: WindowDataset) -> None:
-    batches = eval_batches(dataset, micro_batch_size=4, global_batch_size=8, num_batches=100)
-    assert len(list(batches)) == NUM_WINDOWS // 8 * 2
+def counting_rows(batch: MicroBatch) -> list[bool]:
+    if batch.loss_mask is None:
+        return [True] * len(batch.tokens)
+    assert (batch.loss_mask.amin(1) == batch.loss_mask.amax(1)).all()
+    return (batch.loss_mask[:, 0] == 1).tolist()
 
 
-def test_evaluation_without_one_batch_is_refused_before_iterating(dataset: WindowDataset) -> None:
-    with pytest.raises(DataError, match="holds 37 windows; one evaluation batch needs 38"):
-        eval_batches(dataset, micro_batch_size=2, global_batch_size=38, num_batches=1)
+def test_the_token_after_the_masked_one_does_not_count(dataset: WindowDataset) -> None:
+    """Tokens are 0, 1, 2 ...: where the input is 4, the label is 5."""
+    with MicroBatches(samples(dataset), micro_batch_size=NUM_WINDOWS, masked_token=4) as batches:
+        batch = next(batches)
+    assert batch.loss_mask is not None
+    assert batch.labels[batch.loss_mask == 0].tolist() == [5]
+    assert batch.loss_mask.dtype == torch.float32
+    (held_out,) = eval_batches(dataset, micro_batch_size=40, num_windows=37, masked_token=4)
+    assert held_out.loss_mask is not None
+    assert held_out.loss_mask.sum() == NUM_WINDOWS * SEQ_LENGTH - 1
+
+
+def test_sources_share_a_batch_in_proportion(dataset: WindowDataset, tmp_path: Path) -> None:
+    write(tmp_path / "other", [list(range(1000, 1031))])
+    other = WindowDataset(tmp_path / "other", SEQ_LENGTH)
+    plans = tuple(
+        SourcePlan(name=name, content_id="", num_windows=data.num_windows, share=share, cap=99)
+        for name, data, share in (("a", dataset, 3), ("b", other, 1))
+    )
+    mixed = Samples(Segment(seed=1, seq_length=SEQ_LENGTH, sources=plans), (dataset, other))
+    ids = mixed.read(np.arange(40))
+    assert ids.shape == (40, SEQ_LENGTH + 1)
+    from_other = ids[:, 0] >= 1000
+    assert from_other.sum() == 10
+    numbers, windows = mixed.segment.windows_at(np.arange(40))
+    assert (numbers == from_other).all()
+    assert (ids[:, 0] == np.where(from_other, 1000, 0) + windows * SEQ_LENGTH).all()

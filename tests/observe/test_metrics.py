@@ -2,7 +2,7 @@
 
 import pytest
 
-from llama_mcore.observe.metrics import StepReport, describe_duration, describe_step
+from llama_mcore.observe.metrics import HeldOut, StepReport, describe_duration, describe_step
 
 REPORT = StepReport(
     step=7,
@@ -13,8 +13,9 @@ REPORT = StepReport(
     tokens_per_s=12345.6,
     step_time_s=0.3,
     memory_bytes=1024,
+    windows={"prose": 3, "code": 4},
 )
-KEYS = ["step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_time_s", "memory_bytes"]
+KEYS = ["step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_time_s", "memory_bytes", "windows"]
 
 
 def changed(**fields: object) -> StepReport:
@@ -26,13 +27,13 @@ def test_a_row_has_the_keys_that_scripts_rely_on() -> None:
 
 
 def test_held_out_loss_and_skipped_appear_only_when_they_say_something() -> None:
-    assert list(changed(valid_loss=0.0).to_dict()) == [*KEYS, "valid_loss"]
+    assert list(changed(valid={"prose": HeldOut(0.0, 5)}).to_dict()) == [*KEYS, "valid_loss", "valid"]
     assert list(changed(skipped=True).to_dict()) == [*KEYS, "skipped"]
 
 
 def test_a_step_as_text() -> None:
     assert describe_step(REPORT) == "loss 3.2500  grad norm 0.500  lr 3.00e-04  12,346 tokens/s"
-    assert describe_step(changed(valid_loss=3.5)).endswith("held-out loss 3.5000")
+    assert describe_step(changed(valid={"prose": HeldOut(3.5, 5)})).endswith("held-out loss 3.5000")
 
 
 def test_a_loss_that_is_not_finite_is_visible() -> None:
@@ -48,3 +49,21 @@ def test_a_loss_that_is_not_finite_is_visible() -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert describe_duration(seconds) == text
+
+
+def test_held_out_loss_by_source_and_over_all_tokens() -> None:
+    row = changed(
+        valid={"prose": HeldOut(2.0, 300, bytes_per_token=4.0), "code": HeldOut(1.0, 100)}
+    ).to_dict()
+    assert row["valid_loss"] == 1.75
+    assert row["valid"]["prose"] == {
+        "loss": 2.0,
+        "perplexity": pytest.approx(7.389056),
+        "tokens": 300,
+        "bits_per_byte": pytest.approx(0.721348),  # 2 nats are 2.885 bits, a quarter of them a byte
+    }
+    assert "bits_per_byte" not in row["valid"]["code"]
+
+
+def test_perplexity_of_a_lost_run_is_a_number() -> None:
+    assert HeldOut(1e6, 1).perplexity < float("inf")

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from llama_mcore.errors import OutputError
 from llama_mcore.observe.config import ObserveConfig
-from llama_mcore.observe.metrics import StepReport
+from llama_mcore.observe.metrics import HeldOut, StepReport
 from llama_mcore.observe.sinks import METRICS_FILE, TENSORBOARD_DIR, MetricSinks, drop_steps_after
 
 QUIET = ObserveConfig(log_interval=10, tensorboard=False)
@@ -24,7 +24,10 @@ QUIET = ObserveConfig(log_interval=10, tensorboard=False)
 def report(
     step: int, loss: float = 2.0, valid_loss: float | None = None, skipped: bool = False
 ) -> StepReport:
-    return StepReport(step, loss, 0.5, 1e-3, step * 100, 1000.0, 2.0, 4096, valid_loss, skipped)
+    valid = {} if valid_loss is None else {"code": HeldOut(valid_loss, 10)}
+    return StepReport(
+        step, loss, 0.5, 1e-3, step * 100, 1000.0, 2.0, 4096, {"code": 3 * step}, valid=valid, skipped=skipped
+    )
 
 
 def write(
@@ -66,6 +69,7 @@ def test_every_step_is_a_line(tmp_path: Path) -> None:
         "tokens_per_s",
         "step_time_s",
         "memory_bytes",
+        "windows",
     ]
     assert second["valid_loss"] == 2.5
 
@@ -147,7 +151,8 @@ def test_tensorboard_has_every_step_once_after_a_resume(tmp_path: Path) -> None:
     write(tmp_path, [report(step, loss=1.0) for step in range(1, 5)], config=config)
     write(tmp_path, [report(3, loss=9.0, valid_loss=4.0)], start_step=2, config=config)
     assert losses(tmp_path) == [(1, 1.0), (2, 1.0), (3, 9.0)]
-    assert losses(tmp_path, "valid/loss") == [(3, 4.0)]
+    assert losses(tmp_path, "valid/loss") == losses(tmp_path, "valid_loss/code") == [(3, 4.0)]
+    assert losses(tmp_path, "data/code_windows") == [(1, 3.0), (2, 6.0), (3, 9.0)]
 
 
 def test_tensorboard_can_be_switched_off(tmp_path: Path) -> None:

@@ -85,8 +85,14 @@ CONFIGURATION = {
 DATA = {
     "no-dataset": Bad(66, ["dataset = ", "nowhere.idx", "preprocess_data.py"], ["data.train={}/nowhere"]),
     "too-short": Bad(65, ["32 tokens", "model.seq_length + 1 = 33"], ["data.train={}/short"]),
-    "little-held-out-data": Bad(65, ["evaluation batch needs 8"], ["data.valid={}/one-window"]),
-    "ids-too-large": Bad(65, ["id 300", "model.vocab_size = 256"], ["data.train={}/large"], ranks=2),
+    "more-than-planned": Bad(
+        65,
+        ["source train = 240 windows", "planned (0.10 epochs)", "end the run by sample", "available"],
+        ["data.epochs=0.1"],
+    ),
+    "ids-too-large": Bad(
+        65, ["id 300", "model.vocab_size = 256"], ["data.train={}/large", "data.epochs=8"], ranks=2
+    ),
 }
 FILES = {
     "run-dir-is-a-file": Bad(73, ["run.dir = ", "choose another folder"], [], file_in_place),
@@ -97,6 +103,15 @@ FILES = {
         ["model.num_layers = 3", "differs from 2", "set it to 2", "another run.dir"],
         ["model.num_layers=3"],
         finished_run,
+    ),
+    "another-order": Bad(
+        65,
+        ["run.seed = 7", "was 1234 in the checkpoint", "--accept-data-change"],
+        ["run.seed=7"],
+        finished_run,
+    ),
+    "other-data": Bad(
+        65, ["source train: content", "in the checkpoint"], ["data.train={}/one-window"], finished_run
     ),
     "damaged-checkpoint": Bad(65, RANK_FILE, [], damaged_checkpoint),
     "missing-rank-file": Bad(65, RANK_FILE, [], missing_rank_file),

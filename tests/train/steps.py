@@ -68,7 +68,8 @@ def evaluation(engine: DeepSpeedEngine, groups: Groups) -> dict[str, Any]:
     with torch.no_grad():
         one_by_one = [mean_loss(engine, batch, groups).item() for batch in batches(3)]
     before = state(engine)
-    found = evaluate(engine, batches(3), groups)
+    found, tokens = evaluate(engine, batches(3), groups)
+    assert tokens == 3 * 2 * 8
     return {
         "expected": sum(one_by_one) / 3,
         "found": found,

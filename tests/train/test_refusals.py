@@ -38,7 +38,7 @@ def test_bad_input_is_one_message(refused: Path, name: str) -> None:
     assert json.loads((refused / "exit_codes.json").read_text())[name] == [bad.exit_code] * bad.ranks
 
 
-@pytest.mark.parametrize("name", [*CONFIGURATION, "no-dataset", "too-short", "little-held-out-data"])
+@pytest.mark.parametrize("name", [*CONFIGURATION, "no-dataset", "too-short", "more-than-planned"])
 def test_what_can_be_known_before_the_first_step_leaves_nothing(refused: Path, name: str) -> None:
     assert (refused / f"{name}.txt").exists()
     assert not (refused / name).exists()
@@ -49,7 +49,7 @@ def test_what_shows_later_leaves_no_half_checkpoint(refused: Path) -> None:
     assert checkpoints(refused / "ids-too-large") == []
 
 
-@pytest.mark.parametrize("name", ["another-model", "missing-rank-file"])
+@pytest.mark.parametrize("name", ["another-model", "another-order", "missing-rank-file"])
 def test_a_refused_resume_leaves_the_run_as_it_was(refused: Path, name: str) -> None:
     finished, run_dir = refused / "finished", refused / name
     kept = [path.relative_to(run_dir) for path in run_dir.rglob("*") if path.is_file()]

@@ -30,7 +30,9 @@ from tests.train.product import (
 
 WORKER = Path(__file__).with_name("uninterrupted.py")
 STEPS, EVALUATED = 30, [12, 24, 30]
-EVERY_STEP = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_time_s", "memory_bytes"}
+EVERY_STEP = {
+    *("step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_time_s", "memory_bytes", "windows")
+}
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def test_the_same_command_resumes_to_the_end(run: Stopped) -> None:
 def test_every_step_is_reported_once_with_the_promised_keys(run: Stopped) -> None:
     rows = metrics(run.run_dir)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert all(set(row) - {"valid_loss"} == EVERY_STEP for row in rows)
+    assert all(set(row) - {"valid_loss", "valid"} == EVERY_STEP for row in rows)
     assert [row["tokens"] for row in rows] == [256 * step for step in range(1, STEPS + 1)]
 
 
@@ -172,6 +174,6 @@ def test_a_finished_run_is_left_as_it_is(uninterrupted: Path) -> None:
 def numbers(run_dir: Path) -> list[tuple]:
     """What a run computed, without how fast it was."""
     return [
-        (row["step"], row["loss"], row["grad_norm"], row["lr"], row["tokens"], row.get("valid_loss"))
+        (row["step"], row["loss"], row["grad_norm"], row["lr"], row["tokens"], row.get("valid"))
         for row in metrics(run_dir)
     ]

@@ -1,0 +1,68 @@
+"""What `audit-data` does with the folder of a run: its newest checkpoint and its metrics against its plan."""
+
+import sys
+from pathlib import Path
+
+import orjson
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import Progress
+
+from llama_mcore.checkpoint.layout import find_checkpoint, read_manifest
+from llama_mcore.data.audit import check_ledger, check_uses, count_uses, use_table
+from llama_mcore.data.ledger import Segment
+from llama_mcore.errors import CheckpointError, DataError, MissingInputError, Problem
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def audit_run(run_dir: Path) -> str:
+    """Count from the plan how often every window was read up to the newest checkpoint, and compare every
+    line of metrics.jsonl with it.
+
+    Returns a table of plan against use and a conclusion. Raises DataError with what does not agree, after the
+    same table.
+    """
+    path = find_checkpoint(run_dir)
+    manifest = read_manifest(path)
+    try:
+        segments = tuple(Segment.model_validate(segment) for segment in manifest["segments"])
+        position, ledger = int(manifest["consumed_samples"]), manifest["windows_read"]
+        total = sum(segments[-1].used(position).values())
+    except (LookupError, TypeError, ValidationError) as error:
+        raise CheckpointError(Problem("manifest", path, f"holds no plan of the data ({error})")) from None
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("counting windows", total=total)
+        uses = count_uses(segments, position, lambda windows: progress.advance(task, windows))
+    rows = _rows(run_dir / METRICS_FILE)
+    problems = [*check_uses(uses), *check_ledger(segments, rows)]
+    if ledger != segments[-1].used(position):
+        bound = f"the plan gives {segments[-1].used(position)}"
+        problems.append(Problem(f"{path}: windows_read", ledger, bound))
+    table = use_table(segments, uses)
+    if problems:
+        problems[-1] = Problem(**vars(problems[-1]) | {"remedy": f"plan against use:\n{table}"})
+        raise DataError(problems)
+    changed = f" over {len(segments)} plans" if len(segments) > 1 else ""
+    return (
+        f"{table}\n{position:,} samples and {len(rows):,} lines of {METRICS_FILE}{changed}: "
+        "no window was read more often than planned, and the ledger says what the plan gives."
+    )
+
+
+def _rows(path: Path) -> list[dict]:
+    """The steps of a run; a line that a kill has cut off ends them."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise MissingInputError(Problem("metrics", path, f"cannot be read ({error.strerror})")) from None
+    rows = []
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
+        if line.endswith(b"\n"):
+            try:
+                row = orjson.loads(line)
+                rows.append({key: row[key] for key in ("step", "tokens", "windows")})
+            except (orjson.JSONDecodeError, LookupError, TypeError) as error:
+                where = f"{path} line {number}"
+                raise DataError(Problem("metrics", where, f"is no step ({error})")) from None
+    return rows

@@ -1,0 +1,206 @@
+"""A run of two sources from its plan to its audit: ledger, evaluation by source, longer runs, other data."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llama_mcore.checkpoint.audit import audit_run
+from llama_mcore.data.manifest import build_manifest, write_manifest
+from llama_mcore.errors import DataError
+from tests.conftest import Small, write_tokens
+from tests.forked import run_worker
+from tests.train.product import metrics
+
+WORKER = Path(__file__).with_name("two_sources.py")
+LENGTH, BATCH = 32, 8
+
+
+@dataclass(frozen=True)
+class Done:
+    folder: Path
+    exit_codes: dict[str, list[int]]
+
+    def says(self, job: str) -> str:
+        return (self.folder / f"{job}.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def done(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    folder = tmp_path_factory.mktemp("two-sources")
+    write_sources(folder)
+    run = ["train", "--config", "tiny", *small.overrides(folder / "run"), "parallel.tp=1", "data.train="]
+    run += [
+        "data.valid=",
+        "eval.interval=3",
+        "eval.batches=100",
+        "data.eod_mask_loss=true",
+        "data.eod_token=10",
+    ]
+    run += [f"data.sources.prose.train={folder}/prose", f"data.sources.prose.valid={folder}/prose-held-out"]
+    run += ["data.sources.prose.epochs=2", "data.sources.code.epochs=0.5"]
+    run += [f"data.sources.code.train=[{folder}/code1,{folder}/code2]"]
+    run += [
+        f"data.sources.code.valid={folder}/code-held-out",
+        "optim.warmup_steps=0",
+        "checkpoint.interval=3",
+    ]
+    one_rank = ["train.micro_batch_size=8"]
+    other = [f"data.sources.prose.train={folder}/prose2", f"run.dir={folder}/changed"]
+    jobs = [
+        ("plan", 1, [*run, "--dry-run", "train.steps=6"]),
+        ("too-long", 1, [*run, "train.steps=60"]),
+        ("first", 2, [*run, "train.steps=3"]),
+        ("longer", 1, [*run, *one_rank, "train.steps=6"]),
+        ("at-once", 1, [*run, *one_rank, "train.steps=6", f"run.dir={folder}/at-once"]),
+        ("masked", 2, [*run, "train.steps=6", f"run.dir={folder}/two-ranks"]),
+        ("audit", 1, ["audit-data", str(folder / "run")]),
+        ("changed-first", 1, [*run, *one_rank, "train.steps=3", f"run.dir={folder}/changed"]),
+        ("refused", 1, [*run, *one_rank, *other, "train.steps=6"]),
+        ("accepted", 1, [*run, *one_rank, *other, "train.steps=6", "--accept-data-change"]),
+        ("goes-on", 1, [*run, *one_rank, *other, "train.steps=8"]),
+        ("audit-changed", 1, ["audit-data", str(folder / "changed")]),
+    ]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    run_worker(WORKER, folder, folder / "jobs.json")
+    return Done(folder, json.loads((folder / "exit_codes.json").read_text()))
+
+
+def write_sources(folder: Path) -> None:
+    """Token 10 closes documents of 20 tokens. Training text has ids below 100, held-out text above."""
+    sizes = {"prose": 30, "prose2": 25, "code1": 50, "code2": 40, "prose-held-out": 3, "code-held-out": 11}
+    for seed, (name, windows) in enumerate(sizes.items()):
+        low = 100 if "held-out" in name else 11
+        ids = np.random.default_rng(seed).integers(low, low + 80, windows * LENGTH + 1)
+        ids[19::20] = 10
+        write_tokens(folder / name, [ids])
+        write_manifest(folder / name, build_manifest(folder / name, text_bytes=4 * len(ids)))
+
+
+def test_all_jobs_end_as_they_should(done: Done) -> None:
+    expected = {name: [0] for name in done.exit_codes} | {
+        "too-long": [65],
+        "refused": [65],
+        "first": [0, 0],
+        "masked": [0, 0],
+    }
+    assert done.exit_codes == expected, done.says("masked")
+
+
+def test_the_plan_is_shown_before_a_run(done: Done) -> None:
+    table = done.says("plan").splitlines()[-3:]
+    assert [line.split() for line in table] == [
+        ["source", "tokens", "share", "available", "epochs", "at", "most"],
+        ["prose", "896", "58.33%", "960", "0.93", "2.00"],
+        ["code", "640", "41.67%", "2,880", "0.22", "0.50"],
+    ]
+
+
+def test_a_run_beyond_the_plan_is_refused_with_the_table(done: Done) -> None:
+    said = done.says("too-long")
+    assert "source prose = 274 windows: the run of 480 samples would read more than the 60 planned" in said
+    assert "end the run by sample 105" in said
+    assert "available" in said
+
+
+def test_the_ledger_is_in_every_step_and_in_the_checkpoint(done: Done) -> None:
+    rows = metrics(done.folder / "run")
+    assert [sum(row["windows"].values()) for row in rows] == [BATCH * row["step"] for row in rows]
+    for row in rows:
+        share = 60 / 105
+        assert abs(row["windows"]["prose"] - share * BATCH * row["step"]) < 1
+    manifest = json.loads((done.folder / "run/checkpoints/step-00000006/manifest.json").read_text())
+    assert manifest["windows_read"] == rows[-1]["windows"]
+
+
+def test_a_run_that_was_lengthened_read_the_same_as_one_that_was_planned_long(done: Done) -> None:
+    """Another number of ranks and another micro-batch size in its first half do not matter either."""
+    longer, at_once = metrics(done.folder / "run"), metrics(done.folder / "at-once")
+    assert [row["windows"] for row in longer] == [row["windows"] for row in at_once]
+    # the learning rates of steps 2 and 3 differ, the data of step 1 is all that decides its loss
+    assert longer[0]["loss"] == pytest.approx(at_once[0]["loss"], rel=1e-4)
+
+
+def test_masked_losses_do_not_depend_on_how_a_batch_is_cut(done: Done) -> None:
+    """Ranks and micro-batches hold different numbers of tokens that count; bf16 rounds at 4e-3."""
+    for mine, theirs in zip(
+        metrics(done.folder / "at-once"), metrics(done.folder / "two-ranks"), strict=True
+    ):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=4e-3)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=4e-3)
+
+
+def test_evaluation_by_source(done: Done) -> None:
+    row = metrics(done.folder / "at-once")[-1]
+    assert list(row["valid"]) == ["prose", "code"]
+    for name, windows in (("prose", 3), ("code", 11)):
+        found = row["valid"][name]
+        ids = np.fromfile(done.folder / f"{name}-held-out.bin", np.uint16)[: windows * LENGTH]
+        assert found["tokens"] == (ids != 10).sum()  # all of it, once, but for what follows an end
+        assert found["perplexity"] == pytest.approx(np.exp(found["loss"]))
+        assert found["bits_per_byte"] == pytest.approx(found["loss"] / np.log(2) / 4)
+    total = sum(found["tokens"] for found in row["valid"].values())
+    mean = sum(found["loss"] * found["tokens"] for found in row["valid"].values()) / total
+    assert row["valid_loss"] == pytest.approx(mean)
+    assert [row["step"] for row in metrics(done.folder / "run") if "valid" in row] == [3, 6]
+
+
+def test_the_audit_of_a_run(done: Done) -> None:
+    said = done.says("audit").splitlines()
+    assert said[1].split()[:6] == ["prose", "57.143%", "58.333%", "896", "0.933", "2.000"]
+    assert "no window was read more often than planned" in said[-1]
+
+
+@pytest.fixture
+def run_dir(done: Done, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(done.folder / "run", tmp_path / "run"))
+
+
+def test_the_audit_sees_a_ledger_that_does_not_follow_the_plan(run_dir: Path) -> None:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows[3]["windows"]["prose"] += 1
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="step 4: windows"):
+        audit_run(run_dir)
+
+
+def test_the_audit_sees_lost_and_repeated_samples(run_dir: Path) -> None:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join([*lines[:3], *lines[1:]]))
+    with pytest.raises(DataError, match="step 2: tokens"):
+        audit_run(run_dir)
+
+
+def test_the_audit_sees_windows_read_too_often(run_dir: Path) -> None:
+    path = run_dir / "checkpoints/step-00000006/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["segments"][0]["sources"][0]["cap"] = 10
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"28 windows read: the plan allows 10(.|\n)*planned share"):
+        audit_run(run_dir)
+
+
+def test_other_data_is_refused_and_recorded_when_accepted(done: Done) -> None:
+    assert "source prose: content" in done.says("refused")
+    assert "--accept-data-change" in done.says("refused")
+    manifest = json.loads((done.folder / "changed/checkpoints/step-00000008/manifest.json").read_text())
+    first, second = manifest["segments"]
+    assert (first["start_sample"], second["start_sample"]) == (0, 3 * BATCH)
+    rows = metrics(done.folder / "changed")
+    assert second["sources"][1]["first"] == rows[2]["windows"]["code"] > 0  # goes on
+    assert second["sources"][0]["first"] == 0  # other text
+    assert len(rows) == 8
+    assert rows[-1]["windows"]["code"] > rows[2]["windows"]["code"]
+
+
+def test_the_audit_follows_a_change(done: Done) -> None:
+    said = done.says("audit-changed").splitlines()
+    assert [line.split()[:2] for line in said[1:4]] == [
+        ["prose", "gone"],
+        ["code", "47.368%"],
+        ["prose", "52.632%"],
+    ]
+    assert "over 2 plans" in said[-1]
