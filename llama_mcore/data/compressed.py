@@ -5,9 +5,8 @@ Python's own readers say neither in which member a file is damaged nor, for zstd
 
 import io
 import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import zstandard
 
@@ -21,33 +20,36 @@ _LARGEST_WINDOW = 1 << 27  # what `zstd --long` writes; the decoder holds a wind
 
 def open_gzip(path: Path) -> io.BufferedReader:
     """The text of a gzip file, all members of it."""
-    return _open(path, "gzip member", lambda: zlib.decompressobj(wbits=31))
+    return io.BufferedReader(_Gzip(path), _AT_MOST)
 
 
 def open_zstd(path: Path) -> io.BufferedReader:
     """The text of a zstd file, all frames of it."""
-    context = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
-    return _open(path, "zstd frame", context.decompressobj)
-
-
-def _open(path: Path, member: str, start_member: Callable[[], Any]) -> io.BufferedReader:
-    return io.BufferedReader(Decompressed(path, member, start_member), _AT_MOST)
+    return io.BufferedReader(_Zstd(path), _AT_MOST)
 
 
 class Decompressed(io.RawIOBase):
     """A file of members (gzip) or frames (zstd) one after the other; DataError where one is damaged."""
 
-    def __init__(self, path: Path, member: str, start_member: Callable[[], Any]) -> None:
-        self._path, self._member, self._start_member = path, member, start_member
-        self._file: BinaryIO = path.open("rb", buffering=1 << 20)
+    member: str
+    error: type[Exception]
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("rb", buffering=1 << 20)
         self._decoder: Any = None
-        self._member_start = self._read_to = 0
+        self._member_start = 0
+        self.position_on_disk = 0
         self._input = b""
         self._output = memoryview(b"")
 
-    @property
-    def position_on_disk(self) -> int:
-        return self._read_to
+    def start_member(self) -> Any:
+        """A decoder of the standard library's form."""
+        raise NotImplementedError
+
+    def decode(self, decoder: Any, data: bytes) -> tuple[bytes, bytes]:
+        """Some output, and what of the input is left for the next call."""
+        raise NotImplementedError
 
     def readable(self) -> bool:
         return True
@@ -61,41 +63,58 @@ class Decompressed(io.RawIOBase):
         self._output = self._output[size:]
         return size
 
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
     def _advance(self) -> bool:
         """Decompress some more; False at the end of the file."""
         if not self._input:
             self._input = self._file.read(_PIECE)
-            self._read_to += len(self._input)
+            self.position_on_disk += len(self._input)
         if not self._input:
             if self._decoder is None:
                 return False
             raise self._damaged("is cut off before its end")
-        if self._decoder is None:
-            self._input = self._input.lstrip(b"\0")  # tapes and block devices pad with zeros
-            if not self._input:
-                return True
-            self._member_start = self._read_to - len(self._input)
-            self._decoder = self._start_member()
+        if self._decoder is None and not self._begin_member():
+            return True
         try:
-            self._decode()
-        except (zlib.error, zstandard.ZstdError) as error:
+            output, self._input = self.decode(self._decoder, self._input)
+        except self.error as error:
             raise self._damaged(f"is damaged ({error})") from None
-        return True
-
-    def _decode(self) -> None:
-        if isinstance(self._decoder, zstandard.ZstdDecompressionObj):
-            self._output, self._input = memoryview(self._decoder.decompress(self._input)), b""
-        else:
-            self._output = memoryview(self._decoder.decompress(self._input, _AT_MOST))
-            self._input = self._decoder.unconsumed_tail
+        self._output = memoryview(output)
         if self._decoder.eof:
             self._input = self._decoder.unused_data
             self._decoder = None
+        return True
+
+    def _begin_member(self) -> bool:
+        """False if there is only padding: tapes and block devices fill up with zeros."""
+        self._input = self._input.lstrip(b"\0")
+        self._member_start = self.position_on_disk - len(self._input)
+        self._decoder = self.start_member() if self._input else None
+        return bool(self._input)
 
     def _damaged(self, bound: str) -> DataError:
-        where = f"{self._path}, {self._member} at byte {self._member_start:,}"
+        where = f"{self._path}, {self.member} at byte {self._member_start:,}"
         return DataError(Problem("input", where, bound, "fetch the file again or leave it out"))
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+
+class _Gzip(Decompressed):
+    member, error = "gzip member", zlib.error
+
+    def start_member(self) -> Any:
+        return zlib.decompressobj(wbits=31)
+
+    def decode(self, decoder: Any, data: bytes) -> tuple[bytes, bytes]:
+        return decoder.decompress(data, _AT_MOST), decoder.unconsumed_tail
+
+
+class _Zstd(Decompressed):
+    member, error = "zstd frame", zstandard.ZstdError
+
+    def start_member(self) -> Any:
+        return zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
+
+    def decode(self, decoder: Any, data: bytes) -> tuple[bytes, bytes]:
+        return decoder.decompress(data), b""

@@ -1,9 +1,51 @@
+import gzip
+import io
+import re
+import resource
+from collections.abc import Callable
 from pathlib import Path
 
+import orjson
+import pyarrow as pa
 import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
 
-from llama_mcore.data.readers import check_inputs, read_jsonl, read_records
+from llama_mcore.data import lines as lines_module
+from llama_mcore.data.blocks import BadLine
+from llama_mcore.data.inputs import find_inputs, sources_of
+from llama_mcore.data.lines import Lines, lines_before
+from llama_mcore.data.readers import check_inputs, make_reader, read_jsonl, read_records
 from llama_mcore.errors import DataError, MissingInputError
+
+TEXTS = ["one", "", "deux \u00e9t\u00e9", "\x00 nul", "a\u2028b\u0085c", "\r\n\t", "\U0001f600" * 5, "x" * 70]
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts)
+
+
+def zstd(content: bytes) -> bytes:
+    return zstandard.ZstdCompressor().compress(content)
+
+
+def read(path: Path, unit_bytes: int = 1 << 40) -> tuple[list[str], list[BadLine]]:
+    """All that a file or folder gives, unit by unit."""
+    texts, bad = [], []
+    for source in sources_of(find_inputs([path]), unit_bytes):
+        reader = make_reader(source, ["text"], unit_bytes)
+        cut = 0
+        while True:
+            for block in reader.read(cut):
+                texts += block.texts[0]
+                bad += block.bad
+            if reader.ended or cut + 1 == source.units:
+                break
+            cut += 1
+        reader.close()
+    return texts, bad
 
 
 def test_records_carry_line_and_size(tmp_path: Path) -> None:
@@ -23,37 +65,268 @@ def test_files_are_read_in_the_order_given(tmp_path: Path) -> None:
     assert texts == ["b", "a"]
 
 
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "a.jsonl": lambda path: path.write_bytes(jsonl(TEXTS)),
+    "a.json": lambda path: path.write_bytes(jsonl(TEXTS).rstrip()),
+    "bom.jsonl": lambda path: path.write_bytes(b"\xef\xbb\xbf" + jsonl(TEXTS)),
+    "crlf.jsonl": lambda path: path.write_bytes(jsonl(TEXTS).replace(b"\n", b"\r\n\r\n")),
+    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(jsonl(TEXTS))),
+    "members.json.gz": lambda path: path.write_bytes(
+        b"".join(gzip.compress(jsonl([text])) for text in TEXTS) + bytes(600)
+    ),
+    "a.jsonl.zst": lambda path: path.write_bytes(zstd(jsonl(TEXTS))),
+    "frames.json.zst": lambda path: path.write_bytes(
+        b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc" + b"".join(zstd(jsonl([text])) for text in TEXTS)
+    ),
+    "a.parquet": lambda path: parquet.write_table(pa.table({"n": range(8), "text": TEXTS}), path, 3),
+    "large.parquet": lambda path: parquet.write_table(
+        pa.table({"text": pa.array(TEXTS, pa.large_string())}), path, compression="zstd"
+    ),
+    "words.parquet": lambda path: parquet.write_table(
+        pa.table({"text": pa.array(TEXTS).dictionary_encode()}), path, 5
+    ),
+    "folder": lambda path: write_texts(path),
+}
+
+
+def write_texts(folder: Path) -> None:
+    (folder / "sub").mkdir(parents=True)
+    for number, text in enumerate(TEXTS):
+        (folder / "sub" / f"{number}.txt").write_bytes(text.encode())
+    (folder / "readme.md").write_text("no document")
+    (folder / ".hidden.txt").write_text("no document")
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_same_texts_however_it_is_cut(name: str, tmp_path: Path) -> None:
+    WRITERS[name](tmp_path / name)
+    for unit_bytes in (1, 7, 50, 1 << 30):
+        assert read(tmp_path / name, unit_bytes) == (TEXTS, [])
+    assert [record.text("text") for record in read_records([tmp_path / name])] == TEXTS
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    content=st.lists(st.sampled_from([b"a", b"bcd", b"\n", b"\r", b"\xef\xbb\xbf", b"0" * 9]), max_size=40),
+    unit_bytes=st.integers(1, 25),
+    cuts=st.lists(st.integers(0, 12), max_size=12),
+    seekable=st.booleans(),
+)
+def test_units_hold_the_lines_that_begin_in_them(
+    content: list[bytes], unit_bytes: int, cuts: list[int], seekable: bool
+) -> None:
+    text = b"".join(content)
+    begins = [0, *(place + 1 for place, byte in enumerate(text) if byte == 10)]
+    expected = [text[a:b] for a, b in zip(begins, [*begins[1:], len(text)], strict=True) if a < len(text)]
+
+    class Stream(io.BytesIO):
+        def seekable(self) -> bool:
+            return seekable
+
+    lines = Lines(lambda: Stream(text), unit_bytes)
+    for cut in cuts:
+        found = [line for batch in lines.read(cut) for line in batch]
+        wanted = [
+            line
+            for begin, line in zip(begins, expected, strict=False)
+            if cut * unit_bytes <= begin < (cut + 1) * unit_bytes
+        ]
+        if wanted and cut == 0:
+            wanted[0] = wanted[0].removeprefix(b"\xef\xbb\xbf")
+        assert found == wanted
+        assert not lines.ended or not any((cut + 1) * unit_bytes <= begin < len(text) for begin in begins)
+
+
+def test_lines_before_a_unit(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"0\n\n2 long\n3")
+    (source,) = sources_of(find_inputs([tmp_path / "a.jsonl"]), 1)
+    assert [lines_before(source, byte) for byte in range(12)] == [0, 1, 1, 2, 3, 3, 3, 3, 3, 3, 3, 4][:12]
+
+
+BAD_LINES = {
+    "text": (b"Once upon a time", "is not JSON .* it starts 'Once upon a time'"),
+    "cut off": (b'{"text": "cut off', "is not JSON"),
+    "invalid UTF-8": (b'{"text": "\xff"}', "is not JSON .*UTF-8"),
+    "lone surrogate": (b'{"text": "\\ud800"}', "is not JSON .*surrogate"),
+    "raw NUL": (b'{"text": "\x00"}', "is not JSON .*control character"),
+    "NaN": (b'{"text": "a", "n": NaN}', "is not JSON"),
+    "huge number": (b'{"text": "a", "n": 1' + b"0" * 5000 + b"}", "is not JSON"),
+    "nested": (b'{"text": "a", "n": ' + b"[" * 5000 + b"]" * 5000 + b"}", "is not JSON .*depth"),
+    "list": (b'["text"]', "holds a JSON list, not an object"),
+    "number": (b"3", "holds a JSON int, not an object"),
+    "string": (b'"text"', "holds a JSON str, not an object"),
+    "null": (b"null", "holds a JSON NoneType, not an object"),
+    "no key": (b'{"content": "x", "id": 3}', "has no key 'text'; keys there: content, id"),
+    "null text": (b'{"text": null}', "holds NoneType under 'text', not a string"),
+    "list text": (b'{"text": ["a"]}', "holds list under 'text', not a string"),
+    "repeated key": (b'{"text": "a", "n": 1, "text": "b"}', "has key 'text' more than once"),
+    "second BOM": (b'\xef\xbb\xbf{"text": "a"}', "is not JSON .*byte order mark"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_bad_line_is_named_and_the_rest_is_read(name: str, tmp_path: Path) -> None:
+    line, reason = BAD_LINES[name]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "first"}\n\n' + line + b'\n{"text": "last"}\n')
+    texts, (bad,) = read(path)
+    assert texts == ["first", "last"]
+    assert (bad.path, bad.line) == (path, 2)
+    assert re.search(reason, bad.reason)
+    assert bad.start == line[:40].decode(errors="replace").strip()
+
+
+def test_a_bad_line_ends_the_reading_of_records(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "first"}\n\nsecond\n')
+    with pytest.raises(DataError, match=r"a\.jsonl line 3: is not JSON"):
+        list(read_records([path]))
+    path.write_bytes(b'{"text": 3}\n')
+    (record,) = read_records([path])
+    with pytest.raises(DataError, match="holds int under 'text', not a string"):
+        record.text("text")
+
+
 @pytest.mark.parametrize(
-    ("line", "reason"),
+    "line",
     [
-        (b"Once upon a time", "is not JSON .* it starts 'Once upon a time'"),
-        (b'{"text": "cut off', "is not JSON"),
-        (b'{"text": "\xff"}', "is not JSON"),
-        (b'["text"]', "holds a JSON list, not an object"),
+        b'{"meta": {"text": 1}, "text": "good"}',
+        b'{"kind": "text", "text": "good"}',
+        b'{"text": "good", "other": 1, "other": 2}',
     ],
 )
-def test_unusable_line_is_named(tmp_path: Path, line: bytes, reason: str) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
-    with pytest.raises(DataError, match=rf"a\.jsonl line 2: {reason}"):
-        list(read_jsonl(path))
+def test_what_looks_like_a_repeated_key_is_none(line: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(line)
+    assert read(tmp_path / "a.jsonl") == (["good"], [])
 
 
-def test_missing_key_names_the_keys_that_are_there(tmp_path: Path) -> None:
+def test_a_line_too_long_is_bad_and_does_not_stay_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"content": "x", "id": 3}\n')
-    (record,) = read_jsonl(path)
-    with pytest.raises(DataError, match="line 1: has no key 'text'; keys there: content, id"):
-        record.text("text")
-    with pytest.raises(DataError, match="holds int under 'id', not a string"):
-        record.text("id")
+    path.write_bytes(jsonl(["a", "b" * 300, "c", "d" * 300]))
+    monkeypatch.setattr(lines_module, "LONGEST_DOCUMENT", 100)
+    texts, bad = read(path)
+    assert texts == ["a", "c"]
+    assert [line.line for line in bad] == [1, 3]
+    assert "is longer than" in bad[0].reason
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+def test_a_damaged_file_is_an_error_that_says_where(kind: str, tmp_path: Path) -> None:
+    compress = gzip.compress if kind == "gz" else zstd
+    first, second = compress(jsonl(["first"] * 300)), compress(jsonl(TEXTS * 50))
+    path = tmp_path / f"a.jsonl.{kind}"
+    for size in (1, 5, len(second) // 2, len(second) - 1):
+        path.write_bytes(first + second[:size])
+        with pytest.raises(DataError, match=rf"at byte {len(first):,} = |at byte {len(first):,}: is cut off"):
+            read(path)
+    path.write_bytes(first + b"garbage" + second)
+    with pytest.raises(DataError, match=f"at byte {len(first):,}: is damaged"):
+        read(path)
+    flipped = bytearray(second)
+    flipped[len(second) // 2] ^= 0x10
+    path.write_bytes(first + flipped)
+    if kind == "gz":  # zstd has a checksum only where the writer was asked for one
+        with pytest.raises(DataError, match=f"at byte {len(first):,}: is damaged"):
+            read(path)
+
+
+def test_a_bomb_is_read_in_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstd((b" " * 99_999 + b"\n") * 3000))
+    assert path.stat().st_size < 50_000
+    before = _peak_rss()
+    assert read(path) == ([], [])
+    assert _peak_rss() - before < 250 << 20
+
+
+def _peak_rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_parquet_rows_that_are_no_text_are_bad(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    raw = pa.array([b"fine", None, b"\xff\xfe", b"last"], pa.binary())
+    texts = pa.Array.from_buffers(pa.string(), 4, raw.buffers())
+    parquet.write_table(pa.table({"text": texts}), path)
+    for unit_bytes in (1, 1 << 30):
+        good, bad = read(path, unit_bytes)
+        assert good == ["fine", "last"]
+        assert [(row.line, row.reason) for row in bad] == [
+            (1, "is null under 'text'"),
+            (2, "is not UTF-8 under 'text'"),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"content": ["a"]}, "has no column 'text'; columns there: content"),
+        ({"text": [1]}, "holds int64 in column 'text', not strings"),
+    ],
+)
+def test_parquet_without_text_is_an_error(table: dict[str, object], message: str, tmp_path: Path) -> None:
+    parquet.write_table(pa.table(table), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / "a.parquet")
+
+
+def test_damaged_parquet_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": TEXTS * 100}), path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-5])
+    with pytest.raises(DataError, match=r"a\.parquet: is damaged"):
+        read(path)
+
+
+def test_text_file_that_is_no_text_is_bad(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n")
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    texts, (bad,) = read(tmp_path)
+    assert texts == ["one\r\n"]
+    assert (bad.path, bad.line) == (tmp_path / "b.txt", None)
+    assert bad.reason.startswith("is not UTF-8 (byte 3")
 
 
 def test_every_missing_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError) as error:
-        check_inputs([tmp_path / "no.jsonl", tmp_path, tmp_path / ("x" * 300)])
+        check_inputs([tmp_path / "no.jsonl", tmp_path, tmp_path / ("x" * 300), tmp_path / "*.gz"])
     assert {str(problem.value) for problem in error.value.problems} == {
         str(tmp_path / "no.jsonl"),
         str(tmp_path),
         str(tmp_path / ("x" * 300)),
+        str(tmp_path / "*.gz"),
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", gzip.compress(b"{}"), r"holds gzip.*name it \.jsonl\.gz"),
+        ("a.txt", zstd(b"{}"), r"holds zstd.*name it \.jsonl\.zst"),
+        ("a.jsonl.gz", zstd(b"{}"), "holds zstd"),
+        ("a.jsonl.gz", b'{"text": "a"}\n', "holds something else"),
+        ("a.parquet", b'{"text": "a"}\n', "holds something else"),
+        ("a.jsonl.zst", b"", "holds something else"),
+        ("a.json", b"BZh91AY", "holds bzip2"),
+    ],
+)
+def test_a_name_that_does_not_fit_the_content_is_refused(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(MissingInputError, match=message):
+        find_inputs([tmp_path / name])
+
+
+def test_folders_and_patterns_are_sorted_and_a_file_is_taken_once(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "c[1].jsonl"):
+        (tmp_path / name).write_bytes(jsonl([name]))
+    names = ["a.jsonl", "b.jsonl", "c[1].jsonl"]
+    assert [file.path.name for file in find_inputs([tmp_path])] == names
+    assert [file.path.name for file in find_inputs([f"{tmp_path}/*.jsonl"])] == names
+    assert [file.path.name for file in find_inputs([tmp_path / "c[1].jsonl"])] == names[2:]
+    with pytest.raises(MissingInputError, match=r"a\.jsonl: is named twice"):
+        find_inputs([tmp_path, tmp_path / "a.jsonl"])
