@@ -99,6 +99,14 @@ def test_damage_is_named(prefix: Path, offset: int, data: bytes, bound: str) -> 
         Index(prefix)
 
 
+def test_the_sums_stop_at_the_end_of_the_bin(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths that the .bin cannot hold are not added up until they leave 64 bits."""
+    monkeypatch.setattr(index_module, "_CHUNK", 1)
+    Path(f"{prefix}.bin").write_bytes(b"\0\0")
+    with pytest.raises(DataError, match="has 2 bytes where the .idx asks for at least 6"):
+        Index(prefix)
+
+
 @pytest.mark.parametrize("documents", [0, 1])
 def test_no_documents(tmp_path: Path, documents: int) -> None:
     (tmp_path / "d.bin").touch()
