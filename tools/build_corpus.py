@@ -17,7 +17,6 @@ from llama_mcore.data.files import output_errors, published
 from llama_mcore.errors import DataError, MissingInputError, Problem, report_errors
 
 LARGEST_TO_SMALLEST = 1.4
-ONE_IN = 50  # held-out documents: 2 %
 # Tests are two thirds of the standard library and mostly tables; pydoc_data is the manual again, as literals.
 LEFT_OUT = {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages"}
 
@@ -30,7 +29,7 @@ def python_files(folder: str, left_out: set[str]) -> Iterator[tuple[str, bytes]]
     for path in sorted(Path(folder).rglob("*.py")):
         if left_out.isdisjoint(path.relative_to(folder).parts):
             try:
-                yield "python", path.read_text(encoding="utf-8").encode()
+                yield "code", path.read_text(encoding="utf-8").encode()
             except (OSError, UnicodeDecodeError):
                 continue
 
@@ -57,29 +56,25 @@ def collect(min_bytes: int) -> dict[bytes, tuple[str, bytes]]:
     return chosen
 
 
-def write(path: Path, documents: list[tuple[str, bytes]]) -> str:
-    lines = [orjson.dumps({"text": text.decode(), "source": source}) + b"\n" for source, text in documents]
+def write(path: Path, documents: list[bytes]) -> str:
+    lines = [orjson.dumps({"text": text.decode()}) + b"\n" for text in documents]
     with published(path) as temporary, output_errors(path):
         temporary.write_bytes(b"".join(lines))
-    return f"{path}: {len(lines):,} documents, {sum(len(text) for _, text in documents) / 1e6:.1f} MB"
+    return f"{path}: {len(lines):,} documents, {sum(map(len, documents)) / 1e6:.1f} MB"
 
 
 def main(
-    output_dir: Annotated[Path, typer.Option(help="Folder for train.jsonl and valid.jsonl.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder for code.jsonl and prose.jsonl.")],
     min_bytes: Annotated[int, typer.Option(min=1, help="Least bytes of text in all.")] = 10_000_000,
     debug: Annotated[bool, typer.Option("--debug", help="Print a traceback with an error.")] = False,
 ) -> None:
-    """Write train.jsonl, and valid.jsonl with 2 % of the documents, from the Python on this machine."""
+    """Write code.jsonl and prose.jsonl, one document a line, from the Python on this machine."""
     with report_errors(debug):
-        parts: dict[bool, list[tuple[str, bytes]]] = {False: [], True: []}
-        for digest, document in collect(min_bytes).items():
-            # By the text alone: a document stays on its side whatever else the corpus holds.
-            parts[int.from_bytes(digest[:8]) % ONE_IN == 0].append(document)
-        print(
-            write(output_dir / "train.jsonl", parts[False]),
-            write(output_dir / "valid.jsonl", parts[True]),
-            sep="; ",
-        )
+        sources: dict[str, list[bytes]] = {"code": [], "prose": []}
+        for source, text in collect(min_bytes).values():
+            sources[source].append(text)
+        written = [write(output_dir / f"{source}.jsonl", texts) for source, texts in sources.items()]
+        print("; ".join(written))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 DEMO = Path("runs/demo")
 TRAIN, UNINTERRUPTED = DEMO / "train", DEMO / "uninterrupted"
+SOURCES = ("code", "prose")
 VOCAB_SIZE = 4096
 LOSS_BOUND = 0.6 * math.log(VOCAB_SIZE)  # an untrained model has ln(vocabulary)
 COMPARED_STEPS = 20
@@ -31,10 +32,11 @@ def main() -> None:
     stages: list[tuple[str, Callable[[], str]]] = [
         ("corpus", corpus),
         ("tokenizer", tokenizer),
-        ("dataset", dataset),
+        ("datasets", datasets),
         ("training, stopped half-way by SIGTERM", train_and_stop),
         ("training, resumed by the same command", resume),
         ("the same run without interruption", compare_with_uninterrupted),
+        ("audit of what was read", audit),
         ("export to Hugging Face", export),
         ("generation", generate),
         ("picture", picture),
@@ -56,20 +58,21 @@ def tokenizer() -> str:
     model = DEMO / "tokenizer/tokenizer.model"
     run(
         "tools/train_tokenizer.py",
-        *("--input", DEMO / "corpus/train.jsonl", "--output", model, "--vocab-size", VOCAB_SIZE),
+        *(word for source in SOURCES for word in ("--input", f"{source}={DEMO}/corpus/{source}.jsonl")),
+        *("--output", model, "--vocab-size", VOCAB_SIZE, "--report"),
     )
     return f"SentencePiece BPE in {model}"
 
 
-def dataset() -> str:
-    for split in ("train", "valid"):
+def datasets() -> str:
+    for source in SOURCES:
         run(
             "tools/preprocess_data.py",
-            *("--input", DEMO / f"corpus/{split}.jsonl"),
+            *("--input", DEMO / f"corpus/{source}.jsonl"),
             *("--tokenizer-model", DEMO / "tokenizer/tokenizer.model"),
-            *("--output-prefix", DEMO / f"data/{split}", "--workers", 2, "--append-eod"),
+            *("--output-prefix", DEMO / f"data/{source}", "--workers", 2, "--append-eod", "--held-out", 0.02),
         )
-    return f"megatron-core .bin and .idx in {DEMO}/data"
+    return f"megatron-core .bin and .idx in {DEMO}/data, 2 % of the documents held out"
 
 
 def train_and_stop() -> str:
@@ -101,6 +104,11 @@ def compare_with_uninterrupted() -> str:
     )
     check(resumed == whole, f"losses of the last {COMPARED_STEPS} steps differ:\n{resumed}\n{whole}")
     return f"losses of the last {COMPARED_STEPS} steps are equal to the last bit"
+
+
+def audit() -> str:
+    run("tools/audit_data.py", TRAIN)
+    return "the interrupted run read every window as often as planned"
 
 
 def export() -> str:
