@@ -103,7 +103,7 @@ def test_the_sums_stop_at_the_end_of_the_bin(prefix: Path, monkeypatch: pytest.M
     """Lengths that the .bin cannot hold are not added up until they leave 64 bits."""
     monkeypatch.setattr(index_module, "_CHUNK", 1)
     Path(f"{prefix}.bin").write_bytes(b"\0\0")
-    with pytest.raises(DataError, match="has 2 bytes where the .idx asks for at least 6"):
+    with pytest.raises(DataError, match=r"has 2 bytes where the \.idx asks for at least 6"):
         Index(prefix)
 
 
