@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -50,6 +50,7 @@ def write_fields(prefix: Path, fields: dict[str, Any]) -> None:
     manifest_path(prefix).write_bytes(orjson.dumps({"manifest_sha256": digest, **fields}))
 
 
+@settings(deadline=None)
 @given(
     data=st.binary(max_size=200), cuts=st.lists(st.integers(0, 200)), block_bytes=st.sampled_from([8, 16, 64])
 )
