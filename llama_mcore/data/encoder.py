@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from llama_mcore.data.encoder_cut import TextCutter
+from llama_mcore.data.encoder_cut import PART_CHARACTERS, TextCutter
 from llama_mcore.data.encoder_gigatoken import GigatokenEncoder, why_not_gigatoken
 from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import DataError, Problem
@@ -74,9 +74,14 @@ class SentencePieceEncoder:
 
     name: EncoderName = "sentencepiece"
 
-    def __init__(self, model: ModelProto, fallback_reason: str | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelProto,
+        fallback_reason: str | None = None,
+        part_characters: int = PART_CHARACTERS,
+    ) -> None:
         self.fallback_reason = fallback_reason
-        self._cutter = None if why_not_gigatoken(model) else TextCutter(model)
+        self._cutter = None if why_not_gigatoken(model) else TextCutter(model, part_characters)
         self._first = _processor(model, add_dummy_prefix=model.normalizer_spec.add_dummy_prefix)
         self._later = _processor(model, add_dummy_prefix=False)
 

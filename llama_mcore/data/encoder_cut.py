@@ -18,7 +18,7 @@ class TextCutter:
     those of the whole. Only the first part has the space that SentencePiece puts before a text.
     """
 
-    def __init__(self, model: ModelProto, part_characters: int = PART_CHARACTERS) -> None:
+    def __init__(self, model: ModelProto, part_characters: int) -> None:
         self._neighbours = {
             pair for piece in model.pieces if piece.type == piece.NORMAL for pair in _pairs(piece.piece)
         }

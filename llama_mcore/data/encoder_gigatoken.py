@@ -76,21 +76,35 @@ class GigatokenEncoder:
     name: Literal["gigatoken", "sentencepiece"] = "gigatoken"
     fallback_reason: str | None = None
 
-    def __init__(self, model: ModelProto) -> None:
-        self._cutter = TextCutter(model)
+    def __init__(self, model: ModelProto, part_characters: int = PART_CHARACTERS) -> None:
+        self._part_characters = part_characters
+        self._cutter = TextCutter(model, part_characters)
         prefix = model.normalizer_spec.add_dummy_prefix
         self._first = gigatoken.Tokenizer.from_json(_tokenizer_json(model, add_dummy_prefix=prefix))
         self._later = gigatoken.Tokenizer.from_json(_tokenizer_json(model, add_dummy_prefix=False))
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        batches = [self._encode_batch(batch) for batch in _batches(texts)]
-        if len(batches) == 1:
-            return batches[0]
-        ids, lengths = zip(*batches, strict=True)
-        return np.concatenate(ids), np.concatenate(lengths)
+        if sum(map(len, texts)) <= self._part_characters:
+            return _encode(self._first, list(texts))
+        batches = [self._encode_batch(batch) for batch in self._batches(texts)]
+        return np.concatenate([ids for ids, _ in batches]), np.concatenate(
+            [lengths for _, lengths in batches]
+        )
+
+    def _batches(self, texts: Sequence[str]) -> Iterator[list[str]]:
+        """Neighbours that together are no longer than a part; a text that is longer comes alone."""
+        batch: list[str] = []
+        size = 0
+        for text in texts:
+            if batch and size + len(text) > self._part_characters:
+                yield batch
+                batch, size = [], 0
+            batch.append(text)
+            size += len(text)
+        yield batch
 
     def _encode_batch(self, texts: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        if len(texts) != 1:
+        if len(texts) > 1:
             return _encode(self._first, texts)
         first, *later = self._cutter.cut(texts[0])
         parts = [_encode(self._first, [first]), *(_encode(self._later, [part]) for part in later)]
@@ -102,19 +116,6 @@ def _encode(tokenizer: gigatoken.Tokenizer, texts: list[str]) -> tuple[NDArray[n
     rows = tokenizer.encode_batch(texts, parallel=False)
     ids = ak.to_numpy(ak.flatten(rows, axis=1))
     return ids.view(np.int32), ak.to_numpy(ak.num(rows)).astype(np.int32)
-
-
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Neighbours that together are no longer than a part of a long text, which comes alone. At least one."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        if batch and size + len(text) > PART_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-        batch.append(text)
-        size += len(text)
-    yield batch
 
 
 def _tokenizer_json(model: ModelProto, *, add_dummy_prefix: bool) -> str:
