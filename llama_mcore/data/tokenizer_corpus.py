@@ -154,7 +154,7 @@ class Corpus:
         """The usable lines of each document."""
         for_report = Reservoir(REPORT_BYTES, f"report {self._seed} {source.name}")
         for file in source.files:
-            for text in _read_texts(file, self._json_key, progress):
+            for text in read_texts(file, self._json_key, progress):
                 lines = source.usable_lines(text)
                 if self._for_report:
                     for line in lines:
@@ -163,7 +163,7 @@ class Corpus:
         source.report_sample = for_report.sample()
 
 
-def _read_texts(file: InputFile, json_key: str, progress: InputProgress) -> Iterator[str]:
+def read_texts(file: InputFile, json_key: str, progress: InputProgress) -> Iterator[str]:
     """The documents of one file. Progress counts bytes on disk; inside a compressed file it can but guess."""
     expansion = _expansion(file)
     counted = 0

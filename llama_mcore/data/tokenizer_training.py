@@ -88,7 +88,7 @@ def train_tokenizer(
     )
     corpus.check_memory_ahead()
     started = time.perf_counter()
-    model = _like_llamas(_learn(corpus, vocab_size, seed))
+    model = _like_llamas(_learn(corpus, memory, vocab_size, seed))
     digest = hashlib.sha256(model).hexdigest()
     found = report_on(model, {source.name: source.report_sample for source in sources}) if report else None
     record = _record(output, digest, sources, vocab_size, bytes_per_source, seed, found)
@@ -138,10 +138,10 @@ class _Lines:
             raise
 
 
-def _learn(corpus: Corpus, vocab_size: int, seed: int) -> bytes:
+def _learn(corpus: Corpus, memory: TrainerMemory, vocab_size: int, seed: int) -> bytes:
     sentencepiece.set_random_generator_seed(seed)
     model = BytesIO()
-    with _learning_said() as read:
+    with _learning_said(memory) as read:
         lines = _Lines(corpus, read)
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -157,7 +157,7 @@ def _learn(corpus: Corpus, vocab_size: int, seed: int) -> bytes:
 
 
 @contextmanager
-def _learning_said() -> Iterator[Callable[[], None]]:
+def _learning_said(memory: TrainerMemory) -> Iterator[Callable[[], None]]:
     """Yields what to call when the text is read. From then on stderr says now and then that work goes on.
 
     SentencePiece never returns to Python while it learns, so Ctrl-C would wait for its end; nothing is being
@@ -170,7 +170,8 @@ def _learning_said() -> Iterator[Callable[[], None]]:
     def read() -> None:
         if in_main_thread:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        print("train-tokenizer: text read, learning the merges", file=sys.stderr, flush=True)
+        state = f"text read, learning the merges in up to {memory.peak / 1e9:.2f} GB"
+        print(f"train-tokenizer: {state}", file=sys.stderr, flush=True)
         threading.Thread(target=_say_elapsed, args=(done,), daemon=True).start()
 
     try:
