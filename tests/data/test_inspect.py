@@ -206,12 +206,12 @@ def test_ids_outside_the_given_vocabulary_are_damage(tmp_path: Path, tokenizer_m
 
 @pytest.mark.parametrize("option", [None, "--verify"])
 def test_files_that_do_not_belong_together(damaged: Path, tmp_path: Path, option: str | None) -> None:
-    write(tmp_path / "other", [[1, 2]])
+    write(tmp_path / "other", [[1] * 24])
     (tmp_path / "other.idx").replace(f"{damaged}.idx")
     (tmp_path / "other.bin").replace(f"{damaged}.bin")
     code, _, errors = run(damaged, *([option] if option else []))
     assert code == 65
-    assert "damaged.json tokens = 20: the dataset has 2" in errors
+    assert "damaged.json tokens = 20: the dataset has 24" in errors
 
 
 def test_requests_that_make_no_sense(megatrons: Path, tmp_path: Path) -> None:
