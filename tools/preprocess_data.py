@@ -1,6 +1,7 @@
 """`llama-mcore preprocess-data`. See `python tools/preprocess_data.py --help`."""
 
-from llama_mcore.cli import main
-
 if __name__ == "__main__":
+    # Imported here: a worker runs this file too, and needs no command line.
+    from llama_mcore.cli import main
+
     main("preprocess-data")

@@ -15,6 +15,7 @@ from llama_mcore.data.files import output_errors, published
 from llama_mcore.data.index import bin_path, idx_path
 from llama_mcore.data.indexed import IndexedWriter
 from llama_mcore.data.inputs import Unit
+from llama_mcore.data.job import Job
 from llama_mcore.data.lines import lines_before
 from llama_mcore.data.manifest import (
     BlockChecksums,
@@ -25,7 +26,6 @@ from llama_mcore.data.manifest import (
 )
 from llama_mcore.data.progress import InputProgress
 from llama_mcore.data.shards import PartRecord
-from llama_mcore.data.unit_encoder import Job
 
 
 class DatasetWriter:

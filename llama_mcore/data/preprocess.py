@@ -6,7 +6,7 @@ job that was killed goes on with the parts that are there.
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ from llama_mcore.data.files import prepare_output
 from llama_mcore.data.index import bin_path, idx_path
 from llama_mcore.data.indexed import optimal_dtype
 from llama_mcore.data.inputs import InputFile, Unit, find_inputs, sources_of, unit_bytes_for
+from llama_mcore.data.job import Job
 from llama_mcore.data.join import join_parts, remove_dataset, remove_leftovers, write_quarantine
 from llama_mcore.data.manifest import manifest_path
 from llama_mcore.data.preprocess_settings import Settings, check_settings, output_prefixes, shard_prefix
@@ -24,12 +25,12 @@ from llama_mcore.data.schedule import Schedule
 from llama_mcore.data.shards import Lock, PartRecord, PartsFolder, open_parts, remove
 from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.data.totals import Totals, describe
-from llama_mcore.data.unit_encoder import Job, UnitEncoder
 from llama_mcore.data.workers import Workers
 from llama_mcore.errors import DataError, Problem
 
 _FORMAT = 1
 """Of the parts and of the rules that make them."""
+_ENCODER_MODULE = "llama_mcore.data.unit_encoder"
 _ENOUGH_TO_JUDGE = 1000
 """Documents after which too many bad ones end a job at once."""
 
@@ -43,14 +44,20 @@ def preprocess(
     until then PREFIX.parts holds what is done, and the same call goes on from it.
     """
     chosen = Settings(**settings)
-    _Preprocessing(inputs, tokenizer_model, output_prefix, chosen).run()
+    with Workers[Unit, tuple[PartRecord, str | None]](chosen.workers, _ENCODER_MODULE) as workers:
+        _Preprocessing(inputs, tokenizer_model, output_prefix, chosen, workers).run()
 
 
 class _Preprocessing:
     def __init__(
-        self, inputs: Sequence[Path | str], tokenizer_model: Path, output_prefix: Path, settings: Settings
+        self,
+        inputs: Sequence[Path | str],
+        tokenizer_model: Path,
+        output_prefix: Path,
+        settings: Settings,
+        workers: Workers[Unit, tuple[PartRecord, str | None]],
     ) -> None:
-        self._settings = settings
+        self._settings, self._workers = settings, workers
         self._keys = list(dict.fromkeys(settings.json_keys))
         self._files = find_inputs(inputs)
         check_settings(settings, self._files)
@@ -116,11 +123,9 @@ class _Preprocessing:
         if schedule.done:
             _say(f"going on with {len(schedule.done):,} parts ({before / 1e6:,.1f} MB) that are done")
         noted = False
-        with (
-            InputProgress("preprocess-data", self._bytes_to_read(), done=before) as progress,
-            Workers(self._settings.workers, partial(UnitEncoder, job), self._describe_unit) as workers,
-        ):
-            for unit, (record, note) in workers.run(schedule.next):
+        with InputProgress("preprocess-data", self._bytes_to_read(), done=before) as progress:
+            make = partial(_unit_encoder, job)
+            for unit, (record, note) in self._workers.run(make, schedule.next, self._describe_unit):
                 if note and not noted:
                     _say(f"sentencepiece encodes, as {note}")
                     noted = True
@@ -222,6 +227,12 @@ class _Preprocessing:
             raise DataError(
                 [Problem("input", f"key {key!r}", "no document holds any text", remedy) for key in empty]
             )
+
+
+def _unit_encoder(job: Job) -> Callable[[Unit], tuple[PartRecord, str | None]]:
+    from llama_mcore.data.unit_encoder import UnitEncoder  # with workers, only they need it
+
+    return UnitEncoder(job)
 
 
 def _identity(file: InputFile) -> str:

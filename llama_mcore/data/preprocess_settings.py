@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
-from llama_mcore.data.encoder import EncoderName
 from llama_mcore.data.inputs import InputFile
+from llama_mcore.data.job import ENCODERS, OnBadLine
 from llama_mcore.data.schedule import WHOLE, Shard
-from llama_mcore.data.unit_encoder import OnBadLine
 from llama_mcore.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from llama_mcore.data.encoder import EncoderName
 
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 """Megatron's names for a SentencePiece model. Its older Llama2Tokenizer puts BOS before each document."""
@@ -23,7 +25,7 @@ class Settings:
     workers: int = 1
     append_bos: bool = False
     append_eod: bool = False
-    encoder: EncoderName = "gigatoken"
+    encoder: "EncoderName" = "gigatoken"
     on_bad_line: OnBadLine = "fail"
     max_bad_ratio: float = 0.01
     held_out: float = 0.0
@@ -70,7 +72,7 @@ def check_choices(*, encoder: str, on_bad_line: str, tokenizer_type: str) -> Non
     problems = [
         Problem(flag, value, "is not known", f"known: {', '.join(known)}")
         for flag, value, known in (
-            ("--encoder", encoder, get_args(EncoderName)),
+            ("--encoder", encoder, ENCODERS),
             ("--on-bad-line", on_bad_line, get_args(OnBadLine)),
             ("--tokenizer-type", tokenizer_type or TOKENIZER_TYPES[0], TOKENIZER_TYPES),
         )

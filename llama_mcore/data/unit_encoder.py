@@ -3,48 +3,21 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
 from llama_mcore.data.blocks import BadLine, Block, Reader, bad_line_error
-from llama_mcore.data.encoder import EncoderName, load_encoder, self_check
-from llama_mcore.data.inputs import Source, Unit
+from llama_mcore.data.encoder import load_encoder, self_check
+from llama_mcore.data.inputs import Unit
+from llama_mcore.data.job import Job
 from llama_mcore.data.lines import lines_before
 from llama_mcore.data.readers import make_reader, payload_reader
-from llama_mcore.data.shards import OutputCounts, Part, PartRecord, PartsFolder
-
-OnBadLine = Literal["fail", "skip"]
+from llama_mcore.data.shards import OutputCounts, Part, PartRecord
 
 _CHECKED_CHARACTERS = 50_000
 """Of the first texts that a worker meets, encoded by sentencepiece too."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every worker is told."""
-
-    sources: Sequence[Source]
-    unit_bytes: int
-    parts: PartsFolder
-    tokenizer_model: Path
-    encoder: EncoderName
-    keys: Sequence[str]
-    vocab_size: int
-    dtype: type[np.integer]
-    bos: int | None
-    eod: int | None
-    held_out: float
-    on_bad_line: OnBadLine
-    shuffle_seed: int | None
-
-    @property
-    def outputs_per_key(self) -> int:
-        """The documents and, where some are held out, those."""
-        return 2 if self.held_out else 1
 
 
 @dataclass

@@ -3,6 +3,7 @@
 A worker is spawned: forking a process that runs threads can deadlock.
 """
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -11,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, Generic, TypeVar
@@ -29,30 +31,25 @@ class _Crash:
 
 
 class Workers(Generic[Task, Answer]):
-    """`count` processes; `make` builds in each the function that does the tasks. With one it is this process.
+    """`count` processes; with one it is this process that does the work.
 
-    `describe` names a task in the error when its worker is gone.
+    They start at once and import the module `preload` while the parent finds out what they are to do.
     """
 
-    def __init__(
-        self,
-        count: int,
-        make: Callable[[], Callable[[Task], Answer]],
-        describe: Callable[[Task], str],
-    ) -> None:
-        self._count, self._make, self._describe = count, make, describe
+    def __init__(self, count: int, preload: str) -> None:
+        self._count, self._preload = count, preload
         self._processes: list[SpawnProcess] = []
         self._connections: list[Connection] = []
 
     def __enter__(self) -> "Workers[Task, Answer]":
         if self._count == 1:
-            self._do = self._make()
             return self
         context = multiprocessing.get_context("spawn")
+        resource_tracker.ensure_running()  # its start would let interrupts through
         with _interrupts_held_back():
             for _ in range(self._count):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(theirs, self._make), daemon=True)
+                process = context.Process(target=_work, args=(theirs, self._preload), daemon=True)
                 process.start()
                 theirs.close()
                 self._processes.append(process)
@@ -66,12 +63,25 @@ class Workers(Generic[Task, Answer]):
             process.join()
             connection.close()
 
-    def run(self, next_task: Callable[[int], Task | None]) -> Iterator[tuple[Task, Answer]]:
-        """Answers as they come. `next_task(worker)` is asked whenever one is free; None: nothing for now."""
+    def run(
+        self,
+        make: Callable[[], Callable[[Task], Answer]],
+        next_task: Callable[[int], Task | None],
+        describe: Callable[[Task], str],
+    ) -> Iterator[tuple[Task, Answer]]:
+        """Answers as they come.
+
+        `make` builds in each worker the function that does the tasks, `next_task(worker)` is asked whenever
+        one is free (None: nothing for now), `describe` names a task in an error.
+        """
+        self._describe = describe
         if self._count == 1:
+            do = make()
             while (task := next_task(0)) is not None:
-                yield task, self._do(task)
+                yield task, do(task)
             return
+        for connection in self._connections:
+            self._send(connection, make, None)
         doing: dict[Connection, tuple[int, Task]] = {}
         while True:
             busy = {worker for worker, _ in doing.values()}
@@ -79,7 +89,7 @@ class Workers(Generic[Task, Answer]):
                 if worker not in busy and (task := next_task(worker)) is not None:
                     connection = self._connections[worker]
                     doing[connection] = worker, task
-                    self._send(connection, task)
+                    self._send(connection, task, task)
             if not doing:
                 return
             for ready in wait(list(doing)):
@@ -89,9 +99,9 @@ class Workers(Generic[Task, Answer]):
                 del doing[ready]
                 yield task, answer
 
-    def _send(self, connection: Connection, task: Task) -> None:
+    def _send(self, connection: Connection, message: object, task: Task | None) -> None:
         try:
-            connection.send(task)
+            connection.send(message)
         except OSError:
             raise self._gone(task) from None
 
@@ -107,13 +117,17 @@ class Workers(Generic[Task, Answer]):
         result: Answer = answer
         return result
 
-    def _gone(self, task: Task) -> PreflightError:
-        bound = f"a worker was killed at {self._describe(task)}, most often for lack of memory"
+    def _gone(self, task: Task | None) -> PreflightError:
+        place = "its start" if task is None else self._describe(task)
+        bound = f"a worker was killed at {place}, most often for lack of memory"
         return PreflightError(Problem("workers", self._count, bound, "start fewer with --workers"))
 
 
-def _work(connection: Connection, make: Callable[[], Callable[[Any], Any]]) -> None:
+def _work(connection: Connection, preload: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+    importlib.import_module(preload)
+    make: Callable[[], Callable[[Any], Any]] = connection.recv()
     do: Callable[[Any], Any] | None = None
     while True:
         task = connection.recv()

@@ -1,3 +1,6 @@
+import gzip
+import hashlib
+import itertools
 import os
 import re
 import signal
@@ -10,17 +13,30 @@ from pathlib import Path
 import numpy as np
 import orjson
 import psutil
+import pyarrow as pa
 import pytest
+import zstandard
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from pyarrow import parquet
+from typer.testing import CliRunner
 
+from llama_mcore.cli import app
+from llama_mcore.data import inputs, progress, unit_encoder
 from llama_mcore.data import preprocess as preprocess_module
-from llama_mcore.data import progress
 from llama_mcore.data.indexed import IndexedDataset
+from llama_mcore.data.inputs import Unit
+from llama_mcore.data.manifest import build_manifest
 from llama_mcore.data.preprocess import preprocess
+from llama_mcore.data.schedule import Shard
 from llama_mcore.data.tokenizer import Tokenizer
-from llama_mcore.errors import DataError, PreflightError
+from llama_mcore.data.unit_encoder import shuffle
+from llama_mcore.errors import ConfigError, DataError, PreflightError
 from tests.data.conftest import write_jsonl
 
 TOOLS = Path(__file__).parents[2] / "tools"
+SUFFIXES = (".bin", ".idx", ".json")
+MEASURED = {"documents", "tokens", "dtype", "longest_document", "block_checksums", "idx_sha256"}
+SHUFFLED = ([3, 4, 5, 0, 1, 2, 6, 7, 8, 9], [3, 1, 2, 4])
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -47,22 +63,118 @@ def test_without_append_eod_there_is_none(corpus: Path, tokenizer_model: Path, t
     assert Tokenizer(tokenizer_model).eod not in IndexedDataset(tmp_path / "d_text_document").tokens[:]
 
 
-def test_two_workers_write_the_same_bytes_through_the_tool(
-    corpus: Path, tokenizer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_workers_and_encoders_change_nothing_through_the_tool(
+    corpus: Path, tokenizer_model: Path, tmp_path: Path
 ) -> None:
     many = tmp_path / "many.jsonl"
-    many.write_bytes(corpus.read_bytes() * 40)
-    assert many.stat().st_size > 2 * preprocess_module._BATCH_BYTES
-    for workers in (1, 2):
+    many.write_bytes(corpus.read_bytes() * 200)
+    assert many.stat().st_size > 1 << 20
+    for name, workers, encoder in (("a", 1, "gigatoken"), ("b", 2, "gigatoken"), ("c", 2, "sentencepiece")):
         done = run(
-            *("--input", many, "--input", corpus, "--tokenizer-model", tokenizer_model),
-            *("--output-prefix", tmp_path / str(workers), "--workers", workers, "--append-eod"),
+            *("--input", many, corpus, "--tokenizer-model", tokenizer_model, "--encoder", encoder),
+            *("--output-prefix", tmp_path / name, "--workers", workers, "--append-eod"),
         )
         assert done.returncode == 0, done.stderr
-        assert "4,797 documents (123 empty ones skipped)" in done.stdout
+        assert "24,120 documents in = 23,517 written + 603 empty + 0 skipped" in done.stdout
         assert done.stderr == ""
-    for suffix in ("_text_document.bin", "_text_document.idx"):
-        assert (tmp_path / f"1{suffix}").read_bytes() == (tmp_path / f"2{suffix}").read_bytes()
+    for suffix in SUFFIXES:
+        same = {(tmp_path / f"{name}_text_document{suffix}").read_bytes() for name in "abc"}
+        assert len(same) == 1
+    assert not list(tmp_path.glob("*.parts"))
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Units of this many bytes instead of at least 4 MB."""
+    monkeypatch.setattr(inputs, "_SMALLEST_UNIT", 700)
+    return 700
+
+
+def test_bytes_are_those_of_megatrons_tool(
+    corpus: Path, tokenizer_model: Path, tmp_path: Path, small_units: int
+) -> None:
+    """Its main loop: encode each document, append EOS to one that is not empty, add it to the builder."""
+    preprocess([corpus], tokenizer_model, tmp_path / "ours", append_eod=True)
+    tokenizer = Tokenizer(tokenizer_model)
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
+    for text in filter(None, texts_of(corpus)):
+        ids = [*tokenizer.encode(text), tokenizer.eod]
+        builder.add_document(ids, [len(ids)])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for suffix in (".bin", ".idx"):
+        ours, theirs = tmp_path / f"ours_text_document{suffix}", tmp_path / f"theirs{suffix}"
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize(("bos", "eod"), [(False, False), (True, False), (True, True)])
+def test_first_and_last_tokens(
+    bos: bool, eod: bool, corpus: Path, tokenizer_model: Path, tmp_path: Path
+) -> None:
+    preprocess([corpus], tokenizer_model, tmp_path / "d", append_bos=bos, append_eod=eod)
+    tokenizer, dataset = Tokenizer(tokenizer_model), IndexedDataset(tmp_path / "d_text_document")
+    texts = list(filter(None, texts_of(corpus)))
+    assert [dataset.document(number).tolist() for number in range(dataset.num_documents)] == [
+        [tokenizer.bos] * bos + tokenizer.encode(text) + [tokenizer.eod] * eod for text in texts
+    ]
+
+
+def test_the_manifest_tells_what_was_made_from_what(
+    corpus: Path, tokenizer_model: Path, tmp_path: Path
+) -> None:
+    preprocess([corpus], tokenizer_model, tmp_path / "d", append_eod=True)
+    manifest = IndexedDataset(tmp_path / "d_text_document").manifest
+    assert manifest == build_manifest(tmp_path / "d_text_document", **manifest.model_dump(exclude=MEASURED))
+    assert manifest.tokenizer_sha256 == hashlib.sha256(tokenizer_model.read_bytes()).hexdigest()
+    assert manifest.text_bytes == sum(len(text.encode()) for text in texts_of(corpus))
+    assert (manifest.empty_documents, manifest.skipped_lines, manifest.eod) == (3, 0, 2)
+    assert [(each.path, each.bytes) for each in manifest.inputs] == [(str(corpus), corpus.stat().st_size)]
+
+
+def test_all_formats_at_once_and_several_values_after_one_flag(
+    tokenizer_model: Path, tmp_path: Path, small_units: int
+) -> None:
+    texts = [f"{name} {number}" for name in "abcde" for number in range(40)]
+    parts = [texts[first : first + 40] for first in range(0, 200, 40)]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    lines = [b"".join(orjson.dumps({"text": text}) + b"\n" for text in part) for part in parts]
+    (folder / "a.jsonl").write_bytes(lines[0])
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines[1]))
+    (folder / "c.json.zst").write_bytes(zstandard.compress(lines[2]))
+    parquet.write_table(pa.table({"text": parts[3]}), folder / "d.parquet", 7)
+    for number, text in enumerate(parts[4]):
+        (folder / f"e{number:02}.txt").write_text(text)
+    for name, workers, given in (("all", 1, [folder]), ("each", 3, sorted(folder.iterdir()))):
+        preprocess(given, tokenizer_model, tmp_path / name, workers=workers)
+        tokens = IndexedDataset(tmp_path / f"{name}_text_document")
+        assert [tokens.document(number).tolist() for number in range(200)] == [
+            Tokenizer(tokenizer_model).encode(text) for text in texts
+        ]
+    (tmp_path / "all.jsonl").write_bytes(b"".join(lines[:2]))
+    done = run(
+        *("--input", folder / "a.jsonl", folder / "b.jsonl.gz", "--json-keys", "text", "text"),
+        *("--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", tokenizer_model, "--workers", 1),
+        *("--output-prefix", tmp_path / "two", "--log-interval", 10, "--partitions", 1),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "80 documents in = 80 written" in done.stdout
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        assert re.search(rf"{name}: 0\.0 MB, 40 documents, [1-9]\d* tokens", done.stdout)
+
+
+def test_a_stream_is_read_from_stdin(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
+    preprocess([corpus], tokenizer_model, tmp_path / "file")
+    arguments = ["--input", "-", "--tokenizer-model", tokenizer_model, "--output-prefix", tmp_path / "d"]
+    command = [sys.executable, str(TOOLS / "preprocess_data.py"), *map(str, arguments)]
+    content = corpus.read_bytes()
+    done = subprocess.run(command, input=content, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for suffix in (".bin", ".idx"):
+        paths = (tmp_path / f"{name}_text_document{suffix}" for name in ("d", "file"))
+        assert len({path.read_bytes() for path in paths}) == 1
+    done = subprocess.run(command, input=content + b"nonsense\n", capture_output=True, timeout=60)
+    assert (done.returncode, b"- line 121: is not JSON" in done.stderr) == (65, True)
 
 
 def test_one_dataset_for_each_key(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
@@ -70,8 +182,10 @@ def test_one_dataset_for_each_key(corpus: Path, tokenizer_model: Path, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "d_text_document.bin",
         "d_text_document.idx",
+        "d_text_document.json",
         "d_title_document.bin",
         "d_title_document.idx",
+        "d_title_document.json",
     ]
     text, title = (IndexedDataset(tmp_path / f"d_{key}_document") for key in ("text", "title"))
     assert text.num_documents == title.num_documents == 117
@@ -136,21 +250,182 @@ def test_debug_prints_the_traceback(tmp_path: Path, tokenizer_model: Path) -> No
 
 
 def test_a_failure_late_in_the_input_leaves_the_older_dataset(
-    corpus: Path, tokenizer_model: Path, tmp_path: Path
+    corpus: Path, tokenizer_model: Path, tmp_path: Path, small_units: int
 ) -> None:
     preprocess([corpus], tokenizer_model, tmp_path / "d")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     bad = write_jsonl(tmp_path.parent / f"{tmp_path.name}.jsonl", [{"text": "fine"}, {"text": 3}])
-    with pytest.raises(DataError, match="line 2"):
-        preprocess([corpus, bad], tokenizer_model, tmp_path / "d")
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    for workers in (1, 2):
+        with pytest.raises(DataError, match="line 2"):
+            preprocess([corpus, bad], tokenizer_model, tmp_path / "d", workers=workers)
+        assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def spoil(corpus: Path, path: Path) -> tuple[Path, list[int]]:
+    """The corpus with a bad line before every tenth; also the numbers of those lines."""
+    lines: list[bytes] = []
+    bad: list[int] = []
+    for number, line in enumerate(corpus.read_bytes().splitlines(keepends=True)):
+        if number % 10 == 0:
+            bad.append(len(lines) + 2)
+            lines += [b"\n", b'{"text": \xff}\n']
+        lines.append(line)
+    path.write_bytes(b"".join(lines))
+    return path, bad
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_skipped_lines_are_listed_counted_and_nothing_else_is_lost(
+    workers: int, corpus: Path, tokenizer_model: Path, tmp_path: Path, small_units: int
+) -> None:
+    spoilt, bad = spoil(corpus, tmp_path / "spoilt.jsonl")
+    settings = {"on_bad_line": "skip", "max_bad_ratio": 0.1, "workers": workers}
+    preprocess([corpus, spoilt], tokenizer_model, tmp_path / "d", **settings)
+    entries = [orjson.loads(line) for line in (tmp_path / "d.quarantine.jsonl").read_bytes().splitlines()]
+    assert [(entry["file"], entry["line"]) for entry in entries] == [(str(spoilt), line) for line in bad]
+    assert entries[0]["start"] == '{"text": \ufffd}'
+    assert "is not JSON" in entries[0]["reason"]
+    twice = preprocess_twice(corpus, tokenizer_model, tmp_path)
+    assert (tmp_path / "d_text_document.bin").read_bytes() == twice.read_bytes()
+    manifest = IndexedDataset(tmp_path / "d_text_document").manifest
+    assert (manifest.documents, manifest.skipped_lines, manifest.empty_documents) == (234, 12, 6)
+    preprocess([corpus], tokenizer_model, tmp_path / "d", **settings)
+    assert not (tmp_path / "d.quarantine.jsonl").exists()
+
+
+def preprocess_twice(corpus: Path, tokenizer_model: Path, folder: Path) -> Path:
+    copy = folder / "copy.jsonl"
+    copy.write_bytes(corpus.read_bytes())
+    preprocess([corpus, copy], tokenizer_model, folder / "twice")
+    return folder / "twice_text_document.bin"
+
+
+def test_the_number_of_a_bad_line_counts_from_the_start_of_its_file(
+    corpus: Path, tokenizer_model: Path, tmp_path: Path, small_units: int
+) -> None:
+    lines = corpus.read_bytes() + b"bad\n"
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    for name, workers in itertools.product(("a.jsonl", "a.jsonl.gz"), (1, 2)):
+        with pytest.raises(DataError, match=rf"{name} line 121: is not JSON"):
+            preprocess([tmp_path / name], tokenizer_model, tmp_path / "d", workers=workers, restart=True)
+
+
+def test_too_many_bad_lines_end_the_job(
+    corpus: Path, tokenizer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_units: int
+) -> None:
+    spoilt, _ = spoil(corpus, tmp_path / "spoilt.jsonl")
+    settings = {"on_bad_line": "skip", "max_bad_ratio": 0.05}
+    with pytest.raises(DataError, match=r"0\.05: 12 of 132 documents cannot be used; .*quarantine.jsonl"):
+        preprocess([spoilt], tokenizer_model, tmp_path / "d", **settings)
+    assert len((tmp_path / "d.quarantine.jsonl").read_bytes().splitlines()) == 12
+    monkeypatch.setattr(preprocess_module, "_ENOUGH_TO_JUDGE", 5)
+    with pytest.raises(DataError, match=r"of 1?[0-9] documents cannot be used"):
+        preprocess([spoilt], tokenizer_model, tmp_path / "d", **settings, restart=True)
+    # What is done stays, and a wider limit changes none of it.
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "d.parts").glob("*.bin")}
+    assert done
+    monkeypatch.setattr(preprocess_module, "remove", lambda folder: None)
+    preprocess([spoilt], tokenizer_model, tmp_path / "d", **{**settings, "max_bad_ratio": 0.2})
+    assert done.items() <= {p: p.stat().st_mtime_ns for p in (tmp_path / "d.parts").glob("*.bin")}.items()
+    with pytest.raises(DataError, match="line 2: is not JSON"):
+        preprocess([spoilt], tokenizer_model, tmp_path / "d")
+
+
+def test_held_out_documents_are_chosen_by_their_text_alone(
+    corpus: Path, tokenizer_model: Path, tmp_path: Path, small_units: int
+) -> None:
+    preprocess([corpus], tokenizer_model, tmp_path / "d", held_out=0.3, append_eod=True)
+    tokenizer = Tokenizer(tokenizer_model)
+    sides: dict[bool, list[list[int]]] = {True: [], False: []}
+    for text in filter(None, texts_of(corpus)):
+        chosen = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < 0.3 * 2**64
+        sides[chosen].append([*tokenizer.encode(text), tokenizer.eod])
+    assert len(sides[True]) > 10
+    for chosen, name in ((True, "heldout"), (False, "document")):
+        dataset = IndexedDataset(tmp_path / f"d_text_{name}")
+        assert [dataset.document(n).tolist() for n in range(dataset.num_documents)] == sides[chosen]
+
+
+def test_nothing_is_held_out_without_a_ratio(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
+    preprocess([corpus], tokenizer_model, tmp_path / "d")
+    assert not list(tmp_path.glob("*heldout*"))
+
+
+def test_shuffle_is_by_seed_and_keeps_every_document(
+    corpus: Path, tokenizer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_units: int
+) -> None:
+    documents = {}
+    for name, seed, workers in (("none", None, 1), ("a", 1, 1), ("b", 1, 2), ("c", 2, 1)):
+        preprocess([corpus], tokenizer_model, tmp_path / name, shuffle_seed=seed, workers=workers)
+        dataset = IndexedDataset(tmp_path / f"{name}_text_document")
+        documents[name] = [dataset.document(n).tolist() for n in range(dataset.num_documents)]
+    assert documents["a"] == documents["b"]
+    assert len({str(documents[name]) for name in ("none", "a", "c")}) == 3
+    assert sorted(documents["none"]) == sorted(documents["a"]) == sorted(documents["c"])
+
+
+def test_shuffled_order_is_the_same_in_every_version() -> None:
+    tokens, lengths = np.arange(10, dtype=np.uint16), np.array([1, 2, 3, 4], dtype=np.int32)
+    shuffled, order = shuffle(tokens, lengths, 7, Unit(1, 2))
+    assert (shuffled.tolist(), order.tolist()) == SHUFFLED
+
+
+BAD_SETTINGS = {
+    "--held-out": ["--held-out", "1"],
+    "--max-bad-ratio": ["--max-bad-ratio", "-0.5"],
+    "--shard": ["--shard", "3/3"],
+    "--encoder": ["--encoder", "fast"],
+    "--on-bad-line": ["--on-bad-line", "ignore"],
+    "--tokenizer-type": ["--tokenizer-type", "GPT2BPETokenizer"],
+}
+
+
+@pytest.mark.parametrize("flag", BAD_SETTINGS)
+def test_bad_settings_are_refused_by_name(
+    flag: str, corpus: Path, tokenizer_model: Path, tmp_path: Path
+) -> None:
+    arguments = ["--input", corpus, "--tokenizer-model", tokenizer_model, "--output-prefix", tmp_path / "d"]
+    done = CliRunner().invoke(app, ["preprocess-data", *map(str, arguments), *BAD_SETTINGS[flag]])
+    assert done.exit_code == 64
+    assert flag in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_files_have_one_text_and_streams_one_reader(tokenizer_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ConfigError, match="has one text, not one for each"):
+        preprocess([tmp_path], tokenizer_model, tmp_path / "d", json_keys=["text", "title"])
+    with pytest.raises(ConfigError, match="cannot be read by several jobs"):
+        preprocess(["-"], tokenizer_model, tmp_path / "d", shard=Shard(0, 2))
+
+
+def test_an_encoder_that_differs_is_found_at_the_start(
+    corpus: Path, tokenizer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong:
+        name = "gigatoken"
+        fallback_reason = None
+
+        def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+            return np.full(len(texts), 5, np.int32), np.ones(len(texts), np.int32)
+
+    load = unit_encoder.load_encoder
+    monkeypatch.setattr(
+        unit_encoder,
+        "load_encoder",
+        lambda name, model: Wrong() if name == "gigatoken" else load(name, model),
+    )
+    with pytest.raises(DataError, match="gives other tokens than sentencepiece"):
+        preprocess([corpus], tokenizer_model, tmp_path / "d")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
 def long_corpus(corpus: Path, tmp_path: Path) -> Path:
     """Enough for some seconds of work."""
     path = tmp_path / "long.jsonl"
-    path.write_bytes(corpus.read_bytes() * 2000)
+    path.write_bytes(corpus.read_bytes() * 1200)
     return path
 
 
@@ -184,10 +459,10 @@ def test_a_killed_worker_is_an_error_and_leaves_nothing(
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    with pytest.raises(PreflightError, match="a worker was killed"):
+    with pytest.raises(PreflightError, match=r"a worker was killed at .*long\.jsonl, part"):
         preprocess([long_corpus], tokenizer_model, output / "d", workers=2)
     killer.join()
-    assert list(output.iterdir()) == []
+    assert all(path.suffix == ".parts" for path in output.iterdir())
 
 
 def start_tool(corpus: Path, model: Path, output: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
@@ -201,6 +476,8 @@ def start_tool(corpus: Path, model: Path, output: Path) -> tuple[subprocess.Pope
         output / "d",
         "--workers",
         2,
+        "--encoder",
+        "sentencepiece",
     ]
     command = [sys.executable, str(TOOLS / "preprocess_data.py"), *map(str, arguments)]
     tool = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
@@ -209,18 +486,18 @@ def start_tool(corpus: Path, model: Path, output: Path) -> tuple[subprocess.Pope
 
 
 @pytest.mark.parametrize("working", [False, True])
-def test_ctrl_c_leaves_nothing(
+def test_ctrl_c_leaves_what_is_done(
     long_corpus: Path, tokenizer_model: Path, tmp_path: Path, working: bool
 ) -> None:
     output = tmp_path / "out"
     tool, workers = start_tool(long_corpus, tokenizer_model, output)
     if working:
-        wait_for(lambda: any(path.stat().st_size for path in output.iterdir()))
+        wait_for(lambda: list(output.glob("d.parts/*-*.bin")))
     os.killpg(tool.pid, signal.SIGINT)  # a terminal signals every process of the group
     _, errors = tool.communicate(timeout=30)
     assert tool.returncode == 130
     assert "Traceback" not in errors
-    assert list(output.iterdir()) == []
+    assert [path.name for path in output.glob("*")] == (["d.parts"] if working else [])
     assert not any(runs(worker) for worker in workers)
 
 
@@ -229,11 +506,11 @@ def test_workers_end_with_a_killed_parent_and_no_dataset_appears(
 ) -> None:
     output = tmp_path / "out"
     tool, workers = start_tool(long_corpus, tokenizer_model, output)
-    wait_for(lambda: any(path.stat().st_size for path in output.iterdir()))
+    wait_for(lambda: list(output.glob("d.parts/*-*.bin")))
     tool.kill()
     tool.communicate(timeout=30)
     wait_for(lambda: not any(runs(worker) for worker in workers))
-    assert all(path.name.startswith(".") for path in output.iterdir())
+    assert [path.name for path in output.iterdir()] == ["d.parts"]
 
 
 def test_a_terminal_gets_a_bar(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
@@ -246,7 +523,7 @@ def test_a_terminal_gets_a_bar(corpus: Path, tokenizer_model: Path, tmp_path: Pa
     os.close(screen)
     assert "preprocess-data" in shown
     assert "120 documents" in shown.replace("\r\n", "")
-    assert len(done.stdout.splitlines()) == 1
+    assert "120 documents in = 117 written" in done.stdout
 
 
 def test_long_work_without_a_terminal_prints_a_line_now_and_then(
@@ -259,10 +536,11 @@ def test_long_work_without_a_terminal_prints_a_line_now_and_then(
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     preprocess([corpus], tokenizer_model, tmp_path / "d")
     assert re.match(
-        r"preprocess-data: .* MB/s, 120 documents, [\d,]+ tokens, 0 s left\n$", capsys.readouterr().err
+        r"preprocess-data: .* MB/s, 120 documents, [\d,]+ tokens, 0 s left\njoining: .*0 s left\n$",
+        capsys.readouterr().err,
     )
 
 
 def test_workers_start_without_torch() -> None:
-    code = "import sys, llama_mcore.data.preprocess; sys.exit('torch' in sys.modules)"
+    code = "import sys, llama_mcore.data.unit_encoder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
