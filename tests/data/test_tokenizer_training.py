@@ -509,6 +509,17 @@ def test_progress_counts_the_bytes_on_disk(tmp_path: Path, compress: Callable[[b
     assert (progress.bytes, progress.documents) == (progress.total_bytes, 20_000)
 
 
+def test_progress_never_passes_the_end(tmp_path: Path) -> None:
+    """The start of this file says little of the rest, which is compressed far better."""
+    texts = [random.Random(n).randbytes(1000).hex() for n in range(500)] + ["the same"] * 100_000
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts)))
+    (source,) = find_sources([path])
+    progress = InputProgress("test", path.stat().st_size)
+    assert all(progress.bytes <= progress.total_bytes for _ in read_texts(source.files[0], "text", progress))
+    assert progress.bytes == progress.total_bytes
+
+
 # --- the report
 
 
