@@ -48,21 +48,21 @@ def why_not_gigatoken(model: ModelProto) -> str | None:
 
 
 def _scores_give_an_order(scores: dict[str, float]) -> bool:
-    """Whether no two pieces share a score, apart from runs of one character that are merged after all others.
+    """Whether no two pieces share a score, apart from the runs of one character if all of them share one.
 
     The released LLaMA tokenizer has such runs: two to sixteen spaces. sentencepiece makes the leftmost as
     long as it can be; `_merges` gives the same by ranking the pair with the longer left half higher.
     """
-    if not all(map(isfinite, scores.values())):
-        return False
     count = Counter(scores.values())
     tied = {piece for piece, score in scores.items() if count[score] > 1}
+    if not all(map(isfinite, count)):
+        return False
     if not tied:
         return True
     character = min(tied)[0]
     runs = {character * length for length in range(2, len(tied) + 2)}
-    last = {piece for piece, score in scores.items() if score == min(count)}
-    return tied == runs == last and not any(2 * character in piece for piece in scores.keys() - runs)
+    in_others = any(2 * character in piece for piece in scores.keys() - runs)
+    return tied == runs and len({scores[piece] for piece in runs}) == 1 and not in_others
 
 
 def _spells_a_byte(piece: str) -> bool:
