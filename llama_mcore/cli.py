@@ -237,6 +237,12 @@ def train(
         bool, typer.Option("--dry-run", help="Check and print the plan; start nothing.")
     ] = False,
     world_size: Annotated[int, typer.Option(help="With --dry-run: ranks to plan for.")] = 0,
+    resume: Annotated[
+        str, typer.Option(help="auto: from the newest checkpoint; never; or a checkpoint's folder.")
+    ] = "auto",
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Move what the run's folder holds aside and begin anew.")
+    ] = False,
     accept_data_change: Annotated[
         bool,
         typer.Option("--accept-data-change", help="Resume with other data than before, and record that."),
@@ -269,8 +275,9 @@ def train(
             order_kernel_starts(run.parallel.tp, run.zero.stage)
             silence_libraries(cpu=not on_gpu())
             from llama_mcore.train.loop import train
+            from llama_mcore.train.resume import Start
 
-            exit_code = train(run, stop, accept_data_change)
+            exit_code = train(run, stop, Start(resume, fresh, accept_data_change))
     raise typer.Exit(exit_code)
 
 

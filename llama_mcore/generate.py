@@ -62,7 +62,8 @@ def open_weights(path: Path) -> tuple[Weights, Path | None]:
         hugging_face = HfReader(path)
         return hugging_face, hugging_face.tokenizer_model
     reader = CheckpointReader(find_checkpoint(path))
-    named = reader.manifest["config"]["data"]["tokenizer"]
+    reader.check_content()
+    named = reader.manifest.config["data"]["tokenizer"]
     return reader, Path(named) if named else None
 
 

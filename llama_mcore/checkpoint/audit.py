@@ -4,14 +4,13 @@ import sys
 from pathlib import Path
 
 import orjson
-from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress
 
-from llama_mcore.checkpoint.layout import find_checkpoint, read_manifest
+from llama_mcore.checkpoint.layout import find_checkpoint
+from llama_mcore.checkpoint.manifest import read_manifest
 from llama_mcore.data.audit import check_ledger, check_uses, count_uses, use_table
-from llama_mcore.data.ledger import Segment
-from llama_mcore.errors import CheckpointError, DataError, MissingInputError, Problem
+from llama_mcore.errors import DataError, MissingInputError, Problem
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -25,20 +24,16 @@ def audit_run(run_dir: Path) -> str:
     """
     path = find_checkpoint(run_dir)
     manifest = read_manifest(path)
-    try:
-        segments = tuple(Segment.model_validate(segment) for segment in manifest["segments"])
-        position, ledger = int(manifest["consumed_samples"]), manifest["windows_read"]
-        total = sum(segments[-1].used(position).values())
-    except (LookupError, TypeError, ValidationError) as error:
-        raise CheckpointError(Problem("manifest", path, f"holds no plan of the data ({error})")) from None
+    segments, position = manifest.segments, manifest.consumed_samples
+    expected = segments[-1].used(position)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("counting windows", total=total)
+        task = progress.add_task("counting windows", total=sum(expected.values()))
         uses = count_uses(segments, position, lambda windows: progress.advance(task, windows))
     rows = _rows(run_dir / METRICS_FILE)
     problems = [*check_uses(uses), *check_ledger(segments, rows)]
-    if ledger != segments[-1].used(position):
-        bound = f"the plan gives {segments[-1].used(position)}"
-        problems.append(Problem(f"{path}: windows_read", ledger, bound))
+    if manifest.windows_read != expected:
+        bound = f"the plan gives {expected}"
+        problems.append(Problem(f"{path}: windows_read", manifest.windows_read, bound))
     table = use_table(segments, uses)
     if problems:
         problems[-1] = Problem(**vars(problems[-1]) | {"remedy": f"plan against use:\n{table}"})

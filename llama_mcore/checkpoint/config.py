@@ -10,3 +10,7 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; one is also written at the end and when a run is asked to stop."""
     keep: int = Field(default=2, ge=1)
     """The newest so many stay."""
+    asynchronous: bool = True
+    """Training goes on while a checkpoint is written; it waits only for the copy to host memory."""
+    timeout_s: float = Field(default=1800.0, gt=0)
+    """A checkpoint that is not written after so many seconds has failed, and the run ends."""

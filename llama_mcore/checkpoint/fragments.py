@@ -4,7 +4,7 @@ ZeRO keeps both in flat fp32 buffers that know nothing of parameters. This is th
 DeepSpeed 0.19.8's optimizers to find, for a parameter, its stretch of its buffer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,16 +61,31 @@ def create_optimizer_state(fragments: list[Fragment], step: int) -> None:
                 group["step"] = step
 
 
-def set_model_weight(parameter: Any, full: Tensor, dp_rank: int) -> None:
-    """Set the weight that the model computes with; `full` is the whole tensor-parallel shard."""
+def set_model_weights(engine: DeepSpeedEngine, dp_rank: int, full: Callable[[str], Tensor]) -> None:
+    """Set the weights that the model computes with, once the masters are filled.
+
+    `full` reads the whole tensor-parallel shard of a parameter, flat; it is asked where this rank keeps that:
+    at stage 0, and for the small parameters that stage 3 leaves gathered.
+    """
+    stage = engine.zero_optimization_stage()
+    if stage in (1, 2):
+        engine.optimizer.update_lp_params()
+        return
     with torch.no_grad():
-        if not hasattr(parameter, "ds_tensor"):
-            parameter.copy_(full)
-            return
-        start, numel = _stage3_range(parameter, dp_rank)
-        parameter.ds_tensor.view(-1)[:numel].copy_(full.view(-1)[start : start + numel])
-        if parameter.numel():  # a small parameter that stage 3 leaves gathered
-            parameter.copy_(full)
+        for name, parameter in engine.module.named_parameters():
+            if stage == 3:
+                _set_partition(parameter, dp_rank)
+            if parameter.numel():
+                parameter.copy_(full(name).view(parameter.shape))
+
+
+def _set_partition(parameter: Any, dp_rank: int) -> None:
+    _, numel = _stage3_range(parameter, dp_rank)
+    if numel:
+        zero = parameter._z3_optimizer
+        sub_group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+        master = zero.fp32_partitioned_groups_flat[sub_group].narrow(0, offset, numel)
+        parameter.ds_tensor.view(-1)[:numel].copy_(master)
 
 
 def _whole_parameters(engine: DeepSpeedEngine, named: list[tuple[str, Any]]) -> Iterator[Fragment]:

@@ -1,24 +1,25 @@
 """What a checkpoint looks like on disk.
 
     RUN_DIR/checkpoints/step-00000100/
-        manifest.json             the run and its files; its presence means complete
+        manifest.json             the run, and the list of its files with their hashes
         rank-00000.safetensors    the fragments that rank 0 owned
+    RUN_DIR/checkpoints/latest    the name of the newest, for people; nothing reads it
 
 A fragment is a stretch of one parameter of one tensor-parallel rank, as ZeRO cut it: its fp32 master weight
 or one of its Adam moments, stored flat under the key `kind/parameter/start`.
+
+A folder under its final name is complete: it is written under a temporary name and renamed when all of it is
+on the disk. docs/checkpoint.md has the whole story.
 """
 
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from llama_mcore.checkpoint.manifest import MANIFEST, missing_files, read_manifest
 from llama_mcore.errors import CheckpointError, MissingInputError, Problem
 
-FORMAT = "llama_mcore/1"
-MANIFEST = "manifest.json"
 TEMPORARY = ".tmp"
+LATEST = "latest"
 WEIGHT = "weight"
 KINDS = (WEIGHT, "exp_avg", "exp_avg_sq")
 
@@ -45,56 +46,34 @@ def parse_fragment_key(key: str) -> tuple[str, str, int]:
     return kind, name, int(start)
 
 
-def complete_checkpoints(run_dir: Path) -> list[Path]:
-    """Folders of the complete checkpoints of a run, oldest first.
+def step_folders(run_dir: Path) -> list[Path]:
+    """Every folder that carries the name of a checkpoint, oldest first, whatever is in it."""
+    found = checkpoints_dir(run_dir).glob("step-*")
+    return sorted(path for path in found if path.suffix != TEMPORARY and not path.is_symlink())
 
-    A manifest in a temporary folder does not count: its files may be on their way in, or out.
-    """
-    found = (path.parent for path in checkpoints_dir(run_dir).glob(f"step-*/{MANIFEST}"))
-    return sorted(path for path in found if path.suffix != TEMPORARY)
+
+def problems_of(folder: Path) -> list[Problem]:
+    """Why a folder is no checkpoint, as far as its manifest and the sizes of its files show."""
+    try:
+        return missing_files(folder, read_manifest(folder))
+    except CheckpointError as error:
+        return error.problems
+
+
+def complete_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoints of a run whose manifest is sound and whose files are all there, oldest first."""
+    return [folder for folder in step_folders(run_dir) if not problems_of(folder)]
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder as it is; the newest checkpoint of a run folder."""
+    """A checkpoint folder as it is; the newest complete checkpoint of a run folder."""
     if (path / MANIFEST).is_file():
         return path
     found = complete_checkpoints(path)
     if not found:
-        raise MissingInputError(
-            Problem(
-                "checkpoint", path, "holds no complete checkpoint", "give a run folder or a step-* folder"
-            )
-        )
+        bound = "holds no complete checkpoint"
+        raise MissingInputError(Problem("checkpoint", path, bound, "give a run folder or a step-* folder"))
     return found[-1]
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint in `path`. Raises CheckpointError if it is not one of this format."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(Problem("manifest", path / MANIFEST, f"cannot be read ({error})")) from None
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(Problem("format", found, f"of {path} is not {FORMAT}"))
-    return manifest
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file and wait until it is on disk."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_dir(path: Path) -> None:
-    """Wait until the names in a folder are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def unfinished(run_dir: Path) -> Iterator[Path]:

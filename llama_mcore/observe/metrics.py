@@ -53,6 +53,8 @@ class StepReport:
     """By source, after a step with an evaluation."""
     skipped: bool = False
     """The update was not applied because its gradient was not finite."""
+    damaged_checkpoints: list[str] = field(default_factory=list)
+    """At the first step after a resume: newer checkpoints that were damaged and passed over."""
 
     @property
     def valid_loss(self) -> float | None:
@@ -70,6 +72,8 @@ class StepReport:
             row["valid"] = {name: evaluation.to_dict() for name, evaluation in self.valid.items()}
         if not self.skipped:
             del row["skipped"]
+        if not self.damaged_checkpoints:
+            del row["damaged_checkpoints"]
         return row
 
 

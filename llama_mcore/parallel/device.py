@@ -38,6 +38,14 @@ def pinned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.pin_memory() if on_gpu() else tensor
 
 
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy in host memory that later changes of the tensor do not reach."""
+    if not tensor.is_cuda:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)
+
+
 def synchronize() -> None:
     """Wait until everything queued on this rank's device is done, so that a clock reads true."""
     if on_gpu():

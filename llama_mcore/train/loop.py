@@ -2,19 +2,19 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar, cast
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 
-from llama_mcore.checkpoint.layout import checkpoints_dir, complete_checkpoints
-from llama_mcore.checkpoint.load import check_same_model, load_checkpoint
-from llama_mcore.checkpoint.reader import CheckpointReader
-from llama_mcore.checkpoint.save import save_checkpoint
+from llama_mcore.checkpoint.layout import checkpoints_dir
+from llama_mcore.checkpoint.load import load_checkpoint
+from llama_mcore.checkpoint.save import Saved, Saver
 from llama_mcore.config import RunConfig, dump_run
 from llama_mcore.data.dataset import WindowDataset
 from llama_mcore.data.ledger import Segment, check_caps, continued
@@ -28,6 +28,7 @@ from llama_mcore.observe.sinks import MetricSinks
 from llama_mcore.parallel.device import peak_memory_bytes, pinned, synchronize
 from llama_mcore.parallel.groups import Groups, process_groups
 from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of
+from llama_mcore.train.resume import Start, find_start
 from llama_mcore.train.schedule import learning_rate
 from llama_mcore.train.signals import StopRequest
 from llama_mcore.train.state import TrainState
@@ -46,39 +47,42 @@ class Job:
     sources: list[OpenSource]
     state: TrainState
     saved: TrainState
-    """The state that the newest checkpoint holds."""
+    """The state that the newest checkpoint holds, or the one being written."""
+    passed_over: list[str]
+    """Damaged checkpoints that the run did not resume from; empty once they are reported."""
 
 
-def train(run: RunConfig, stop: StopRequest, accept_data_change: bool = False) -> int:
-    """Train to the last step and return 0, or to a request to stop and return 75. All ranks call it.
-
-    A run that resumes with other data than it was trained on is refused unless that is accepted.
-    """
+def train(run: RunConfig, stop: StopRequest, start: Start = Start()) -> int:  # noqa: B008  frozen
+    """Train to the last step and return 0, or to a request to stop and return 75. All ranks call it."""
     with process_groups(run.parallel, run.run.seed) as groups:
         setup_logging(groups.rank)
-        job = setup(run, groups, accept_data_change)
+        job = setup(run, groups, start)
         with ExitStack() as stack:
             sinks = _together(groups, lambda: stack.enter_context(_sinks(job)))
             batches = stack.enter_context(_batches(job))
+            saver = stack.enter_context(closing(Saver(job.engine, run, groups)))
             while job.state.step < run.train.steps:
                 _write(job, sinks, _step(job, batches))
+                _announce_saved(saver.poll())
                 stopping = _any_rank(stop.received is not None, groups)
                 if stopping or _save_is_due(job):
-                    save(job)
+                    save(job, saver)
                 if stopping:
                     break
+            _announce_saved(saver.finish())
         return _finish(job)
 
 
-def setup(run: RunConfig, groups: Groups, accept_data_change: bool = False) -> Job:
+def setup(run: RunConfig, groups: Groups, start: Start) -> Job:
     """Open the data, build model and engine, resume from the newest checkpoint if there is one.
 
     What can fail for the user's reasons comes first and fails on all ranks together.
     """
     sources = _together(groups, lambda: open_sources(run.data, run.model.seq_length, run.model.vocab_size))
-    reader = _together(groups, lambda: _find_resume(run))
-    state = reader.state if reader else TrainState()
-    segments = _together(groups, lambda: _plan_data(run, sources, state, accept_data_change))
+    found = find_start(run, start, groups, lambda action: _together(groups, action))
+    reader = found.reader
+    state = reader.state if reader else TrainState(run_id=_drawn_by_rank_0())
+    segments = _together(groups, lambda: _plan_data(run, sources, state, start.accept_data_change))
     _together(groups, lambda: _prepare_run_dir(run) if groups.rank == 0 else None)
     seed = None if reader else run.run.seed
     model = build_model(run.model, run.parallel, groups, dtype_of(run), seed)
@@ -87,17 +91,25 @@ def setup(run: RunConfig, groups: Groups, accept_data_change: bool = False) -> J
         _together(groups, lambda: load_checkpoint(engine, reader, groups))
         get_logger().info("resuming at step %d from %s", state.step, reader.path)
     _announce(run, groups)
-    return Job(run, groups, engine, sources, replace(state, segments=segments), saved=state)
+    state_now = replace(state, segments=segments)
+    return Job(run, groups, engine, sources, state_now, saved=state, passed_over=found.passed_over)
 
 
-def save(job: Job) -> None:
-    """Write a checkpoint of the current step unless there is one."""
+def save(job: Job, saver: Saver) -> None:
+    """Begin a checkpoint of the current step unless there is one, and wait for it where that is wanted."""
     if job.saved == job.state:
         return
-    started = time.perf_counter()
-    path = save_checkpoint(job.engine, job.run, job.state, job.groups)
+    lr = learning_rate(job.state.step, job.run.train.steps, job.run.optim)
+    _announce_saved(saver.begin(job.state, lr))
     job.saved = job.state
-    get_logger().info("saved %s in %.1f s", path, time.perf_counter() - started)
+    if not job.run.checkpoint.asynchronous:
+        _announce_saved(saver.finish())
+
+
+def _announce_saved(saved: Saved | None) -> None:
+    if saved:
+        times = f"{saved.seconds:.1f} s, training waited {saved.stalled_s:.2f} s"
+        get_logger().info("saved %s in %s", saved.path, times)
 
 
 def _step(job: Job, batches: MicroBatches) -> StepReport:
@@ -130,12 +142,14 @@ def _report(job: Job, result: StepResult, lr: float, seconds: float, valid: dict
         windows=job.state.segments[-1].used(job.state.consumed_samples),
         valid=valid,
         skipped=result.skipped,
+        damaged_checkpoints=job.passed_over,
     )
 
 
 def _write(job: Job, sinks: MetricSinks | None, report: StepReport) -> None:
     """Report a step on rank 0; if that fails, stop all ranks."""
     _together(job.groups, lambda: sinks.write(report) if sinks else None)
+    job.passed_over = []
 
 
 def _evaluate(job: Job) -> dict[str, HeldOut]:
@@ -229,14 +243,11 @@ def _plan_data(
     return segments
 
 
-def _find_resume(run: RunConfig) -> CheckpointReader | None:
-    """The newest complete checkpoint of the run, checked against its configuration."""
-    found = complete_checkpoints(Path(run.run.dir))
-    if not found:
-        return None
-    reader = CheckpointReader(found[-1])
-    check_same_model(reader, run)
-    return reader
+def _drawn_by_rank_0() -> str:
+    """The id of a new run, the same on all ranks."""
+    box = [uuid4().hex]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def _announce(run: RunConfig, groups: Groups) -> None:

@@ -15,3 +15,5 @@ class TrainState:
     """Training sequences consumed: the next one's position in the data order."""
     segments: tuple[Segment, ...] = ()
     """What the run has read and goes on reading; the last one is at work."""
+    run_id: str = ""
+    """Drawn when the run began."""

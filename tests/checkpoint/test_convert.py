@@ -1,6 +1,7 @@
 """Export of a checkpoint that training wrote, at tp 2 with sequence parallelism and bf16 weights."""
 
 import json
+import re
 import shutil
 import stat
 from pathlib import Path
@@ -26,6 +27,7 @@ from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.data.tokenizer_training import train_tokenizer
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, OutputError
 from llama_mcore.generate import generate
+from tests.checkpoint.damage import edit_manifest, edit_tensors
 from tests.distributed import ROOT, torchrun
 
 
@@ -116,6 +118,7 @@ def test_tokenizer_encodes_as_sentencepiece_does(exported: Path) -> None:
     ours = Tokenizer(exported / "tokenizer.model")
     sources = [path.read_text() for path in sorted((ROOT / "llama_mcore").rglob("*.py"))]
     fragments = [text[start : start + 97] for text in sources for start in range(0, len(text), 89)]
+    fragments += [" " * count + "x" + " " * (40 - count) for count in range(41)]
     strange = [" a", "  a", "\n", "1234 5", "<s></s><unk><0x0A>", "\u2581", "\u6f22 \U0001f642", "\u0000"]
     for text in sources + fragments + strange:
         assert theirs.encode(text) == ours.encode(text)
@@ -227,11 +230,8 @@ def test_bits_are_compared_not_values() -> None:
 
 def test_weights_beyond_fp16_are_refused(run_dir: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(find_checkpoint(run_dir), tmp_path / "step-00000002"))
-    path = copied / "rank-00000.safetensors"
-    tensors = load_file(path)
-    name = next(key for key in tensors if key.startswith("weight/decoder.final_layernorm"))
-    tensors[name][0] = 1e5
-    save_file(tensors, path)
+    name = "weight/decoder.final_layernorm.weight/0"
+    edit_tensors(copied, lambda tensors: tensors[name].view(-1)[:1].fill_(1e5))
     with pytest.raises(CheckpointError, match=r"decoder\.final_layernorm\.weight.*float16.*bf16"):
         convert(copied, tmp_path / "hf", dtype="fp16")
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
@@ -250,7 +250,7 @@ def test_missing_checkpoint(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "one bit"])
 def test_damaged_rank_file(run_dir: Path, tmp_path: Path, damage: str) -> None:
     copied = Path(shutil.copytree(find_checkpoint(run_dir), tmp_path / "step-00000002"))
     path = copied / "rank-00001.safetensors"
@@ -258,17 +258,19 @@ def test_damaged_rank_file(run_dir: Path, tmp_path: Path, damage: str) -> None:
     path.unlink()
     if damage == "cut":
         path.write_bytes(content[: len(content) // 2])
+    if damage == "one bit":
+        path.write_bytes(content[:-9] + bytes([content[-9] ^ 4]) + content[-8:])
     result = CliRunner().invoke(app, ["convert", "--input", str(copied), "--output", str(tmp_path / "hf")])
     assert result.exit_code == CheckpointError.exit_code
-    assert "rank-00001.safetensors: cannot be read" in result.output
+    said = {"cut": "bytes where", "gone": "cannot be read", "one bit": "is damaged: SHA-256"}[damage]
+    assert re.search(rf"rank-00001\.safetensors: .*{said}", result.output)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
 def test_tokenizer_of_the_run_is_gone(run_dir: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(find_checkpoint(run_dir), tmp_path / "step-00000002"))
-    manifest = json.loads((copied / "manifest.json").read_text())
-    manifest["config"]["data"]["tokenizer"] = "elsewhere/tokenizer.model"
-    (copied / "manifest.json").write_text(json.dumps(manifest))
+    elsewhere = {"tokenizer": "elsewhere/tokenizer.model"}
+    edit_manifest(copied, lambda manifest: manifest["config"]["data"].update(elsewhere))
     with pytest.raises(MissingInputError, match=r"data\.tokenizer = elsewhere/tokenizer\.model"):
         convert(copied, tmp_path / "hf")
 

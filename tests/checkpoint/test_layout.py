@@ -1,16 +1,12 @@
 """llama_mcore.checkpoint.layout and reader: which folder is a checkpoint, and what is wrong with it."""
 
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from llama_mcore.checkpoint.layout import (
     KINDS,
-    MANIFEST,
     checkpoints_dir,
     complete_checkpoints,
     find_checkpoint,
@@ -19,10 +15,10 @@ from llama_mcore.checkpoint.layout import (
     step_dir,
     unfinished,
 )
+from llama_mcore.checkpoint.manifest import MANIFEST
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.errors import CheckpointError, MissingInputError
-
-FIRST_RANK = "rank-00000.safetensors"
+from tests.checkpoint.damage import FIRST_RANK, edit_manifest, edit_tensors
 
 
 def test_a_fragment_key_reads_back() -> None:
@@ -30,21 +26,22 @@ def test_a_fragment_key_reads_back() -> None:
     assert parse_fragment_key(fragment_key("exp_avg", name, 17)) == ("exp_avg", name, 17)
 
 
-def test_only_a_folder_with_a_manifest_is_complete(tmp_path: Path) -> None:
-    for step in (100, 20, 3):
-        step_dir(tmp_path, step).mkdir(parents=True)
-        (step_dir(tmp_path, step) / MANIFEST).touch()
+def test_only_a_sound_folder_with_all_its_files_is_complete(saved: Path, tmp_path: Path) -> None:
+    for step in (100, 20, 3, 7):
+        shutil.copytree(find_checkpoint(saved / "b"), step_dir(tmp_path, step))
     (step_dir(tmp_path, 20) / MANIFEST).unlink()
+    (step_dir(tmp_path, 7) / FIRST_RANK).unlink()
     assert complete_checkpoints(tmp_path) == [step_dir(tmp_path, 3), step_dir(tmp_path, 100)]
     assert find_checkpoint(tmp_path) == step_dir(tmp_path, 100)
     assert find_checkpoint(step_dir(tmp_path, 3)) == step_dir(tmp_path, 3)
 
 
 @pytest.mark.parametrize("name", ["step-00000005.tmp", "step-00000005.removed.tmp"])
-def test_what_an_interruption_left_is_unfinished_even_with_a_manifest(tmp_path: Path, name: str) -> None:
+def test_what_an_interruption_left_is_unfinished_even_with_a_manifest(
+    saved: Path, tmp_path: Path, name: str
+) -> None:
     left = checkpoints_dir(tmp_path) / name
-    left.mkdir(parents=True)
-    (left / MANIFEST).touch()
+    shutil.copytree(find_checkpoint(saved / "b"), left)
     assert list(unfinished(tmp_path)) == [left]
     with pytest.raises(MissingInputError, match="holds no complete checkpoint"):
         find_checkpoint(tmp_path)
@@ -92,9 +89,7 @@ def test_a_truncated_rank_file_is_named(checkpoint: Path, keep: int) -> None:
 
 
 def test_a_gap_in_a_parameter_is_named(checkpoint: Path) -> None:
-    tensors = load_file(checkpoint / FIRST_RANK)
-    del tensors[fragment_key("exp_avg", "output_layer.weight", 0)]
-    save_file(tensors, checkpoint / FIRST_RANK)
+    edit_tensors(checkpoint, lambda tensors: tensors.pop(fragment_key("exp_avg", "output_layer.weight", 0)))
     message = refused(checkpoint)
     assert "exp_avg of output_layer.weight = 0" in message
     assert f"where {90 * 25} are needed" in message
@@ -116,7 +111,10 @@ def test_another_format_is_named(checkpoint: Path) -> None:
     assert "format = llama_mcore/2" in refused(checkpoint)
 
 
-@pytest.mark.parametrize("key", ["step", "consumed_samples", "config", "tp_size", "files"])
+KEYS = ["run_id", "step", "consumed_samples", "lr", "segments", "windows_read", "config", "layout", "files"]
+
+
+@pytest.mark.parametrize("key", KEYS)
 def test_a_manifest_without_one_of_its_keys_is_refused(checkpoint: Path, key: str) -> None:
     edit_manifest(checkpoint, lambda manifest: manifest.pop(key))
     assert key in refused(checkpoint)
@@ -128,20 +126,35 @@ def test_a_manifest_with_an_impossible_model_is_refused(checkpoint: Path) -> Non
 
 
 def test_a_key_of_no_fragment_is_refused(checkpoint: Path) -> None:
-    tensors = load_file(checkpoint / FIRST_RANK)
-    save_file(tensors | {"weight": tensors.popitem()[1]}, checkpoint / FIRST_RANK)
+    edit_tensors(checkpoint, lambda tensors: tensors.update(weight=tensors.popitem()[1]))
     assert FIRST_RANK in refused(checkpoint)
+    edit_tensors(checkpoint, lambda tensors: tensors.update({"weight/no.such/0": tensors.pop("weight")}))
+    assert "which is no fragment" in refused(checkpoint)
 
 
-def test_no_file_outside_the_folder_is_read(checkpoint: Path, saved: Path) -> None:
-    """The manifest names a file elsewhere; the reader looks beside the manifest alone."""
-    elsewhere = find_checkpoint(saved / "b") / FIRST_RANK
-    (checkpoint / FIRST_RANK).unlink()
-    edit_manifest(checkpoint, lambda manifest: manifest["files"][0].update(name=str(elsewhere)))
-    assert str(checkpoint / FIRST_RANK) in refused(checkpoint)
+@pytest.mark.parametrize("name", ["../step-00000003/rank-00000.safetensors", "/etc/passwd", "a/rank-00000"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(checkpoint: Path, name: str) -> None:
+    edit_manifest(checkpoint, lambda manifest: manifest["files"][0].update(name=name))
+    assert "files.0.name" in refused(checkpoint)
 
 
-def edit_manifest(checkpoint: Path, edit: Callable[[dict], object]) -> None:
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
-    edit(manifest)
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+@pytest.mark.parametrize("key", ["run_id", "step", "rank"])
+def test_a_file_of_another_run_step_or_rank_is_refused(checkpoint: Path, key: str) -> None:
+    edit_tensors(checkpoint, lambda tensors: None, {key: "7"})
+    assert "the manifest of {'run_id'" in refused(checkpoint)
+
+
+def test_exchanged_rank_files_are_refused(checkpoint: Path) -> None:
+    """Even if the manifest is exchanged with them, hashes included."""
+    first, second = (checkpoint / f"rank-0000{rank}.safetensors" for rank in range(2))
+    first.rename(checkpoint / "kept")
+    second.rename(first)
+    (checkpoint / "kept").rename(second)
+
+    def exchange(manifest: dict) -> None:
+        one, two = manifest["files"]
+        for key in ("bytes", "sha256"):
+            one[key], two[key] = two[key], one[key]
+
+    edit_manifest(checkpoint, exchange)
+    assert "the manifest of" in refused(checkpoint)

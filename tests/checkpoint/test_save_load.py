@@ -1,14 +1,17 @@
 """Checkpoints saved on one layout and loaded on the same and on others: nothing is lost, no bit changes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llama_mcore.checkpoint.layout import KINDS, checkpoints_dir, find_checkpoint
 from llama_mcore.checkpoint.reader import CheckpointReader
 from tests.checkpoint.jobs import JOBS, STEPS, Job
+from tests.train.product import tensor_bytes
 
 LOADED = [job for job in JOBS if job.load]
 SAME_LAYOUT = [job for job in LOADED if job.name.endswith("-again")]
@@ -29,7 +32,7 @@ def following(saved: Path, name: str | None) -> list[list[float]]:
 @pytest.mark.parametrize("job", LOADED, ids=lambda job: job.name)
 def test_masters_and_moments_survive_to_the_last_bit(saved: Path, job: Job) -> None:
     before, after = reader(saved, job.load), reader(saved, job.name)
-    assert after.state == before.state
+    assert after.state == replace(before.state, run_id=after.state.run_id)
     assert after.state.step == STEPS
     for name in before.names():
         for kind in KINDS:
@@ -50,7 +53,8 @@ def test_there_was_something_to_lose(saved: Path, name: str) -> None:
 def test_on_the_same_layout_files_and_next_steps_are_the_same_bits(saved: Path, job: Job) -> None:
     before, after = find_checkpoint(saved / str(job.load)), find_checkpoint(saved / job.name)
     for path in before.glob("*.safetensors"):
-        assert (after / path.name).read_bytes() == path.read_bytes()
+        assert load_file(after / path.name).keys() == load_file(path).keys()
+        assert tensor_bytes(after / path.name) == tensor_bytes(path)
     assert following(saved, job.name) == following(saved, job.load)
 
 
@@ -63,7 +67,10 @@ def test_on_another_layout_the_next_steps_agree(saved: Path, job: Job) -> None:
 
 @pytest.mark.parametrize("job", LOADED, ids=lambda job: job.name)
 def test_what_an_interrupted_save_left_is_cleaned(saved: Path, job: Job) -> None:
-    assert [path.name for path in checkpoints_dir(saved / job.name).iterdir()] == [f"step-{STEPS:08d}"]
+    assert sorted(path.name for path in checkpoints_dir(saved / job.name).iterdir()) == [
+        "latest",
+        f"step-{STEPS:08d}",
+    ]
 
 
 def test_every_rank_learns_that_one_cannot_write(saved: Path) -> None:

@@ -82,7 +82,14 @@ def metrics(run_dir: Path) -> list[dict]:
 
 
 def checkpoints(run_dir: Path) -> list[str]:
-    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    """Folders of checkpoints and what interrupted saves left; not the hint."""
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir() if path.is_dir())
+
+
+def tensor_bytes(path: Path) -> bytes:
+    """A safetensors file without its header, in which the id of the run differs."""
+    content = path.read_bytes()
+    return content[8 + int.from_bytes(content[:8], "little") :]
 
 
 def left_over(run_dir: Path) -> list[list[str]]:

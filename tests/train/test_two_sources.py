@@ -11,6 +11,7 @@ import pytest
 from llama_mcore.checkpoint.audit import audit_run
 from llama_mcore.data.manifest import build_manifest, write_manifest
 from llama_mcore.errors import DataError
+from tests.checkpoint.damage import edit_manifest
 from tests.conftest import Small, write_tokens
 from tests.forked import run_worker
 from tests.train.product import metrics
@@ -175,10 +176,10 @@ def test_the_audit_sees_lost_and_repeated_samples(run_dir: Path) -> None:
 
 
 def test_the_audit_sees_windows_read_too_often(run_dir: Path) -> None:
-    path = run_dir / "checkpoints/step-00000006/manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["segments"][0]["sources"][0]["cap"] = 10
-    path.write_text(json.dumps(manifest))
+    def cap_at_10(manifest: dict) -> None:
+        manifest["segments"][0]["sources"][0]["cap"] = 10
+
+    edit_manifest(run_dir / "checkpoints/step-00000006", cap_at_10)
     with pytest.raises(DataError, match=r"28 windows read: the plan allows 10(.|\n)*planned share"):
         audit_run(run_dir)
 

@@ -92,11 +92,17 @@ def tokenizer_config(processor: SentencePieceProcessor, max_length: int) -> dict
 def _merges(processor: SentencePieceProcessor) -> Iterator[list[str]]:
     """SentencePiece joins the two neighbours whose joint piece scores best, whichever way it splits.
 
+    Runs of spaces share one score, and there the leftmost neighbours come first; a list cannot tie, but with
+    long runs before short ones the leftmost run grows first too.
     Control tokens and bytes take no part: they are never found in a text.
     """
     normal = [index for index in range(processor.vocab_size()) if not _is_reserved(processor, index)]
     known = {processor.id_to_piece(index) for index in normal}
-    for index in sorted(normal, key=processor.get_score, reverse=True):
+
+    def best_first(index: int) -> tuple[float, int]:
+        return -processor.get_score(index), -len(processor.id_to_piece(index))
+
+    for index in sorted(normal, key=best_first):
         piece = processor.id_to_piece(index)
         for middle in range(1, len(piece)):
             left, right = piece[:middle], piece[middle:]

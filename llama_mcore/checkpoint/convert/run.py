@@ -48,6 +48,7 @@ def convert(
     _check_output(output)
     checkpoint = find_checkpoint(input)
     reader = CheckpointReader(checkpoint)
+    reader.check_content()
     tokenizer = _run_tokenizer(reader)
     temporary = _beside(output, ".tmp")
     try:
@@ -95,7 +96,7 @@ def _replaceable(path: Path) -> bool:
 
 def _run_tokenizer(reader: CheckpointReader) -> Tokenizer | None:
     """The tokenizer that the run names. Its vocabulary may be smaller than the model's, never larger."""
-    path = reader.manifest["config"]["data"]["tokenizer"]
+    path = reader.manifest.config["data"]["tokenizer"]
     if path is None:
         return None
     try:

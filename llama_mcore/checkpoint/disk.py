@@ -1,0 +1,79 @@
+"""Every change that a save makes on the disk, and what makes it durable.
+
+A file is on the disk when it was fsynced, its name when its folder was. Saves go through these functions
+alone, so that tests can count, record and fail each operation (`observer`).
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+Buffer = bytes | memoryview
+
+observer: Callable[[str, Path], None] = lambda operation, path: None  # noqa: E731
+"""Told of each operation and its path before it happens."""
+
+
+def write_file(path: Path, chunks: Iterable[Buffer]) -> tuple[int, str]:
+    """Write a new file, wait until its content is on the disk, and return its size and SHA-256.
+
+    The hash is that of the bytes in memory, computed while the disk is busy. Raises OSError, FileExistsError
+    included: a writer that was given up for dead must not mix with its successor.
+    """
+    sha256, size = hashlib.sha256(), 0
+    observer("create", path)
+    with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+        hashed = hasher.submit(lambda: None)
+        for chunk in chunks:
+            observer("write", path)
+            hashed.result()
+            hashed = hasher.submit(sha256.update, chunk)
+            _write_all(file.fileno(), chunk)
+            size += len(chunk)
+        hashed.result()
+        observer("fsync", path)
+        os.fsync(file.fileno())
+    return size, sha256.hexdigest()
+
+
+def _write_all(descriptor: int, chunk: Buffer) -> None:
+    view = memoryview(chunk)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def make_folder(path: Path) -> None:
+    observer("mkdir", path)
+    path.mkdir(parents=True)
+
+
+def rename(path: Path, to: Path) -> None:
+    observer("rename", to)
+    path.rename(to)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    observer("fsync", path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove what carries a temporary name; what cannot be removed now stays for the next time."""
+    observer("remove", path)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def replace_hint(path: Path, text: str) -> None:
+    """Write a small file that nothing depends on; its name holds the old text or the new."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    write_file(temporary, [text.encode()])
+    rename(temporary, path)

@@ -1,0 +1,129 @@
+"""Where a run begins: at the newest sound checkpoint, at one that was named, or anew. Never silently anew."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+import yaml
+
+from llama_mcore.checkpoint.layout import find_checkpoint, step_folders
+from llama_mcore.checkpoint.load import check_same_model
+from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.config import RunConfig
+from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, Problem
+from llama_mcore.observe.log import get_logger
+from llama_mcore.parallel.groups import Groups
+
+T = TypeVar("T")
+Together = Callable[[Callable[[], T]], T]
+"""Runs an action on every rank and raises on all what failed on any."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the user asked for."""
+
+    resume: str = "auto"
+    """auto: from the newest sound checkpoint of the run's folder, if it has any; never; or the folder of a
+    checkpoint or of a run."""
+    fresh: bool = False
+    """Move what the run's folder holds aside and begin anew."""
+    accept_data_change: bool = False
+    """Resume with other data than before, and record that."""
+
+
+@dataclass(frozen=True)
+class Found:
+    reader: CheckpointReader | None
+    passed_over: list[str] = field(default_factory=list)
+    """Newer checkpoints that are damaged, and how."""
+
+
+def find_start(run: RunConfig, start: Start, groups: Groups, together: Together) -> Found:
+    """The checkpoint to begin from, read and verified; all ranks call it together and get the same.
+
+    Every byte is checked once: each rank hashes its share of the files. Raises MissingInputError where a
+    named checkpoint is not there, CheckpointError where none of those that are is sound, ConfigError for a
+    checkpoint of another model and for a folder that would be overwritten.
+    """
+    folders = _same_on_all_ranks(groups, lambda: _candidates(run, start), together)
+    passed_over: list[str] = []
+    for folder in reversed(folders):
+        try:
+            reader = together(lambda folder=folder: _verified(folder, groups))  # type: ignore[misc]
+        except CheckpointError as error:
+            passed_over.append(error.message())
+            get_logger().warning("%s IS DAMAGED and passed over: %s", folder, error.message())
+            continue
+        together(lambda reader=reader: check_same_model(reader, run))  # type: ignore[misc]
+        return Found(reader, passed_over)
+    if passed_over:
+        problems = [Problem("checkpoint", run.run.dir, reason) for reason in passed_over]
+        remedy = "restore one, or begin anew with --fresh"
+        raise CheckpointError([*problems, Problem("--resume", start.resume, "found no sound one", remedy)])
+    together(lambda: _begin_anew(run, start) if groups.rank == 0 else None)
+    return Found(None)
+
+
+def _candidates(run: RunConfig, start: Start) -> list[Path]:
+    """Folders of checkpoints to begin from, oldest first."""
+    if start.fresh or start.resume == "never":
+        return []
+    if start.resume == "auto":
+        return step_folders(Path(run.run.dir))
+    named = Path(start.resume)
+    if not named.is_dir():
+        bound = "no such folder"
+        raise MissingInputError(
+            Problem("--resume", named, bound, "name a run's folder or a checkpoint, or auto or never")
+        )
+    return step_folders(named) or [find_checkpoint(named)]
+
+
+def _verified(folder: Path, groups: Groups) -> CheckpointReader:
+    reader = CheckpointReader(folder)
+    reader.check_content(groups.rank, groups.world_size)
+    return reader
+
+
+def _begin_anew(run: RunConfig, start: Start) -> None:
+    """Refuse to overwrite another run; a run that died before its first checkpoint may begin again."""
+    run_dir = Path(run.run.dir)
+    if not run_dir.is_dir() or not any(run_dir.iterdir()):
+        return
+    if start.fresh:
+        run_dir.rename(run_dir.with_name(f"{run_dir.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
+        return
+    if start.resume == "auto" and not step_folders(run_dir) and _is_same_run(run_dir, run):
+        return
+    raise ConfigError(
+        Problem(
+            "run.dir",
+            run_dir,
+            "is not empty, and the run would begin anew there",
+            "choose another folder, or give --fresh to move what is there aside",
+        )
+    )
+
+
+def _is_same_run(run_dir: Path, run: RunConfig) -> bool:
+    """Whether all that the folder holds comes from a start of the same configuration."""
+    known = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "lease.json"}
+    if not {path.name for path in run_dir.iterdir()} <= known:
+        return False
+    try:
+        there = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return True  # it ended before it wrote one
+    return bool(there == run.model_dump())
+
+
+def _same_on_all_ranks(groups: Groups, look: Callable[[], T], together: Together) -> T:
+    """What rank 0 sees: on a network file system others may see a folder sooner or later."""
+    seen = together(lambda: look() if groups.rank == 0 else None)
+    box = [seen]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
