@@ -124,7 +124,6 @@ class Workers(Generic[Task, Answer]):
 
 
 def _work(connection: Connection, preload: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     importlib.import_module(preload)
     make: Callable[[], Callable[[Any], Any]] = connection.recv()

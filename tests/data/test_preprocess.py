@@ -501,16 +501,18 @@ def test_ctrl_c_leaves_what_is_done(
     assert not any(runs(worker) for worker in workers)
 
 
-def test_workers_end_with_a_killed_parent_and_no_dataset_appears(
-    long_corpus: Path, tokenizer_model: Path, tmp_path: Path
+def test_workers_end_with_a_killed_parent_in_the_middle_of_their_work(
+    tokenizer_model: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    tool, workers = start_tool(long_corpus, tokenizer_model, output)
-    wait_for(lambda: list(output.glob("d.parts/*-*.bin")))
+    long = write_jsonl(tmp_path / "long.jsonl", [{"text": "some words to encode " * 2_000_000}] * 2)
+    tool, workers = start_tool(long, tokenizer_model, output)
+    wait_for(lambda: all(worker.cpu_times().user > 1.5 for worker in workers))
     tool.kill()
     tool.communicate(timeout=30)
-    wait_for(lambda: not any(runs(worker) for worker in workers))
+    wait_for(lambda: not any(runs(worker) for worker in workers), seconds=4)
     assert [path.name for path in output.iterdir()] == ["d.parts"]
+    assert not (output / "d.parts" / "00000-000000.bin").exists()
 
 
 def test_a_terminal_gets_a_bar(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:

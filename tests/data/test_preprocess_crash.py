@@ -257,24 +257,30 @@ def test_two_jobs_do_not_make_one_dataset(corpus: Path, tokenizer_model: Path, t
 
 
 def test_a_stream_begins_anew(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe"
+    """What it holds the second time may be something else."""
+    pipe, prefix = tmp_path / "pipe", tmp_path / "out" / "d"
     os.mkfifo(pipe)
 
-    def feed_and(work: Callable[[], None]) -> bool:
+    def feed_and(content: bytes, work: Callable[[], None]) -> bool:
         feeder = os.fork()
         if not feeder:
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-            pipe.write_bytes(corpus.read_bytes())
+            pipe.write_bytes(content)
             os._exit(0)
         killed = dies(work)
         os.kill(feeder, signal.SIGKILL)
         os.waitpid(feeder, 0)
         return killed
 
-    prefix = tmp_path / "out" / "d"
-    assert feed_and(killed_at(25, lambda: preprocess([pipe], tokenizer_model, prefix, **SETTINGS)))
+    def work() -> None:
+        preprocess([pipe], tokenizer_model, prefix, **SETTINGS)
+
+    lines = corpus.read_bytes().splitlines(keepends=True)
+    assert feed_and(b"".join(lines), killed_at(25, work))
     assert parts(prefix.parent)
-    assert not feed_and(lambda: preprocess([pipe], tokenizer_model, prefix, **SETTINGS))
-    preprocess([corpus], tokenizer_model, tmp_path / "clean" / "d", **{**SETTINGS, "shuffle_seed": 3})
+    assert not feed_and(b"".join(reversed(lines)), work)
+    write = tmp_path / "reversed.jsonl"
+    write.write_bytes(b"".join(reversed(lines)))
+    preprocess([write], tokenizer_model, tmp_path / "clean" / "d", **SETTINGS)
     for name in ("d_text_document.bin", "d_text_heldout.idx"):
-        assert len(outputs(prefix.parent)[name]) == len(outputs(tmp_path / "clean")[name])
+        assert outputs(prefix.parent)[name] == outputs(tmp_path / "clean")[name]
