@@ -1,4 +1,4 @@
-"""A corpus of real text without a download: the sources and the manual of this machine's own Python.
+"""A corpus of real text without a download: the sources and the manuals of this machine's own Python.
 
 python tools/build_corpus.py --output-dir runs/demo/corpus
 """
@@ -6,6 +6,7 @@ python tools/build_corpus.py --output-dir runs/demo/corpus
 import hashlib
 import sysconfig
 from collections.abc import Iterator
+from importlib.metadata import distributions
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Annotated
@@ -34,15 +35,24 @@ def python_files(folder: str, left_out: set[str]) -> Iterator[tuple[str, bytes]]
                 continue
 
 
+def manuals() -> Iterator[tuple[str, bytes]]:
+    """Python's manual by topic, and what installed packages say of themselves."""
+    for topic in sorted(topics):
+        yield "prose", topics[topic].encode()
+    for package in sorted(distributions(), key=lambda package: package.name):
+        description = package.read_text("METADATA") or ""
+        # headers end at the first empty line
+        yield "prose", description.partition("\n\n")[2].encode(errors="replace")
+
+
 def collect(min_bytes: int) -> dict[bytes, tuple[str, bytes]]:
-    """SHA-256 -> (source, text): manual, library, and installed packages if these are under `min_bytes`."""
+    """SHA-256 -> (source, text): manuals, library, and installed packages if these are under `min_bytes`."""
     most = int(min_bytes * LARGEST_TO_SMALLEST)
-    manual = (("prose", topics[topic].encode()) for topic in sorted(topics))
     library = python_files(sysconfig.get_path("stdlib"), LEFT_OUT)
     packages = python_files(sysconfig.get_path("purelib"), set())
     chosen: dict[bytes, tuple[str, bytes]] = {}
     size = 0
-    for documents, enough in ((manual, most), (library, most), (packages, min_bytes)):
+    for documents, enough in ((manuals(), most), (library, most), (packages, min_bytes)):
         for source, text in documents:
             if size >= enough:
                 break

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 DEMO = Path("runs/demo")
 TRAIN, UNINTERRUPTED = DEMO / "train", DEMO / "uninterrupted"
-SOURCES = ("code", "prose")
+HELD_OUT = {"code": 0.02, "prose": 0.1}  # of the documents of each source
 VOCAB_SIZE = 4096
 LOSS_BOUND = 0.6 * math.log(VOCAB_SIZE)  # an untrained model has ln(vocabulary)
 COMPARED_STEPS = 20
@@ -58,21 +58,22 @@ def tokenizer() -> str:
     model = DEMO / "tokenizer/tokenizer.model"
     run(
         "tools/train_tokenizer.py",
-        *(word for source in SOURCES for word in ("--input", f"{source}={DEMO}/corpus/{source}.jsonl")),
+        *(word for source in HELD_OUT for word in ("--input", f"{source}={DEMO}/corpus/{source}.jsonl")),
         *("--output", model, "--vocab-size", VOCAB_SIZE, "--report"),
     )
     return f"SentencePiece BPE in {model}"
 
 
 def datasets() -> str:
-    for source in SOURCES:
+    for source, held_out in HELD_OUT.items():
         run(
             "tools/preprocess_data.py",
             *("--input", DEMO / f"corpus/{source}.jsonl"),
             *("--tokenizer-model", DEMO / "tokenizer/tokenizer.model"),
-            *("--output-prefix", DEMO / f"data/{source}", "--workers", 2, "--append-eod", "--held-out", 0.02),
+            *("--output-prefix", DEMO / f"data/{source}", "--workers", 2, "--append-eod"),
+            *("--held-out", held_out),
         )
-    return f"megatron-core .bin and .idx in {DEMO}/data, 2 % of the documents held out"
+    return f"megatron-core .bin and .idx in {DEMO}/data"
 
 
 def train_and_stop() -> str:
