@@ -370,6 +370,13 @@ def test_cuts_lie_where_no_piece_reaches_across(models: dict[str, ModelProto], d
     assert cutter.cut("") == [""]
 
 
+def test_a_call_of_any_size_is_done_in_batches_of_a_part(models: dict[str, ModelProto]) -> None:
+    encoder = GigatokenEncoder(models["llama"], part_characters=50)
+    texts = ["x" * length for length in (30, 30, 20, 60, 1, 49, 1)]
+    batches = [[len(text) for text in batch] for batch in encoder._batches(texts)]
+    assert batches == [[30], [30, 20], [60], [1, 49], [1]]
+
+
 def test_what_removes_spaces_is_not_cut(models: dict[str, ModelProto]) -> None:
     _, change, _ = DIFFERENCES["spaces removed"]
     model = change(models["llama"])
