@@ -38,6 +38,7 @@ from llama_mcore.checkpoint.layout import (
     step_dir,
     unfinished,
 )
+from llama_mcore.checkpoint.lease import Lease
 from llama_mcore.checkpoint.manifest import MANIFEST, Layout, Manifest, RankFile, manifest_bytes
 from llama_mcore.checkpoint.tensor_file import write_tensors
 from llama_mcore.config import RunConfig
@@ -69,8 +70,11 @@ class Saver:
     All raise OutputError on every rank if any rank could not write, or has not within `checkpoint.timeout_s`.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, run: RunConfig, groups: Groups) -> None:
-        self._engine, self._run, self._groups = engine, run, groups
+    def __init__(
+        self, engine: DeepSpeedEngine, run: RunConfig, groups: Groups, lease: Lease | None = None
+    ) -> None:
+        """`lease`: rank 0's; nothing is published without it."""
+        self._engine, self._run, self._groups, self._lease = engine, run, groups, lease
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._writing: _Writing | None = None
 
@@ -121,7 +125,7 @@ class Saver:
             for rank, (size, sha256) in enumerate(written)
         )
         manifest = self._manifest(writing, files)
-        _agree(lambda: _publish(final, manifest) if groups.rank == 0 else None, final)
+        _agree(lambda: _publish(final, manifest, self._lease) if groups.rank == 0 else None, final)
         _agree(lambda: _remove_old(run_dir, self._run.checkpoint.keep) if groups.rank == 0 else None, run_dir)
         now = time.perf_counter()
         return Saved(final, writing.state, writing.stalled_s + now - started, now - writing.started)
@@ -234,8 +238,10 @@ def _make_room(temporary: Path, need: int, groups: Groups) -> None:
             raise OSError(28, f"{needed:,} bytes are needed and {free:,} are free")
 
 
-def _publish(final: Path, manifest: Manifest) -> None:
+def _publish(final: Path, manifest: Manifest, lease: Lease | None) -> None:
     temporary = final.with_suffix(TEMPORARY)
+    if lease:
+        lease.check()
     write_file(temporary / MANIFEST, [manifest_bytes(manifest)])
     sync_folder(temporary)
     if final.exists():  # the same step, saved again after a resume

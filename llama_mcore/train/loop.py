@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from llama_mcore.checkpoint.layout import checkpoints_dir
+from llama_mcore.checkpoint.lease import Lease, held_lease
 from llama_mcore.checkpoint.load import load_checkpoint
 from llama_mcore.checkpoint.save import Saved, Saver
 from llama_mcore.config import RunConfig, dump_run
@@ -56,11 +57,12 @@ def train(run: RunConfig, stop: StopRequest, start: Start = Start()) -> int:  # 
     """Train to the last step and return 0, or to a request to stop and return 75. All ranks call it."""
     with process_groups(run.parallel, run.run.seed) as groups:
         setup_logging(groups.rank)
-        job = setup(run, groups, start)
         with ExitStack() as stack:
+            lease = _together(groups, lambda: _hold(run, stack) if groups.rank == 0 else None)
+            job = setup(run, groups, start)
             sinks = _together(groups, lambda: stack.enter_context(_sinks(job)))
             batches = stack.enter_context(_batches(job))
-            saver = stack.enter_context(closing(Saver(job.engine, run, groups)))
+            saver = stack.enter_context(closing(Saver(job.engine, run, groups, lease)))
             while job.state.step < run.train.steps:
                 _write(job, sinks, _step(job, batches))
                 _announce_saved(saver.poll())
@@ -196,6 +198,14 @@ def _finish(job: Job) -> int:
     return EXIT_SAVED
 
 
+def _hold(run: RunConfig, stack: ExitStack) -> Lease:
+    """Keep other jobs out of the run's folder until the stack unwinds."""
+    try:
+        return stack.enter_context(held_lease(Path(run.run.dir)))
+    except OSError as error:
+        raise _unwritable(run, error) from None
+
+
 def _sinks(job: Job) -> AbstractContextManager[MetricSinks | None]:
     """Rank 0 reports; the others have nothing to write."""
     if job.groups.rank > 0:
@@ -224,9 +234,12 @@ def _prepare_run_dir(run: RunConfig) -> None:
         checkpoints_dir(run_dir).mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(dump_run(run), encoding="utf-8")
     except OSError as error:
-        raise OutputError(
-            Problem("run.dir", run_dir, f"cannot be written ({error.strerror})", "choose another folder")
-        ) from None
+        raise _unwritable(run, error) from None
+
+
+def _unwritable(run: RunConfig, error: OSError) -> OutputError:
+    reason = f"cannot be written ({error.strerror})"
+    return OutputError(Problem("run.dir", run.run.dir, reason, "choose another folder"))
 
 
 def _plan_data(

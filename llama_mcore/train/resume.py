@@ -10,6 +10,7 @@ import torch.distributed as dist
 import yaml
 
 from llama_mcore.checkpoint.layout import find_checkpoint, step_folders
+from llama_mcore.checkpoint.lease import FOLDER as LEASE
 from llama_mcore.checkpoint.load import check_same_model
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.config import RunConfig
@@ -92,10 +93,14 @@ def _verified(folder: Path, groups: Groups) -> CheckpointReader:
 def _begin_anew(run: RunConfig, start: Start) -> None:
     """Refuse to overwrite another run; a run that died before its first checkpoint may begin again."""
     run_dir = Path(run.run.dir)
-    if not run_dir.is_dir() or not any(run_dir.iterdir()):
+    there = [path for path in run_dir.iterdir() if path.name != LEASE] if run_dir.is_dir() else []
+    if not there:
         return
     if start.fresh:
-        run_dir.rename(run_dir.with_name(f"{run_dir.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
+        aside = run_dir.with_name(f"{run_dir.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+        aside.mkdir()
+        for path in there:
+            path.rename(aside / path.name)
         return
     if start.resume == "auto" and not step_folders(run_dir) and _is_same_run(run_dir, run):
         return
@@ -111,7 +116,7 @@ def _begin_anew(run: RunConfig, start: Start) -> None:
 
 def _is_same_run(run_dir: Path, run: RunConfig) -> bool:
     """Whether all that the folder holds comes from a start of the same configuration."""
-    known = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "lease.json"}
+    known = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", LEASE}
     if not {path.name for path in run_dir.iterdir()} <= known:
         return False
     try:

@@ -1,0 +1,142 @@
+"""A run is written by one job at a time, and a job that lost it does not publish."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from llama_mcore.checkpoint import lease
+from llama_mcore.checkpoint.lease import FOLDER, held_lease
+from llama_mcore.errors import PreflightError
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from llama_mcore.checkpoint.lease import held_lease
+with held_lease(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """With something in it, so that it stays."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").touch()
+    return tmp_path / "run"
+
+
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / FOLDER).iterdir())
+
+
+def written_by(run_dir: Path, number: int, **fields: object) -> Path:
+    """A lease as another process leaves it."""
+    holder = {"host": "elsewhere", "pid": 1, "started": 0.0, "job": ""}
+    (run_dir / FOLDER).mkdir(exist_ok=True)
+    path = run_dir / FOLDER / f"{number:08d}.json"
+    path.write_text(json.dumps(holder | fields))
+    return path
+
+
+def test_numbers_grow_from_life_to_life(run_dir: Path) -> None:
+    for life in (1, 2, 3):
+        with held_lease(run_dir) as held:
+            held.check()
+            assert held.number == life
+    assert names(run_dir) == [f"0000000{life}.released.json" for life in (1, 2, 3)]
+
+
+def test_a_folder_that_held_nothing_else_is_removed(tmp_path: Path) -> None:
+    with held_lease(tmp_path / "a/b"):
+        assert names(tmp_path / "a/b") == ["00000001.json"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_job_is_refused_while_the_first_lives(run_dir: Path) -> None:
+    first = subprocess.Popen([sys.executable, "-c", HOLD, str(run_dir)], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "held\n"
+    in_use = f"in use by process {first.pid} on {socket.gethostname()}"
+    with pytest.raises(PreflightError, match=in_use), held_lease(run_dir):
+        pass
+    assert names(run_dir) == ["00000001.json"]
+    first.kill()
+    first.wait()
+    with held_lease(run_dir) as held:  # dead: taken over at once
+        assert held.number == 2
+
+
+def test_another_process_of_the_same_number_is_not_the_holder(run_dir: Path) -> None:
+    written_by(run_dir, 1, host=socket.gethostname(), pid=os.getpid(), started=12.0)
+    with held_lease(run_dir) as held:
+        assert held.number == 2
+
+
+def test_a_holder_elsewhere_is_dead_when_it_has_been_silent_for_long(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "STALE_S", 1.0)
+    monkeypatch.setattr(lease, "BEAT_S", 0.1)
+    path = written_by(run_dir, 4)
+    started = time.monotonic()
+    with held_lease(run_dir) as held:
+        assert held.number == 5
+    assert time.monotonic() - started > 0.5
+    path = written_by(run_dir, 7)
+    touching = threading.Timer(0.3, lambda: os.utime(path, (1, time.time() + 1)))
+    touching.start()
+    with pytest.raises(PreflightError, match="in use by process 1 on elsewhere"), held_lease(run_dir):
+        pass
+    touching.join()
+
+
+def test_a_job_that_runs_again_takes_over_from_itself(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written_by(run_dir, 1, job="77")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    with held_lease(run_dir) as held:
+        assert held.number == 2
+
+
+def test_a_lease_cut_off_while_it_was_written_is_nobodys(run_dir: Path) -> None:
+    written_by(run_dir, 1).write_text('{"host": "el')
+    with held_lease(run_dir) as held:
+        assert held.number == 2
+
+
+def test_a_holder_that_was_thought_dead_may_not_publish(run_dir: Path) -> None:
+    with held_lease(run_dir) as held:
+        written_by(run_dir, 2, job="78")
+        with pytest.raises(OSError, match=r"taken over by process 1 on elsewhere, job 78"):
+            held.check()
+
+
+def test_of_two_that_take_over_at_once_one_is_refused(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one creates its file between our look and ours."""
+    newest = lease._newest
+
+    def look_too_early(folder: Path) -> tuple[int, Path] | None:
+        found = newest(folder)
+        written_by(run_dir, 1)
+        return found
+
+    monkeypatch.setattr(lease, "_newest", look_too_early)
+    with pytest.raises(PreflightError, match="in use by process 1 on elsewhere"), held_lease(run_dir):
+        pass
+
+
+def test_the_file_is_touched_while_the_lease_is_held(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    with held_lease(run_dir) as held:
+        os.utime(held.path, (1, 1))
+        deadline = time.monotonic() + 10
+        while held.path.stat().st_mtime == 1 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert held.path.stat().st_mtime > 1
