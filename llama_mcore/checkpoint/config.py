@@ -14,3 +14,5 @@ class CheckpointConfig(Section):
     """Training goes on while a checkpoint is written; it waits only for the copy to host memory."""
     timeout_s: float = Field(default=1800.0, gt=0)
     """A checkpoint that is not written after so many seconds has failed, and the run ends."""
+    also_deepspeed: bool = False
+    """Also write DeepSpeed's own checkpoint to RUN_DIR/deepspeed, for its tools. Training waits for that."""

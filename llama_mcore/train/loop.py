@@ -12,6 +12,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
+from llama_mcore.checkpoint.deepspeed_folder import save_deepspeed_folder
 from llama_mcore.checkpoint.layout import checkpoints_dir
 from llama_mcore.checkpoint.lease import Lease, held_lease
 from llama_mcore.checkpoint.load import load_checkpoint
@@ -104,6 +105,8 @@ def save(job: Job, saver: Saver) -> None:
     lr = learning_rate(job.state.step, job.run.train.steps, job.run.optim)
     _announce_saved(saver.begin(job.state, lr))
     job.saved = job.state
+    if job.run.checkpoint.also_deepspeed:
+        save_deepspeed_folder(job.engine, job.run, job.state, job.groups)
     if not job.run.checkpoint.asynchronous:
         _announce_saved(saver.finish())
 

@@ -1,0 +1,79 @@
+"""DeepSpeed's own checkpoint folder, written beside ours on request, so that its tools keep working.
+
+It is not what a run resumes from: it is not atomic, holds pickles and depends on the layout.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from deepspeed import DeepSpeedEngine
+from deepspeed.checkpoint import constants
+from torch import nn
+
+from llama_mcore.checkpoint.disk import replace_hint
+from llama_mcore.checkpoint.layout import LATEST
+from llama_mcore.config import RunConfig
+from llama_mcore.parallel.groups import Groups
+from llama_mcore.train.state import TrainState
+
+FOLDER = "deepspeed"
+
+
+def save_deepspeed_folder(engine: DeepSpeedEngine, run: RunConfig, state: TrainState, groups: Groups) -> Path:
+    """Write RUN_DIR/deepspeed/step-N with `engine.save_checkpoint`, and keep `checkpoint.keep` of them.
+
+    All ranks call it together. `ds_to_universal.py` reads what stages 1 and 2 write, at any tensor-parallel
+    size, `zero_to_fp32.py` what is written without tensor parallelism.
+    """
+    folder = Path(run.run.dir) / FOLDER
+    tag = f"step-{state.step:08d}"
+    client_state = {"step": state.step, "consumed_samples": state.consumed_samples, **universal_info(run)}
+    with _as_deepspeed_wants_it(engine.module, run):
+        engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
+    if groups.rank == 0:
+        replace_hint(folder / LATEST, tag)
+        for old in sorted(folder.glob("step-*"))[: -run.checkpoint.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    return folder / tag
+
+
+def universal_info(run: RunConfig) -> dict[str, Any]:
+    """How tensor parallelism cuts our parameters, in DeepSpeed's words (its `ds_to_universal.py`); what no
+    pattern matches is cut in rows."""
+    return {
+        constants.UNIVERSAL_CHECKPOINT_INFO: {
+            constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+            constants.TP_REPLICATED_PARAMETER_PATTERNS: [r".*layernorm\.weight$"],
+            constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS: [
+                r".*linear_proj\.weight$",
+                r".*linear_fc2\.weight$",
+            ],
+            constants.PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0: [r".*linear_fc1\.weight$"],
+            constants.VOCABULARY_PARAMETER_PATTERNS: [
+                r".*word_embeddings\.weight$",
+                r"output_layer\.weight$",
+            ],
+            constants.ORIGINAL_VOCAB_SIZE: run.model.vocab_size,
+        }
+    }
+
+
+@contextmanager
+def _as_deepspeed_wants_it(module: nn.Module, run: RunConfig) -> Iterator[None]:
+    """Its converter stops at megatron-core's `_extra_state`, which is None, and looks for the layout of the
+    parameters on the module."""
+
+    def without_extra_state(_: nn.Module, state: dict[str, Any], *others: Any) -> None:
+        for key in [key for key in state if key.endswith("_extra_state")]:
+            del state[key]
+
+    handle = module._register_state_dict_hook(without_extra_state)
+    module.universal_checkpoint_info = universal_info(run)[constants.UNIVERSAL_CHECKPOINT_INFO]
+    try:
+        yield
+    finally:
+        handle.remove()
+        del module.universal_checkpoint_info
