@@ -11,14 +11,15 @@ PIP_INSTALL := $(VENV_PYTHON) -m pip --disable-pip-version-check install
 SETUPTOOLS := setuptools==84.2.1
 export DS_BUILD_OPS := 0
 
-.PHONY: help demo test lint venv clean
+.PHONY: help demo test test-crash lint venv clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   raw text to a trained, resumed and exported LLaMA on this machine, in minutes"
 	@echo "make test   run the tests"
 	@echo
-	@echo "Also: make lint (ruff, mypy), make venv (environment only), make clean (remove it and the caches)."
+	@echo "Also: make test-crash (every fault of saving, every layout, 25 kills; KILLS=1000 for more),"
+	@echo "make lint (ruff, mypy), make venv (environment only), make clean (remove it and the caches)."
 	@echo "PYTHON=/path/to/python picks another interpreter: 3.11, or 3.12."
 
 demo: $(STAMP)
@@ -26,6 +27,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(VENV_PYTHON) -m pytest
+
+# Prints what was tried and survived.
+test-crash: $(STAMP)
+	@KILLS="$(or $(KILLS),25)" $(VENV_PYTHON) -m pytest -m crash -rA
 
 lint: $(STAMP)
 	@$(VENV_PYTHON) -m ruff check .
