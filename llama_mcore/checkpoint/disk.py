@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 Buffer = bytes | memoryview
@@ -20,23 +21,29 @@ observer: Callable[[str, Path], None] = lambda operation, path: None  # noqa: E7
 def write_file(path: Path, chunks: Iterable[Buffer]) -> tuple[int, str]:
     """Write a new file, wait until its content is on the disk, and return its size and SHA-256.
 
-    The hash is that of the bytes in memory, computed while the disk is busy. Raises OSError, FileExistsError
-    included: a writer that was given up for dead must not mix with its successor.
+    `chunks` are views of memory that is there; bytes, so that their length is their size.
+
+    The hash is that of the bytes in memory, computed beside the writing and the wait for the disk: a core
+    hashes about as fast as a good disk writes. Raises OSError, FileExistsError included: a writer that was
+    given up for dead must not mix with its successor.
     """
-    sha256, size = hashlib.sha256(), 0
+    content = list(chunks)
     observer("create", path)
     with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
-        hashed = hasher.submit(lambda: None)
-        for chunk in chunks:
+        hashed = hasher.submit(_sha256, content)
+        for chunk in content:
             observer("write", path)
-            hashed.result()
-            hashed = hasher.submit(sha256.update, chunk)
             _write_all(file.fileno(), chunk)
-            size += len(chunk)
-        hashed.result()
         observer("fsync", path)
         os.fsync(file.fileno())
-    return size, sha256.hexdigest()
+        return sum(map(len, content)), hashed.result()
+
+
+def _sha256(content: Iterable[Buffer]) -> str:
+    sha256 = hashlib.sha256()
+    for chunk in content:
+        sha256.update(chunk)
+    return sha256.hexdigest()
 
 
 def _write_all(descriptor: int, chunk: Buffer) -> None:
@@ -63,6 +70,15 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_names(path: Path) -> None:
+    """Wait until the name of a folder is on the disk, and those of the folders above it, which may be new."""
+    for folder in path.resolve().parents:
+        with suppress(PermissionError):  # who may not read it has not made what is in it
+            sync_folder(folder)
+        if folder.is_mount():
+            return
 
 
 def remove_folder(path: Path) -> None:

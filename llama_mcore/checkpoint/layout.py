@@ -19,6 +19,8 @@ from llama_mcore.checkpoint.manifest import MANIFEST, missing_files, read_manife
 from llama_mcore.errors import CheckpointError, MissingInputError, Problem
 
 TEMPORARY = ".tmp"
+REPLACED = ".replaced"
+"""What a checkpoint is called while another of its step takes its name; it counts until that is done."""
 LATEST = "latest"
 WEIGHT = "weight"
 KINDS = (WEIGHT, "exp_avg", "exp_avg_sq")
@@ -49,7 +51,8 @@ def parse_fragment_key(key: str) -> tuple[str, str, int]:
 def step_folders(run_dir: Path) -> list[Path]:
     """Every folder that carries the name of a checkpoint, oldest first, whatever is in it."""
     found = checkpoints_dir(run_dir).glob("step-*")
-    return sorted(path for path in found if path.suffix != TEMPORARY and not path.is_symlink())
+    folders = [path for path in found if path.suffix != TEMPORARY and not path.is_symlink()]
+    return sorted(folders, key=lambda path: (path.stem, not path.suffix))
 
 
 def problems_of(folder: Path) -> list[Problem]:

@@ -2,17 +2,19 @@
 
     snapshot    copy the fragments to host memory: all that training has to wait for
     write       this rank's file, in the background
-    publish     all ranks agree; rank 0 writes the manifest, renames the folder and removes old checkpoints
+    publish     when all ranks have: rank 0 writes the manifest, renames the folder and removes old
+                checkpoints, in the background
 
 A crash at any moment leaves the checkpoints that were there, and the new one whole or not at all.
 """
 
+import errno
 import shutil
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,29 +27,30 @@ from llama_mcore.checkpoint.disk import (
     rename,
     replace_hint,
     sync_folder,
+    sync_names,
     write_file,
 )
-from llama_mcore.checkpoint.fragments import owned_fragments
 from llama_mcore.checkpoint.layout import (
     KINDS,
     LATEST,
+    REPLACED,
     TEMPORARY,
     complete_checkpoints,
-    fragment_key,
     rank_file,
     step_dir,
     unfinished,
 )
 from llama_mcore.checkpoint.lease import Lease
 from llama_mcore.checkpoint.manifest import MANIFEST, Layout, Manifest, RankFile, manifest_bytes
+from llama_mcore.checkpoint.phase import agree, in_background
+from llama_mcore.checkpoint.snapshot import snapshot
 from llama_mcore.checkpoint.tensor_file import write_tensors
 from llama_mcore.config import RunConfig
-from llama_mcore.errors import OutputError, Problem
-from llama_mcore.model.sharding import cut_of
-from llama_mcore.parallel.device import host_copy, synchronize
+from llama_mcore.observe.log import get_logger
 from llama_mcore.parallel.groups import Groups
 from llama_mcore.train.state import TrainState
 
+_BYTES_PER_PARAMETER = 4 * len(KINDS)
 _SPARE = 1.1
 """Room on the disk that a save asks for, relative to what it writes."""
 
@@ -75,7 +78,7 @@ class Saver:
     ) -> None:
         """`lease`: rank 0's; nothing is published without it."""
         self._engine, self._run, self._groups, self._lease = engine, run, groups, lease
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
+        self._buffers: dict[str, Tensor] = {}
         self._writing: _Writing | None = None
 
     def begin(self, state: TrainState, lr: float) -> Saved | None:
@@ -84,51 +87,72 @@ class Saver:
         started = time.perf_counter()
         final = step_dir(Path(self._run.run.dir), state.step)
         temporary = final.with_suffix(TEMPORARY)
-        fragments = snapshot(self._engine, self._groups)
-        need = sum(tensor.nbytes for tensor in fragments.values())
-        _agree(lambda: _make_room(temporary, need, self._groups), final)
+        agree(lambda: self._prepare(temporary), final)
         metadata = {"run_id": state.run_id, "step": str(state.step), "rank": str(self._groups.rank)}
-        path = temporary / rank_file(self._groups.rank)
-        file = self._pool.submit(write_tensors, path, fragments, metadata)
-        self._writing = _Writing(file, final, state, lr, started, time.perf_counter() - started)
+        path, fragments = temporary / rank_file(self._groups.rank), self._buffers
+        work = in_background(lambda: write_tensors(path, fragments, metadata))
+        self._writing = _Writing(work, final, state, lr, started, time.perf_counter() - started)
         return before
 
     def poll(self) -> Saved | None:
-        """Publish the save in flight if every rank has written its file; else return at once."""
+        """Go on with the save in flight if every rank has done its part; return it if it is done. Does not
+        wait."""
         if self._writing is None:
             return None
+        started = time.perf_counter()
         waiting = torch.tensor(int(not self._writing.is_over(self._run)), device=self._groups.device)
         dist.all_reduce(waiting, dist.ReduceOp.MAX)
-        return None if waiting.item() else self._publish(self._writing)
+        return None if waiting.item() else self._advance(self._writing, started)
 
     def finish(self) -> Saved | None:
         """Wait until the save in flight is published."""
-        if self._writing is None:
-            return None
-        started = time.perf_counter()
-        self._writing.wait(self._run)
-        self._writing.stalled_s += time.perf_counter() - started
-        return self._publish(self._writing)
+        saved = None
+        while self._writing:
+            started = time.perf_counter()
+            self._writing.wait(self._run)
+            saved = self._advance(self._writing, started)
+        return saved
 
     def close(self) -> None:
         """Leave a save in flight unfinished: its folder keeps the temporary name."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _publish(self, writing: "_Writing") -> Saved:
         self._writing = None
-        started = time.perf_counter()
-        run_dir, groups, final = Path(self._run.run.dir), self._groups, writing.final
-        written = _agree(lambda: writing.result(self._run), final)
+
+    def _prepare(self, temporary: Path) -> None:
+        self._buffers = snapshot(self._engine, self._groups, self._buffers)
+        if self._groups.rank == 0:
+            _make_room(temporary, self._run.model.num_params() * _BYTES_PER_PARAMETER)
+
+    def _advance(self, writing: "_Writing", started: float) -> Saved | None:
+        """From written to publishing, from publishing to published."""
+        self._writing = None  # also if it failed
+        results = agree(lambda: writing.result(self._run), writing.final)
+        if not writing.publishing:
+            self._begin_to_publish(writing, results)
+            self._writing = writing
+        now = time.perf_counter()
+        writing.stalled_s += now - started
+        if self._writing:
+            return None
+        return Saved(writing.final, writing.state, writing.stalled_s, now - writing.started)
+
+    def _begin_to_publish(self, writing: "_Writing", written: list[tuple[int, str]]) -> None:
+        writing.publishing = True
+        if self._groups.rank > 0:
+            writing.work = Future()
+            writing.work.set_result(None)
+            return
         # ranks of a tensor-parallel group are consecutive
         files = tuple(
-            RankFile(name=rank_file(rank), tp_rank=rank % groups.tp_size, bytes=size, sha256=sha256)
+            RankFile(name=rank_file(rank), tp_rank=rank % self._groups.tp_size, bytes=size, sha256=sha256)
             for rank, (size, sha256) in enumerate(written)
         )
         manifest = self._manifest(writing, files)
-        _agree(lambda: _publish(final, manifest, self._lease) if groups.rank == 0 else None, final)
-        _agree(lambda: _remove_old(run_dir, self._run.checkpoint.keep) if groups.rank == 0 else None, run_dir)
-        now = time.perf_counter()
-        return Saved(final, writing.state, writing.stalled_s + now - started, now - writing.started)
+
+        def publish() -> None:
+            _publish(writing.final, manifest, self._lease)
+            _tidy(writing.final, self._run.checkpoint.keep)
+
+        writing.work = in_background(publish)
 
     def _manifest(self, writing: "_Writing", files: tuple[RankFile, ...]) -> Manifest:
         state, groups = writing.state, self._groups
@@ -151,28 +175,30 @@ class Saver:
 class _Writing:
     """A save between its snapshot and its publication."""
 
-    file: Future[tuple[int, str]]
+    work: Future[Any]
+    """This rank's part of the phase at hand: size and SHA-256 of its file, then nothing."""
     final: Path
     state: TrainState
     lr: float
     started: float
     stalled_s: float
+    publishing: bool = False
 
     def is_over(self, run: RunConfig) -> bool:
-        return self.file.done() or time.perf_counter() - self.started > run.checkpoint.timeout_s
+        return self.work.done() or time.perf_counter() - self.started > run.checkpoint.timeout_s
 
     def wait(self, run: RunConfig) -> None:
         left = run.checkpoint.timeout_s - (time.perf_counter() - self.started)
         try:
-            self.file.exception(timeout=max(0.0, left))
+            self.work.exception(timeout=max(0.0, left))
         except TimeoutError:
             return  # `result` says so, to all ranks
 
-    def result(self, run: RunConfig) -> tuple[int, str]:
-        """Size and SHA-256 of this rank's file. Raises OSError."""
-        if not self.file.done():
+    def result(self, run: RunConfig) -> Any:
+        """Raises what the work raised, and TimeoutError if it is not done."""
+        if not self.work.done():
             raise TimeoutError(0, f"not written within checkpoint.timeout_s = {run.checkpoint.timeout_s}")
-        return self.file.result()
+        return self.work.result()
 
 
 def save_checkpoint(engine: DeepSpeedEngine, run: RunConfig, state: TrainState, groups: Groups) -> Path:
@@ -185,57 +211,15 @@ def save_checkpoint(engine: DeepSpeedEngine, run: RunConfig, state: TrainState, 
     return saved.path
 
 
-def snapshot(engine: DeepSpeedEngine, groups: Groups) -> dict[str, Tensor]:
-    """Copies of this rank's fragments in host memory, fp32, by their key in the file.
-
-    Every element of the run is in the snapshot of one rank only: at stage 0 the first data-parallel rank has
-    it, and what tensor parallelism replicates the first tensor-parallel rank.
-    """
-    if engine.zero_optimization_stage() == 0 and groups.dp_rank > 0:
-        return {}
-    mine = [
-        fragment
-        for fragment in owned_fragments(engine, groups.dp_rank)
-        if groups.tp_rank == 0 or cut_of(fragment.name) is not None
-    ]
-    copies = {
-        fragment_key(kind, fragment.name, fragment.start): host_copy(fragment.view(kind).float())
-        for fragment in mine
-        for kind in KINDS
-    }
-    synchronize()  # copies from a GPU are on their way until then
-    return copies
-
-
-def _agree(action: Callable[[], object], path: Path) -> list:
-    """Run `action` on every rank and return what each gave; also the barrier between the phases of a save.
-
-    Raises on all ranks what failed on any.
-    """
-    result, failure = None, None
-    try:
-        result = action()
-    except OSError as error:
-        failure = f"rank {dist.get_rank()}: {error.strerror or error}"
-    gathered: list[tuple] = [()] * dist.get_world_size()
-    dist.all_gather_object(gathered, (result, failure))
-    failures = [reason for _, reason in gathered if reason]
-    if failures:
-        raise OutputError(
-            [Problem("checkpoint", path, reason, "free space or change run.dir") for reason in failures]
-        )
-    return [result for result, _ in gathered]
-
-
-def _make_room(temporary: Path, need: int, groups: Groups) -> None:
+def _make_room(temporary: Path, need: int) -> None:
     """An empty folder to write to, on a disk with enough room for what all ranks are about to write."""
-    if groups.rank == 0:
-        remove_folder(temporary)
-        make_folder(temporary)
-        free, needed = shutil.disk_usage(temporary).free, int(_SPARE * need * groups.world_size)
-        if free < needed:
-            temporary.rmdir()
-            raise OSError(28, f"{needed:,} bytes are needed and {free:,} are free")
+    for path in unfinished(temporary.parents[1]):  # which may be what fills the disk
+        remove_folder(path)
+    make_folder(temporary)
+    free, needed = shutil.disk_usage(temporary).free, int(_SPARE * need)
+    if free < needed:
+        temporary.rmdir()
+        raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed and {free:,} are free")
 
 
 def _publish(final: Path, manifest: Manifest, lease: Lease | None) -> None:
@@ -244,24 +228,34 @@ def _publish(final: Path, manifest: Manifest, lease: Lease | None) -> None:
         lease.check()
     write_file(temporary / MANIFEST, [manifest_bytes(manifest)])
     sync_folder(temporary)
-    if final.exists():  # the same step, saved again after a resume
-        _remove(final)
+    if final.exists():  # the same step, saved again after a resume; it may be the only checkpoint
+        replaced = final.with_suffix(REPLACED)
+        if replaced.exists():
+            _remove(replaced)
+        rename(final, replaced)
+        sync_folder(final.parent)
     rename(temporary, final)
-    sync_folder(final.parent)
-    replace_hint(final.parent / LATEST, f"{final.name}\n")
+    sync_names(final)
 
 
-def _remove_old(run_dir: Path, keep: int) -> None:
-    """Damaged checkpoints do not count: the newest sound ones stay."""
-    for path in complete_checkpoints(run_dir)[:-keep]:
-        _remove(path)
-    for path in unfinished(run_dir):
-        remove_folder(path)
+def _tidy(final: Path, keep: int) -> None:
+    """Update the hint and remove old checkpoints: the new one is on the disk, whatever becomes of these.
+
+    Those of later steps neither count nor go: they are damaged, or of a future that was given up.
+    """
+    try:
+        replace_hint(final.parent / LATEST, f"{final.name}\n")
+        complete = complete_checkpoints(final.parents[1])
+        replaced = [path for path in complete if path == final.with_suffix(REPLACED)]
+        older = [path for path in complete if path.stem < final.stem]
+        for path in replaced + [*older, final][:-keep]:
+            _remove(path)
+    except OSError as error:
+        get_logger().warning("%s is saved, but old checkpoints were not removed: %s", final, error)
 
 
 def _remove(path: Path) -> None:
     """Rename first: a half-removed folder must not look complete."""
     doomed = path.with_suffix(f".removed{TEMPORARY}")
-    remove_folder(doomed)  # of an interrupted removal
     rename(path, doomed)
     remove_folder(doomed)

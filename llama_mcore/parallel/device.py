@@ -38,12 +38,9 @@ def pinned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.pin_memory() if on_gpu() else tensor
 
 
-def host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy in host memory that later changes of the tensor do not reach."""
-    if not tensor.is_cuda:
-        return tensor.clone(memory_format=torch.contiguous_format)
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return copy.copy_(tensor, non_blocking=True)
+def host_buffer(numel: int) -> torch.Tensor:
+    """fp32 host memory [numel], not initialised; pinned where a GPU copies into it."""
+    return torch.empty(numel, dtype=torch.float32, pin_memory=on_gpu())
 
 
 def synchronize() -> None:
