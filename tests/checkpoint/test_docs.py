@@ -1,4 +1,4 @@
-"""docs/checkpoint.md tells the truth: its program reads a checkpoint with nothing but safetensors and json."""
+"""docs/checkpoint.md tells the truth: its program reads a checkpoint with safetensors and json alone."""
 
 import importlib.util
 import re
