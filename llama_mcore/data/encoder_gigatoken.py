@@ -1,13 +1,14 @@
 """gigatoken with a model of its own making, so that its tokens are sentencepiece's for every text.
 
-gigatoken's own reader of SentencePiece models is not used: it makes <s> in a text the control token, lets
-merges end in control and byte tokens, and knows no piece without a score of its own.
+gigatoken's own reader of SentencePiece models is not used: it makes <s> in a text the control token and puts
+a space after it, lets merges end in control and byte tokens, and strips and normalizes in a way of its own.
 
 Why the ids are the same. SentencePiece's BPE joins, of all neighbouring symbols whose text is a piece, those
 of the highest score, the leftmost first. Joins inside a stretch of text depend on that stretch alone, as long
 as nothing joins across its ends, so a piece always comes about from the same two halves. gigatoken ranks
-pairs of halves instead of pieces. As every piece has a score of its own, and halves that never meet cannot
-matter, the order of the joins is the same. `why_not_gigatoken` checks what this rests on.
+pairs of halves instead of pieces. As every piece has a score of its own (`_scores_give_an_order` has the one
+exception), and halves that never meet cannot matter, the order of the joins is the same. `why_not_gigatoken`
+checks what this rests on.
 """
 
 import json
