@@ -87,6 +87,34 @@ def activation_memory(json: Json = None, check: Check = False, debug: Debug = Fa
     raise typer.Exit(code)
 
 
+@app.command("preprocess")
+def preprocess(
+    megabytes: Annotated[int, typer.Option(min=1, help="Size of the corpus.")] = 500,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 3,
+    json: Json = None,
+    check: Check = False,
+    debug: Debug = False,
+) -> None:
+    """tools/preprocess_data.py beside itself with sentencepiece and the bare encoder: MB/s, memory."""
+    with report_errors(debug):
+        _silence()
+        from llama_mcore.benchmark.preprocess import BARS, measure
+
+        code = _run("preprocess", lambda: measure(megabytes, rounds), BARS, json, check)
+    raise typer.Exit(code)
+
+
+@app.command("loader")
+def loader(json: Json = None, check: Check = False, debug: Debug = False) -> None:
+    """Tokens/s that one process reads, and how fast the order of 1.4T tokens starts."""
+    with report_errors(debug):
+        _silence()
+        from llama_mcore.benchmark.loader import BARS, measure
+
+        code = _run("loader", measure, BARS, json, check)
+    raise typer.Exit(code)
+
+
 def _run(
     name: str, measure: Callable[[], "Result"], bars: Sequence["Bar"], json: Path | None, check: bool
 ) -> int:

@@ -9,7 +9,7 @@ from llama_mcore.errors import DataError, Problem
 
 LONGEST_DOCUMENT = 2**31 - 1
 """Bytes of one line, or of one text file."""
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 4 << 20
 BOM = b"\xef\xbb\xbf"
 START = 40
 """Bytes of a bad line that are shown."""

@@ -39,8 +39,10 @@ def prepare_output(path: Path) -> None:
             bound = f"{path.parent} is a file, not a folder"
             raise OutputError(Problem("output", path, bound, "choose another place"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        try:
+            probe.touch()
+        finally:
+            probe.unlink(missing_ok=True)
 
 
 def replace_durably(temporary: Path, path: Path) -> None:

@@ -22,7 +22,7 @@ from llama_mcore.data.manifest import manifest_path
 from llama_mcore.data.preprocess_settings import Settings, check_settings, output_prefixes, shard_prefix
 from llama_mcore.data.progress import InputProgress
 from llama_mcore.data.schedule import Schedule
-from llama_mcore.data.shards import Lock, PartRecord, PartsFolder, open_parts, remove
+from llama_mcore.data.shards import Lock, PartRecord, PartsFolder, open_parts, remove, remove_if_unused
 from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.data.totals import Totals, describe
 from llama_mcore.data.workers import Workers
@@ -75,16 +75,13 @@ class _Preprocessing:
         for path in (*written, self._quarantine):
             prepare_output(path)
         with Lock(self._folder):
-            for path in (*written, self._quarantine):
-                remove_leftovers(path)
-            parts = open_parts(
-                self._folder, self._plan(), restart=self._settings.restart or self._reads_a_stream()
-            )
             try:
-                self._make(parts)
+                for path in (*written, self._quarantine):
+                    remove_leftovers(path)
+                restart = self._settings.restart or self._reads_a_stream()
+                self._make(open_parts(self._folder, self._plan(), restart=restart))
             except BaseException:
-                if not parts.done():
-                    remove(self._folder)
+                remove_if_unused(self._folder)
                 raise
             remove(self._folder)
 

@@ -116,11 +116,16 @@ class Schedule:
 
 
 def _stream_units(source: Source, unit_bytes: int) -> Iterator[Unit]:
-    cut = lines = 0
+    """The same units as of a file."""
+    cut = position = lines = 0
     standard = str(source.path) == STDIN
     with nullcontext(sys.stdin.buffer) if standard else source.path.open("rb") as stream:
-        while payload := stream.read(unit_bytes):
-            if not payload.endswith(b"\n"):
+        while True:
+            wanted = (cut + 1) * unit_bytes - position  # nothing after a line that is longer than a unit
+            payload = stream.read(max(0, wanted))
+            if wanted > 0 and not payload:
+                return
+            if payload and not payload.endswith(b"\n"):
                 payload += stream.readline(LONGEST_DOCUMENT)
             yield Unit(source.index, cut, payload, lines)
-            cut, lines = cut + 1, lines + payload.count(b"\n")
+            cut, position, lines = cut + 1, position + len(payload), lines + payload.count(b"\n")

@@ -197,6 +197,12 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
+def remove_if_unused(folder: Path) -> None:
+    """Remove the folder if no part in it is done."""
+    if folder.exists() and not any(_RECORD_NAME.fullmatch(name) for name in os.listdir(folder)):
+        remove(folder)
+
+
 def _write_all(stream: Any, section: memoryview) -> None:
     while section:
         section = section[stream.write(section) :]

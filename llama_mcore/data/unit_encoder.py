@@ -3,6 +3,8 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import orjson
@@ -15,6 +17,7 @@ from llama_mcore.data.job import Job
 from llama_mcore.data.lines import lines_before
 from llama_mcore.data.readers import make_reader, payload_reader
 from llama_mcore.data.shards import OutputCounts, Part, PartRecord
+from llama_mcore.data.tokenizer import Tokenizer
 
 _CHECKED_CHARACTERS = 50_000
 """Of the first texts that a worker meets, encoded by sentencepiece too."""
@@ -35,6 +38,22 @@ class _Counts:
     empty: list[int] = field(default_factory=list)
     skipped: int = 0
     lines: int = 0
+
+
+class Definition:
+    """Plain sentencepiece, for little text: it is there sooner than the encoder built on it."""
+
+    name: Literal["sentencepiece"] = "sentencepiece"
+    fallback_reason = None
+
+    def __init__(self, tokenizer_model: Path) -> None:
+        self._tokenizer = Tokenizer(tokenizer_model)
+
+    def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """As every Encoder's."""
+        encoded = [np.array(self._tokenizer.encode(text), dtype=np.int32) for text in texts]
+        lengths = np.array([len(ids) for ids in encoded], dtype=np.int32)
+        return np.concatenate([np.empty(0, np.int32), *encoded]), lengths
 
 
 class UnitEncoder:
@@ -145,7 +164,7 @@ class UnitEncoder:
                 left -= len(sample[-1])
                 if not left:
                     break
-            self_check(self._encoder, load_encoder("sentencepiece", self._job.tokenizer_model), sample)
+            self_check(self._encoder, Definition(self._job.tokenizer_model), sample)
 
     def _refuse_outside(self, ids: NDArray[np.int32]) -> None:
         if len(ids) and not 0 <= ids.min() <= ids.max() < self._job.vocab_size:

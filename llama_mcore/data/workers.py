@@ -42,8 +42,15 @@ class Workers(Generic[Task, Answer]):
         self._connections: list[Connection] = []
 
     def __enter__(self) -> "Workers[Task, Answer]":
-        if self._count == 1:
-            return self
+        if self._count > 1:
+            try:
+                self._start()
+            except BaseException:
+                self.__exit__()
+                raise
+        return self
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         resource_tracker.ensure_running()  # its start would let interrupts through
         with _interrupts_held_back():
@@ -54,7 +61,6 @@ class Workers(Generic[Task, Answer]):
                 theirs.close()
                 self._processes.append(process)
                 self._connections.append(ours)
-        return self
 
     def __exit__(self, *error: object) -> None:
         for process in self._processes:

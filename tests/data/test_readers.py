@@ -210,6 +210,7 @@ def test_a_line_too_long_is_bad_and_does_not_stay_in_memory(
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(["a", "b" * 300, "c", "d" * 300]))
     monkeypatch.setattr(lines_module, "LONGEST_DOCUMENT", 100)
+    monkeypatch.setattr(lines_module, "BLOCK_BYTES", 64)
     texts, bad = read(path)
     assert texts == ["a", "c"]
     assert [line.line for line in bad] == [1, 3]
