@@ -43,10 +43,10 @@ def plan_run(data: DataConfig, sources: list[OpenSource], seed: int, seq_length:
 
 
 def _check_tokenizers(data: DataConfig, sources: list[OpenSource]) -> str | None:
-    """SHA-256 of the tokenizer that all data was made with; None if no dataset knows."""
+    """SHA-256 of the run's tokenizer, or of the one that all data was made with; None if nobody knows."""
     datasets = [dataset for source in sources for dataset in (source.train, source.valid) if dataset]
     made_with = [(dataset.prefix, sha256) for dataset in datasets for sha256 in sorted(dataset.tokenizers)]
-    if data.tokenizer and made_with:
+    if data.tokenizer:
         expected = Tokenizer(Path(data.tokenizer)).sha256
         remedy = f"the run's data.tokenizer = {data.tokenizer} has {expected}"
     else:

@@ -1,10 +1,10 @@
 """Where a run begins: at the newest sound checkpoint, at one that was named, or anew. Never silently anew."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 import yaml
@@ -60,6 +60,8 @@ def find_start(run: RunConfig, start: Start, groups: Groups, together: Together)
             get_logger().warning("%s IS DAMAGED and passed over: %s", folder, error.message())
             continue
         together(lambda reader=reader: check_same_model(reader, run))  # type: ignore[misc]
+        for change in changed_settings(reader.manifest.config, run.model_dump(mode="json")):
+            get_logger().info("since the checkpoint: %s", change)
         return Found(reader, passed_over)
     if passed_over:
         problems = [Problem("checkpoint", run.run.dir, reason) for reason in passed_over]
@@ -67,6 +69,24 @@ def find_start(run: RunConfig, start: Start, groups: Groups, together: Together)
         raise CheckpointError([*problems, Problem("--resume", start.resume, "found no sound one", remedy)])
     together(lambda: _begin_anew(run, start) if groups.rank == 0 else None)
     return Found(None)
+
+
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Settings that differ between two resolved configurations, as `section.key: old -> new`."""
+    old, new = dict(_flat(before)), dict(_flat(now))
+    return [
+        f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _candidates(run: RunConfig, start: Start) -> list[Path]:

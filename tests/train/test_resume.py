@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_mcore.train.resume import changed_settings
 from tests.conftest import Small
 from tests.forked import run_worker
 from tests.train.product import checkpoints, metrics
@@ -109,6 +110,22 @@ def test_each_start_ends_as_it_should(done: Done, case: Case) -> None:
         rows = metrics(done.folder / case.name)
         assert rows[-1]["step"] == 6
         assert checkpoints(done.folder / case.name)[-1] == "step-00000006"
+
+
+def test_a_resume_says_which_settings_changed(done: Done) -> None:
+    said = (done.folder / "auto-goes-on.txt").read_text()
+    assert "since the checkpoint: train.steps: 4 -> 6" in said
+    assert "since the checkpoint: optim" not in said
+
+
+def test_changed_settings_are_found_in_every_depth() -> None:
+    before = {"a": 1, "b": {"c": {"d": 2, "gone": 3}, "e": [1]}}
+    now = {"a": 1, "b": {"c": {"d": 4}, "e": [1], "new": 5}}
+    assert changed_settings(before, now) == [
+        "b.c.d: 2 -> 4",
+        "b.c.gone: 3 -> not set",
+        "b.new: not set -> 5",
+    ]
 
 
 def test_what_was_refused_is_untouched(done: Done) -> None:
