@@ -11,7 +11,7 @@ PIP_INSTALL := $(VENV_PYTHON) -m pip --disable-pip-version-check install
 SETUPTOOLS := setuptools==84.2.1
 export DS_BUILD_OPS := 0
 
-.PHONY: help demo test test-crash lint venv clean
+.PHONY: help demo test test-crash test-data lint venv clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test   run the tests"
 	@echo
 	@echo "Also: make test-crash (every fault of saving, every layout, 25 kills; KILLS=1000 for more),"
+	@echo "make test-data (tokens of a whole corpus, by both encoders; TEST_CORPUS_MB=25),"
 	@echo "make lint (ruff, mypy), make venv (environment only), make clean (remove it and the caches)."
 	@echo "PYTHON=/path/to/python picks another interpreter: 3.11, or 3.12."
 
@@ -31,6 +32,9 @@ test: $(STAMP)
 # Prints what was tried and survived.
 test-crash: $(STAMP)
 	@KILLS="$(or $(KILLS),25)" $(VENV_PYTHON) -m pytest -m crash -rA
+
+test-data: $(STAMP)
+	@TEST_CORPUS_MB="$(or $(TEST_CORPUS_MB),25)" $(VENV_PYTHON) -m pytest tests/data/test_encoder.py
 
 lint: $(STAMP)
 	@$(VENV_PYTHON) -m ruff check .
