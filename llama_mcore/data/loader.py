@@ -8,18 +8,20 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import count
-from queue import Full, Queue
+from queue import SimpleQueue
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llama_mcore.data.dataset import WindowDataset
+from llama_mcore.data.dataset import Window, WindowDataset, read_windows
 from llama_mcore.data.ledger import Segment
 
-_POLL_SECONDS = 0.1
+# Of all ranks together. Finding the windows of one sample takes hardly less time than those of so many.
+_SAMPLES_PLANNED_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,17 @@ class Samples:
     datasets: tuple[WindowDataset, ...]
     """Of the segment's sources."""
 
-    def read(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Token ids [n, s + 1] of the samples at `positions` [n]."""
+    def windows_at(self, positions: NDArray[np.int64]) -> list[Window]:
+        """The windows that the samples at `positions` [n] read."""
         numbers, windows = self.segment.windows_at(positions)
-        ids = np.empty((len(positions), self.segment.seq_length + 1), dtype=np.int64)
-        for number in np.unique(numbers):
-            here = numbers == number
-            ids[here] = self.datasets[number].read(windows[here])
-        return ids
+        return [
+            Window(self.datasets[number], window)
+            for number, window in zip(numbers.tolist(), windows.tolist(), strict=True)
+        ]
+
+    def read(self, positions: NDArray[np.int64]) -> NDArray[np.integer[Any]]:
+        """Token ids [n, s + 1] of the samples at `positions` [n]."""
+        return read_windows(self.windows_at(positions))
 
 
 class MicroBatches:
@@ -96,10 +101,16 @@ class MicroBatches:
         self._batches.close()
 
     def _read(self) -> Iterator[MicroBatch]:
-        for number in count():
-            positions = _positions(number, self._micro_batch_size, self._dp_rank, self._dp_size)
-            ids = self._samples.read(positions + self._start_sample)
-            yield micro_batch(ids, self._masked_token, self._pin)
+        size = self._micro_batch_size
+        at_once = max(1, _SAMPLES_PLANNED_AT_ONCE // (size * self._dp_size))
+        for first in count(step=at_once):
+            positions = [
+                _positions(number, size, self._dp_rank, self._dp_size)
+                for number in range(first, first + at_once)
+            ]
+            windows = self._samples.windows_at(np.concatenate(positions) + self._start_sample)
+            for row in range(0, len(windows), size):
+                yield micro_batch(read_windows(windows[row : row + size]), self._masked_token, self._pin)
 
 
 def eval_batches(
@@ -135,46 +146,48 @@ def _positions(number: int, micro_batch_size: int, dp_rank: int, dp_size: int) -
 
 
 def micro_batch(
-    ids: NDArray[np.int64],
+    ids: NDArray[np.integer[Any]],
     masked_token: int | None = None,
     pin: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> MicroBatch:
     """Token ids [b, s + 1] as tokens and labels; the labels that follow `masked_token` do not count."""
-    windows = torch.from_numpy(ids)
-    tokens, labels = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-    mask = None if masked_token is None else pin((tokens != masked_token).float())
-    return MicroBatch(pin(tokens), pin(labels), mask)
+    inputs, following = ids[:, :-1], ids[:, 1:]
+    mask = None if masked_token is None else (inputs != masked_token).astype(np.float32)
+    return MicroBatch(
+        tokens=pin(torch.from_numpy(inputs.astype(np.int64))),
+        labels=pin(torch.from_numpy(following.astype(np.int64))),
+        loss_mask=None if mask is None else pin(torch.from_numpy(mask)),
+    )
 
 
 def _read_ahead(source: Iterator[MicroBatch], depth: int) -> Generator[MicroBatch, None, None]:
     """Yield what a thread reads from `source`, at most `depth` ahead; closing it ends the thread."""
-    ready: Queue[MicroBatch | Exception] = Queue(depth)
+    ready: SimpleQueue[MicroBatch | Exception] = SimpleQueue()
+    room: SimpleQueue[None] = SimpleQueue()  # an entry for each that may be read beside the next
     stopped = threading.Event()
-
-    def put(item: MicroBatch | Exception) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put(item, timeout=_POLL_SECONDS)
-            except Full:
-                continue
 
     def read() -> None:
         try:
             for batch in source:
-                put(batch)
+                ready.put(batch)
+                room.get()
                 if stopped.is_set():
                     return
         except Exception as error:
-            put(error)
+            ready.put(error)
 
     thread = threading.Thread(target=read, name="read-ahead", daemon=True)
     thread.start()
     try:
+        for _ in range(depth - 1):
+            room.put(None)
         while True:
             item = ready.get()
             if isinstance(item, Exception):
                 raise item
+            room.put(None)
             yield item
     finally:
         stopped.set()
+        room.put(None)
         thread.join()

@@ -1,14 +1,19 @@
 import threading
+import time
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 
+from llama_mcore.data import loader
 from llama_mcore.data.dataset import WindowDataset
 from llama_mcore.data.ledger import Segment, SourcePlan
-from llama_mcore.data.loader import MicroBatch, MicroBatches, Samples, eval_batches
+from llama_mcore.data.loader import MicroBatch, MicroBatches, Samples, eval_batches, micro_batch
 from llama_mcore.errors import DataError
 from tests.data.test_indexed import write
 
@@ -73,6 +78,40 @@ def test_resuming_continues_the_same_sequence(dataset: WindowDataset) -> None:
             return [windows_of(batch) for batch in islice(batches, count)]
 
     assert first(0, 30)[4 * 3 :] == first(24, 30 - 4 * 3)
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 24])
+def test_what_is_read_does_not_depend_on_how_much_is_planned_at_once(
+    dataset: WindowDataset, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    def first() -> list[list[int]]:
+        with MicroBatches(
+            samples(dataset), micro_batch_size=3, dp_rank=1, dp_size=2, start_sample=5
+        ) as batches:
+            return [windows_of(batch) for batch in islice(batches, 20)]
+
+    expected = first()
+    monkeypatch.setattr(loader, "_SAMPLES_PLANNED_AT_ONCE", at_once)
+    assert first() == expected
+
+
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_so_many_are_read_ahead_and_no_more(dataset: WindowDataset, prefetch: int) -> None:
+    """`pin` is called for the tokens and for the labels of each."""
+    pinned = []
+    with MicroBatches(
+        samples(dataset),
+        micro_batch_size=1,
+        prefetch=prefetch,
+        pin=lambda tensor: pinned.append(tensor) or tensor,
+    ) as batches:
+        for taken in (1, 2, 3):
+            next(batches)
+            deadline = time.monotonic() + 10
+            while len(pinned) < 2 * (taken + prefetch) and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(0.02)
+            assert len(pinned) == 2 * (taken + prefetch)
 
 
 def test_an_epoch_reads_every_window_once(dataset: WindowDataset) -> None:
@@ -151,6 +190,30 @@ def test_the_token_after_the_masked_one_does_not_count(dataset: WindowDataset) -
     (held_out,) = eval_batches(dataset, micro_batch_size=40, num_windows=37, masked_token=4)
     assert held_out.loss_mask is not None
     assert held_out.loss_mask.sum() == NUM_WINDOWS * SEQ_LENGTH - 1
+
+
+IDS = st.sampled_from([np.uint8, np.uint16, np.int32, np.int64]).flatmap(
+    lambda dtype: arrays(dtype, array_shapes(min_dims=2, max_dims=2, min_side=2), elements=st.integers(0, 9))
+)
+
+
+@given(ids=IDS, masked_token=st.integers(0, 9) | st.just(70_000) | st.none())
+def test_tokens_labels_and_mask_of_ids_of_any_dtype(
+    ids: np.typing.NDArray[np.integer], masked_token: int | None
+) -> None:
+    batch = micro_batch(ids, masked_token)
+    rows = ids.tolist()
+    assert batch.tokens.tolist() == [row[:-1] for row in rows]
+    assert batch.labels.tolist() == [row[1:] for row in rows]
+    assert batch.tokens.dtype == batch.labels.dtype == torch.int64
+    assert batch.tokens.is_contiguous()
+    assert batch.labels.is_contiguous()
+    if masked_token is None:
+        assert batch.loss_mask is None
+    else:
+        assert batch.loss_mask is not None
+        assert batch.loss_mask.dtype == torch.float32
+        assert batch.loss_mask.tolist() == [[float(id != masked_token) for id in row[:-1]] for row in rows]
 
 
 def test_sources_share_a_batch_in_proportion(dataset: WindowDataset, tmp_path: Path) -> None:
