@@ -1,7 +1,7 @@
 """Fixed windows over a token stream: sample w reads tokens [w * seq_length, (w + 1) * seq_length].
 
-Windows are read in numpy. C++ with the same reads and checks made micro-batches of 8 x 2,048 tokens 2.2 to 2.9
-times as fast, in 13 us instead of 29: too little for a compiler, as more than half of that is the system's.
+Windows are read in numpy. C++ with the same reads and checks made micro-batches of 8 x 2,048 tokens 2.2 to
+2.9 times as fast, in 13 us instead of 29: too little for a compiler, as more than half of it is the system's.
 """
 
 import hashlib
