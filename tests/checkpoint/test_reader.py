@@ -1,0 +1,220 @@
+"""llama_mcore.checkpoint.reader: any stretch of any rank of any layout, and nothing else is read."""
+
+import itertools
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import Tensor
+
+from llama_mcore.checkpoint import reader as reader_module
+from llama_mcore.checkpoint.layout import KINDS, fragment_key, rank_file
+from llama_mcore.checkpoint.manifest import MANIFEST, Layout, Manifest, RankFile, manifest_bytes
+from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.tensor_file import write_tensors
+from llama_mcore.model.config import ModelConfig
+from llama_mcore.model.shapes import parameter_shapes
+from llama_mcore.model.sharding import cut_of, shard
+
+# Every dimension that is cut is a multiple of 12, so that sizes of which none divides the other fit: 3 and 4.
+SMALL = ModelConfig(
+    num_layers=1,
+    hidden_size=10,
+    num_attention_heads=12,
+    head_dim=2,
+    ffn_hidden_size=36,
+    vocab_size=24,
+    seq_length=8,
+)
+# Some systems map 2 MB around a byte that is touched: parameters of megabytes.
+LARGE = ModelConfig(
+    num_layers=1, hidden_size=512, num_attention_heads=8, ffn_hidden_size=1536, vocab_size=4096, seq_length=8
+)
+TP_SIZES = (1, 2, 3, 4, 6, 12)
+DP_SIZES = (1, 2, 5)
+
+
+def random_tensors(model: ModelConfig) -> dict[tuple[str, str], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        (kind, name): torch.rand(shape, generator=generator)
+        for kind in KINDS
+        for name, shape in parameter_shapes(model).items()
+    }
+
+
+def write_checkpoint(
+    folder: Path, model: ModelConfig, tensors: dict[tuple[str, str], Tensor], tp: int, dp: int
+) -> CheckpointReader:
+    """What a run of tp * dp ranks would have saved if ZeRO cut every parameter at random places."""
+    folder.mkdir(parents=True)
+    draw = random.Random(tp * 100 + dp)
+    files: list[dict[str, Tensor]] = [{} for _ in range(tp * dp)]
+    for (kind, name), full in tensors.items():
+        for tp_rank in range(tp if cut_of(name) else 1):
+            flat = shard(full, cut_of(name), tp_rank, tp).reshape(-1)
+            ends = sorted(draw.randint(0, len(flat)) for _ in range(dp - 1))
+            for dp_rank, (start, end) in enumerate(itertools.pairwise([0, *ends, len(flat)])):
+                if start < end:
+                    key = fragment_key(kind, name, start)
+                    files[dp_rank * tp + tp_rank][key] = flat[start:end].contiguous()
+    written = []
+    for rank, fragments in enumerate(files):
+        metadata = {"run_id": "r", "step": "1", "rank": str(rank)}
+        size, sha256 = write_tensors(folder / rank_file(rank), fragments, metadata)
+        written.append(RankFile(name=rank_file(rank), tp_rank=rank % tp, bytes=size, sha256=sha256))
+    manifest = Manifest(
+        run_id="r",
+        step=1,
+        consumed_samples=1,
+        lr=0.1,
+        segments=(),
+        windows_read={},
+        config={"model": model.model_dump(mode="json")},
+        layout=Layout(tp=tp, dp=dp, zero_stage=3),
+        files=tuple(written),
+    )
+    (folder / MANIFEST).write_bytes(manifest_bytes(manifest))
+    return CheckpointReader(folder)
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[tuple[str, str], Tensor]:
+    return random_tensors(SMALL)
+
+
+@pytest.fixture(scope="module")
+def readers(
+    tensors: dict[tuple[str, str], Tensor], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[int, int], CheckpointReader]:
+    """The same tensors, saved under every layout."""
+    folder = tmp_path_factory.mktemp("layouts")
+    return {
+        (tp, dp): write_checkpoint(folder / f"{tp}-{dp}", SMALL, tensors, tp, dp)
+        for tp in TP_SIZES
+        for dp in DP_SIZES
+    }
+
+
+@pytest.mark.parametrize("dp", DP_SIZES)
+@pytest.mark.parametrize("tp", TP_SIZES)
+def test_full(readers: dict, tensors: dict, tp: int, dp: int) -> None:
+    for (kind, name), expected in tensors.items():
+        assert torch.equal(readers[tp, dp].full(name, kind), expected)
+
+
+@pytest.mark.parametrize(("saved", "loaded"), list(itertools.product(TP_SIZES, repeat=2)))
+def test_local_of_every_pair_of_sizes(readers: dict, tensors: dict, saved: int, loaded: int) -> None:
+    for (kind, name), full in tensors.items():
+        for tp_rank in range(loaded):
+            expected = shard(full, cut_of(name), tp_rank, loaded).reshape(-1)
+            assert torch.equal(readers[saved, 5].local(name, kind, tp_rank, loaded), expected)
+
+
+@given(data=st.data())
+@settings(max_examples=400, deadline=None)
+def test_local_of_any_stretch(readers: dict, tensors: dict, data: st.DataObject) -> None:
+    reader = readers[data.draw(st.sampled_from(sorted(readers)), "saved")]
+    kind, name = data.draw(st.sampled_from(sorted(tensors)), "parameter")
+    loaded = data.draw(st.sampled_from(TP_SIZES), "loaded")
+    tp_rank = data.draw(st.integers(0, loaded - 1), "rank")
+    expected = shard(tensors[kind, name], cut_of(name), tp_rank, loaded).reshape(-1)
+    start = data.draw(st.integers(0, len(expected)), "start")
+    numel = data.draw(st.integers(0, len(expected) - start), "numel")
+    found = reader.local(name, kind, tp_rank, loaded, start, numel)
+    assert torch.equal(found, expected[start : start + numel])
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large")
+    tensors = random_tensors(LARGE)
+    for tp in (1, 2, 4):
+        write_checkpoint(folder / str(tp), LARGE, tensors, tp, dp=1)
+    return folder
+
+
+@pytest.mark.parametrize(("saved", "loaded"), list(itertools.product((1, 2, 4), repeat=2)))
+def test_a_rank_reads_only_what_it_needs(
+    large: Path, saved: int, loaded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of eight data-parallel ranks: the elements it takes out of the files, and the pages of the
+    files that are in memory afterwards."""
+    monkeypatch.setattr(reader_module, "safe_open", CountingFile)
+    reader = CheckpointReader(large / str(saved))
+    taken, before = CountingFile.taken, mapped_bytes(large)
+    need = 0
+    for name, shape in parameter_shapes(LARGE).items():
+        numel = shape.numel() // (loaded if cut_of(name) else 1) // 8
+        for kind in KINDS:
+            reader.local(name, kind, loaded - 1, loaded, numel, numel).sum()
+            need += numel * columns_read(name, saved, loaded)
+    assert CountingFile.taken - taken == need
+    whole = sum(path.stat().st_size for path in (large / str(saved)).iterdir())
+    assert mapped_bytes(large) - before < whole / 2
+
+
+def columns_read(name: str, saved: int, loaded: int) -> int:
+    """Rows lie in one piece. Of columns that are cut further than they were saved in, whole rows are read:
+    they share their pages."""
+    cut = cut_of(name)
+    return max(1, loaded // saved) if cut and cut.dim == 1 else 1
+
+
+def test_what_lies_in_one_piece_is_not_copied(large: Path) -> None:
+    name = "output_layer.weight"
+    assert is_mapped(CheckpointReader(large / "1").local(name, KINDS[0], 1, 4), large)
+    assert is_mapped(CheckpointReader(large / "4").local(name, KINDS[0], 1, 4), large)
+    assert not is_mapped(CheckpointReader(large / "4").local(name, KINDS[0], 0, 1), large)
+
+
+class CountingFile:
+    """A file of the safetensors library that counts the elements taken out of it."""
+
+    taken = 0
+
+    def __init__(self, path: Path, framework: str) -> None:
+        self._file = safe_open(path, framework=framework)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._file, name)
+
+    def get_slice(self, key: str) -> "CountingSlice":
+        return CountingSlice(self._file.get_slice(key))
+
+
+class CountingSlice:
+    def __init__(self, whole: Any) -> None:
+        self._whole = whole
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._whole, name)
+
+    def __getitem__(self, stretch: slice) -> Tensor:
+        found = self._whole[stretch]
+        CountingFile.taken += found.numel()
+        return found
+
+
+def mapped_bytes(folder: Path) -> int:
+    """Resident pages of the files under `folder` in this process."""
+    total, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            counts = str(folder) in line
+        elif counts and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def is_mapped(tensor: Tensor, folder: Path) -> bool:
+    """Whether the tensor lies in a mapped file under `folder`."""
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+    return any(start <= tensor.data_ptr() < end for start, end in ranges)
