@@ -18,14 +18,16 @@ from pydantic_core import ErrorDetails
 
 from llama_mcore.checkpoint.config import CheckpointConfig
 from llama_mcore.data.config import DataConfig
-from llama_mcore.errors import ConfigError, MissingInputError, Problem
+from llama_mcore.errors import ConfigError, MissingInputError, Problem, shown
 from llama_mcore.model.config import PRESETS, ModelConfig, RopeScaling
 from llama_mcore.observe.config import ObserveConfig
 from llama_mcore.parallel.config import ParallelConfig, ZeroConfig
 from llama_mcore.section import Section
+from llama_mcore.small_file import parse_yaml, read_small_file
 from llama_mcore.train.config import EvalConfig, OptimConfig, TrainConfig
 
 CONFIG_DIR = Path(__file__).parent / "configs"
+LARGEST_CONFIG = 1 << 20
 
 
 class RunSection(Section):
@@ -119,10 +121,9 @@ def _find_config(config: str, field: str = "--config") -> Path:
 
 def _read_yaml(path: Path, field: str = "--config") -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(Problem(field, path, f"is not YAML ({reason})")) from None
+        data = parse_yaml(read_small_file(path.resolve(), LARGEST_CONFIG).decode())
+    except (OSError, ValueError) as error:
+        raise ConfigError(Problem(field, path, f"is not YAML ({shown(error)})")) from None
     if not isinstance(data, dict) or not all(isinstance(value, dict) for value in data.values()):
         raise ConfigError(Problem(field, path, "must hold sections of `key: value` lines"))
     return data
@@ -134,8 +135,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     if not equals or not sections or not all(sections) or not name:
         raise ConfigError(Problem("override", override, "must read section.key=value"))
     try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
+        value = parse_yaml(text) if text else None
+    except ValueError:
         value = text
     section = data
     for part in sections:

@@ -32,6 +32,12 @@ class Problem:
         return f"{self.field} = {self.value}: {self.bound}{remedy}"
 
 
+def shown(found: object, limit: int = 200) -> str:
+    """What a file says, for a message about it: in ASCII, which steers no terminal, and not endless."""
+    text = str(found)
+    return ascii(text[:limit])[1:-1] + ("..." if len(text) > limit else "")
+
+
 class UserError(Exception):
     """A problem that the user can mend. `exit_code` follows sysexits.h."""
 

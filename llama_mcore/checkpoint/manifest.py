@@ -2,27 +2,31 @@
 
 import hashlib
 import json
-import os
+import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llama_mcore.data.ledger import Segment
-from llama_mcore.errors import CheckpointError, Problem
+from llama_mcore.errors import CheckpointError, Problem, shown
+from llama_mcore.small_file import read_json
 
 FORMAT = "llama_mcore/1"
 MANIFEST = "manifest.json"
-LARGEST_MANIFEST = 256 << 20
+LARGEST_MANIFEST = 32 << 20
+"""Room for 100,000 ranks."""
 _CHECKSUM = "manifest_sha256"
+_CHUNK = 1 << 20
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class RankFile(_Record):
@@ -59,7 +63,17 @@ class Manifest(_Record):
     config: dict[str, Any]
     layout: Layout
     files: tuple[RankFile, ...]
-    """All of them: a checkpoint without one of these is none."""
+    """All of them, by rank: a checkpoint without one of these is none."""
+
+    @model_validator(mode="after")
+    def _lists_every_rank(self) -> "Manifest":
+        tp, ranks = self.layout.tp, self.layout.tp * self.layout.dp
+        if len(self.files) != ranks:
+            raise ValueError(f"files: {len(self.files)} are listed where {ranks} ranks have written")
+        # ranks of a tensor-parallel group are consecutive
+        if [file.tp_rank for file in self.files] != [rank % tp for rank in range(ranks)]:
+            raise ValueError("files: are not in the order of the ranks")
+        return self
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
@@ -72,22 +86,26 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest in `folder`. Raises CheckpointError if it is missing, damaged or of another format."""
     path = folder / MANIFEST
     try:
-        content = json.loads(read_small_file(path, LARGEST_MANIFEST))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path, LARGEST_MANIFEST)
+    except (OSError, ValueError) as error:
         raise CheckpointError(Problem("manifest", path, f"cannot be read ({_reason(error)})")) from None
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
-        raise CheckpointError(
-            Problem("format", found, f"of {path} is not {FORMAT}", "use the release that wrote it")
-        )
+        bound = f"of {path} is not {FORMAT}"
+        raise CheckpointError(Problem("format", shown(found), bound, "use the release that wrote it"))
     if content.pop(_CHECKSUM, None) != _checksum(content):
         raise CheckpointError(Problem("manifest", path, "is damaged: its SHA-256 is not the one it names"))
     try:
-        return Manifest.model_validate(content)
+        manifest = Manifest.model_validate(content)
     except ValidationError as error:
         raise CheckpointError(
             Problem("manifest", path, f"does not describe a checkpoint ({_reason(error)})")
         ) from None
+    named = re.match(r"step-(\d+)\b", folder.name)
+    if named and int(named[1]) != manifest.step:
+        bound = f"is of step {manifest.step:,}: the folder was renamed, or is of another one's content"
+        raise CheckpointError(Problem("manifest", path, bound))
+    return manifest
 
 
 def missing_files(folder: Path, manifest: Manifest) -> list[Problem]:
@@ -109,33 +127,33 @@ def missing_files(folder: Path, manifest: Manifest) -> list[Problem]:
     return problems
 
 
-def damaged_files(folder: Path, files: tuple[RankFile, ...]) -> list[Problem]:
-    """Those of `files` whose content has another SHA-256 than the manifest says. Reads every byte."""
+def damaged_files(
+    folder: Path, files: tuple[RankFile, ...], advance: Callable[[int], None] = lambda size: None
+) -> list[Problem]:
+    """Those of `files` whose content has another SHA-256 than the manifest says.
+
+    Reads every byte, and tells `advance` how many at a time.
+    """
     problems = []
     for file in files:
+        path = folder / file.name
         try:
-            with (folder / file.name).open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            found = _sha256_of(path, advance)
         except OSError as error:
-            problems.append(Problem("file", folder / file.name, f"cannot be read ({error.strerror})"))
+            problems.append(Problem("file", path, f"cannot be read ({error.strerror})"))
             continue
         if found != file.sha256:
-            problems.append(
-                Problem("file", folder / file.name, f"is damaged: SHA-256 {found}, written was {file.sha256}")
-            )
+            problems.append(Problem("file", path, f"is damaged: SHA-256 {found}, written was {file.sha256}"))
     return problems
 
 
-def read_small_file(path: Path, limit: int) -> bytes:
-    """A regular file of at most `limit` bytes; never waits for a pipe. Raises OSError or ValueError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is not a regular file")
-        if status.st_size > limit:
-            raise ValueError(f"it has {status.st_size:,} bytes, more than {limit:,}")
-        return file.read()
+def _sha256_of(path: Path, advance: Callable[[int], None]) -> str:
+    sha256, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            sha256.update(buffer[:size])
+            advance(size)
+    return sha256.hexdigest()
 
 
 def _checksum(content: dict[str, Any]) -> str:
@@ -146,5 +164,5 @@ def _checksum(content: dict[str, Any]) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())
+        return shown(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+    return getattr(error, "strerror", None) or shown(error)

@@ -1,10 +1,13 @@
 """Parameters out of a checkpoint folder, whatever layout wrote it. Needs neither a job nor DeepSpeed.
 
 Files are memory-mapped and read as far as they are needed: a rank of any other layout reads its own stretch.
+What lies in one piece is returned where it lies, without a copy: it is not to be written to.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +16,22 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llama_mcore.checkpoint.layout import WEIGHT, parse_fragment_key
+from llama_mcore.checkpoint.layout import KINDS, WEIGHT, parse_fragment_key
 from llama_mcore.checkpoint.manifest import MANIFEST, RankFile, damaged_files, missing_files, read_manifest
-from llama_mcore.errors import CheckpointError, Problem
+from llama_mcore.errors import CheckpointError, Problem, shown
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.shapes import parameter_shapes
 from llama_mcore.model.sharding import Cut, cut_of, unshard
 from llama_mcore.train.state import TrainState
+
+_BYTES_PER_PARAMETER = 4 * len(KINDS)
 
 
 class CheckpointReader:
     """One checkpoint.
 
     Raises CheckpointError for a file that is missing, of another size, of another run or step, or not
-    readable, and for a parameter with a gap. A flipped bit shows in `check_content` alone.
+    readable, and for a parameter with a gap. A flipped bit in a tensor shows in `check_content` alone.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,22 +40,16 @@ class CheckpointReader:
         problems = missing_files(path, self.manifest)
         if problems:
             raise CheckpointError(problems)
-        try:
-            self.model = ModelConfig.model_validate(self.manifest.config.get("model"))
-        except ValidationError as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(
-                Problem("manifest", path / MANIFEST, f"does not describe a model ({reason})")
-            ) from None
         found = self.manifest
+        opened = [self._open(file, rank) for rank, file in enumerate(found.files)]
+        self.model = self._checked_model(opened)
         self.state = TrainState(found.step, found.consumed_samples, found.segments, found.run_id)
         self._tp_size = found.layout.tp
         self._shapes = parameter_shapes(self.model)
         self._pieces: dict[tuple[str, str, int], list[tuple[int, int, Any, str]]] = defaultdict(list)
-        for rank, file in enumerate(found.files):
-            self._index(file, rank)
-        for pieces in self._pieces.values():
-            pieces.sort(key=lambda piece: piece[0])
+        for file, tensors in zip(found.files, opened, strict=True):
+            self._index(file, tensors)
+        self._check_complete()
 
     def check_content(self, rank: int = 0, world_size: int = 1) -> None:
         """Read every byte of this rank's share of the files. Raises CheckpointError with those that are not
@@ -103,7 +102,7 @@ class CheckpointReader:
             first, stop = max(start, row * width), min(end, (row + count) * width)
             parts.append(self._read(kind, name, source, first + shift, stop + shift))
             row += count
-        return torch.cat(parts) if parts else torch.empty(0)
+        return _joined(parts)
 
     def _columns(self, kind: str, name: str, tp_rank: int, tp_size: int, start: int, end: int) -> Tensor:
         """Rows [first, last) of every saved shard that holds some of the columns."""
@@ -118,33 +117,71 @@ class CheckpointReader:
         flat = torch.cat(parts, dim=1).reshape(-1)
         return flat[start - first * here : end - first * here]
 
-    def _index(self, file: RankFile, rank: int) -> None:
+    def _open(self, file: RankFile, rank: int) -> Any:
+        """The tensors of one file, still on the disk. safetensors bounds its header by the file's size."""
         path, found = self.path / file.name, self.manifest
         try:
             opened = safe_open(path, framework="pt")
             metadata = opened.metadata() or {}
-            keys = [(parse_fragment_key(key), key) for key in opened.keys()]  # noqa: SIM118  no mapping
-            sizes = [opened.get_slice(key).get_shape() for _, key in keys]
-        except (OSError, SafetensorError, ValueError) as error:
-            raise CheckpointError(Problem("file", path, f"cannot be read ({error})")) from None
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(Problem("file", path, f"cannot be read ({shown(error)})")) from None
         expected = {"run_id": found.run_id, "step": str(found.step), "rank": str(rank)}
         if metadata != expected:
-            raise CheckpointError(Problem("file", path, f"is of {metadata}, the manifest of {expected}"))
-        for ((kind, name, start), key), shape in zip(keys, sizes, strict=True):
-            if name not in self._shapes or len(shape) != 1:
-                raise CheckpointError(Problem("file", path, f"holds {key} {shape}, which is no fragment"))
-            self._pieces[kind, name, file.tp_rank].append((start, start + shape[0], opened, key))
+            bound = f"is of {shown(metadata)}, the manifest of {shown(expected)}"
+            raise CheckpointError(Problem("file", path, bound))
+        return opened
+
+    def _checked_model(self, opened: list[Any]) -> ModelConfig:
+        """The model of the manifest, once it is clear that it is not larger than the files."""
+        path, found = self.path / MANIFEST, self.manifest
+        try:
+            model = ModelConfig.model_validate(found.config.get("model"))
+        except ValidationError as error:
+            bound = f"does not describe a model ({shown(' '.join(str(error).split()))})"
+            raise CheckpointError(Problem("manifest", path, bound)) from None
+        fragments, size = sum(len(tensors.keys()) for tensors in opened), sum(f.bytes for f in found.files)
+        if model.num_layers > fragments or _BYTES_PER_PARAMETER * model.num_params() > size:
+            bound = f"describes a model that its {size:,} bytes in {fragments:,} fragments cannot hold"
+            raise CheckpointError(Problem("manifest", path, bound))
+        return model
+
+    def _index(self, file: RankFile, tensors: Any) -> None:
+        for key in tensors.keys():  # noqa: SIM118  no mapping
+            stored = tensors.get_slice(key)
+            try:
+                kind, name, start = parse_fragment_key(key)
+                (numel,) = stored.get_shape()
+                known = kind in KINDS and name in self._shapes and stored.get_dtype() == "F32"
+                fits = known and 0 <= start <= start + numel <= self._numel(name, self._tp_size)
+            except ValueError:
+                fits = False
+            if not fits:
+                what = f"{shown(key)} {stored.get_dtype()} {shown(stored.get_shape())}"
+                bound = f"holds {what}, which is no fragment of the model"
+                raise CheckpointError(Problem("file", self.path / file.name, bound))
+            self._pieces[kind, name, file.tp_rank].append((start, start + numel, tensors, key))
+
+    def _check_complete(self) -> None:
+        """Every element of every parameter and moment is there, once."""
+        for name, shape in self._shapes.items():
+            cut = cut_of(name)
+            if cut and shape[cut.dim] % (cut.stride * self._tp_size):
+                bound = f"does not divide {name} {list(shape)} of the model in {self.path}"
+                raise CheckpointError(Problem("layout.tp", self._tp_size, bound))
+            size = self._numel(name, self._tp_size)
+            for kind, tp_rank in product(KINDS, range(self._tp_size if cut else 1)):
+                pieces = self._pieces[kind, name, tp_rank]
+                pieces.sort(key=itemgetter(0, 1))
+                starts, ends = [piece[0] for piece in pieces], [piece[1] for piece in pieces]
+                if [*starts, size] != [0, *ends]:
+                    bound = f"elements of rank {tp_rank} in {self.path} where {size} are needed, each once"
+                    raise CheckpointError(Problem(f"{kind} of {name}", sum(ends) - sum(starts), bound))
 
     def _read(self, kind: str, name: str, tp_rank: int, start: int = 0, end: int | None = None) -> Tensor:
         """Elements [start, end) of the flat fp32 shard of one saved rank, from its fragments."""
         size = self._numel(name, self._tp_size)
         end = size if end is None else end
-        parts = list(self._parts(kind, name, tp_rank, start, end))
-        found = sum(part.numel() for part in parts)
-        if found != end - start:
-            bound = f"elements in {self.path} where {end - start} are needed"
-            raise CheckpointError(Problem(f"{kind} of {name}", found, bound))
-        return torch.cat(parts) if parts else torch.empty(0)
+        return _joined(list(self._parts(kind, name, tp_rank, start, end)))
 
     def _parts(self, kind: str, name: str, tp_rank: int, start: int, end: int) -> Iterator[Tensor]:
         """Stretches of the fragments from `start` on, as far as they follow each other."""
@@ -156,3 +193,10 @@ class CheckpointReader:
 
     def _numel(self, name: str, tp_size: int) -> int:
         return self._shapes[name].numel() // (tp_size if cut_of(name) else 1)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Flat stretches one after the other; a single one as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if parts else torch.empty(0)

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-import yaml
 
 from llama_mcore.checkpoint.layout import find_checkpoint, step_folders
 from llama_mcore.checkpoint.lease import FOLDER as LEASE
 from llama_mcore.checkpoint.load import check_same_model
 from llama_mcore.checkpoint.reader import CheckpointReader
-from llama_mcore.config import RunConfig
+from llama_mcore.config import LARGEST_CONFIG, RunConfig
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, Problem
 from llama_mcore.observe.log import get_logger
 from llama_mcore.parallel.groups import Groups
+from llama_mcore.small_file import parse_yaml, read_small_file
 
 T = TypeVar("T")
 Together = Callable[[Callable[[], T]], T]
@@ -140,8 +140,8 @@ def _is_same_run(run_dir: Path, run: RunConfig) -> bool:
     if not {path.name for path in run_dir.iterdir()} <= known:
         return False
     try:
-        there = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        there = parse_yaml(read_small_file(run_dir / "config.yaml", LARGEST_CONFIG).decode())
+    except (OSError, ValueError):
         return True  # it ended before it wrote one
     return bool(there == run.model_dump())
 

@@ -1,0 +1,96 @@
+"""Text files that somebody else may have written: read whole or refused, in bounded time and memory.
+
+What reads oddly is refused rather than guessed at: a key twice, a number that is no finite one. Every
+function raises OSError or ValueError, whatever is wrong.
+"""
+
+import json
+import math
+import os
+import stat
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_LARGEST_INT = (1 << 63) - 1
+
+
+def read_small_file(path: Path, limit: int) -> bytes:
+    """A regular file of at most `limit` bytes; never waits for a pipe, follows no symbolic link."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a regular file")
+        if status.st_size > limit:
+            raise ValueError(f"it has {status.st_size:,} bytes, more than {limit:,}")
+        return file.read(limit)
+
+
+def read_json(path: Path, limit: int) -> Any:
+    text = read_small_file(path, limit)
+    try:
+        return json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_finite,
+            parse_float=_finite,
+            parse_int=lambda digits: _bounded(int(digits)),
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """What plain YAML text says: no tags, which build objects, and no aliases."""
+    try:
+        return _PlainLoader(text).get_single_data()
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """A few lines of aliases can stand for more than a machine holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"it uses the alias *{event.anchor}: write out what that stands for")
+        if getattr(event, "tag", None) is not None:
+            raise ValueError(f"it uses the tag {event.tag}")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        _unique([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        return super().construct_mapping(node, deep)
+
+    def construct_bounded_int(self, node: yaml.ScalarNode) -> int:
+        return _bounded(self.construct_yaml_int(node))
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_bounded_int)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"it has the key {twice[:80]!r} twice")
+    return unique
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"it holds {text[:80]}, which is no finite number")
+    return number
+
+
+def _bounded(number: int) -> int:
+    if abs(number) > _LARGEST_INT:
+        raise ValueError(f"it holds a whole number beyond {_LARGEST_INT:,}")
+    return number
