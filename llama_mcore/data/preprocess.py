@@ -1,38 +1,12 @@
-"""Text to megatron-core's indexed datasets, with Megatron's flags and file names.
+"""Text to megatron-core's indexed datasets, with Megatron's flags and file names."""
 
-The input is cut into units (inputs.py). Workers encode them (unit_encoder.py) into parts (shards.py), which
-are joined in the order of the input (join.py): the output depends on the input and the options alone, and a
-job that was killed goes on with the parts that are there.
-"""
-
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_mcore.data.files import prepare_output
-from llama_mcore.data.index import bin_path, idx_path
-from llama_mcore.data.indexed import optimal_dtype
-from llama_mcore.data.inputs import InputFile, Unit, find_inputs, sources_of, unit_bytes_for
-from llama_mcore.data.job import Job
-from llama_mcore.data.join import join_parts, remove_dataset, remove_leftovers, write_quarantine
-from llama_mcore.data.manifest import manifest_path
-from llama_mcore.data.preprocess_settings import Settings, check_settings, output_prefixes, shard_prefix
-from llama_mcore.data.progress import InputProgress
-from llama_mcore.data.schedule import Schedule
-from llama_mcore.data.shards import Lock, PartRecord, PartsFolder, open_parts, remove, remove_if_unused
-from llama_mcore.data.tokenizer import Tokenizer
-from llama_mcore.data.totals import Totals, describe
 from llama_mcore.data.workers import Workers
-from llama_mcore.errors import DataError, Problem
 
-_FORMAT = 1
-"""Of the parts and of the rules that make them."""
 _ENCODER_MODULE = "llama_mcore.data.unit_encoder"
-_ENOUGH_TO_JUDGE = 1000
-"""Documents after which too many bad ones end a job at once."""
 
 
 def preprocess(
@@ -40,204 +14,12 @@ def preprocess(
 ) -> None:
     """Tokenize every document into PREFIX_KEY_document.bin, .idx and .json, one dataset a key.
 
-    `settings` are the fields of `Settings`. Nothing appears under those names before all of it is there;
-    until then PREFIX.parts holds what is done, and the same call goes on from it.
+    `settings` are the fields of `preprocess_settings.Settings`. Nothing appears under those names before all
+    of it is there; until then PREFIX.parts holds what is done, and the same call goes on from it.
     """
-    chosen = Settings(**settings)
-    with Workers[Unit, tuple[PartRecord, str | None]](chosen.workers, _ENCODER_MODULE) as workers:
-        _Preprocessing(inputs, tokenizer_model, output_prefix, chosen, workers).run()
+    with Workers[Any, Any](settings.get("workers", 1), _ENCODER_MODULE) as workers:
+        # Imported here, as it takes as long as the workers' own imports: both happen at once.
+        from llama_mcore.data.preprocess_job import Preprocessing
+        from llama_mcore.data.preprocess_settings import Settings
 
-
-class _Preprocessing:
-    def __init__(
-        self,
-        inputs: Sequence[Path | str],
-        tokenizer_model: Path,
-        output_prefix: Path,
-        settings: Settings,
-        workers: Workers[Unit, tuple[PartRecord, str | None]],
-    ) -> None:
-        self._settings, self._workers = settings, workers
-        self._keys = list(dict.fromkeys(settings.json_keys))
-        self._files = find_inputs(inputs)
-        check_settings(settings, self._files)
-        self._tokenizer = Tokenizer(tokenizer_model)
-        self._dtype = optimal_dtype(self._tokenizer.vocab_size)
-        self._unit_bytes = unit_bytes_for(self._files)
-        self._sources = sources_of(self._files, self._unit_bytes)
-        prefix = shard_prefix(output_prefix, settings.shard)
-        self._folder = Path(f"{prefix}.parts")
-        self._quarantine = Path(f"{prefix}.quarantine.jsonl")
-        self._outputs = output_prefixes(prefix, self._keys, bool(settings.held_out))
-
-    def run(self) -> None:
-        written = [path(output) for output in self._outputs for path in (bin_path, idx_path, manifest_path)]
-        for path in (*written, self._quarantine):
-            prepare_output(path)
-        with Lock(self._folder):
-            try:
-                for path in (*written, self._quarantine):
-                    remove_leftovers(path)
-                restart = self._settings.restart or self._reads_a_stream()
-                self._make(open_parts(self._folder, self._plan(), restart=restart))
-            except BaseException:
-                remove_if_unused(self._folder)
-                raise
-            remove(self._folder)
-
-    def _make(self, parts: PartsFolder) -> None:
-        job = self._job(parts)
-        done = parts.done()
-        if self._settings.on_bad_line == "fail":
-            done = {unit: record for unit, record in done.items() if not record.skipped}
-        schedule = Schedule(self._sources, self._unit_bytes, self._settings.shard, done)
-        speed = self._encode(job, schedule)
-        units = list(schedule.in_order())
-        totals = self._totals(record for _, record in units)
-        self._refuse_bad(job, schedule, totals.skipped, totals.documents)
-        self._refuse_empty(totals)
-        join_parts(
-            job,
-            units,
-            {
-                index: (prefix, self._known(index, totals, units))
-                for index, prefix in enumerate(self._outputs)
-                if totals.outputs[index].documents
-            },
-        )
-        write_quarantine(job, units, self._quarantine)
-        for prefix, output in zip(self._outputs, totals.outputs, strict=True):
-            if not output.documents:
-                remove_dataset(prefix)
-        print(describe(self._outputs, self._dtype, totals, units, self._sources), flush=True)
-        print(f"  {speed}", flush=True)
-
-    def _encode(self, job: Job, schedule: Schedule) -> str:
-        """Do all units that are not done; says how fast it was."""
-        skipped = sum(record.skipped for record in schedule.done.values())
-        documents = sum(record.documents for record in schedule.done.values())
-        before = sum(record.input_bytes for record in schedule.done.values())
-        if schedule.done:
-            _say(f"going on with {len(schedule.done):,} parts ({before / 1e6:,.1f} MB) that are done")
-        noted = False
-        with InputProgress("preprocess-data", self._bytes_to_read(), done=before) as progress:
-            make = partial(_unit_encoder, job)
-            for unit, (record, note) in self._workers.run(make, schedule.next, self._describe_unit):
-                if note and not noted:
-                    _say(f"sentencepiece encodes, as {note}")
-                    noted = True
-                schedule.finished(unit, record)
-                skipped, documents = skipped + record.skipped, documents + record.documents
-                if documents >= _ENOUGH_TO_JUDGE:
-                    self._refuse_bad(job, schedule, skipped, documents)
-                tokens = sum(output.tokens for output in record.outputs)
-                progress.advance(bytes=record.input_bytes, documents=record.documents, tokens=tokens)
-        return progress.speed
-
-    def _job(self, parts: PartsFolder) -> Job:
-        settings, tokenizer = self._settings, self._tokenizer
-        return Job(
-            sources=self._sources,
-            unit_bytes=self._unit_bytes,
-            parts=parts,
-            tokenizer_model=tokenizer.path,
-            encoder=settings.encoder,
-            keys=self._keys,
-            vocab_size=tokenizer.vocab_size,
-            dtype=self._dtype,
-            bos=tokenizer.bos if settings.append_bos else None,
-            eod=tokenizer.eod if settings.append_eod else None,
-            held_out=settings.held_out,
-            on_bad_line=settings.on_bad_line,
-            shuffle_seed=settings.shuffle_seed,
-        )
-
-    def _plan(self) -> dict[str, str]:
-        """All that the parts depend on. Not the encoder and the workers: they change nothing."""
-        files = {f"input {index}": _identity(file) for index, file in enumerate(self._files)}
-        plan = {"tokenizer_model": self._tokenizer.sha256, "unit_bytes": str(self._unit_bytes)}
-        return {"format": str(_FORMAT), **plan, **self._options(), **files}
-
-    def _options(self) -> dict[str, str]:
-        settings = self._settings
-        return {
-            "json_keys": " ".join(self._keys),
-            "append_bos": str(settings.append_bos),
-            "append_eod": str(settings.append_eod),
-            "held_out": str(settings.held_out),
-            "shuffle_seed": str(settings.shuffle_seed),
-            "shard": f"{settings.shard.index}/{settings.shard.count}",
-        }
-
-    def _known(
-        self, index: int, totals: Totals, units: Sequence[tuple[Unit, PartRecord]]
-    ) -> dict[str, object]:
-        """What the manifest of an output says besides what its tokens tell."""
-        settings, per_key = self._settings, len(self._outputs) // len(self._keys)
-        key = index // per_key
-        split = "heldout" if index % per_key else "document"
-        read = {file for unit, _ in units for file in self._sources[unit.source].files}
-        return {
-            "tokenizer_sha256": self._tokenizer.sha256,
-            "vocab_size": self._tokenizer.vocab_size,
-            "text_bytes": totals.outputs[index].text_bytes,
-            "empty_documents": totals.empty[key],
-            "skipped_lines": totals.skipped,
-            "eod": self._tokenizer.eod if settings.append_eod else None,
-            "options": {**self._options(), "json_key": self._keys[key], "split": split},
-            "versions": {name: version(name) for name in ("llama-mcore", "sentencepiece", "gigatoken")},
-            "inputs": [{"path": str(f.path), "bytes": f.size} for f in self._files if f in read],
-        }
-
-    def _totals(self, records: Iterable[PartRecord]) -> Totals:
-        return Totals.of(records, len(self._keys), len(self._outputs))
-
-    def _bytes_to_read(self) -> int:
-        shard = self._settings.shard
-        return sum(file.size for file in self._files) // shard.count
-
-    def _reads_a_stream(self) -> bool:
-        """What was read of it is gone: a killed job cannot go on."""
-        return any(source.format == "stream" for source in self._sources)
-
-    def _describe_unit(self, unit: Unit) -> str:
-        source = self._sources[unit.source]
-        return f"{source.path}, part {unit.cut:,} of about {self._unit_bytes / 1e6:,.0f} MB"
-
-    def _refuse_bad(self, job: Job, schedule: Schedule, skipped: int, documents: int) -> None:
-        if documents and skipped / documents > self._settings.max_bad_ratio:
-            done = [(Unit(*place), record) for place, record in sorted(schedule.done.items())]
-            write_quarantine(job, done, self._quarantine)
-            bound = f"{skipped:,} of {documents:,} documents cannot be used; {self._quarantine} lists them"
-            remedy = "mend them, or allow more with --max-bad-ratio"
-            raise DataError(Problem("--max-bad-ratio", self._settings.max_bad_ratio, bound, remedy))
-
-    def _refuse_empty(self, totals: Totals) -> None:
-        """A whole input without text is a mistake; a shard of a small one may well have none."""
-        if self._settings.shard.count > 1:
-            return
-        written = [any(output.tokens for output in totals.of_key(index)) for index in range(len(self._keys))]
-        empty = [key for key, some in zip(self._keys, written, strict=True) if not some]
-        if empty:
-            remove(self._folder)
-            remedy = "check the input files and --json-keys"
-            raise DataError(
-                [Problem("input", f"key {key!r}", "no document holds any text", remedy) for key in empty]
-            )
-
-
-def _unit_encoder(job: Job) -> Callable[[Unit], tuple[PartRecord, str | None]]:
-    from llama_mcore.data.unit_encoder import UnitEncoder  # with workers, only they need it
-
-    return UnitEncoder(job)
-
-
-def _identity(file: InputFile) -> str:
-    if file.format == "stream":
-        return f"{file.path}"
-    changed = file.path.stat().st_mtime_ns
-    return f"{file.path}, {file.size} bytes, changed {changed} ns"
-
-
-def _say(text: str) -> None:
-    print(f"preprocess-data: {text}", file=sys.stderr, flush=True)
+        Preprocessing(inputs, tokenizer_model, output_prefix, Settings(**settings), workers).run()

@@ -10,7 +10,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from llama_mcore.data.blocks import BadLine, Block, Reader, bad_line_error
+from llama_mcore.data.blocks import BLOCK_BYTES, BadLine, Block, Reader, bad_line_error
 from llama_mcore.data.encoder import load_encoder, self_check
 from llama_mcore.data.inputs import Unit
 from llama_mcore.data.job import Job
@@ -141,7 +141,7 @@ class UnitEncoder:
             if not texts:
                 continue
             self._check(texts)
-            sizes = np.array([len(t) if t.isascii() else len(t.encode()) for t in texts], dtype=np.int64)
+            sizes = np.array([utf8_size(text) for text in texts], dtype=np.int64)
             ids, lengths = self._encoder.encode(texts)
             counts.empty[index] += len(texts) - int(np.count_nonzero(lengths))
             held_out = are_held_out(texts, job.held_out) & (lengths > 0)
@@ -177,6 +177,14 @@ class UnitEncoder:
         output.tokens.append(tokens)
         output.lengths.append(closed)
         output.text_bytes += int(sizes.sum())
+
+
+def utf8_size(text: str) -> int:
+    """Bytes of the text as UTF-8, without a second copy of it all."""
+    if text.isascii():
+        return len(text)
+    pieces = (text[start : start + BLOCK_BYTES] for start in range(0, len(text), BLOCK_BYTES))
+    return sum(len(piece.encode()) for piece in pieces)
 
 
 def are_held_out(texts: Sequence[str], ratio: float) -> NDArray[np.bool_]:

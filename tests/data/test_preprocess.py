@@ -21,8 +21,7 @@ from pyarrow import parquet
 from typer.testing import CliRunner
 
 from llama_mcore.cli import app
-from llama_mcore.data import inputs, progress, unit_encoder
-from llama_mcore.data import preprocess as preprocess_module
+from llama_mcore.data import inputs, preprocess_job, progress, unit_encoder
 from llama_mcore.data.indexed import IndexedDataset
 from llama_mcore.data.inputs import Unit
 from llama_mcore.data.manifest import build_manifest
@@ -319,13 +318,13 @@ def test_too_many_bad_lines_end_the_job(
     with pytest.raises(DataError, match=r"0\.05: 12 of 132 documents cannot be used; .*quarantine.jsonl"):
         preprocess([spoilt], tokenizer_model, tmp_path / "d", **settings)
     assert len((tmp_path / "d.quarantine.jsonl").read_bytes().splitlines()) == 12
-    monkeypatch.setattr(preprocess_module, "_ENOUGH_TO_JUDGE", 5)
+    monkeypatch.setattr(preprocess_job, "_ENOUGH_TO_JUDGE", 5)
     with pytest.raises(DataError, match=r"of 1?[0-9] documents cannot be used"):
         preprocess([spoilt], tokenizer_model, tmp_path / "d", **settings, restart=True)
     # What is done stays, and a wider limit changes none of it.
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "d.parts").glob("*.bin")}
     assert done
-    monkeypatch.setattr(preprocess_module, "remove", lambda folder: None)
+    monkeypatch.setattr(preprocess_job, "remove", lambda folder: None)
     preprocess([spoilt], tokenizer_model, tmp_path / "d", **{**settings, "max_bad_ratio": 0.2})
     assert done.items() <= {p: p.stat().st_mtime_ns for p in (tmp_path / "d.parts").glob("*.bin")}.items()
     with pytest.raises(DataError, match="line 2: is not JSON"):
@@ -505,7 +504,7 @@ def test_workers_end_with_a_killed_parent_in_the_middle_of_their_work(
     tokenizer_model: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    long = write_jsonl(tmp_path / "long.jsonl", [{"text": "some words to encode " * 2_000_000}] * 2)
+    long = write_jsonl(tmp_path / "long.jsonl", [{"text": "some words to encode " * 1_500_000}] * 2)
     tool, workers = start_tool(long, tokenizer_model, output)
     wait_for(lambda: all(worker.cpu_times().user > 1.5 for worker in workers))
     tool.kill()

@@ -213,7 +213,7 @@ def test_what_changes_nothing_goes_on(spoilt: Path, tokenizer_model: Path, tmp_p
     interrupt(spoilt, tokenizer_model, prefix)
     before = parts(prefix.parent)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llama_mcore.data.preprocess.remove", lambda folder: None)
+        patch.setattr("llama_mcore.data.preprocess_job.remove", lambda folder: None)
         settings = {**SETTINGS, "workers": 2, "encoder": "sentencepiece", "max_bad_ratio": 0.4}
         preprocess([spoilt], tokenizer_model, prefix, **settings)
     assert before.items() <= parts(prefix.parent).items()
@@ -227,7 +227,7 @@ def test_a_job_that_fails_at_a_bad_line_goes_on_when_told_to_skip(
         preprocess([spoilt], tokenizer_model, prefix, **{**SETTINGS, "on_bad_line": "fail"})
     before = parts(tmp_path)
     assert before
-    monkeypatch.setattr("llama_mcore.data.preprocess.remove", lambda folder: None)
+    monkeypatch.setattr("llama_mcore.data.preprocess_job.remove", lambda folder: None)
     preprocess([spoilt], tokenizer_model, prefix, **SETTINGS)
     assert before.items() <= parts(tmp_path).items()
 
