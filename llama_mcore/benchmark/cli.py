@@ -89,7 +89,7 @@ def activation_memory(json: Json = None, check: Check = False, debug: Debug = Fa
 
 @app.command("preprocess")
 def preprocess(
-    megabytes: Annotated[int, typer.Option(min=1, help="Size of the corpus.")] = 500,
+    megabytes: Annotated[int, typer.Option(min=1, help="Size of the corpus.")] = 1000,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 3,
     json: Json = None,
     check: Check = False,
