@@ -30,9 +30,9 @@ def run_worker(script: Path, *args: object, timeout: int = 600) -> None:
         raise AssertionError(f"{script.name} failed:\n{done.stdout[-8000:]}")
 
 
-def run_ranks(world_size: int, job: Callable[[], object]) -> None:
+def run_ranks(world_size: int, job: Callable[[], object], timeout: int = 300) -> None:
     """Call `job` in `world_size` forked ranks; ends this process if any of them fails."""
-    exit_codes = exit_codes_of(world_size, job)
+    exit_codes = exit_codes_of(world_size, job, timeout)
     if any(exit_codes):
         sys.exit(f"ranks ended with {exit_codes}")
 

@@ -11,5 +11,5 @@ WORKER = Path(__file__).with_name("jobs.py")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the jobs of jobs.py saved, one run folder each."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    run_worker(WORKER, folder)
+    run_worker(WORKER, folder, "sample")
     return folder

@@ -1,14 +1,15 @@
-"""Worker: save and load on many layouts of two ranks, then one, then four.
+"""Worker: save on many layouts, and load each of these checkpoints on many others.
 
-    python tests/checkpoint/jobs.py FOLDER
+    python tests/checkpoint/jobs.py FOLDER sample|every
 
-A job starts anew and trains three steps, or loads what another job saved. It saves to FOLDER/NAME, takes two
-steps more, and writes their losses and gradient norms to FOLDER/NAME.json.
+A job that saves trains three steps and saves to FOLDER/NAME; one that loads does so and saves again to
+FOLDER/SAVED--LOADED. Both then take two steps more, and write their losses and gradient norms to NAME.json.
 """
 
+import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,8 +32,10 @@ from llama_mcore.train.step import train_step
 from tests.forked import run_ranks
 
 SHARD_ALL = str(Path(__file__).parents[1] / "train/zero3_shard_all.json")
-SEQUENCES, SEQ_LENGTH, VOCAB = 4, 8, 90
+SEQUENCES, SEQ_LENGTH, VOCAB = 4, 8, 92
 STEPS = 3
+RANKS_TIMEOUT_S = 3600
+"""Sixteen ranks on two cores load every checkpoint into four stages."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +45,24 @@ class Job:
     dp: int
     stage: int
     precision: str = "fp32"
-    load: str | None = None
-    """Name of the job whose checkpoint this one starts from."""
 
-    def run_config(self, folder: Path) -> RunConfig:
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.dp
+
+    def run_config(self, folder: Path, name: str | None = None) -> RunConfig:
+        """A run under FOLDER/NAME; without `name`, that of the job."""
         return RunConfig.model_validate(
             {
-                "run": {"dir": str(folder / self.name)},
-                # Odd sizes, so that ZeRO has to pad
+                "run": {"dir": str(folder / (name or self.name))},
+                # Odd sizes where tensor parallelism lets them be, so that ZeRO has to pad
                 "model": {
                     "num_layers": 2,
                     "hidden_size": 25,
-                    "num_attention_heads": 4,
-                    "num_query_groups": 2,
+                    "num_attention_heads": 8,
+                    "num_query_groups": 4,
                     "head_dim": 6,
-                    "ffn_hidden_size": 34,
+                    "ffn_hidden_size": 36,
                     "vocab_size": VOCAB,
                     "seq_length": SEQ_LENGTH,
                 },
@@ -74,64 +80,97 @@ class Job:
         )
 
 
-JOBS = [
-    Job("a", tp=2, dp=1, stage=1),
-    Job("b", tp=1, dp=2, stage=3, precision="bf16"),
-    # The same layout again
-    Job("zero0", tp=1, dp=2, stage=0),
-    Job("zero0-again", tp=1, dp=2, stage=0, load="zero0"),
-    Job("zero1", tp=1, dp=2, stage=1, precision="bf16"),
-    Job("zero1-again", tp=1, dp=2, stage=1, precision="bf16", load="zero1"),
-    Job("zero2", tp=1, dp=2, stage=2, precision="bf16"),
-    Job("zero2-again", tp=1, dp=2, stage=2, precision="bf16", load="zero2"),
-    Job("b-again", tp=1, dp=2, stage=3, precision="bf16", load="b"),
-    # Other layouts, on two ranks, one and four
-    Job("a-tp1-dp2-zero3", tp=1, dp=2, stage=3, load="a"),
-    Job("a-tp1-dp2-zero0", tp=1, dp=2, stage=0, load="a"),
-    Job("b-tp2-dp1-zero2", tp=2, dp=1, stage=2, precision="bf16", load="b"),
-    Job("a-tp1-dp1-zero1", tp=1, dp=1, stage=1, load="a"),
-    Job("b-tp1-dp1-zero1", tp=1, dp=1, stage=1, precision="bf16", load="b"),
-    Job("a-tp2-dp2-zero2", tp=2, dp=2, stage=2, load="a"),
-    Job("a-tp2-dp2-zero3", tp=2, dp=2, stage=3, load="a"),
-    Job("b-tp2-dp2-zero1", tp=2, dp=2, stage=1, precision="bf16", load="b"),
+def layout(tp: int, dp: int, stage: int, precision: str = "fp32") -> Job:
+    suffix = "" if precision == "fp32" else f"-{precision}"
+    return Job(f"tp{tp}-dp{dp}-zero{stage}{suffix}", tp, dp, stage, precision)
+
+
+@dataclass(frozen=True)
+class Pair:
+    saved: Job
+    loaded: Job
+
+    @property
+    def name(self) -> str:
+        return f"{self.saved.name}--{self.loaded.name}"
+
+
+A, B = Job("a", tp=2, dp=1, stage=1), Job("b", tp=1, dp=2, stage=3, precision="bf16")
+SAVED = [A, layout(1, 2, 0), layout(4, 1, 2), layout(1, 4, 3)]
+LOADED = [
+    layout(1, 1, 1),
+    layout(1, 2, 3),
+    layout(2, 1, 0),
+    layout(4, 1, 3),
+    layout(1, 4, 1),
+    layout(2, 2, 2),
 ]
+SAVED_BF16 = [B, layout(1, 2, 1, "bf16"), layout(1, 2, 2, "bf16")]
+LOADED_BF16 = [layout(1, 1, 1, "bf16"), layout(2, 1, 2, "bf16"), layout(2, 2, 1, "bf16")]
+SAME_LAYOUT = [Pair(job, job) for job in (*SAVED, *SAVED_BF16)]
+OTHER_LAYOUT = [
+    *itertools.starmap(Pair, itertools.product(SAVED, LOADED)),
+    *itertools.starmap(Pair, itertools.product([B], LOADED_BF16)),
+]
+SAMPLE = [*SAME_LAYOUT, *OTHER_LAYOUT]
+"""Every value of every dimension on both sides, and both directions of each."""
+
+EVERY_JOB = list(itertools.starmap(layout, itertools.product((1, 2, 4), (1, 2, 4), (0, 1, 2, 3))))
+EVERY = list(itertools.starmap(Pair, itertools.product(EVERY_JOB, repeat=2)))
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    for world_size in (2, 1, 4):
-        run_ranks(world_size, partial(work, world_size, folder))
+    pairs = {"sample": SAMPLE, "every": EVERY}[sys.argv[2]]
+    for_all_ranks({pair.saved for pair in pairs}, partial(save, folder))
+    for_all_ranks({pair.loaded for pair in pairs}, partial(load, folder, pairs))
+    run_ranks(2, partial(on_ranks, [A], partial(refuse, folder)))
 
 
-def work(world_size: int, folder: Path) -> None:
+def for_all_ranks(jobs: Iterable[Job], work: Callable[[Job, Groups], None]) -> None:
+    """Call `work` for each job on as many ranks as it has; ranks are forked once for all jobs of a size."""
+    for world_size, same_size in itertools.groupby(
+        sorted(jobs, key=lambda job: (job.world_size, job.name)), key=lambda job: job.world_size
+    ):
+        run_ranks(world_size, partial(on_ranks, list(same_size), work), timeout=RANKS_TIMEOUT_S)
+
+
+def on_ranks(jobs: Iterable[Job], work: Callable[[Job, Groups], None]) -> None:
     dist.init_process_group("gloo")
-    todo = [job for job in JOBS if job.tp * job.dp == world_size]
-    for job in todo:
-        run = job.run_config(folder)
-        with model_parallel_groups(run.parallel, 0, torch.device("cpu")) as groups:
-            carry_out(job, run, folder, groups)
-    if world_size == 2:
-        refuse(todo[0], folder)
+    for job in jobs:
+        with model_parallel_groups(job.run_config(Path()).parallel, 0, torch.device("cpu")) as groups:
+            work(job, groups)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def carry_out(job: Job, run: RunConfig, folder: Path, groups: Groups) -> None:
+def save(folder: Path, job: Job, groups: Groups) -> None:
+    run = job.run_config(folder)
     engine = new_engine(run, groups)
-    if job.load:
-        reader = CheckpointReader(find_checkpoint(folder / job.load))
-        load_checkpoint(engine, reader, groups)
-        state = reader.state
-    else:
-        take_steps(engine, range(STEPS), job.dp, groups)
-        state = TrainState(STEPS, STEPS * SEQUENCES)
+    take_steps(engine, range(STEPS), job.dp, groups)
+    state = TrainState(STEPS, STEPS * SEQUENCES)
     save_checkpoint(engine, run, state, groups)
     if groups.rank == 0:
         leave_interrupted(checkpoints_dir(Path(run.run.dir)))
     save_checkpoint(engine, run, state, groups)  # the same step again replaces the first
-    following = take_steps(engine, range(state.step, state.step + 2), job.dp, groups)
+    go_on(engine, job, folder / f"{job.name}.json", groups)
+
+
+def load(folder: Path, pairs: list[Pair], job: Job, groups: Groups) -> None:
+    """One after the other into one engine, the job's own layout first: into the engine as it begins."""
+    engine = new_engine(job.run_config(folder), groups)
+    todo = [pair for pair in pairs if pair.loaded == job]
+    for pair in sorted(todo, key=lambda pair: pair.saved != job):
+        reader = CheckpointReader(find_checkpoint(folder / pair.saved.name))
+        load_checkpoint(engine, reader, groups)
+        save_checkpoint(engine, job.run_config(folder, pair.name), reader.state, groups)
+        go_on(engine, job, folder / f"{pair.name}.json", groups)
+
+
+def go_on(engine: DeepSpeedEngine, job: Job, file: Path, groups: Groups) -> None:
+    following = take_steps(engine, range(STEPS, STEPS + 2), job.dp, groups)
     if groups.rank == 0:
-        (folder / f"{job.name}.json").write_text(json.dumps(following))
+        file.write_text(json.dumps(following))
 
 
 def leave_interrupted(folder: Path) -> None:
@@ -141,20 +180,19 @@ def leave_interrupted(folder: Path) -> None:
         (folder / name / "rank-00000.safetensors").touch()
 
 
-def refuse(job: Job, folder: Path) -> None:
+def refuse(folder: Path, job: Job, groups: Groups) -> None:
     """Save where a file stands in the way; every rank must learn of it."""
     run = job.run_config(folder / "refused")
     in_the_way = checkpoints_dir(Path(run.run.dir))
-    if dist.get_rank() == 0:
+    if groups.rank == 0:
         in_the_way.parent.mkdir(parents=True)
         in_the_way.touch()
-    with model_parallel_groups(run.parallel, 0, torch.device("cpu")) as groups:
-        engine = new_engine(run, groups)
-        take_steps(engine, range(1), job.dp, groups)
-        try:
-            save_checkpoint(engine, run, TrainState(1, 4), groups)
-        except OutputError as error:
-            (folder / f"refused-{groups.rank}.txt").write_text(str(error))
+    engine = new_engine(run, groups)
+    take_steps(engine, range(1), job.dp, groups)
+    try:
+        save_checkpoint(engine, run, TrainState(1, 4), groups)
+    except OutputError as error:
+        (folder / f"refused-{groups.rank}.txt").write_text(str(error))
 
 
 def new_engine(run: RunConfig, groups: Groups) -> DeepSpeedEngine:

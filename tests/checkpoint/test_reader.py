@@ -60,7 +60,8 @@ def write_checkpoint(
         for tp_rank in range(tp if cut_of(name) else 1):
             flat = shard(full, cut_of(name), tp_rank, tp).reshape(-1)
             ends = sorted(draw.randint(0, len(flat)) for _ in range(dp - 1))
-            for dp_rank, (start, end) in enumerate(itertools.pairwise([0, *ends, len(flat)])):
+            stretches = list(itertools.pairwise([0, *ends, len(flat)]))
+            for dp_rank, (start, end) in enumerate(draw.sample(stretches, dp)):
                 if start < end:
                     key = fragment_key(kind, name, start)
                     files[dp_rank * tp + tp_rank][key] = flat[start:end].contiguous()
