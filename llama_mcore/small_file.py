@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 _LARGEST_INT = (1 << 63) - 1
+_DEEPEST = 50
 
 
 def read_small_file(path: Path, limit: int) -> bytes:
@@ -32,7 +33,7 @@ def read_small_file(path: Path, limit: int) -> bytes:
 def read_json(path: Path, limit: int) -> Any:
     text = read_small_file(path, limit)
     try:
-        return json.loads(
+        content = json.loads(
             text,
             object_pairs_hook=_unique,
             parse_constant=_finite,
@@ -41,16 +42,20 @@ def read_json(path: Path, limit: int) -> Any:
         )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    _check_depth(content)
+    return content
 
 
 def parse_yaml(text: str) -> Any:
     """What plain YAML text says: no tags, which build objects, and no aliases."""
     try:
-        return _PlainLoader(text).get_single_data()
+        content = _PlainLoader(text).get_single_data()
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    _check_depth(content)
+    return content
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -73,6 +78,20 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 _PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_bounded_int)
+
+
+def _check_depth(content: Any) -> None:
+    """What was parsed at the limit of the stack could not be written again."""
+    level = [content]
+    for _ in range(_DEEPEST):
+        level = [
+            child
+            for value in level
+            if isinstance(value, dict | list)
+            for child in (value.values() if isinstance(value, dict) else value)
+        ]
+    if level:
+        raise ValueError("it is nested too deeply")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -49,9 +49,15 @@ def parse_fragment_key(key: str) -> tuple[str, str, int]:
 
 
 def step_folders(run_dir: Path) -> list[Path]:
-    """Every folder that carries the name of a checkpoint, oldest first, whatever is in it."""
-    found = checkpoints_dir(run_dir).glob("step-*")
-    folders = [path for path in found if path.suffix != TEMPORARY and not path.is_symlink()]
+    """All that carries the name of a checkpoint, oldest first, whatever it is.
+
+    Raises OSError where the folder of checkpoints is there but cannot be listed: that is not to have none.
+    """
+    try:
+        found = list(checkpoints_dir(run_dir).iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    folders = [path for path in found if path.name.startswith("step-") and path.suffix != TEMPORARY]
     return sorted(folders, key=lambda path: (path.stem, not path.suffix))
 
 
@@ -70,13 +76,21 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
 
 def find_checkpoint(path: Path) -> Path:
     """A checkpoint folder as it is; the newest complete checkpoint of a run folder."""
-    if (path / MANIFEST).is_file():
-        return path
-    found = complete_checkpoints(path)
+    try:
+        if (path / MANIFEST).is_file():
+            return path
+        found = complete_checkpoints(path)
+    except OSError as error:
+        raise unreadable(error) from None
     if not found:
         bound = "holds no complete checkpoint"
         raise MissingInputError(Problem("checkpoint", path, bound, "give a run folder or a step-* folder"))
     return found[-1]
+
+
+def unreadable(error: OSError) -> MissingInputError:
+    """For a folder that cannot be looked into."""
+    return MissingInputError(Problem("folder", error.filename, f"cannot be read ({error.strerror})"))
 
 
 def unfinished(run_dir: Path) -> Iterator[Path]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from llama_mcore.checkpoint.layout import find_checkpoint, step_folders
+from llama_mcore.checkpoint.layout import find_checkpoint, step_folders, unreadable
 from llama_mcore.checkpoint.lease import FOLDER as LEASE
 from llama_mcore.checkpoint.load import check_same_model
 from llama_mcore.checkpoint.reader import CheckpointReader
@@ -93,15 +93,16 @@ def _candidates(run: RunConfig, start: Start) -> list[Path]:
     """Folders of checkpoints to begin from, oldest first."""
     if start.fresh or start.resume == "never":
         return []
-    if start.resume == "auto":
-        return step_folders(Path(run.run.dir))
-    named = Path(start.resume)
-    if not named.is_dir():
-        bound = "no such folder"
-        raise MissingInputError(
-            Problem("--resume", named, bound, "name a run's folder or a checkpoint, or auto or never")
-        )
-    return step_folders(named) or [find_checkpoint(named)]
+    named = Path(run.run.dir if start.resume == "auto" else start.resume)
+    try:
+        if start.resume == "auto":
+            return step_folders(named)
+        if named.is_dir():
+            return step_folders(named) or [find_checkpoint(named)]
+    except OSError as error:
+        raise unreadable(error) from None
+    remedy = "name a run's folder or a checkpoint, or auto or never"
+    raise MissingInputError(Problem("--resume", named, "no such folder", remedy))
 
 
 def _verified(folder: Path, groups: Groups) -> CheckpointReader:

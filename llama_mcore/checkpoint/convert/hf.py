@@ -1,6 +1,7 @@
 """Hugging Face's LlamaForCausalLM: safetensors and config.json, written and read as a stream."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,15 +18,18 @@ from llama_mcore.checkpoint.convert.names import HUGGING_FACE, NameTable
 from llama_mcore.checkpoint.convert.tensors import join, split
 from llama_mcore.checkpoint.convert.weights import Rounded, Weights
 from llama_mcore.data.tokenizer import Tokenizer
-from llama_mcore.errors import CheckpointError, MissingInputError, Problem
+from llama_mcore.errors import CheckpointError, MissingInputError, Problem, shown
 from llama_mcore.model.config import ModelConfig, RopeScaling
 from llama_mcore.model.shapes import parameter_shapes
+from llama_mcore.small_file import read_json
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000
 NAMES = NameTable(HUGGING_FACE)
+_LARGEST_JSON = 16 << 20
+_FILE_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,200}\.safetensors", re.ASCII)
 _DEFAULT_ROPE_THETA = 10000.0  # of LlamaConfig, where config.json is silent
 # RopeScaling's fields -> theirs.
 _ROPE_SCALING = {
@@ -147,16 +151,18 @@ def _hf_rope(model: ModelConfig) -> dict[str, Any]:
 def model_of(config: dict[str, Any]) -> ModelConfig:
     """The model that a config.json describes. Raises CheckpointError for what our layer does not compute."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(Problem(f"{CONFIG}: rope_parameters", shown(rope), "must be an object"))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     expected = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     problems = [
-        Problem(f"{CONFIG}: {key}", config[key], f"is not supported: only {value} is")
+        Problem(f"{CONFIG}: {key}", shown(config[key]), f"is not supported: only {value} is")
         for key, value in expected.items()
         if config.get(key, value) != value
     ]
     if rope_type not in ("default", "llama3"):
         problems.append(
-            Problem(f"{CONFIG}: rope_type", rope_type, "is not supported: only default and llama3 are")
+            Problem(f"{CONFIG}: rope_type", shown(rope_type), "is not supported: only default and llama3 are")
         )
     if problems:
         raise CheckpointError(problems)
@@ -179,7 +185,8 @@ def model_of(config: dict[str, Any]) -> ModelConfig:
     except KeyError as error:
         raise CheckpointError(Problem(f"{CONFIG}: {error.args[0]}", "(not given)", "is required")) from None
     except ValueError as error:
-        raise CheckpointError(Problem(CONFIG, config, f"does not describe a model ({error})")) from None
+        reason = shown(" ".join(str(error).split()))
+        raise CheckpointError(Problem("file", CONFIG, f"does not describe a model ({reason})")) from None
 
 
 def _rope_scaling(rope: dict[str, Any]) -> RopeScaling:
@@ -214,23 +221,41 @@ class HfReader:
 
     def _open_files(self) -> dict[str, Any]:
         """Name of each tensor -> the open file that holds it."""
-        files = [SINGLE_FILE]
-        if (self.folder / INDEX).is_file():
-            files = sorted(set(_read_json(self.folder / INDEX).get("weight_map", {}).values()))
-        opened = {}
-        for file_name in files:
-            file = _open_tensors(self.folder / Path(str(file_name)).name)
-            opened.update(dict.fromkeys(file.keys(), file))
+        opened: dict[str, Any] = {}
+        for file_name in self._file_names():
+            file = _open_tensors(self.folder / file_name)
+            twice = opened.keys() & set(file.keys())
+            if twice:
+                bound = f"of {self.folder} is in two files"
+                raise CheckpointError([Problem("tensor", shown(name), bound) for name in sorted(twice)])
+            opened |= dict.fromkeys(file.keys(), file)
         return opened
 
+    def _file_names(self) -> list[str]:
+        """Of files in this folder: an index may name no other."""
+        path = self.folder / INDEX
+        if not path.is_file():
+            return [SINGLE_FILE]
+        found = _read_json(path).get("weight_map")
+        names = list(found.values()) if isinstance(found, dict) else []
+        foreign = [name for name in names if not (isinstance(name, str) and _FILE_NAME.fullmatch(name))]
+        if foreign or not names:
+            bound = f"of {path} must name the file of each tensor, beside it"
+            raise CheckpointError(Problem("weight_map", shown(foreign or found), bound))
+        return sorted(set(names))
+
     def _check_tensors(self) -> None:
+        size = sum((self.folder / name).stat().st_size for name in self._file_names())
+        if self.model.num_layers > len(self._files) or self.model.num_params() > size:
+            bound = f"describes a model that {size:,} bytes in {len(self._files):,} tensors cannot hold"
+            raise CheckpointError(Problem("file", self.folder / CONFIG, bound))
         expected = hf_shapes(self.model)
         found = {name: torch.Size(file.get_slice(name).get_shape()) for name, file in self._files.items()}
         problems = [
             Problem("tensor", name, f"of {self.folder} is missing") for name in expected if name not in found
         ]
         problems += [
-            Problem("tensor", name, f"of {self.folder} is not a part of this model")
+            Problem("tensor", shown(name), f"of {self.folder} is not a part of this model")
             for name in found
             if name not in expected
         ]
@@ -258,9 +283,11 @@ def _index(shards: dict[str, dict[str, int]]) -> dict[str, Any]:
 
 def _open_tensors(path: Path) -> Any:
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a regular file")
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(Problem("file", path, f"cannot be read ({error})")) from None
+        raise CheckpointError(Problem("file", path, f"cannot be read ({shown(error)})")) from None
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -269,11 +296,11 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path.resolve(), _LARGEST_JSON)
     except FileNotFoundError:
         raise MissingInputError(Problem("file", path, "no such file")) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(Problem("file", path, f"cannot be read ({error})")) from None
+        raise CheckpointError(Problem("file", path, f"cannot be read ({shown(error)})")) from None
     if not isinstance(content, dict):
         raise CheckpointError(Problem("file", path, "must hold a JSON object"))
     return content

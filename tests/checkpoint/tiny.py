@@ -1,0 +1,76 @@
+"""Checkpoints of a few kilobytes, made by the functions that write real ones, without a job."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama_mcore.checkpoint.layout import KINDS, fragment_key, rank_file, step_dir
+from llama_mcore.checkpoint.manifest import MANIFEST, Layout, Manifest, RankFile, manifest_bytes
+from llama_mcore.checkpoint.tensor_file import write_tensors
+from llama_mcore.data.ledger import Segment, SourcePlan
+from llama_mcore.model.config import ModelConfig
+from llama_mcore.model.shapes import parameter_shapes
+from llama_mcore.model.sharding import cut_of, shard
+
+MODEL = ModelConfig(
+    num_layers=1,
+    hidden_size=2,
+    num_attention_heads=2,
+    head_dim=2,
+    ffn_hidden_size=2,
+    vocab_size=2,
+    seq_length=8,
+    tie_embeddings=True,
+)
+RUN_ID = "5f0e"
+SAMPLES_PER_STEP = 4
+SOURCE = SourcePlan(name="books", content_id="ab12", num_windows=10_000, share=1, cap=20_000)
+SEGMENT = Segment(seed=1, seq_length=8, tokenizer_sha256="cd" * 32, sources=(SOURCE,))
+
+
+def write_checkpoint(
+    run_dir: Path, step: int = 4, *, tp: int = 2, seed: int = 0, run_id: str = RUN_ID, lr: float = 3e-05
+) -> Path:
+    """A checkpoint of `tp` ranks under its name in the folder of a run. `seed` decides its tensors."""
+    folder = step_dir(run_dir, step)
+    folder.mkdir(parents=True)
+    full, files = tensors_of(seed), []
+    for rank in range(tp):
+        metadata = {"run_id": run_id, "step": str(step), "rank": str(rank)}
+        size, sha256 = write_tensors(folder / rank_file(rank), shards_of(full, rank, tp), metadata)
+        files.append(RankFile(name=rank_file(rank), tp_rank=rank, bytes=size, sha256=sha256))
+    samples = step * SAMPLES_PER_STEP
+    manifest = Manifest(
+        run_id=run_id,
+        step=step,
+        consumed_samples=samples,
+        lr=lr,
+        segments=(SEGMENT,),
+        windows_read=SEGMENT.used(samples),
+        config={"model": MODEL.model_dump(mode="json"), "optim": {"lr": lr}},
+        layout=Layout(tp=tp, dp=1, zero_stage=1),
+        files=tuple(files),
+    )
+    (folder / MANIFEST).write_bytes(manifest_bytes(manifest))
+    return folder
+
+
+def tensors_of(seed: int) -> dict[tuple[str, str], Tensor]:
+    """(kind, parameter) -> its full fp32 tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        (kind, name): torch.randn(shape, generator=generator)
+        for name, shape in parameter_shapes(MODEL).items()
+        for kind in KINDS
+    }
+
+
+def shards_of(full: Mapping[tuple[str, str], Tensor], rank: int, tp: int) -> dict[str, Tensor]:
+    """What one tensor-parallel rank writes, by its key; what all of them hold only the first writes."""
+    return {
+        fragment_key(kind, name, 0): shard(tensor, cut_of(name), rank, tp).reshape(-1).contiguous()
+        for (kind, name), tensor in full.items()
+        if rank == 0 or cut_of(name)
+    }
