@@ -233,7 +233,6 @@ def _publish(final: Path, manifest: Manifest, lease: Lease | None) -> None:
         if replaced.exists():
             _remove(replaced)
         rename(final, replaced)
-        sync_folder(final.parent)
     rename(temporary, final)
     sync_names(final)
 

@@ -1,0 +1,412 @@
+"""Worker: break the saves of two ranks in every way, then see what a run would resume from and save again.
+
+    python tests/checkpoint/crash_jobs.py FOLDER sample|all
+
+FOLDER gets one JSON file for each kind of fault, a list of `Case`s; one that holds a text says why the fault
+cannot be made here.
+"""
+
+import ctypes
+import errno
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from llama_mcore.observe.log import silence_libraries
+
+silence_libraries(cpu=True)
+
+import torch.distributed as dist  # noqa: E402
+
+from llama_mcore.checkpoint.layout import checkpoints_dir  # noqa: E402
+from llama_mcore.errors import OutputError  # noqa: E402
+from tests.checkpoint.crash_run import LAST, RANKS, SAVES, Rank, Save, Watch, joined, names_in, watched  # noqa: E402
+from tests.forked import exit_codes_of, run_ranks, write_output_to  # noqa: E402
+
+T = TypeVar("T")
+
+CLONE_NEWNS = 0x00020000  # sched.h
+PAGE = 4096
+SAMPLE = {"kills": 12, "errors": 30, "strace": 5}
+
+
+@dataclass
+class Case:
+    fault: str
+    rank: int
+    where: str
+    """The operation that failed."""
+    fired: bool = False
+    acknowledged: int = 0
+    said: list[str] = field(default_factory=list)
+    """Message of each rank whose save failed."""
+    found: int = -1
+    """Version that a run would resume from."""
+    after: int = -1
+    """Version that it would resume from after one more save."""
+    names: list[str] = field(default_factory=list)
+    """What that save left in the folder of the checkpoints."""
+
+
+def main() -> None:
+    folder, everything = Path(sys.argv[1]), sys.argv[2] == "all"
+    write_output_to(folder / "output.txt")
+    operations = undisturbed(folder)
+    for name, job in (("kills", kills), ("errors", errors), ("full_disk", full_disk), ("strace", strace)):
+        random.seed(0)
+        count = None if everything else SAMPLE.get(name)
+        found = job(folder / name, operations, count)
+        result = found if isinstance(found, str) else [asdict(case) for case in found]
+        (folder / f"{name}.json").write_text(json.dumps(result))
+
+
+def some(cases: list[T], count: int | None) -> list[T]:
+    return cases if count is None else random.sample(cases, min(count, len(cases)))
+
+
+def undisturbed(folder: Path) -> list[list[str]]:
+    """The operations of each rank in `SAVES`, with the exchanges between the ranks."""
+
+    def job() -> None:
+        with joined() as groups, watched(Watch(), agreements=True) as watch:
+            save_all(Rank(folder / "undisturbed", groups), folder / "acknowledged")
+            (folder / f"operations-{groups.rank}.json").write_text(json.dumps(watch.operations))
+
+    run_ranks(RANKS, job)
+    return [json.loads((folder / f"operations-{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+def save_all(rank: Rank, acknowledged: Path, saves: list[Save] = SAVES) -> list[str]:
+    """Save until one fails; the message of that. What is acknowledged is noted, one line a version."""
+    for save in saves:
+        try:
+            rank.save(*save)
+        except OutputError as error:
+            return [str(error)]
+        with acknowledged.open("a") as file:
+            file.write(f"{save[1]}\n")
+    return []
+
+
+def noted_by(rank: Rank) -> Path:
+    return rank.run_dir.with_suffix(f".{rank.groups.rank}")
+
+
+def newest_noted(acknowledged: Path) -> int:
+    return (
+        max((int(line) for line in acknowledged.read_text().split()), default=0)
+        if acknowledged.exists()
+        else 0
+    )
+
+
+def go_on(case: Case, rank: Rank) -> None:
+    """What every fault is followed by."""
+    case.found = rank.newest()
+    rank.save(*LAST)
+    case.after = rank.newest()
+    case.names = names_in(rank.run_dir)
+
+
+def resume(case: Case, run_dir: Path) -> None:
+    """Go on in two new processes."""
+    case.acknowledged = newest_noted(run_dir.with_suffix(".acknowledged"))
+    result = run_dir.with_suffix(".json")
+
+    def job() -> None:
+        with joined() as groups:
+            go_on(case, Rank(run_dir, groups))
+            if groups.rank == 0:
+                result.write_text(json.dumps(asdict(case)))
+
+    exit_codes_of(RANKS, job)
+    if result.exists():  # else the case shows that nothing was found
+        vars(case).update(json.loads(result.read_text()))
+    shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def kills(folder: Path, operations: list[list[str]], count: int | None) -> list[Case]:
+    """SIGKILL before every operation and exchange of either rank."""
+    folder.mkdir()
+    points = [(rank, at) for rank in range(RANKS) for at in range(1, len(operations[rank]) + 1)]
+    return [
+        kill(folder / f"{rank}-{at}", rank, at, operations[rank][at - 1]) for rank, at in some(points, count)
+    ]
+
+
+def kill(run_dir: Path, victim: int, at: int, where: str) -> Case:
+    def job() -> None:
+        with joined() as groups:
+            watch = Watch(at if groups.rank == victim else 0, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            with watched(watch, agreements=True):
+                save_all(Rank(run_dir, groups), run_dir.with_suffix(".acknowledged"))
+
+    codes = exit_codes_of(RANKS, job)
+    case = Case("SIGKILL", victim, where, fired=codes[victim] == -signal.SIGKILL)
+    resume(case, run_dir)
+    return case
+
+
+def errors(folder: Path, operations: list[list[str]], count: int | None) -> list[Case]:
+    """Errors and short writes at every operation, and a rank that fails without the disk, in one life."""
+    disks = [[name for name in names if not name.startswith("agree")] for names in operations]
+    faults = {
+        "ENOSPC": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        "EIO": OSError(errno.EIO, os.strerror(errno.EIO)),
+        "EACCES": PermissionError(errno.EACCES, os.strerror(errno.EACCES)),
+        "RuntimeError": RuntimeError("a defect"),
+    }
+    todo: list[tuple[Case, Callable[[], object]]] = []
+    for victim in range(RANKS):
+        for at, where in enumerate(disks[victim], 1):
+            for name, error in faults.items():
+                todo.append((Case(name, victim, where), partial(raising, error, at, once=True)))
+            todo.append(
+                (Case("EIO from then on", victim, where), partial(raising, faults["EIO"], at, once=False))
+            )
+        for at in range(1, sum(name.startswith("write") for name in disks[victim]) + 1):
+            todo.append((Case("short write", victim, f"write {at}"), partial(short_write, at)))
+    chosen = some(todo, count)
+
+    def job() -> None:
+        with joined() as groups:
+            for number, (case, fault) in enumerate(chosen):
+                fail(case, fault, Rank(folder / str(number), groups))
+            broken = [
+                broken_snapshot(Rank(folder / f"snapshot-{rank}", groups), rank) for rank in range(RANKS)
+            ]
+            cases = [case for case, _ in chosen] + broken
+            if groups.rank == 0:
+                (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
+
+    folder.mkdir()
+    run_ranks(RANKS, job)
+    return [Case(**case) for case in json.loads((folder / "cases.json").read_text())]
+
+
+def fail(case: Case, fault: Callable[[], object], rank: Rank) -> None:
+    with ExitStack() as stack:
+        fired = stack.enter_context(fault()) if rank.groups.rank == case.rank else lambda: False  # type: ignore
+        said = save_all(rank, noted_by(rank))
+        compare(case, noted_by(rank), said, fired())
+    go_on(case, rank)
+    clear(rank)
+
+
+def compare(case: Case, noted: Path, said: list[str], fired: bool) -> None:
+    """Tell all ranks what each has seen."""
+    acknowledged = newest_noted(noted)
+    gathered: list[tuple] = [()] * RANKS
+    dist.all_gather_object(gathered, (said, fired, acknowledged))
+    case.said = [message for said, _, _ in gathered for message in said]
+    case.fired = any(fired for _, fired, _ in gathered)
+    case.acknowledged = max(acknowledged for _, _, acknowledged in gathered)
+
+
+def clear(rank: Rank) -> None:
+    dist.barrier()
+    if rank.groups.rank == 0:
+        shutil.rmtree(rank.run_dir)
+    dist.barrier()
+
+
+@contextmanager
+def raising(error: Exception, at: int, *, once: bool) -> Iterator[Callable[[], bool]]:
+    def act() -> None:
+        raise error
+
+    class Persistent(Watch):
+        def __call__(self, operation: str, path: Path) -> None:
+            super().__call__(operation, path)
+            if self.fired:
+                raise error
+
+    with watched((Watch if once else Persistent)(at, act)) as watch:
+        yield lambda: watch.fired
+
+
+@contextmanager
+def short_write(at: int) -> Iterator[Callable[[], bool]]:
+    """The system takes half of what one call offers."""
+    write, calls = os.write, []
+
+    def half(descriptor: int, content: memoryview) -> int:
+        calls.append(len(content))
+        return write(descriptor, content[: len(content) // 2] if len(calls) == at else content)
+
+    os.write = half  # type: ignore[assignment]
+    try:
+        yield lambda: len(calls) > at
+    finally:
+        os.write = write
+
+
+def broken_snapshot(rank: Rank, victim: int) -> Case:
+    case = Case("RuntimeError", victim, "snapshot")
+    noted = noted_by(rank)
+    save_all(rank, noted, SAVES[:1])
+    rank.engine.broken = rank.groups.rank == victim
+    said = save_all(rank, noted, SAVES[1:])
+    compare(case, noted, said, rank.engine.broken)
+    rank.engine.broken = False
+    go_on(case, rank)
+    clear(rank)
+    return case
+
+
+def nothing() -> None:
+    pass
+
+
+class AtCreate(Watch):
+    """Acts before the first file is created."""
+
+    def __call__(self, operation: str, path: Path) -> None:
+        if operation == "create" and not self.fired:
+            self.fired = True
+            self._act()
+
+
+def full_disk(folder: Path, operations: list[list[str]], count: int | None) -> list[Case] | str:
+    """A real file system that fills up while a save is on its way, at every page of it."""
+    folder.mkdir()
+    process = multiprocessing.get_context("fork").Process(target=on_small_disk, args=(folder,))
+    process.start()
+    process.join()
+    found = json.loads((folder.parent / "full_disk_cases.json").read_text())
+    return found if isinstance(found, str) else [Case(**case) for case in found]
+
+
+def on_small_disk(folder: Path) -> None:
+    result = folder.parent / "full_disk_cases.json"
+    result.write_text(json.dumps("the job that mounts the disk failed"))
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
+        reason = f"no mount namespace ({os.strerror(ctypes.get_errno())})"
+        result.write_text(json.dumps(reason))
+        return
+    private = ["mount", "--make-rprivate", "/"]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    for command in (private, mount):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            result.write_text(json.dumps(f"no tmpfs ({done.stderr.strip()})"))
+            return
+
+    def job() -> None:
+        with joined() as groups:
+            cases = [fill_up(folder, pages, Rank(folder / str(pages), groups)) for pages in range(20)]
+            if groups.rank == 0:
+                result.write_text(json.dumps([asdict(case) for case in cases]))
+
+    run_ranks(RANKS, job)
+
+
+def fill_up(disk: Path, pages: int, rank: Rank) -> Case:
+    """Leave so many pages free once the save has seen that there is room."""
+    case = Case("ENOSPC", 0, f"{pages} pages left")
+    noted, filler = disk.parent / f"noted-{pages}.{rank.groups.rank}", disk / "filler"
+    said = save_all(rank, noted, SAVES[:1])
+
+    def occupy() -> None:
+        status = os.statvfs(disk)
+        filler.write_bytes(bytes((status.f_bavail - pages) * PAGE))
+
+    with watched(AtCreate(act=occupy if rank.groups.rank == 0 else nothing)) as watch:
+        said += save_all(rank, noted, SAVES[1:2])
+    compare(case, noted, said, watch.fired)
+    case.found = rank.newest()
+    dist.barrier()
+    if rank.groups.rank == 0:
+        filler.unlink()
+    dist.barrier()
+    go_on(case, rank)
+    clear(rank)
+    return case
+
+
+def strace(folder: Path, operations: list[list[str]], count: int | None) -> list[Case] | str:
+    """Have the kernel fail system calls of the second save, or kill in them."""
+    if shutil.which("strace") is None:
+        return "strace is not installed"
+    folder.mkdir()
+    cases = []
+    for number, (victim, call, name, at, fault) in enumerate(some(list(injections()), count)):
+        run_dir = folder / str(number)
+        case = Case(fault, victim, f"{call} {name}, call {at}")
+        inject(case, run_dir, call, checkpoints_dir(run_dir) / name, at)
+        cases.append(case)
+    return cases
+
+
+def injections() -> Iterator[tuple[int, str, str, int, str]]:
+    """(rank, system call, path under the checkpoints, which call of it, what strace shall do)."""
+    temporary, final, doomed = "step-00000002.tmp", "step-00000002", "step-00000001.removed.tmp"
+    files = [(0, f"{temporary}/manifest.json", 1), (0, ".latest.tmp", 1)]
+    files += [(rank, f"{temporary}/rank-{rank:05d}.safetensors", 19) for rank in range(RANKS)]
+    for rank, path, writes in files:
+        calls = [("openat", 1), ("fsync", 1), *(("write", at) for at in range(1, writes + 1, 9))]
+        for call, at in calls:
+            for fault in ("signal=KILL", "error=ENOSPC", "error=EIO", "error=EINTR"):
+                yield rank, call, path, at, fault
+    for call, path in [
+        ("mkdir", temporary),
+        ("fsync", temporary),
+        ("rename", final),
+        ("fsync", "."),
+        ("rename", "latest"),
+        ("rename", doomed),
+        ("unlinkat", doomed),
+    ]:
+        for fault in ("signal=KILL", "error=EIO", "error=EACCES"):
+            yield 0, call, path, 1, fault
+
+
+def inject(case: Case, run_dir: Path, call: str, path: Path, at: int) -> None:
+    log = run_dir.with_suffix(".strace")
+
+    def job() -> None:
+        with joined() as groups, ExitStack() as stack:
+            rank = Rank(run_dir, groups)
+            save_all(rank, run_dir.with_suffix(".acknowledged"), SAVES[:1])
+            if groups.rank == case.rank:
+                stack.enter_context(traced(log, call, path, f"{case.fault}:when={at}"))
+            dist.barrier()
+            said = save_all(rank, run_dir.with_suffix(".acknowledged"), SAVES[1:2])
+            run_dir.with_suffix(f".said{groups.rank}").write_text("\n".join(said))
+
+    codes = exit_codes_of(RANKS, job)
+    killed = codes[case.rank] == -signal.SIGKILL
+    case.fired = killed if case.fault == "signal=KILL" else "(INJECTED)" in log.read_text()
+    texts = [run_dir.with_suffix(f".said{rank}") for rank in range(RANKS)]
+    case.said = [text for path in texts if path.exists() and (text := path.read_text())]
+    resume(case, run_dir)
+
+
+@contextmanager
+def traced(log: Path, call: str, path: Path, fault: str) -> Iterator[None]:
+    """Let strace watch this process: one system call, on one path."""
+    command = ["strace", "-f", "-p", str(os.getpid()), "-o", str(log), "-P", str(path.resolve())]
+    with subprocess.Popen(
+        [*command, "-e", f"trace={call}", "-e", f"inject={call}:{fault}"], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr
+        said = process.stderr.readline()
+        if "attached" not in said:
+            raise RuntimeError(f"strace: {said}")
+        yield
+        process.terminate()
+
+
+if __name__ == "__main__":
+    main()

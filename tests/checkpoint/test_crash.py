@@ -1,0 +1,100 @@
+"""Saves that are killed, fail, or find a full disk: what loads is the old checkpoint or the new one, whole;
+what was acknowledged is never lost; the next save works and cleans up.
+
+`make test` tries a sample of the operations, `make test-crash` all of them.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint.crash_jobs import Case
+from tests.checkpoint.crash_run import LAST
+from tests.forked import run_worker
+
+WORKER = Path(__file__).with_name("crash_jobs.py")
+KINDS = ["kills", "errors", "full_disk", "strace"]
+
+
+@dataclass(frozen=True)
+class Tried:
+    folder: Path
+
+    def cases(self, kind: str) -> list[Case]:
+        found = json.loads((self.folder / f"{kind}.json").read_text())
+        if isinstance(found, str):
+            pytest.skip(found)
+        return [Case(**case) for case in found]
+
+
+def tried(factory: pytest.TempPathFactory, how_many: str) -> Tried:
+    folder = factory.mktemp("crash")
+    run_worker(WORKER, folder, how_many, timeout=3600)
+    return Tried(folder)
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Tried:
+    return tried(tmp_path_factory, "sample")
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Tried:
+    return tried(tmp_path_factory, "all")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fault_loses_nothing(sample: Tried, kind: str) -> None:
+    check(sample.cases(kind))
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_fault_loses_anything(everything: Tried, kind: str) -> None:
+    cases = everything.cases(kind)
+    check(cases)
+    print(f"\n{'fault':20} {'rank':>4} {'tried':>6} {'survived':>8}")
+    for (fault, rank), count in sorted(Counter((case.fault, case.rank) for case in cases).items()):
+        print(f"{fault:20} {rank:4} {count:6} {count:8}")
+
+
+def test_ranks_agree_on_what_failed(sample: Tried) -> None:
+    failed = [case for case in sample.cases("errors") if case.said]
+    assert failed
+    for case in failed:
+        assert len(case.said) == 2, case
+        assert case.said[0] == case.said[1], case
+        assert f"rank {case.rank}: " in case.said[0], case
+
+
+def test_the_disk_fills_up_in_every_part_of_a_save(sample: Tried) -> None:
+    """Some saves fail, and some go through; else the disk was never full at the right time."""
+    cases = sample.cases("full_disk")
+    assert {bool(case.said) for case in cases} == {True, False}
+    assert all("No space left on device" in message for case in cases for message in case.said)
+
+
+def check(cases: list[Case]) -> None:
+    assert cases
+    wrong = [problem for case in cases for problem in problems_of(case)]
+    assert not wrong, "\n".join(wrong)
+
+
+def problems_of(case: Case) -> list[str]:
+    expected = {
+        "did not fire": case.fired,
+        # the version being saved may be there before the ranks have said so
+        f"{case.acknowledged} was acknowledged, {case.found} found": case.found - case.acknowledged in (0, 1),
+        f"{case.after} found after the next save": case.after == LAST[1],
+        f"left over: {case.names}": case.names == ["latest", f"step-{LAST[0]:08d}"],
+        # a short write and an interrupted call are no failures
+        f"said {case.said}": not (case.said and case.fault in ("short write", "error=EINTR")),
+    }
+    return [
+        f"{case.fault} of rank {case.rank} at {case.where}: {what}"
+        for what, holds in expected.items()
+        if not holds
+    ]
