@@ -312,6 +312,26 @@ def convert(
         convert(input, output, target=target, dtype=dtype, verify=verify, max_shard_bytes=shard_bytes)
 
 
+@app.command("inspect-checkpoint")
+def inspect_checkpoint(
+    folder: Annotated[Path, typer.Argument(help="A run's folder, or that of one checkpoint.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read and check every byte.")] = False,
+    diff: Annotated[
+        Path | None, typer.Option(help="Another one: name the settings and tensors that differ; exit code 1.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Print what checkpoints hold; check that they are whole; compare two."""
+    with report_errors(debug):
+        from llama_mcore.checkpoint.inspect import compare_checkpoints, inspect_checkpoint
+
+        if diff is None:
+            inspect_checkpoint(folder, verify=verify, as_json=json)
+        elif not compare_checkpoints(folder, diff, verify=verify, as_json=json):
+            raise typer.Exit(1)
+
+
 @app.command("generate")
 def generate(
     checkpoint: Annotated[Path, typer.Option(help="Run folder, checkpoint folder or Hugging Face folder.")],

@@ -30,7 +30,7 @@ class _Record(BaseModel):
 
 
 class RankFile(_Record):
-    name: Annotated[str, Field(pattern=r"^rank-\d{5,}\.safetensors$")]
+    name: Annotated[str, Field(pattern=r"^rank-[0-9]{5,12}\.safetensors$")]
     """A file beside the manifest: the pattern leaves no way out of the folder."""
     tp_rank: Count
     bytes: Count
@@ -43,6 +43,9 @@ class Layout(_Record):
     tp: Annotated[int, Field(ge=1)]
     dp: Annotated[int, Field(ge=1)]
     zero_stage: Annotated[int, Field(ge=0, le=3)]
+
+    def __str__(self) -> str:
+        return f"tp {self.tp}, dp {self.dp}, ZeRO {self.zero_stage}"
 
 
 class Manifest(_Record):

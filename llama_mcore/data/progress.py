@@ -49,7 +49,7 @@ class InputProgress:
     def speed(self) -> str:
         return f"{self.bytes / 1e6:,.1f} MB in {self.seconds:.1f} s ({self.megabytes_per_second:.1f} MB/s)"
 
-    def advance(self, *, bytes: int, documents: int, tokens: int = 0) -> None:
+    def advance(self, *, bytes: int, documents: int = 0, tokens: int = 0) -> None:
         self.bytes += bytes
         self.documents += documents
         self.tokens += tokens
@@ -62,8 +62,9 @@ class InputProgress:
     def _state(self) -> str:
         total = f" of {self.total_bytes / 1e6:,.1f}" if self.total_bytes else ""
         megabytes = f"{(self.done + self.bytes) / 1e6:,.1f}{total} MB"
+        documents = f", {self.documents:,} documents" if self.documents else ""
         tokens = f", {self.tokens:,} tokens" if self.tokens else ""
-        return f"{megabytes}, {self.megabytes_per_second:.1f} MB/s, {self.documents:,} documents{tokens}"
+        return f"{megabytes}, {self.megabytes_per_second:.1f} MB/s{documents}{tokens}"
 
     def _left(self) -> str:
         if not self.total_bytes:

@@ -1,13 +1,14 @@
 """Where a run begins: at the newest sound checkpoint, at one that was named, or anew. Never silently anew."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
+from llama_mcore.checkpoint.compare import changed_settings
 from llama_mcore.checkpoint.layout import find_checkpoint, step_folders, unreadable
 from llama_mcore.checkpoint.lease import FOLDER as LEASE
 from llama_mcore.checkpoint.load import check_same_model
@@ -69,24 +70,6 @@ def find_start(run: RunConfig, start: Start, groups: Groups, together: Together)
         raise CheckpointError([*problems, Problem("--resume", start.resume, "found no sound one", remedy)])
     together(lambda: _begin_anew(run, start) if groups.rank == 0 else None)
     return Found(None)
-
-
-def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Settings that differ between two resolved configurations, as `section.key: old -> new`."""
-    old, new = dict(_flat(before)), dict(_flat(now))
-    return [
-        f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}"
-        for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key)
-    ]
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _candidates(run: RunConfig, start: Start) -> list[Path]:

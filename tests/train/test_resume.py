@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_mcore.train.resume import changed_settings
+from llama_mcore.checkpoint.compare import changed_settings
 from tests.conftest import Small
 from tests.forked import run_worker
 from tests.train.product import checkpoints, metrics

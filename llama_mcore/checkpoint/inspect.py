@@ -1,0 +1,229 @@
+"""What a run folder or a checkpoint holds, and whether its bytes are those that were written."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_mcore.checkpoint.compare import Comparison, compare
+from llama_mcore.checkpoint.layout import (
+    TEMPORARY,
+    find_checkpoint,
+    step_folders,
+    unfinished,
+    unreadable,
+)
+from llama_mcore.checkpoint.manifest import MANIFEST, Manifest, damaged_files, missing_files, read_manifest
+from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.data.ledger import format_table
+from llama_mcore.data.progress import InputProgress
+from llama_mcore.errors import CheckpointError, MissingInputError, Problem, shown
+
+_SHOWN_FILES = 20
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One checkpoint, as far as it can be read."""
+
+    path: str
+    state: str
+    """complete, damaged, or unfinished: what an interrupted save or removal left."""
+    verified: bool
+    """Every byte was read."""
+    manifest: Manifest | None
+    tokens: int | None
+    """Consumed since the start of the run."""
+    parameters: int | None
+    bytes: int
+    """Of its files together."""
+    extra_files: list[str]
+    """In the folder, but not of the checkpoint: nothing reads them."""
+    problems: list[str]
+
+
+def inspect_checkpoint(path: Path, *, verify: bool = False, as_json: bool = False) -> None:
+    """Print what is there; with `verify` read every byte. CheckpointError, after printing, names all damage.
+
+    Raises MissingInputError where there is neither a checkpoint nor a run with one.
+    """
+    folders, is_run = _folders(path)
+    total = sum(_size(folder) for folder in folders if verify and folder.suffix != TEMPORARY)
+    with InputProgress("verify", total) as progress:
+        advance = (lambda size: progress.advance(bytes=size)) if verify else None
+        found = [_inspect(folder, advance) for folder in folders]
+    inspections = [inspection for inspection, _ in found]
+    if as_json:
+        entries = [_to_json(inspection) for inspection in inspections]
+        print(json.dumps(entries if is_run else entries[0], indent=2))
+    else:
+        print("\n".join(_table(inspections) if is_run else _as_text(inspections[0])))
+    if problems := [problem for _, each in found for problem in each]:
+        raise CheckpointError(problems)
+
+
+def compare_checkpoints(left: Path, right: Path, *, verify: bool = False, as_json: bool = False) -> bool:
+    """Print how two checkpoints, or the newest ones of two runs, differ. Whether they are the same."""
+    one, other = (CheckpointReader(find_checkpoint(path)) for path in (left, right))
+    if verify:
+        one.check_content()
+        other.check_content()
+    with InputProgress("compare", _size(one.path)) as progress:
+        comparison = compare(one, other, lambda size: progress.advance(bytes=size))
+    print(json.dumps(asdict(comparison), indent=2) if as_json else "\n".join(_differences(comparison)))
+    return comparison.same
+
+
+def _folders(path: Path) -> tuple[list[Path], bool]:
+    """The checkpoints to look at, and whether `path` is the folder of a run."""
+    try:
+        if path.is_dir() and (path.name.startswith("step-") or (path / MANIFEST).exists()):
+            return [path], False
+        found = [*step_folders(path), *sorted(unfinished(path))]
+    except OSError as error:
+        raise unreadable(error) from None
+    if not found:
+        bound = "is neither a checkpoint nor the folder of a run that has one"
+        raise MissingInputError(Problem("folder", path, bound, "give RUN_DIR or RUN_DIR/checkpoints/step-*"))
+    return found, True
+
+
+def _inspect(folder: Path, advance: Callable[[int], None] | None) -> tuple[Inspection, list[Problem]]:
+    """`advance` is told of every byte that is hashed; where it is None nothing is."""
+    manifest, model, problems = None, None, []
+    leftover = folder.suffix == TEMPORARY
+    try:
+        manifest = read_manifest(folder)
+        problems = missing_files(folder, manifest)
+        if advance and not leftover:
+            amiss = {problem.value for problem in problems}
+            there = tuple(file for file in manifest.files if folder / file.name not in amiss)
+            problems += damaged_files(folder, there, advance)
+        if not problems:
+            model = CheckpointReader(folder).model
+    except CheckpointError as error:
+        problems += error.problems
+    known = {MANIFEST, *(file.name for file in manifest.files)} if manifest else {MANIFEST}
+    inspection = Inspection(
+        path=str(folder),
+        state="unfinished" if leftover else "damaged" if problems else "complete",
+        verified=bool(advance and not leftover),
+        manifest=manifest,
+        tokens=manifest.consumed_samples * model.seq_length if manifest and model else None,
+        parameters=model.num_params() if model else None,
+        bytes=_size(folder),
+        extra_files=[]
+        if leftover
+        else sorted(path.name for path in _entries(folder) if path.name not in known),
+        problems=[str(problem) for problem in problems],
+    )
+    return inspection, [] if leftover else problems
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(path.lstat().st_size for path in _entries(folder) if path.is_file())
+
+
+def _to_json(inspection: Inspection) -> dict[str, Any]:
+    manifest = inspection.manifest
+    return vars(inspection) | {"manifest": manifest.model_dump(mode="json") if manifest else None}
+
+
+def _table(found: list[Inspection]) -> Iterator[str]:
+    """A run's checkpoints, a line each."""
+    rows = [("checkpoint", "step", "tokens", "bytes", "layout", "state")]
+    for each in found:
+        manifest = each.manifest
+        rows.append(
+            (
+                shown(Path(each.path).name),
+                _number(manifest.step if manifest else None),
+                _number(each.tokens),
+                f"{each.bytes:,}",
+                str(manifest.layout) if manifest else "?",
+                _state(each),
+            )
+        )
+    yield format_table(rows)
+
+
+def _state(found: Inspection) -> str:
+    if found.state == "damaged":
+        return "DAMAGED"
+    return f"{found.state}, every byte read" if found.verified else found.state
+
+
+def _number(found: int | None) -> str:
+    return "?" if found is None else f"{found:,}"
+
+
+def _as_text(found: Inspection) -> Iterator[str]:
+    lines = {"checkpoint": shown(found.path), "state": _state(found)}
+    if not found.verified:
+        lines["state"] += "; --verify reads every byte"
+    if found.manifest:
+        lines |= _facts(found.manifest, found)
+    lines["size"] = f"{found.bytes:,} bytes"
+    if found.extra_files:
+        lines["not of it"] = _listed(found.extra_files)
+    yield from (f"{name:<12}{value}" for name, value in lines.items())
+    if found.manifest:
+        yield f"\n{_sources(found.manifest)}"
+        yield f"\n{_files(found.manifest)}"
+
+
+def _facts(manifest: Manifest, found: Inspection) -> dict[str, str]:
+    tokenizers = {segment.tokenizer_sha256 or "unknown" for segment in manifest.segments}
+    return {
+        "run": shown(manifest.run_id),
+        "step": f"{manifest.step:,}, learning rate {manifest.lr:g}",
+        "tokens": f"{_number(found.tokens)} in {manifest.consumed_samples:,} samples",
+        "parameters": _number(found.parameters),
+        "layout": str(manifest.layout),
+        "tokenizer": f"SHA-256 {shown(', '.join(sorted(tokenizers)))}",
+    }
+
+
+def _sources(manifest: Manifest) -> str:
+    """The ledger beside the plan."""
+    plans = {source.name: source for segment in manifest.segments for source in segment.sources}
+    rows = [("source", "windows read", "of", "at most", "content")]
+    for name, read in manifest.windows_read.items():
+        plan = plans.get(name)
+        rest = (f"{plan.num_windows:,}", f"{plan.cap:,}", shown(plan.content_id)) if plan else ("?", "?", "?")
+        rows.append((shown(name), f"{read:,}", *rest))
+    return format_table(rows)
+
+
+def _files(manifest: Manifest) -> str:
+    rows = [("file", "bytes", "tensor-parallel rank", "SHA-256")]
+    for file in manifest.files[:_SHOWN_FILES]:
+        rows.append((file.name, f"{file.bytes:,}", str(file.tp_rank), file.sha256))
+    left = len(manifest.files) - _SHOWN_FILES
+    return format_table(rows) + (f"\nand {left:,} more" if left > 0 else "")
+
+
+def _listed(names: list[str]) -> str:
+    left = len(names) - _SHOWN_FILES
+    return ", ".join(map(shown, names[:_SHOWN_FILES])) + (f" and {left:,} more" if left > 0 else "")
+
+
+def _differences(found: Comparison) -> Iterator[str]:
+    yield from (shown(field, 1000) for field in found.fields)
+    yield from found.only_in_one
+    if found.tensors:
+        rows = [("tensor", "differing", "of", "largest relative difference")]
+        for each in found.tensors:
+            name = f"{each.kind} of {each.parameter}"
+            rows.append((name, f"{each.elements:,}", f"{each.numel:,}", f"{each.largest:.2e}"))
+        yield format_table(rows)
+    yield f"{len(found.tensors):,} of {found.compared:,} tensors differ, {len(found.fields):,} fields do"
