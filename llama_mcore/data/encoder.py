@@ -91,9 +91,10 @@ class SentencePieceEncoder:
         return np.concatenate([np.empty(0, dtype=np.int32), *encoded]), lengths
 
     def _encode(self, text: str) -> NDArray[np.int32]:
-        first, *later = self._cutter.cut(text) if self._cutter else [text]
-        parts = [self._first.encode(first), *map(self._later.encode, later)]
-        return np.concatenate([np.array(part, dtype=np.int32) for part in parts])
+        parts = self._cutter.cut(text) if self._cutter else iter([text])
+        encoded = [np.array(self._first.encode(next(parts)), dtype=np.int32)]
+        encoded += [np.array(self._later.encode(part), dtype=np.int32) for part in parts]
+        return np.concatenate(encoded)
 
 
 def _processor(model: ModelProto, *, add_dummy_prefix: bool) -> SentencePieceProcessor:

@@ -1,7 +1,6 @@
 """Long texts in parts that can be encoded one by one."""
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
@@ -24,10 +23,13 @@ class TextCutter:
         }
         self._part_characters = part_characters
 
-    def cut(self, text: str) -> list[str]:
+    def cut(self, text: str) -> Iterator[str]:
         """Parts of about `part_characters`; longer where no cut is possible. At least one, even if empty."""
-        cuts = [0, *self._cuts(text), len(text)]
-        return [text[start:end] for start, end in pairwise(cuts)]
+        start = 0
+        for end in self._cuts(text):
+            yield text[start:end]
+            start = end
+        yield text[start:]
 
     def _cuts(self, text: str) -> Iterator[int]:
         position = self._part_characters

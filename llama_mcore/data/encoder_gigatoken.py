@@ -14,6 +14,7 @@ checks what this rests on.
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from math import isfinite
 from typing import Literal
 
@@ -79,11 +80,17 @@ class GigatokenEncoder:
     fallback_reason: str | None = None
 
     def __init__(self, model: ModelProto, part_characters: int = PART_CHARACTERS) -> None:
-        self._part_characters = part_characters
-        self._cutter = TextCutter(model, part_characters)
+        self._model, self._part_characters = model, part_characters
         prefix = model.normalizer_spec.add_dummy_prefix
         self._first = gigatoken.Tokenizer.from_json(_tokenizer_json(model, add_dummy_prefix=prefix))
-        self._later = gigatoken.Tokenizer.from_json(_tokenizer_json(model, add_dummy_prefix=False))
+
+    @cached_property
+    def _cutter(self) -> TextCutter:
+        return TextCutter(self._model, self._part_characters)
+
+    @cached_property
+    def _later(self) -> gigatoken.Tokenizer:
+        return gigatoken.Tokenizer.from_json(_tokenizer_json(self._model, add_dummy_prefix=False))
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         if sum(map(len, texts)) <= self._part_characters:
@@ -108,9 +115,10 @@ class GigatokenEncoder:
     def _encode_batch(self, texts: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         if len(texts) > 1:
             return _encode(self._first, texts)
-        first, *later = self._cutter.cut(texts[0])
-        parts = [_encode(self._first, [first]), *(_encode(self._later, [part]) for part in later)]
-        ids = np.concatenate([ids for ids, _ in parts])
+        parts = self._cutter.cut(texts[0])
+        encoded = [_encode(self._first, [next(parts)])[0]]
+        encoded += [_encode(self._later, [part])[0] for part in parts]
+        ids = np.concatenate(encoded)
         return ids, np.array([len(ids)], dtype=np.int32)
 
 
@@ -149,6 +157,6 @@ def _merges(model: ModelProto) -> list[tuple[str, str]]:
         (-piece.score, -i, piece.piece[:i], piece.piece[i:])
         for piece in normal
         for i in range(1, len(piece.piece))
-        if {piece.piece[:i], piece.piece[i:]} <= names
+        if piece.piece[:i] in names and piece.piece[i:] in names
     ]
     return [(left, right) for *_, left, right in sorted(ranked)]
