@@ -1,0 +1,470 @@
+"""Worker: what a power cut can leave of the saves of two ranks, and what a run would resume from.
+
+    python tests/checkpoint/crash_power.py FOLDER sample|all
+
+Every operation of real saves is recorded with its content. After each of them the power may fail: content
+that was not fsynced is there, torn, zero or absent; of the names whose folder was not fsynced, any may be
+missing. Every such state is made in a folder and read by what reads checkpoints. A kill cannot show this: it
+leaves what the system still has in memory. FOLDER/power.json gets the violations, then those that show
+without a single fsync, with a changed order and without a hash check, each of which must have some.
+"""
+
+import inspect
+import json
+import logging
+import os
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from llama_mcore.observe.log import silence_libraries
+
+silence_libraries(cpu=True)
+
+from llama_mcore.checkpoint import manifest, reader, save  # noqa: E402
+from llama_mcore.checkpoint.layout import LATEST, checkpoints_dir, rank_file, step_dir  # noqa: E402
+from llama_mcore.errors import UserError  # noqa: E402
+from llama_mcore.observe.log import NAME  # noqa: E402
+from llama_mcore.parallel.config import ParallelConfig  # noqa: E402
+from llama_mcore.parallel.groups import Groups, process_groups  # noqa: E402
+from llama_mcore.train.resume import Start, find_start  # noqa: E402
+from tests.checkpoint.crash_run import RANKS, SAVES, Rank, Save, joined, run_config, version_of, watched  # noqa: E402
+from tests.forked import run_ranks, write_output_to  # noqa: E402
+
+RUN = Path("new/run")
+"""Two folders that the first save makes."""
+SAVED = {"sample": SAVES[:2], "all": SAVES}
+NO_CHECKPOINT, REFUSED, MIXED = 0, -1, -2
+
+State = dict[str, bytes | None]
+"""Path -> content; None for a folder."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    at: int
+    """Nanoseconds of the machine's clock."""
+    kind: str
+    """create, write, fsync, mkdir, rename, remove, acknowledge."""
+    path: str
+    """Relative to the folder that is recorded; of `acknowledge` the version."""
+    to: str = ""
+    content: str = ""
+    """Of a write, a character for a byte."""
+
+
+def main() -> None:
+    folder, how_many = Path(sys.argv[1]), sys.argv[2]
+    write_output_to(folder / "power.txt")
+    logging.getLogger(NAME).addHandler(logging.NullHandler())
+    saves = SAVED[how_many]
+    log = record(folder / "recorded", saves)
+    orders = {
+        name: record(folder / name, saves, mutation)
+        for name, (least, mutation) in ORDERS.items()
+        if len(saves) >= least
+    }
+    record(folder / "sound", saves[:1])
+    with process_groups(ParallelConfig(), seed=0) as groups:
+        checker = Checker(folder / "states", groups)
+        result = {
+            "states": 0,
+            "violations": checker.violations(log),
+            "fsyncs": {
+                f"{number}: {log[number].path}": checker.violations(log[:number] + log[number + 1 :], until=1)
+                for number in significant_fsyncs(log)
+            },
+            "orders": {name: checker.violations(changed, until=1) for name, changed in orders.items()},
+            "checks": {name: unchecked(folder / "sound", name, checker) for name in CHECKS},
+        }
+        result["states"] = len(checker.known)
+    (folder / "power.json").write_text(json.dumps(result))
+
+
+# Recording
+
+
+def record(folder: Path, saves: list[Save], mutate: Callable[[], None] = lambda: None) -> list[Operation]:
+    """The operations of both ranks in the order of the clock, consecutive writes of a file as one."""
+    folder.mkdir()
+
+    def job() -> None:
+        mutate()
+        with joined() as groups, recording(folder) as operations:
+            rank = Rank(folder / RUN, groups)
+            for step, version in saves:
+                rank.save(step, version)
+                operations.append(Operation(time.monotonic_ns(), "acknowledge", str(version)))
+            path = folder.with_name(f"{folder.name}-{groups.rank}.json")
+            path.write_text(json.dumps([vars(operation) for operation in operations]))
+
+    run_ranks(RANKS, job)
+    logs = [json.loads(folder.with_name(f"{folder.name}-{rank}.json").read_text()) for rank in range(RANKS)]
+    merged = [Operation(**operation) for log in logs for operation in together(log)]
+    return sorted(merged, key=lambda operation: operation.at)
+
+
+def together(log: list[dict]) -> Iterator[dict]:
+    for operation, following in zip(log, [*log[1:], {}], strict=True):
+        if operation["kind"] == following.get("kind") == "write" and operation["path"] == following["path"]:
+            following["content"] = operation["content"] + following["content"]
+        else:
+            yield operation
+
+
+@contextmanager
+def recording(folder: Path) -> Iterator[list[Operation]]:
+    """What this process does in `folder`: of what makes things durable the calls themselves are recorded."""
+    operations: list[Operation] = []
+    write, fsync, rename = os.write, os.fsync, Path.rename
+
+    def note(kind: str, path: Path, to: str = "", content: str = "") -> None:
+        if path.is_relative_to(folder):
+            relative = str(path.relative_to(folder))
+            operations.append(Operation(time.monotonic_ns(), kind, relative, to, content))
+
+    def path_of(descriptor: int) -> Path:
+        return Path(f"/proc/self/fd/{descriptor}").readlink()
+
+    def noting_write(descriptor: int, content: memoryview) -> int:
+        written = write(descriptor, content)
+        note("write", path_of(descriptor), content=bytes(content[:written]).decode("latin-1"))
+        return written
+
+    def noting_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        note("fsync", path_of(descriptor))
+
+    def noting_rename(path: Path, to: Path) -> Path:
+        note("rename", path, to=str(to.relative_to(folder)))
+        return rename(path, to)
+
+    def watch(operation: str, path: Path) -> None:
+        if operation in ("create", "mkdir", "remove"):
+            note(operation, path)
+
+    os.write, os.fsync, Path.rename = noting_write, noting_fsync, noting_rename  # type: ignore
+    try:
+        with watched(watch):
+            yield operations
+    finally:
+        os.write, os.fsync, Path.rename = write, fsync, rename  # type: ignore
+
+
+# The model of the disk
+
+
+@dataclass
+class File:
+    content: bytes = b""
+    durable: bytes = b""
+
+    def after_a_power_cut(self) -> list[bytes]:
+        if self.content == self.durable:
+            return [self.content]
+        torn = self.content[: len(self.content) // 2]
+        zero = self.durable + bytes(len(self.content) - len(self.durable))
+        return [self.content, torn, zero, self.durable]
+
+
+Entries = dict[str, "File | Folder"]
+
+
+@dataclass
+class Folder:
+    entries: Entries = field(default_factory=dict)
+    durable: Entries = field(default_factory=dict)
+    pending: list[Callable[[Entries], object]] = field(default_factory=list)
+
+    def change(self, change: Callable[[Entries], object]) -> None:
+        change(self.entries)
+        self.pending.append(change)
+
+    def after_a_power_cut(self) -> list[Entries]:
+        """The durable names with some of the changes since, as far as these are possible without the others:
+        any of a few; of many, those up to some moment, or all but one."""
+        found, count = [], len(self.pending)
+        few = product((True, False), repeat=count) if count <= 3 else ()
+        first = ([number < end for number in range(count)] for end in range(count + 1))
+        but_one = ([number != left_out for number in range(count)] for left_out in range(count))
+        for chosen in few or (*first, *but_one):
+            entries = dict(self.durable)
+            try:
+                for change, happened in zip(self.pending, chosen, strict=True):
+                    if happened:
+                        change(entries)
+            except KeyError:
+                continue
+            found.append(entries)
+        return found
+
+
+class Disk:
+    def __init__(self) -> None:
+        self.root = Folder()
+
+    def at(self, path: str) -> Any:
+        node: Any = self.root
+        for part in Path(path).parts:
+            node = node.entries[part]
+        return node
+
+    def apply(self, operation: Operation) -> None:
+        path = Path(operation.path)
+        match operation.kind:
+            case "create":
+                self.parent(path).change(adding(path.name, File()))
+            case "mkdir":
+                self.make_folders(path)
+            case "write":
+                self.at(operation.path).content += operation.content.encode("latin-1")
+            case "fsync":
+                self.sync(self.at(operation.path))
+            case "rename":
+                assert Path(operation.to).parent == path.parent
+                self.parent(path).change(renaming(path.name, Path(operation.to).name))
+            case "remove":
+                self.remove(path)
+
+    def parent(self, path: Path) -> Folder:
+        return self.at(str(path.parent))
+
+    def make_folders(self, path: Path) -> None:
+        for folder in [*reversed(path.parents[:-1]), path]:
+            parent = self.parent(folder)
+            if folder.name not in parent.entries:
+                parent.change(adding(folder.name, Folder()))
+
+    def remove(self, path: Path) -> None:
+        folder = self.parent(path).entries.get(path.name)
+        if isinstance(folder, Folder):
+            for name in list(folder.entries):
+                folder.change(removing(name))
+            self.parent(path).change(removing(path.name))
+
+    @staticmethod
+    def sync(node: File | Folder) -> None:
+        if isinstance(node, File):
+            node.durable = node.content
+        else:
+            node.durable, node.pending = dict(node.entries), []
+
+    def states(self) -> Iterator[State]:
+        """What may be there after a power cut. Of several files that were not fsynced, all suffer alike, or
+        one alone does."""
+        files = [node for node in nodes(self.root) if isinstance(node, File) and node.content != node.durable]
+        suffering = [[]] + [[file] for file in files] + ([files] if len(files) > 1 else [])
+        folders = [node for node in nodes(self.root) if isinstance(node, Folder) and node.pending]
+        contents = [
+            {id(file): file.after_a_power_cut()[how] for file in victims}
+            for victims in suffering
+            for how in (range(1, 4) if victims else (0,))
+        ]
+        for entries in product(*(folder.after_a_power_cut() for folder in folders)):
+            names = {id(folder): chosen for folder, chosen in zip(folders, entries, strict=True)}
+            for lost in contents:
+                yield dict(tree(self.root, Path(), names, lost))
+
+
+def adding(name: str, node: File | Folder) -> Callable[[Entries], object]:
+    return lambda entries: entries.__setitem__(name, node)
+
+
+def removing(name: str) -> Callable[[Entries], object]:
+    return lambda entries: entries.pop(name)
+
+
+def renaming(name: str, to: str) -> Callable[[Entries], object]:
+    return lambda entries: entries.__setitem__(to, entries.pop(name))
+
+
+def nodes(folder: Folder) -> Iterator[File | Folder]:
+    """All that can come back: also what was renamed or removed and is not durably gone."""
+    yield folder
+    kept = {id(node): node for node in (*folder.entries.values(), *folder.durable.values())}
+    for node in kept.values():
+        if isinstance(node, Folder):
+            yield from nodes(node)
+        else:
+            yield node
+
+
+def tree(
+    folder: Folder, path: Path, names: dict[int, Entries], contents: dict[int, bytes]
+) -> Iterator[tuple[str, bytes | None]]:
+    for name, node in names.get(id(folder), folder.entries).items():
+        if isinstance(node, File):
+            yield str(path / name), contents.get(id(node), node.content)
+        else:
+            yield str(path / name), None
+            yield from tree(node, path / name, names, contents)
+
+
+# The check
+
+
+class Checker:
+    """Makes states and says which break the promise; knows those that it has seen."""
+
+    def __init__(self, folder: Path, groups: Groups) -> None:
+        self.known: dict[frozenset, int] = {}
+        self._folder, self._groups = folder, groups
+
+    def violations(self, log: list[Operation], until: int = 1000) -> list[str]:
+        """Of a power cut after each operation of the log; at most `until`."""
+        disk, acknowledged, found = Disk(), 0, []
+        for number, operation in enumerate(log):
+            if operation.kind == "acknowledge":
+                acknowledged = max(acknowledged, int(operation.path))
+            else:
+                disk.apply(operation)
+            for state in disk.states():
+                version = self.version_in(state)
+                if version not in (acknowledged, acknowledged + 1) or not hint_is_whole(state):
+                    where = f"operation {number}, {operation.kind} {operation.path}"
+                    names = {path: content and len(content) for path, content in state.items()}
+                    found.append(f"after {where}: {acknowledged} acknowledged, {version} found in {names}")
+                    if len(found) >= until:
+                        return found
+        return found
+
+    def version_in(self, state: State) -> int:
+        key = frozenset((path, content and sha256(content).digest()) for path, content in state.items())
+        if key not in self.known:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            make(self._folder, state)
+            self.known[key] = self.version_at(self._folder / RUN)
+        return self.known[key]
+
+    def version_at(self, run_dir: Path) -> int:
+        try:
+            found = find_start(run_config(run_dir), Start(), self._groups, lambda action: action())
+            return version_of(found.reader) if found.reader else NO_CHECKPOINT
+        except UserError:
+            return REFUSED
+        except AssertionError:
+            return MIXED
+
+
+def make(folder: Path, state: State) -> None:
+    folder.mkdir()
+    for path, content in state.items():
+        if content is None:
+            (folder / path).mkdir()
+        else:
+            (folder / path).write_bytes(content)
+
+
+def hint_is_whole(state: State) -> bool:
+    hint = state.get(str(checkpoints_dir(RUN) / LATEST))
+    return hint is None or hint.decode() in {f"{step_dir(RUN, step).name}\n" for step, _ in SAVES}
+
+
+def significant_fsyncs(log: list[Operation]) -> list[int]:
+    """Those that made something durable: at others all was so already."""
+    disk, found = Disk(), []
+    for number, operation in enumerate(log):
+        if operation.kind == "fsync":
+            node = disk.at(operation.path)
+            if node.pending if isinstance(node, Folder) else node.content != node.durable:
+                found.append(number)
+        if operation.kind != "acknowledge":
+            disk.apply(operation)
+    return found
+
+
+# The product with something taken from it
+
+
+def changed(owner: ModuleType | type, name: str, *changes: tuple[str, str]) -> None:
+    """Replace a function by itself with other lines."""
+    source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
+    for old, new in changes:
+        assert source.count(old) == 1, f"{name} has no {old!r}"
+        source = source.replace(old, new)
+    namespace: dict[str, Any] = {}
+    exec(source, vars(save), namespace)
+    setattr(owner, name, namespace[name])
+
+
+WRITE_MANIFEST = "    write_file(temporary / MANIFEST, [manifest_bytes(manifest)])\n"
+WRITE_IT_LATE = "    write_file(final / MANIFEST, [manifest_bytes(manifest)])\n    sync_folder(final)\n"
+RENAME, SYNC_NAMES = "    rename(temporary, final)\n", "    sync_names(final)\n"
+PUBLISH = "        _publish(writing.final, manifest, self._lease)\n"
+TIDY = "        _tidy(writing.final, self._run.checkpoint.keep)\n"
+ORDERS: dict[str, tuple[int, Callable[[], None]]] = {
+    "manifest after the rename": (
+        1,
+        lambda: changed(save, "_publish", (WRITE_MANIFEST, ""), (RENAME, RENAME + WRITE_IT_LATE)),
+    ),
+    "names made durable before the rename": (
+        1,
+        lambda: changed(
+            save, "_publish", (RENAME + SYNC_NAMES, SYNC_NAMES.replace("final", "temporary") + RENAME)
+        ),
+    ),
+    "old ones removed before the rename": (
+        2,
+        lambda: changed(save.Saver, "_begin_to_publish", (PUBLISH, ""), (TIDY, TIDY + PUBLISH)),
+    ),
+    "the step's earlier checkpoint removed first": (
+        3,
+        lambda: changed(save, "_publish", ("rename(final, replaced)", "_remove(final)")),
+    ),
+}
+"""How many saves show it, and how to make it."""
+
+
+@contextmanager
+def without_file_hashes() -> Iterator[None]:
+    kept, reader.damaged_files = reader.damaged_files, lambda folder, files: []
+    yield
+    reader.damaged_files = kept
+
+
+@contextmanager
+def without_manifest_hash() -> Iterator[None]:
+    kept, manifest._checksum = manifest._checksum, lambda content: "0" * 64
+    yield
+    manifest._checksum = kept
+
+
+def lose_a_page(folder: Path) -> None:
+    path = folder / rank_file(1)
+    path.write_bytes(path.read_bytes()[:-4096] + bytes(4096))
+
+
+def change_the_manifest(folder: Path) -> None:
+    content = json.loads((folder / manifest.MANIFEST).read_text())
+    content |= {"manifest_sha256": "0" * 64, "consumed_samples": 2}
+    (folder / manifest.MANIFEST).write_text(json.dumps(content))
+
+
+CHECKS = {
+    "hashes of the files": (lose_a_page, without_file_hashes),
+    "hash of the manifest": (change_the_manifest, without_manifest_hash),
+}
+
+
+def unchecked(sound: Path, name: str, checker: Checker) -> dict[str, int]:
+    """What is found where a disk has lost what it said it had, with the check and without."""
+    damage, without = CHECKS[name]
+    folder = shutil.copytree(sound, sound.with_name(name))
+    damage(step_dir(folder / RUN, SAVES[0][0]))
+    found = {"checked": checker.version_at(folder / RUN)}
+    with without():
+        found["unchecked"] = checker.version_at(folder / RUN)
+    return found
+
+
+if __name__ == "__main__":
+    main()
