@@ -109,7 +109,9 @@ def _wait_until_dead(path: Path) -> None:
 
 def _is_alive(holder: Holder) -> bool:
     try:
-        return abs(psutil.Process(holder.pid).create_time() - holder.started) < 1
+        process = psutil.Process(holder.pid)
+        ended = process.status() == psutil.STATUS_ZOMBIE  # and its parent has not asked for its exit code
+        return not ended and abs(process.create_time() - holder.started) < 1
     except psutil.Error:
         return False
 
