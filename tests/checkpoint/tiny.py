@@ -1,6 +1,6 @@
 """Checkpoints of a few kilobytes, made by the functions that write real ones, without a job."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,6 +14,8 @@ from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.shapes import parameter_shapes
 from llama_mcore.model.sharding import cut_of, shard
 
+Tensors = dict[tuple[str, str], Tensor]
+"""(kind, parameter) -> its full fp32 tensor."""
 MODEL = ModelConfig(
     num_layers=1,
     hidden_size=2,
@@ -25,31 +27,41 @@ MODEL = ModelConfig(
     tie_embeddings=True,
 )
 RUN_ID = "5f0e"
+LR = 3e-05
 SAMPLES_PER_STEP = 4
 SOURCE = SourcePlan(name="books", content_id="ab12", num_windows=10_000, share=1, cap=20_000)
 SEGMENT = Segment(seed=1, seq_length=8, tokenizer_sha256="cd" * 32, sources=(SOURCE,))
 
 
 def write_checkpoint(
-    run_dir: Path, step: int = 4, *, tp: int = 2, seed: int = 0, run_id: str = RUN_ID, lr: float = 3e-05
+    run_dir: Path,
+    step: int = 4,
+    *,
+    tp: int = 2,
+    seed: int = 0,
+    run_id: str = RUN_ID,
+    cut: Callable[[Tensors, int, int], dict[str, Tensor]] | None = None,
 ) -> Path:
-    """A checkpoint of `tp` ranks under its name in the folder of a run. `seed` decides its tensors."""
+    """A checkpoint of `tp` ranks under its name in the folder of a run.
+
+    `seed` decides its tensors, `cut` what each rank writes.
+    """
     folder = step_dir(run_dir, step)
     folder.mkdir(parents=True)
     full, files = tensors_of(seed), []
     for rank in range(tp):
         metadata = {"run_id": run_id, "step": str(step), "rank": str(rank)}
-        size, sha256 = write_tensors(folder / rank_file(rank), shards_of(full, rank, tp), metadata)
+        size, sha256 = write_tensors(folder / rank_file(rank), (cut or shards_of)(full, rank, tp), metadata)
         files.append(RankFile(name=rank_file(rank), tp_rank=rank, bytes=size, sha256=sha256))
     samples = step * SAMPLES_PER_STEP
     manifest = Manifest(
         run_id=run_id,
         step=step,
         consumed_samples=samples,
-        lr=lr,
+        lr=LR,
         segments=(SEGMENT,),
         windows_read=SEGMENT.used(samples),
-        config={"model": MODEL.model_dump(mode="json"), "optim": {"lr": lr}},
+        config={"model": MODEL.model_dump(mode="json"), "optim": {"lr": LR}},
         layout=Layout(tp=tp, dp=1, zero_stage=1),
         files=tuple(files),
     )
@@ -57,8 +69,7 @@ def write_checkpoint(
     return folder
 
 
-def tensors_of(seed: int) -> dict[tuple[str, str], Tensor]:
-    """(kind, parameter) -> its full fp32 tensor."""
+def tensors_of(seed: int) -> Tensors:
     generator = torch.Generator().manual_seed(seed)
     return {
         (kind, name): torch.randn(shape, generator=generator)
@@ -67,7 +78,7 @@ def tensors_of(seed: int) -> dict[tuple[str, str], Tensor]:
     }
 
 
-def shards_of(full: Mapping[tuple[str, str], Tensor], rank: int, tp: int) -> dict[str, Tensor]:
+def shards_of(full: Tensors, rank: int, tp: int) -> dict[str, Tensor]:
     """What one tensor-parallel rank writes, by its key; what all of them hold only the first writes."""
     return {
         fragment_key(kind, name, 0): shard(tensor, cut_of(name), rank, tp).reshape(-1).contiguous()
