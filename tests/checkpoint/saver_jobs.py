@@ -3,10 +3,11 @@
     python tests/checkpoint/saver_jobs.py FOLDER WORDS_OF_THE_TRAIN_COMMAND...
 
 Each scenario writes what it saw to FOLDER/SCENARIO-RANK.json. The runs of the product, whose ends matter,
-leave what they printed in FOLDER/RUN.txt, and their exit codes in FOLDER/exit_codes.json.
+leave what they printed in FOLDER/RUN.txt, and their exit codes in FOLDER/RUN.json.
 """
 
 import json
+import multiprocessing
 import os
 import shutil
 import sys
@@ -252,7 +253,7 @@ def hang() -> None:
     threading.Event().wait()
 
 
-def train(folder: Path, overrides: list[str], run: Run) -> list[int | None]:
+def train(folder: Path, overrides: list[str], run: Run) -> None:
     def rank_main() -> None:
         write_output_to(folder / f"{run.name}.txt")
         disk.observer = run.observer(int(os.environ["RANK"]))
@@ -260,7 +261,8 @@ def train(folder: Path, overrides: list[str], run: Run) -> list[int | None]:
         sys.argv = ["llama-mcore", "train", *overrides, f"run.dir={folder / run.name}", *limit]
         cli.main()
 
-    return exit_codes_of(2, rank_main, timeout=RUN_TIMEOUT_S)
+    codes = exit_codes_of(2, rank_main, timeout=RUN_TIMEOUT_S)
+    (folder / f"{run.name}.json").write_text(json.dumps(codes))
 
 
 def main() -> None:
@@ -268,8 +270,13 @@ def main() -> None:
 
     folder, overrides = Path(sys.argv[1]), sys.argv[2:]
     run_ranks(2, partial(work, folder))
-    codes = {run.name: train(folder, overrides, run) for run in RUNS}
-    (folder / "exit_codes.json").write_text(json.dumps(codes))
+    # together: they wait more than they compute
+    fork = multiprocessing.get_context("fork")
+    running = [fork.Process(target=train, args=(folder, overrides, run)) for run in RUNS]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
 
 
 if __name__ == "__main__":

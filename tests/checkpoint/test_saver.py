@@ -34,6 +34,14 @@ def seen(done: Path, scenario: str, rank: int) -> dict:
     return json.loads((done / f"{scenario}-{rank}.json").read_text())
 
 
+def exit_codes(done: Path, run: Run) -> list[int]:
+    return json.loads((done / f"{run.name}.json").read_text())
+
+
+def printed(done: Path, run: Run) -> str:
+    return (done / f"{run.name}.txt").read_text()
+
+
 def same_state(one: Path, other: Path) -> bool:
     readers = [CheckpointReader(find_checkpoint(path)) for path in (one, other)]
     return all(
@@ -102,21 +110,19 @@ def test_all_ranks_learn_that_a_writer_died(done: Path, rank: int) -> None:
 
 
 def test_a_run_waits_for_its_last_save(done: Path) -> None:
-    (slow,) = (run.name for run in RUNS if run.fault == "slow")
-    codes = json.loads((done / "exit_codes.json").read_text())
-    assert codes[slow] == [0, 0], (done / f"{slow}.txt").read_text()
-    assert checkpoints(done / slow) == [SECOND, LAST]
-    CheckpointReader(find_checkpoint(done / slow)).check_content()
+    (slow,) = (run for run in RUNS if run.fault == "slow")
+    assert exit_codes(done, slow) == [0, 0], printed(done, slow)
+    assert checkpoints(done / slow.name) == [SECOND, LAST]
+    CheckpointReader(find_checkpoint(done / slow.name)).check_content()
 
 
 @pytest.mark.parametrize("run", [run for run in RUNS if run.fault != "slow"], ids=lambda run: run.name)
 def test_a_save_that_fails_or_hangs_ends_the_run(done: Path, run: Run) -> None:
     """All ranks, with exit code 73, the reason, and the old checkpoint as it was."""
-    printed = (done / f"{run.name}.txt").read_text()
-    assert json.loads((done / "exit_codes.json").read_text())[run.name] == [73, 73], printed
+    assert exit_codes(done, run) == [73, 73], printed(done, run)
     hung = f"not written within checkpoint.timeout_s = {float(TIMEOUT_S)}"
     reason = hung if run.fault == "hang" else "Input/output error"
-    assert f"rank {run.rank}: {reason}" in printed
+    assert f"rank {run.rank}: {reason}" in printed(done, run)
     assert find_checkpoint(done / run.name).name == FIRST
     reader = CheckpointReader(find_checkpoint(done / run.name))
     reader.check_content()
