@@ -29,7 +29,7 @@ silence_libraries(cpu=True)
 
 import torch.distributed as dist  # noqa: E402
 
-from llama_mcore.checkpoint.layout import checkpoints_dir  # noqa: E402
+from llama_mcore.checkpoint.layout import checkpoints_dir, rank_file, step_dir  # noqa: E402
 from llama_mcore.errors import OutputError  # noqa: E402
 from tests.checkpoint.crash_run import LAST, RANKS, SAVES, Rank, Save, Watch, joined, names_in, watched  # noqa: E402
 from tests.forked import exit_codes_of, run_ranks, write_output_to  # noqa: E402
@@ -63,6 +63,7 @@ def main() -> None:
     folder, everything = Path(sys.argv[1]), sys.argv[2] == "all"
     write_output_to(folder / "output.txt")
     operations = undisturbed(folder)
+    retention(folder)
     for name, job in (("kills", kills), ("errors", errors), ("full_disk", full_disk), ("strace", strace)):
         random.seed(0)
         count = None if everything else SAMPLE.get(name)
@@ -278,6 +279,29 @@ class AtCreate(Watch):
             self._act()
 
 
+def retention(folder: Path) -> None:
+    """Save where newer checkpoints are damaged, or belong to a future that was given up."""
+
+    def job() -> None:
+        with joined() as groups:
+            rank = Rank(folder / "retention", groups, keep=2)
+            for save in [(1, 1), (2, 2)]:
+                rank.save(*save)
+            if groups.rank == 0:
+                for step in (7, 8):
+                    damaged = shutil.copytree(step_dir(rank.run_dir, 2), step_dir(rank.run_dir, step))
+                    os.truncate(damaged / rank_file(0), 0)
+                    size = (step_dir(rank.run_dir, 2) / rank_file(0)).stat().st_size
+                    os.truncate(damaged / rank_file(0), size)
+            dist.barrier()
+            rank.save(3, 3)
+            found = rank.newest()
+            if groups.rank == 0:
+                (folder / "retention.json").write_text(json.dumps([found, names_in(rank.run_dir)]))
+
+    run_ranks(RANKS, job)
+
+
 def full_disk(folder: Path, operations: list[list[str]], count: int | None) -> list[Case] | str:
     """A real file system that fills up while a save is on its way, at every page of it."""
     folder.mkdir()
@@ -359,17 +383,18 @@ def injections() -> Iterator[tuple[int, str, str, int, str]]:
         for call, at in calls:
             for fault in ("signal=KILL", "error=ENOSPC", "error=EIO", "error=EINTR"):
                 yield rank, call, path, at, fault
-    for call, path in [
-        ("mkdir", temporary),
-        ("fsync", temporary),
-        ("rename", final),
-        ("fsync", "."),
-        ("rename", "latest"),
-        ("rename", doomed),
-        ("unlinkat", doomed),
+    for call, path, times in [
+        ("mkdir", temporary, 1),
+        ("fsync", temporary, 1),
+        ("rename", final, 1),
+        ("fsync", ".", 1),
+        ("rename", "latest", 1),
+        ("rename", doomed, 1),
+        ("unlinkat", doomed, RANKS + 1),
     ]:
-        for fault in ("signal=KILL", "error=EIO", "error=EACCES"):
-            yield 0, call, path, 1, fault
+        for at in range(1, times + 1):
+            for fault in ("signal=KILL", "error=EIO", "error=EACCES"):
+                yield 0, call, path, at, fault
 
 
 def inject(case: Case, run_dir: Path, call: str, path: Path, at: int) -> None:

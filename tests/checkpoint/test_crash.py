@@ -77,6 +77,13 @@ def test_the_disk_fills_up_in_every_part_of_a_save(sample: Tried) -> None:
     assert all("No space left on device" in message for case in cases for message in case.said)
 
 
+def test_the_newest_sound_checkpoints_stay_where_newer_ones_are_damaged(sample: Tried) -> None:
+    found, names = json.loads((sample.folder / "retention.json").read_text())
+    assert found == 3
+    kept = [f"step-{step:08d}" for step in (2, 3, 7, 8)]
+    assert names == ["latest", *kept]
+
+
 def check(cases: list[Case]) -> None:
     assert cases
     wrong = [problem for case in cases for problem in problems_of(case)]

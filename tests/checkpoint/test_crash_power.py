@@ -58,5 +58,5 @@ def test_no_power_cut_loses_anything(tmp_path_factory: pytest.TempPathFactory) -
     assert [name for name, violations in taken.items() if not violations] == []
     print(f"\npower cuts: {found['states']} states of the disk tried and survived")
     print(
-        f"one of {len(found['fsyncs'])} fsyncs left out, one of {len(found['orders'])} orders changed: each seen"
+        f"one of {len(found['fsyncs'])} fsyncs left out, one of {len(found['orders'])} orders changed: seen"
     )
