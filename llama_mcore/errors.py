@@ -16,6 +16,7 @@ from dataclasses import dataclass
 EXIT_SAVED = 75  # the run was asked to stop, has saved, and can be started again (EX_TEMPFAIL)
 
 _SILENT_RANKS_WAIT_S = 2.0
+_LONGEST_VALUE = 2000
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,14 @@ class Problem:
 
     def __str__(self) -> str:
         remedy = f"; {self.remedy}" if self.remedy else ""
-        return f"{self.field} = {self.value}: {self.bound}{remedy}"
+        field, value = (_on_a_line(str(part)) for part in (self.field, self.value))
+        return f"{field} = {value}: {self.bound}{remedy}"
+
+
+def _on_a_line(text: str) -> str:
+    """What a user wrote, without what would steer the terminal, and not endless."""
+    cut = text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
 def shown(found: object, limit: int = 200) -> str:

@@ -63,8 +63,7 @@ def open_weights(path: Path) -> tuple[Weights, Path | None]:
         return hugging_face, hugging_face.tokenizer_model
     reader = CheckpointReader(find_checkpoint(path))
     reader.check_content()
-    named = reader.manifest.config["data"]["tokenizer"]
-    return reader, Path(named) if named else None
+    return reader, reader.manifest.tokenizer
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

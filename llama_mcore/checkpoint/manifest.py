@@ -68,6 +68,13 @@ class Manifest(_Record):
     files: tuple[RankFile, ...]
     """All of them, by rank: a checkpoint without one of these is none."""
 
+    @property
+    def tokenizer(self) -> Path | None:
+        """The model of the run's tokenizer, if its configuration names one."""
+        data = self.config.get("data")
+        named = data.get("tokenizer") if isinstance(data, dict) else None
+        return Path(named) if isinstance(named, str) else None
+
     @model_validator(mode="after")
     def _lists_every_rank(self) -> "Manifest":
         tp, ranks = self.layout.tp, self.layout.tp * self.layout.dp

@@ -28,6 +28,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000
 NAMES = NameTable(HUGGING_FACE)
+_DTYPES = ("BF16", "F16", "F32")
 _LARGEST_JSON = 16 << 20
 _FILE_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,200}\.safetensors", re.ASCII)
 _DEFAULT_ROPE_THETA = 10000.0  # of LlamaConfig, where config.json is silent
@@ -253,6 +254,11 @@ class HfReader:
         found = {name: torch.Size(file.get_slice(name).get_shape()) for name, file in self._files.items()}
         problems = [
             Problem("tensor", name, f"of {self.folder} is missing") for name in expected if name not in found
+        ]
+        problems += [
+            Problem("tensor", name, f"is {dtype}, not one of {', '.join(_DTYPES)}")
+            for name in expected.keys() & found.keys()
+            if (dtype := self._files[name].get_slice(name).get_dtype()) not in _DTYPES
         ]
         problems += [
             Problem("tensor", shown(name), f"of {self.folder} is not a part of this model")

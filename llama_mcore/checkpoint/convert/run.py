@@ -96,7 +96,7 @@ def _replaceable(path: Path) -> bool:
 
 def _run_tokenizer(reader: CheckpointReader) -> Tokenizer | None:
     """The tokenizer that the run names. Its vocabulary may be smaller than the model's, never larger."""
-    path = reader.manifest.config["data"]["tokenizer"]
+    path = reader.manifest.tokenizer
     if path is None:
         return None
     try:
