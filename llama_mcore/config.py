@@ -27,7 +27,7 @@ from llama_mcore.small_file import parse_yaml, read_small_file
 from llama_mcore.train.config import EvalConfig, OptimConfig, TrainConfig
 
 CONFIG_DIR = Path(__file__).parent / "configs"
-LARGEST_CONFIG = 1 << 20
+LARGEST_CONFIG = 256 << 10
 
 
 class RunSection(Section):

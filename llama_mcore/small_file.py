@@ -16,6 +16,7 @@ import yaml
 
 _LARGEST_INT = (1 << 63) - 1
 _DEEPEST = 50
+_MOST_CONTAINERS = 1_000_000
 
 
 def read_small_file(path: Path, limit: int) -> bytes:
@@ -32,6 +33,8 @@ def read_small_file(path: Path, limit: int) -> bytes:
 
 def read_json(path: Path, limit: int) -> Any:
     text = read_small_file(path, limit)
+    if text.count(b"[") + text.count(b"{") > _MOST_CONTAINERS:  # two bytes that take sixty
+        raise ValueError(f"it holds more than {_MOST_CONTAINERS:,} lists and objects")
     try:
         content = json.loads(
             text,
