@@ -115,6 +115,23 @@ def loader(json: Json = None, check: Check = False, debug: Debug = False) -> Non
     raise typer.Exit(code)
 
 
+@app.command("checkpoint")
+def checkpoint(
+    folder: Annotated[Path, typer.Option(help="On the disk to measure.")] = Path("."),
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each thing that is measured.")] = 5,
+    json: Json = None,
+    check: Check = False,
+    debug: Debug = False,
+) -> None:
+    """Saves beside training and without: stall, write speed with hashing, verification, loading."""
+    with report_errors(debug):
+        _silence()
+        from llama_mcore.benchmark.checkpoint import BARS, measure
+
+        code = _run("checkpoint", lambda: measure(folder, rounds), BARS, json, check)
+    raise typer.Exit(code)
+
+
 def _run(
     name: str, measure: Callable[[], "Result"], bars: Sequence["Bar"], json: Path | None, check: bool
 ) -> int:
