@@ -104,7 +104,7 @@ def _inspect(folder: Path, advance: Callable[[int], None] | None) -> tuple[Inspe
             model = CheckpointReader(folder).model
     except CheckpointError as error:
         problems += error.problems
-    known = {MANIFEST, *(file.name for file in manifest.files)} if manifest else {MANIFEST}
+    known = {MANIFEST, *(file.name for file in manifest.files)} if manifest else set()
     inspection = Inspection(
         path=str(folder),
         state="unfinished" if leftover else "damaged" if problems else "complete",
@@ -113,9 +113,7 @@ def _inspect(folder: Path, advance: Callable[[int], None] | None) -> tuple[Inspe
         tokens=manifest.consumed_samples * model.seq_length if manifest and model else None,
         parameters=model.num_params() if model else None,
         bytes=_size(folder),
-        extra_files=[]
-        if leftover
-        else sorted(path.name for path in _entries(folder) if path.name not in known),
+        extra_files=sorted(path.name for path in _entries(folder) if known and path.name not in known),
         problems=[str(problem) for problem in problems],
     )
     return inspection, [] if leftover else problems
