@@ -73,9 +73,7 @@ def check_uses(uses: Iterable[SourceUse]) -> list[Problem]:
                 Problem(name, f"a window read {use.most} times", f"the plan allows {use.allowed}")
             )
         if use.reads > use.plan.cap:
-            problems.append(
-                Problem(name, f"{use.reads:,} windows read", f"the plan allows {use.plan.cap:,}")
-            )
+            problems.append(Problem(name, f"{use.reads:,} windows read", f"the plan allows {use.plan.cap:,}"))
     return problems
 
 
