@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from math import isfinite
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ class TensorDifference:
     elements: int
     """Whose bits differ, of `numel`; 0.0 and -0.0 do, and a NaN equals itself."""
     numel: int
-    largest: float
-    """Largest absolute difference over the largest absolute value of both; NaN where one is not finite."""
+    largest: float | None
+    """Largest absolute difference over the largest absolute value of both; None where one is not finite."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def _difference(
         apart = torch.maximum(apart, _largest(one - other))
         largest = torch.maximum(largest, torch.maximum(_largest(one), _largest(other)))
         advance(one.nbytes)
-    return TensorDifference(name, kind, elements, numel, (apart / largest).item() if apart != 0 else 0.0)
+    relative = (apart / largest).item() if apart != 0 else 0.0
+    return TensorDifference(name, kind, elements, numel, relative if isfinite(relative) else None)
 
 
 def _largest(values: Tensor) -> Tensor:

@@ -222,6 +222,7 @@ def _differences(found: Comparison) -> Iterator[str]:
         rows = [("tensor", "differing", "of", "largest relative difference")]
         for each in found.tensors:
             name = f"{each.kind} of {each.parameter}"
-            rows.append((name, f"{each.elements:,}", f"{each.numel:,}", f"{each.largest:.2e}"))
+            largest = "not finite" if each.largest is None else f"{each.largest:.2e}"
+            rows.append((name, f"{each.elements:,}", f"{each.numel:,}", largest))
         yield format_table(rows)
     yield f"{len(found.tensors):,} of {found.compared:,} tensors differ, {len(found.fields):,} fields do"
