@@ -59,12 +59,13 @@ WRITE_SPEED = "write speed, with hashing / plain"
 BARS = (Bar(STALL_SHARE, "at most", 0.10), Bar(WRITE_SPEED, "at least", 0.70))
 
 
-def measure(folder: Path, rounds: int = 5, shape: Mapping[str, int] = SHAPE) -> Result:
-    """Run the benchmark on the disk of `folder`; what it writes is removed. `shape` is a ModelConfig.
+def measure(rounds: int = 5, folder: Path | None = None, shape: Mapping[str, int] = SHAPE) -> Result:
+    """Run the benchmark on the disk of `folder`, or of temporary files; what it writes is removed.
 
+    `shape` is a ModelConfig.
     Raises MissingInputError if there is no such folder.
     """
-    if not folder.is_dir():
+    if folder and not folder.is_dir():
         raise MissingInputError(
             Problem("--folder", folder, "no such folder", "name one on the disk to measure")
         )

@@ -117,7 +117,9 @@ def loader(json: Json = None, check: Check = False, debug: Debug = False) -> Non
 
 @app.command("checkpoint")
 def checkpoint(
-    folder: Annotated[Path, typer.Option(help="On the disk to measure.")] = Path("."),
+    folder: Annotated[
+        Path | None, typer.Option(help="On the disk to measure; default: that of temporary files.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each thing that is measured.")] = 5,
     json: Json = None,
     check: Check = False,
@@ -128,7 +130,7 @@ def checkpoint(
         _silence()
         from llama_mcore.benchmark.checkpoint import BARS, measure
 
-        code = _run("checkpoint", lambda: measure(folder, rounds), BARS, json, check)
+        code = _run("checkpoint", lambda: measure(rounds, folder), BARS, json, check)
     raise typer.Exit(code)
 
 

@@ -40,7 +40,7 @@ SECONDS = {
 
 def test_it_runs_and_leaves_nothing(tmp_path: Path) -> None:
     small = SHAPE | {"num_layers": 1, "hidden_size": 64, "ffn_hidden_size": 128, "vocab_size": 256}
-    result = measure(tmp_path, rounds=2, shape=small)
+    result = measure(rounds=2, folder=tmp_path, shape=small)
     seconds = result.measured["seconds"]
     assert seconds.keys() == SECONDS.keys()
     assert [len(seconds[name]) for name in (PLAIN, HASHED, SYNCHRONOUS, STALL, VERIFY, LOAD)] == [2] * 6
@@ -69,4 +69,4 @@ def test_a_busy_machine_is_said() -> None:
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match="--folder"):
-        measure(tmp_path / "none")
+        measure(folder=tmp_path / "none")
