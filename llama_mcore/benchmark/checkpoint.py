@@ -62,8 +62,7 @@ BARS = (Bar(STALL_SHARE, "at most", 0.10), Bar(WRITE_SPEED, "at least", 0.70))
 def measure(rounds: int = 5, folder: Path | None = None, shape: Mapping[str, int] = SHAPE) -> Result:
     """Run the benchmark on the disk of `folder`, or of temporary files; what it writes is removed.
 
-    `shape` is a ModelConfig.
-    Raises MissingInputError if there is no such folder.
+    `shape` is a ModelConfig. Raises MissingInputError if there is no such folder.
     """
     if folder and not folder.is_dir():
         raise MissingInputError(
