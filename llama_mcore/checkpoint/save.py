@@ -245,7 +245,7 @@ def _tidy(final: Path, keep: int) -> None:
     try:
         replace_hint(final.parent / LATEST, f"{final.name}\n")
         complete = complete_checkpoints(final.parents[1])
-        replaced = [path for path in complete if path == final.with_suffix(REPLACED)]
+        replaced = [path for path in [final.with_suffix(REPLACED)] if path.exists()]
         older = [path for path in complete if path.stem < final.stem]
         for path in replaced + [*older, final][:-keep]:
             _remove(path)
