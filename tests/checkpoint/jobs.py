@@ -35,7 +35,7 @@ SHARD_ALL = str(Path(__file__).parents[1] / "train/zero3_shard_all.json")
 SEQUENCES, SEQ_LENGTH, VOCAB = 4, 8, 92
 STEPS = 3
 RANKS_TIMEOUT_S = 3600
-"""Sixteen ranks on two cores load every checkpoint into four stages."""
+"""Sixteen ranks share two cores, and load 36 checkpoints each."""
 
 
 @dataclass(frozen=True)
@@ -122,24 +122,22 @@ EVERY = list(itertools.starmap(Pair, itertools.product(EVERY_JOB, repeat=2)))
 def main() -> None:
     folder = Path(sys.argv[1])
     pairs = {"sample": SAMPLE, "every": EVERY}[sys.argv[2]]
-    for_all_ranks({pair.saved for pair in pairs}, partial(save, folder))
-    for_all_ranks({pair.loaded for pair in pairs}, partial(load, folder, pairs))
-    run_ranks(2, partial(on_ranks, [A], partial(refuse, folder)))
+    on_each({pair.saved for pair in pairs}, partial(save, folder))
+    on_each({pair.loaded for pair in pairs}, partial(load, folder, pairs))
+    on_each([A], partial(refuse, folder))
 
 
-def for_all_ranks(jobs: Iterable[Job], work: Callable[[Job, Groups], None]) -> None:
-    """Call `work` for each job on as many ranks as it has; ranks are forked once for all jobs of a size."""
-    for world_size, same_size in itertools.groupby(
-        sorted(jobs, key=lambda job: (job.world_size, job.name)), key=lambda job: job.world_size
-    ):
-        run_ranks(world_size, partial(on_ranks, list(same_size), work), timeout=RANKS_TIMEOUT_S)
+def on_each(jobs: Iterable[Job], work: Callable[[Job, Groups], None]) -> None:
+    """Call `work` for each job on as many ranks as it has, forked for it: groups of a job before would leave
+    hundreds of threads."""
+    for job in sorted(jobs, key=lambda job: (job.world_size, job.name)):
+        run_ranks(job.world_size, partial(on_rank, job, work), timeout=RANKS_TIMEOUT_S)
 
 
-def on_ranks(jobs: Iterable[Job], work: Callable[[Job, Groups], None]) -> None:
+def on_rank(job: Job, work: Callable[[Job, Groups], None]) -> None:
     dist.init_process_group("gloo")
-    for job in jobs:
-        with model_parallel_groups(job.run_config(Path()).parallel, 0, torch.device("cpu")) as groups:
-            work(job, groups)
+    with model_parallel_groups(job.run_config(Path()).parallel, 0, torch.device("cpu")) as groups:
+        work(job, groups)
     dist.barrier()
     dist.destroy_process_group()
 
