@@ -252,7 +252,10 @@ def test_files_that_are_not_of_the_checkpoint_change_nothing(checkpoint: Path) -
 
 
 def link_to_a_good_copy(path: Path) -> None:
-    path.symlink_to(shutil.copyfile(path.with_suffix(".kept"), path.with_name("copy")))
+    """As long as the file itself, if it is even: a link's size is the length of what it says."""
+    kept = path.with_suffix(".kept")
+    length = kept.stat().st_size // 2 * 2
+    path.symlink_to("./" * ((length - 4) // 2) + shutil.copyfile(kept, path.with_name("copy")).name)
 
 
 def device(path: Path) -> None:
