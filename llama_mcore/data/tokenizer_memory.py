@@ -13,7 +13,7 @@ from llama_mcore.errors import PreflightError, Problem
 # costs 45 (source code) to 145 (unspaced ideographs) bytes a character, for each place where two symbols meet
 # is kept. The rule takes the most and came out at 1.0 to 2.7 times what was measured; only noise, ideographs
 # all equally frequent, took up to twice as much as it says.
-_BYTES_FIXED = 32_000_000
+_BYTES_FIXED = 64_000_000
 _BYTES_PER_TEXT_BYTE = 4
 _BYTES_PER_LINE = 56
 _BYTES_PER_WORD_CHARACTER = 150
