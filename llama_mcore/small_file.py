@@ -32,9 +32,13 @@ def read_small_file(path: Path, limit: int) -> bytes:
 
 
 def read_json(path: Path, limit: int) -> Any:
-    text = read_small_file(path, limit)
-    if text.count(b"[") + text.count(b"{") > _MOST_CONTAINERS:  # two bytes that take sixty
-        raise ValueError(f"it holds more than {_MOST_CONTAINERS:,} lists and objects")
+    return parse_json(read_small_file(path, limit))
+
+
+def parse_json(text: bytes, most_containers: int = _MOST_CONTAINERS) -> Any:
+    """What JSON text says."""
+    if text.count(b"[") + text.count(b"{") > most_containers:  # two bytes that take sixty
+        raise ValueError(f"it holds more than {most_containers:,} lists and objects")
     try:
         content = json.loads(
             text,

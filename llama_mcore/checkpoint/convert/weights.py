@@ -2,45 +2,66 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from llama_mcore.checkpoint.layout import WEIGHT
 from llama_mcore.errors import CheckpointError, Problem
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.parallel.config import ParallelConfig
 
 
 class Weights(Protocol):
-    """Full parameters by megatron-core's names, read one at a time."""
+    """Full tensors by megatron-core's names (model/shapes.py), read one at a time.
+
+    This is the form that all formats meet in: qkv and gate|up fused as in one megatron-core rank, rotary
+    embedding half-split, without the rows that tensor parallelism pads a vocabulary with.
+    """
 
     model: ModelConfig
+    """`vocab_size` is the true one: the tokenizer's, where that is known."""
+    kinds: tuple[str, ...]
+    """Those of layout.KINDS that are there: the weight, or the fp32 master weight and both Adam moments."""
+    dtype: torch.dtype
+    """Of the weights. Moments are fp32."""
+    step: int
+    """Optimizer steps done; 0 where the format does not say."""
+    tokenizer: Path | None
+    """The SentencePiece model that goes with them."""
 
-    def names(self) -> list[str]: ...
+    def names(self) -> list[str]:
+        """In the order of the model."""
+        ...
 
-    def full(self, name: str) -> Tensor: ...
+    def full(self, name: str, kind: str = WEIGHT) -> Tensor:
+        """Contiguous; not to be written to. Raises CheckpointError for a file that cannot be read."""
+        ...
 
 
 class Rounded:
     """Weights in another dtype. Raises CheckpointError for a value that the dtype cannot hold."""
 
     def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
-        self.model = weights.model
+        self.model, self.kinds, self.step = weights.model, weights.kinds, weights.step
+        self.tokenizer = weights.tokenizer
         self.dtype = dtype
         self._weights = weights
 
     def names(self) -> list[str]:
         return self._weights.names()
 
-    def full(self, name: str) -> Tensor:
-        rounded = self._weights.full(name).to(self.dtype)
+    def full(self, name: str, kind: str = WEIGHT) -> Tensor:
+        tensor = self._weights.full(name, kind)
+        rounded = tensor.to(self.dtype) if kind == WEIGHT else tensor
         if not rounded.isfinite().all():
             raise CheckpointError(
                 Problem(
-                    name,
+                    name if kind == WEIGHT else f"{kind} of {name}",
                     "inf or nan",
-                    f"is not finite in {self.dtype}",
+                    f"is not finite in {rounded.dtype}",
                     "give --dtype bf16 or fp32; if it is not finite there either, take an older checkpoint",
                 )
             )

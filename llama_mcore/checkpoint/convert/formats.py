@@ -1,0 +1,71 @@
+"""The formats, a module each: what a module offers, and which of them a folder is in."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from llama_mcore.checkpoint.convert.weights import Weights
+from llama_mcore.errors import ConfigError, MissingInputError, Problem
+from llama_mcore.model.config import ModelConfig
+
+NAMES = ("native", "hf", "meta", "megatron", "deepspeed")
+"""Each is the module of this name, beside this one, and its FORMAT."""
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    dtype: torch.dtype
+    """Of the weights, as `Weights` already has them."""
+    kinds: tuple[str, ...]
+    """What to write: the weights, or masters and moments too."""
+    tp: int = 1
+    """Tensor-parallel ranks to cut the files for, where a format is cut at all."""
+    max_shard_bytes: int = 5_000_000_000
+
+
+Advance = Callable[[int], None]
+"""Told the bytes of each tensor that was written."""
+
+
+@dataclass(frozen=True)
+class Format:
+    name: str
+    found_in: Callable[[Path], bool]
+    """Whether a folder looks like one of this format. Opens nothing that may be large or hostile."""
+    open: Callable[[Path, ModelConfig | None], Weights]
+    """Reads indices and checks that every tensor of the model is there, in its shape, and no other.
+
+    The ModelConfig is the one that the user names, for folders that do not say what model they hold; where
+    both do they must agree. Raises CheckpointError with all that is wrong, MissingInputError.
+    """
+    write: Callable[[Weights, Path, WriteOptions, Advance], None]
+    """Fills an existing empty folder, a tensor at a time, and waits until all of it is on the disk.
+
+    Raises ConfigError for a model or options that the format cannot express, before it writes; OSError.
+    """
+    is_cut: bool
+    """Whether WriteOptions.tp says something to it."""
+    has_optimizer: bool
+    """Whether it can hold masters and moments."""
+
+
+def get_format(name: str, flag: str) -> Format:
+    """Raises ConfigError for a name that is none, under the flag that gave it."""
+    if name not in NAMES:
+        raise ConfigError(Problem(flag, name, "is not a known format", f"known: {', '.join(NAMES)}"))
+    found: Format = import_module(f"{__package__}.{name}").FORMAT
+    return found
+
+
+def detect(path: Path, flag: str = "--from") -> Format:
+    """The format of what is at `path`. Raises MissingInputError, ConfigError if it is none or several."""
+    if not path.exists():
+        raise MissingInputError(Problem("--input", path, "no such folder"))
+    found = [each for each in (get_format(name, flag) for name in NAMES) if each.found_in(path)]
+    if len(found) == 1:
+        return found[0]
+    looks = f"looks like {' and '.join(each.name for each in found)}" if found else "is of no known format"
+    raise ConfigError(Problem(flag, "(not given)", f"{path} {looks}", f"give one of {', '.join(NAMES)}"))

@@ -1,0 +1,122 @@
+"""Files of torch.save, without unpickling them here: a child process says what they hold and where.
+
+The child (pickled_child.py) reads with torch's weights-only unpickler and an allow-list, and answers in JSON.
+Tensors are then read from the places that it names, like those of any other format.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_mcore.checkpoint.convert.stored import StoredTensor
+from llama_mcore.errors import CheckpointError, MissingInputError, Problem, shown
+from llama_mcore.small_file import parse_json
+
+_CHILD = "llama_mcore.checkpoint.convert.pickled_child"
+_SECONDS = 600
+_DTYPES = {
+    **{
+        f"float{bits}": dtype
+        for bits, dtype in ((16, torch.float16), (32, torch.float32), (64, torch.float64))
+    },
+    **{f"int{bits}": dtype for bits, dtype in ((8, torch.int8), (16, torch.int16), (32, torch.int32))},
+    "int64": torch.int64,
+    "bfloat16": torch.bfloat16,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+_ANSWER_CONTAINERS = 1 << 24
+Stretch = tuple[Path, int, int | None]
+"""A file, the byte at which what torch.save wrote begins, and its length (None: to the end of the file)."""
+
+
+def read_pickled(paths: Sequence[Path], allowed: Iterable[str] = ()) -> list[Any]:
+    """What each file of torch.save holds: plain values, with a StoredTensor for each tensor.
+
+    `allowed`: classes, as "module.Class", whose objects become dicts of their fields. A dict with keys other
+    than strings stays one. Raises CheckpointError for a file that needs any other class, with its name, or
+    is no such file; MissingInputError for one that is not there.
+    """
+    return read_stretches([(path, 0, None) for path in paths], allowed)
+
+
+def read_stretches(stretches: Sequence[Stretch], allowed: Iterable[str] = ()) -> list[Any]:
+    """As `read_pickled`, for what lies in the middle of files."""
+    for path in dict.fromkeys(path for path, _, _ in stretches):
+        _check_regular(path)
+    if not stretches:
+        return []
+    files = [[str(path.resolve()), offset, length] for path, offset, length in stretches]
+    answer = _ask({"files": files, "allowed": sorted(allowed)}, stretches[0][0])
+    if "refused" in answer:
+        path = stretches[answer["refused"]][0]
+        raise CheckpointError(Problem("file", path, shown(answer["reason"], 500)))
+    contents = answer["contents"]
+    return [_built(content, path) for content, (path, _, _) in zip(contents, stretches, strict=True)]
+
+
+def _check_regular(path: Path) -> None:
+    if not path.exists():
+        raise MissingInputError(Problem("file", path, "no such file"))
+    if not path.is_file():
+        raise CheckpointError(Problem("file", path, "is not a regular file"))
+
+
+def _ask(question: dict[str, Any], first: Path) -> dict[str, Any]:
+    print(
+        f"{first}: {len(question['files']):,} pickles, read as weights only in a process of its own",
+        file=sys.stderr,
+        flush=True,
+    )
+    try:
+        child = subprocess.run(
+            [sys.executable, "-m", _CHILD],
+            input=json.dumps(question),
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
+        )
+        answer = parse_json(child.stdout.encode(), _ANSWER_CONTAINERS)
+    except subprocess.TimeoutExpired:
+        raise CheckpointError(Problem("file", first, f"was not read within {_SECONDS} s")) from None
+    except ValueError as error:
+        why = child.stderr.strip().splitlines()[-1:] or [str(error)]
+        bound = f"cannot be read: the process that did ended with {child.returncode} ({shown(why[0])})"
+        raise CheckpointError(Problem("file", first, bound)) from None
+    assert isinstance(answer, dict)
+    return answer
+
+
+def _built(value: Any, path: Path) -> Any:
+    if isinstance(value, list):
+        return [_built(each, path) for each in value]
+    if not isinstance(value, dict):
+        return value
+    makers: dict[str, Callable[[], Any]] = {
+        "$tensor": lambda: _tensor(value["$tensor"], path),
+        "$record": lambda: _built(value["fields"], path),
+        "$pairs": lambda: {_key(_built(k, path)): _built(each, path) for k, each in value["$pairs"]},
+        "$unknown": lambda: None,
+    }
+    for mark, make in makers.items():
+        if mark in value:
+            return make()
+    return {key: _built(each, path) for key, each in value.items()}
+
+
+def _key(key: Any) -> Any:
+    return tuple(key) if isinstance(key, list) else key
+
+
+def _tensor(where: dict[str, Any], path: Path) -> StoredTensor:
+    dtype = _DTYPES.get(where["dtype"])
+    if dtype is None:
+        raise CheckpointError(Problem("file", path, f"holds a tensor of {shown(where['dtype'])}"))
+    stride = where["stride"] and tuple(where["stride"])
+    return StoredTensor(path, where["offset"], dtype, torch.Size(where["shape"]), stride)
