@@ -295,11 +295,26 @@ def _data_plan(run: "RunConfig") -> str:
 
 @app.command("convert")
 def convert(
-    input: Annotated[Path, typer.Option(help="Run folder or checkpoint folder.")],
+    input: Annotated[Path, typer.Option(help="Folder to read; of a run: its newest checkpoint.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
-    target: Annotated[str, typer.Option("--to", help="Format to write: hf.")] = "hf",
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
-    max_shard_size: Annotated[str, typer.Option(help="Largest file, e.g. 500MB or 5GB.")] = "5GB",
+    target: Annotated[str, typer.Option("--to", help="native, hf, meta, megatron or deepspeed (universal).")],
+    source: Annotated[
+        str | None, typer.Option("--from", help="Format of the input; found out if left out.")
+    ] = None,
+    tp: Annotated[
+        int | None, typer.Option(help="Tensor-parallel ranks to cut the files for: native, meta, deepspeed.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32; default: as it is, of a training run bf16.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of hf, e.g. 500MB or 5GB.")] = "5GB",
+    optimizer: Annotated[
+        bool, typer.Option("--optimizer", help="Carry fp32 masters and Adam moments too.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Preset, run YAML or config.json, for an input that does not say what it holds."),
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Read the output back and compare.")] = True,
     debug: Debug = False,
 ) -> None:
@@ -308,8 +323,18 @@ def convert(
         from llama_mcore.checkpoint.convert.run import convert
         from llama_mcore.units import parse_bytes
 
-        shard_bytes = parse_bytes("--max-shard-size", max_shard_size)
-        convert(input, output, target=target, dtype=dtype, verify=verify, max_shard_bytes=shard_bytes)
+        convert(
+            input,
+            output,
+            target=target,
+            source=source,
+            tp=tp,
+            dtype=dtype,
+            max_shard_bytes=parse_bytes("--max-shard-size", max_shard_size),
+            verify=verify,
+            optimizer=optimizer,
+            model=model,
+        )
 
 
 @app.command("inspect-checkpoint")
@@ -334,7 +359,7 @@ def inspect_checkpoint(
 
 @app.command("generate")
 def generate(
-    checkpoint: Annotated[Path, typer.Option(help="Run folder, checkpoint folder or Hugging Face folder.")],
+    checkpoint: Annotated[Path, typer.Option(help="Run folder, or checkpoint of any format.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     tokenizer_model: Annotated[
         Path | None, typer.Option(help="SentencePiece model; default: the run's.")
@@ -343,6 +368,10 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 picks the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
     seed: Annotated[int, typer.Option()] = 0,
+    source: Annotated[
+        str | None, typer.Option("--from", help="Format of the checkpoint; found out if left out.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="As of convert.")] = None,
     debug: Debug = False,
 ) -> None:
     """Continue a text with a trained checkpoint."""
@@ -358,6 +387,8 @@ def generate(
                 temperature=temperature,
                 top_p=top_p,
                 seed=seed,
+                source=source,
+                model=model,
             )
         )
 

@@ -1,18 +1,18 @@
-"""`llama-mcore generate`: continue a text with a trained model, one process, no key-value cache."""
+"""`llama-mcore generate`: continue a text with a checkpoint of any format, in one process."""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llama_mcore.checkpoint.convert.hf import CONFIG, HfReader
-from llama_mcore.checkpoint.convert.weights import Weights, loaded_model
-from llama_mcore.checkpoint.layout import find_checkpoint
-from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.convert.formats import detect, get_format
+from llama_mcore.checkpoint.convert.named_model import named_model
+from llama_mcore.checkpoint.convert.weights import Weights
 from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import CheckpointError, DataError, MissingInputError, Problem
+from llama_mcore.model.decoder import Decoder
 from llama_mcore.observe.log import silence_libraries
-from llama_mcore.parallel.device import on_gpu
+from llama_mcore.parallel.device import local_device, on_gpu
 
 
 def generate(
@@ -24,15 +24,18 @@ def generate(
     temperature: float = 0.8,
     top_p: float = 0.95,
     seed: int = 0,
+    source: str | None = None,
+    model: str | None = None,
 ) -> str:
     """The prompt and its continuation: until EOS, `max_new_tokens`, or `seq_length` tokens with the prompt.
 
     The model sees what training showed it: no BOS. An empty prompt begins a document, as in the training
-    stream after the EOS of the one before. The same seed gives the same text.
+    stream after the EOS of the one before. The same seed gives the same text. It computes in the dtype of
+    the weights. `source` and `model` as for `convert`.
     """
     silence_libraries(cpu=not on_gpu())
-    weights, named_tokenizer = open_weights(checkpoint)
-    tokenizer = _open_tokenizer(tokenizer_model or named_tokenizer, weights)
+    weights = open_weights(checkpoint, source, model)
+    tokenizer = _open_tokenizer(tokenizer_model or weights.tokenizer, weights)
     ids = tokenizer.encode(prompt) or [tokenizer.eod]
     room = weights.model.seq_length - len(ids)
     if room < 1:
@@ -45,25 +48,24 @@ def generate(
             )
         )
     generator = torch.Generator().manual_seed(seed)
-    with loaded_model(weights) as model, torch.no_grad():
-        device = next(model.parameters()).device
-        for _ in range(min(max_new_tokens, room)):
-            logits = model(torch.tensor([ids], device=device))[0, -1]
-            # a model's vocabulary may be padded beyond the tokenizer's
-            ids.append(sample(logits.cpu()[: tokenizer.vocab_size], temperature, top_p, generator))
-            if ids[-1] == tokenizer.eod:
-                break
+    decoder = Decoder(weights.model, weights.full, weights.dtype, local_device())
+    unread = ids
+    for _ in range(min(max_new_tokens, room)):
+        logits = decoder.read(unread).float().cpu()
+        # a model's vocabulary may be padded beyond the tokenizer's
+        unread = [sample(logits[: tokenizer.vocab_size], temperature, top_p, generator)]
+        ids += unread
+        if ids[-1] == tokenizer.eod:
+            break
     return tokenizer.decode(ids)
 
 
-def open_weights(path: Path) -> tuple[Weights, Path | None]:
-    """A Hugging Face folder, a checkpoint folder, or the newest checkpoint of a run; and its tokenizer."""
-    if (path / CONFIG).is_file():
-        hugging_face = HfReader(path)
-        return hugging_face, hugging_face.tokenizer_model
-    reader = CheckpointReader(find_checkpoint(path))
-    reader.check_content()
-    return reader, reader.manifest.tokenizer
+def open_weights(path: Path, source: str | None = None, model: str | None = None) -> Weights:
+    """A checkpoint of any format, or the newest of a run."""
+    if not path.exists():
+        raise MissingInputError(Problem("--checkpoint", path, "no such folder"))
+    found = get_format(source, "--from") if source else detect(path)
+    return found.open(path, named_model(model) if model else None)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

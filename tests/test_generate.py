@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from llama_mcore.checkpoint.convert.hf import write_hf
+from llama_mcore.checkpoint.convert import hf
+from llama_mcore.checkpoint.convert.formats import WriteOptions
+from llama_mcore.checkpoint.layout import WEIGHT
 from llama_mcore.cli import app
 from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.data.tokenizer_training import train_tokenizer
@@ -26,24 +28,34 @@ MODEL = ModelConfig(
 
 @dataclass
 class Counting:
-    """Weights of a model whose likeliest next token is always the last one plus `step`.
+    """Weights of a model whose likeliest next token is always the last one plus `counts_by`.
 
     Attention and SwiGLU add nothing, embeddings are one-hot, the output layer is the embedding shifted.
     """
 
-    step: int
+    counts_by: int
     model: ModelConfig = MODEL
+    tokenizer: Path | None = None
+    kinds: tuple[str, ...] = (WEIGHT,)
+    dtype: torch.dtype = torch.float32
+    step: int = 0
 
     def names(self) -> list[str]:
         return list(parameter_shapes(self.model))
 
-    def full(self, name: str) -> Tensor:
+    def full(self, name: str, kind: str = WEIGHT) -> Tensor:
         shape = parameter_shapes(self.model)[name]
         if "layernorm" in name:
             return torch.ones(shape)
         if name == "embedding.word_embeddings.weight":
             return torch.eye(*shape)
-        return torch.eye(*shape).roll(self.step, 0) if name == "output_layer.weight" else torch.zeros(shape)
+        return (
+            torch.eye(*shape).roll(self.counts_by, 0) if name == "output_layer.weight" else torch.zeros(shape)
+        )
+
+
+def write(weights: Counting, folder: Path) -> None:
+    hf.write(weights, folder, WriteOptions(torch.float32, (WEIGHT,)), lambda size: None)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +71,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def counting_up(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("up")
-    write_hf(Counting(1), folder, torch.float32, tokenizer=tokenizer)
+    write(Counting(1, tokenizer=tokenizer.path), folder)
     return folder
 
 
@@ -71,7 +83,7 @@ def test_the_likeliest_tokens_follow(counting_up: Path, tokenizer: Tokenizer) ->
 
 def test_it_ends_with_eos(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Bytes are the tokens after EOS, 3 being the byte 0: counting down meets EOS after it."""
-    write_hf(Counting(-1), tmp_path, torch.float32, tokenizer=tokenizer)
+    write(Counting(-1, tokenizer=tokenizer.path), tmp_path)
     assert generate(tmp_path, "one\x02", max_new_tokens=9, temperature=0) == "one\x02\x01\x00"
 
 
@@ -121,12 +133,12 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: set[in
 
 
 def test_missing_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(MissingInputError, match="no complete checkpoint"):
+    with pytest.raises(MissingInputError, match="no such folder"):
         generate(tmp_path / "nothing", "one")
 
 
 def test_missing_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    write_hf(Counting(1), tmp_path, torch.float32)
+    write(Counting(1), tmp_path)
     for given in (None, tmp_path / "nothing.model"):
         with pytest.raises(MissingInputError, match="give --tokenizer-model"):
             generate(tmp_path, "one", tokenizer_model=given)
@@ -135,7 +147,7 @@ def test_missing_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 def test_tokenizer_of_a_larger_vocabulary(tokenizer: Tokenizer, tmp_path: Path) -> None:
     small = MODEL.model_copy(update={"vocab_size": 299})
-    write_hf(Counting(1, small), tmp_path, torch.float32)
+    write(Counting(1, small), tmp_path)
     with pytest.raises(CheckpointError, match="300 tokens, the model only 299"):
         generate(tmp_path, "one", tokenizer_model=tokenizer.path)
 

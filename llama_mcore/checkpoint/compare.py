@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_mcore.checkpoint.layout import KINDS
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.model.shapes import parameter_shapes
 
@@ -56,7 +55,7 @@ def compare(
     shared = [name for name in shapes if shapes[name] == others.get(name)]
     found = [
         _difference(left, right, name, kind, shapes[name].numel(), advance)
-        for name, kind in product(shared, KINDS)
+        for name, kind in product(shared, [kind for kind in left.kinds if kind in right.kinds])
     ]
     return Comparison(
         left=str(left.path),

@@ -14,8 +14,9 @@ on the disk. docs/checkpoint.md has the whole story.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
-from llama_mcore.checkpoint.manifest import MANIFEST, missing_files, read_manifest
+from llama_mcore.checkpoint.manifest import MANIFEST, Kind, missing_files, read_manifest
 from llama_mcore.errors import CheckpointError, MissingInputError, Problem
 
 TEMPORARY = ".tmp"
@@ -23,7 +24,7 @@ REPLACED = ".replaced"
 """What a checkpoint is called while another of its step takes its name; it counts until that is done."""
 LATEST = "latest"
 WEIGHT = "weight"
-KINDS = (WEIGHT, "exp_avg", "exp_avg_sq")
+KINDS: tuple[str, ...] = get_args(Kind)
 
 
 def checkpoints_dir(run_dir: Path) -> Path:

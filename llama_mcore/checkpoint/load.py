@@ -7,7 +7,7 @@ so tensor parallelism, data parallelism and ZeRO stage may all differ from those
 from deepspeed import DeepSpeedEngine
 
 from llama_mcore.checkpoint.fragments import create_optimizer_state, owned_fragments, set_model_weights
-from llama_mcore.checkpoint.layout import KINDS, WEIGHT
+from llama_mcore.checkpoint.layout import WEIGHT
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.config import RunConfig
 from llama_mcore.errors import ConfigError, Problem
@@ -43,7 +43,7 @@ def load_checkpoint(engine: DeepSpeedEngine, reader: CheckpointReader, groups: G
     create_optimizer_state(fragments, reader.state.step)
     layout = groups.tp_rank, groups.tp_size
     for fragment in fragments:
-        for kind in KINDS:
+        for kind in reader.kinds:  # moments that are not there begin at zero
             read = reader.local(fragment.name, kind, *layout, fragment.start, fragment.numel)
             fragment.view(kind).copy_(read)
     set_model_weights(engine, groups.dp_rank, lambda name: reader.local(name, WEIGHT, *layout))

@@ -6,7 +6,7 @@ import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,6 +21,7 @@ LARGEST_MANIFEST = 32 << 20
 _CHECKSUM = "manifest_sha256"
 _CHUNK = 1 << 20
 
+Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 
@@ -64,6 +65,10 @@ class Manifest(_Record):
     windows_read: dict[str, int]
     """The ledger: windows read of each source."""
     config: dict[str, Any]
+    kinds: tuple[Kind, ...] = get_args(Kind)
+    """Of the fragments. `convert` may write weights alone: the start of a run, whose moments are zero."""
+    vocab_size: Annotated[int, Field(ge=1)] | None = None
+    """Tokens of the tokenizer, where that is known; the model's may be padded beyond it."""
     layout: Layout
     files: tuple[RankFile, ...]
     """All of them, by rank: a checkpoint without one of these is none."""
@@ -83,6 +88,13 @@ class Manifest(_Record):
         # ranks of a tensor-parallel group are consecutive
         if [file.tp_rank for file in self.files] != [rank % tp for rank in range(ranks)]:
             raise ValueError("files: are not in the order of the ranks")
+        return self
+
+    @model_validator(mode="after")
+    def _holds_a_state(self) -> "Manifest":
+        every = get_args(Kind)
+        if self.kinds not in (every, every[:1]):
+            raise ValueError(f"kinds: must be {', '.join(every)}, or {every[0]} alone")
         return self
 
 

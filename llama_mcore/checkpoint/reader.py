@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llama_mcore.checkpoint.layout import KINDS, WEIGHT, parse_fragment_key
+from llama_mcore.checkpoint.layout import WEIGHT, parse_fragment_key
 from llama_mcore.checkpoint.manifest import MANIFEST, RankFile, damaged_files, missing_files, read_manifest
 from llama_mcore.errors import CheckpointError, Problem, shown
 from llama_mcore.model.config import ModelConfig
@@ -24,7 +24,7 @@ from llama_mcore.model.shapes import parameter_shapes
 from llama_mcore.model.sharding import Cut, cut_of, unshard
 from llama_mcore.train.state import TrainState
 
-_BYTES_PER_PARAMETER = 4 * len(KINDS)
+_FP32_BYTES = 4
 
 
 class CheckpointReader:
@@ -41,6 +41,7 @@ class CheckpointReader:
         if problems:
             raise CheckpointError(problems)
         found = self.manifest
+        self.kinds: tuple[str, ...] = found.kinds
         opened = [self._open(file, rank) for rank, file in enumerate(found.files)]
         self.model = self._checked_model(opened)
         self.state = TrainState(found.step, found.consumed_samples, found.segments, found.run_id)
@@ -140,7 +141,7 @@ class CheckpointReader:
             bound = f"does not describe a model ({shown(' '.join(str(error).split()))})"
             raise CheckpointError(Problem("manifest", path, bound)) from None
         fragments, size = sum(len(tensors.keys()) for tensors in opened), sum(f.bytes for f in found.files)
-        if model.num_layers > fragments or _BYTES_PER_PARAMETER * model.num_params() > size:
+        if model.num_layers > fragments or _FP32_BYTES * len(self.kinds) * model.num_params() > size:
             bound = f"describes a model that its {size:,} bytes in {fragments:,} fragments cannot hold"
             raise CheckpointError(Problem("manifest", path, bound))
         return model
@@ -151,7 +152,7 @@ class CheckpointReader:
             try:
                 kind, name, start = parse_fragment_key(key)
                 (numel,) = stored.get_shape()
-                known = kind in KINDS and name in self._shapes and stored.get_dtype() == "F32"
+                known = kind in self.kinds and name in self._shapes and stored.get_dtype() == "F32"
                 fits = known and 0 <= start <= start + numel <= self._numel(name, self._tp_size)
             except ValueError:
                 fits = False
@@ -169,7 +170,7 @@ class CheckpointReader:
                 bound = f"does not divide {name} {list(shape)} of the model in {self.path}"
                 raise CheckpointError(Problem("layout.tp", self._tp_size, bound))
             size = self._numel(name, self._tp_size)
-            for kind, tp_rank in product(KINDS, range(self._tp_size if cut else 1)):
+            for kind, tp_rank in product(self.kinds, range(self._tp_size if cut else 1)):
                 pieces = self._pieces[kind, name, tp_rank]
                 pieces.sort(key=itemgetter(0, 1))
                 starts, ends = [piece[0] for piece in pieces], [piece[1] for piece in pieces]

@@ -164,6 +164,7 @@ class Saver:
             segments=state.segments,
             windows_read=state.segments[-1].used(state.consumed_samples) if state.segments else {},
             config=self._run.model_dump(mode="json"),
+            vocab_size=state.segments[-1].vocab_size if state.segments else None,
             layout=Layout(
                 tp=groups.tp_size, dp=groups.dp_size, zero_stage=self._engine.zero_optimization_stage()
             ),

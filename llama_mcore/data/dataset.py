@@ -76,6 +76,11 @@ class WindowDataset:
         return {sha256 for sha256 in known if sha256}
 
     @property
+    def tokenizer_vocab_size(self) -> int:
+        """Of the tokenizer that the parts were made with; 0 where nobody knows."""
+        return max((part.manifest.vocab_size or 0 for part in self.parts if part.manifest), default=0)
+
+    @property
     def bytes_per_token(self) -> float | None:
         """Of the text that became tokens, if all parts know it."""
         text = [part.manifest.text_bytes if part.manifest else None for part in self.parts]

@@ -44,6 +44,8 @@ class Segment(Section):
     seq_length: int
     tokenizer_sha256: str | None = None
     """Of the tokenizer that the data was made with, where that is known."""
+    vocab_size: int | None = None
+    """Its number of tokens."""
     sources: tuple[SourcePlan, ...]
 
     def used(self, position: int) -> dict[str, int]:
@@ -86,7 +88,13 @@ def plan_segment(
         )
         for name, source in sources.items()
     )
-    segment = Segment(seed=seed, seq_length=seq_length, tokenizer_sha256=tokenizer_sha256, sources=plans)
+    segment = Segment(
+        seed=seed,
+        seq_length=seq_length,
+        tokenizer_sha256=tokenizer_sha256,
+        vocab_size=max((datasets[name].tokenizer_vocab_size for name in sources), default=0) or None,
+        sources=plans,
+    )
     segment.used(0)
     return segment
 

@@ -18,7 +18,8 @@ NAMES = ("native", "hf", "meta", "megatron", "deepspeed")
 @dataclass(frozen=True)
 class WriteOptions:
     dtype: torch.dtype
-    """Of the weights, as `Weights` already has them."""
+    """Of the weights in the files. `Weights` are in it already, unless masters are to be written too: then
+    they are fp32, and files that have both take the weights rounded from them."""
     kinds: tuple[str, ...]
     """What to write: the weights, or masters and moments too."""
     tp: int = 1
@@ -50,6 +51,8 @@ class Format:
     """Whether WriteOptions.tp says something to it."""
     has_optimizer: bool
     """Whether it can hold masters and moments."""
+    fp32_only: bool = False
+    """Whether its weights are the masters."""
 
 
 def get_format(name: str, flag: str) -> Format:
@@ -69,3 +72,25 @@ def detect(path: Path, flag: str = "--from") -> Format:
         return found[0]
     looks = f"looks like {' and '.join(each.name for each in found)}" if found else "is of no known format"
     raise ConfigError(Problem(flag, "(not given)", f"{path} {looks}", f"give one of {', '.join(NAMES)}"))
+
+
+# How a model is computed, and how it was once drawn, is no part of what it is.
+NOT_CARRIED = frozenset({"layer", "attention", "kernels", "recompute", "init_std"})
+
+
+def same_model(one: ModelConfig, other: ModelConfig) -> list[str]:
+    """Fields in which two models are not the same one; empty if they are."""
+    left, right = one.model_dump(), other.model_dump()
+    return [field for field in left if field not in NOT_CARRIED and left[field] != right[field]]
+
+
+def check_named(named: ModelConfig | None, found: ModelConfig, place: Path) -> None:
+    """ConfigError where the model that the user names is not the one that a folder says it holds."""
+    fields = same_model(named, found) if named else []
+    if fields:
+        raise ConfigError(
+            [
+                Problem(f"--model: {field}", getattr(named, field), f"is {getattr(found, field)} in {place}")
+                for field in fields
+            ]
+        )

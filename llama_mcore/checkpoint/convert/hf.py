@@ -1,22 +1,25 @@
 """Hugging Face's LlamaForCausalLM: safetensors and config.json, written and read as a stream."""
 
 import json
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import reduce
 from itertools import islice
 from pathlib import Path
-from shutil import copymode
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from llama_mcore.checkpoint.convert.formats import Advance, Format, WriteOptions, check_named
 from llama_mcore.checkpoint.convert.hf_tokenizer import TOKENIZER_MODEL, write_tokenizer
 from llama_mcore.checkpoint.convert.names import HUGGING_FACE, NameTable
+from llama_mcore.checkpoint.convert.safetensors_stream import TensorStream
+from llama_mcore.checkpoint.convert.stored import StoredTensor, read_safetensors
 from llama_mcore.checkpoint.convert.tensors import join, split
-from llama_mcore.checkpoint.convert.weights import Rounded, Weights
+from llama_mcore.checkpoint.convert.weights import Weights
+from llama_mcore.checkpoint.layout import WEIGHT
 from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import CheckpointError, MissingInputError, Problem, shown
 from llama_mcore.model.config import ModelConfig, RopeScaling
@@ -26,9 +29,7 @@ from llama_mcore.small_file import read_json
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-MAX_SHARD_BYTES = 5_000_000_000
 NAMES = NameTable(HUGGING_FACE)
-_DTYPES = ("BF16", "F16", "F32")
 _LARGEST_JSON = 16 << 20
 _FILE_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,200}\.safetensors", re.ASCII)
 _DEFAULT_ROPE_THETA = 10000.0  # of LlamaConfig, where config.json is silent
@@ -41,32 +42,19 @@ _ROPE_SCALING = {
 }
 
 
-def write_hf(
-    weights: Weights,
-    folder: Path,
-    dtype: torch.dtype,
-    *,
-    tokenizer: Tokenizer | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    advance: Callable[[int], None] = lambda size: None,
-) -> None:
-    """Write everything that `from_pretrained` needs into an existing folder.
-
-    Holds one shard in memory. `advance` is told the bytes of each tensor. Raises CheckpointError for a weight
-    that `dtype` cannot hold; OSError or SafetensorError where the disk refuses.
-    """
-    _write_json(folder / CONFIG, hf_config(weights.model, dtype, tokenizer))
-    shards = plan_shards(weights.model, dtype, max_shard_bytes)
-    stream = hf_tensors(Rounded(weights, dtype))
+def write(weights: Weights, folder: Path, options: WriteOptions, advance: Advance) -> None:
+    """Everything that `from_pretrained` needs. Holds one parameter in memory."""
+    tokenizer = Tokenizer(weights.tokenizer) if weights.tokenizer else None
+    _write_json(folder / CONFIG, hf_config(weights.model, options.dtype, tokenizer))
+    shards = plan_shards(weights.model, options.dtype, options.max_shard_bytes)
+    shapes, tensors = hf_shapes(weights.model), hf_tensors(weights)
     for file_name, shard in shards.items():
-        tensors = {}
-        for name, tensor in islice(stream, len(shard)):
-            tensors[name] = tensor
-            advance(tensor.nbytes)
+        specs = {name: (options.dtype, shapes[name]) for name in shard}
         # transformers refuses files that do not say which framework they are for
-        save_file(tensors, folder / file_name, metadata={"format": "pt"})
-        # safetensors keeps its files from everyone but the owner
-        copymode(folder / CONFIG, folder / file_name)
+        with TensorStream(folder / file_name, specs, {"format": "pt"}) as stream:
+            for name, tensor in islice(tensors, len(shard)):
+                stream.add(name, tensor)
+                advance(tensor.nbytes)
     if len(shards) > 1:
         _write_json(folder / INDEX, _index(shards))
     _write_json(folder / "generation_config.json", _token_ids(tokenizer))
@@ -194,43 +182,43 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling:
     return RopeScaling(**{ours: rope[theirs] for ours, theirs in _ROPE_SCALING.items()})
 
 
-class HfReader:
-    """`Weights` of a Hugging Face folder, in the dtype of its files, which are memory-mapped.
+class HfWeights:
+    """`Weights` of a Hugging Face folder, in the dtype of its files; in one that holds all of them where they
+    differ.
 
     Raises CheckpointError with every tensor that is missing, of another shape, or not LLaMA's.
     """
+
+    kinds: tuple[str, ...] = (WEIGHT,)
+    step = 0
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = _read_json(folder / CONFIG)
         self.model = model_of(self.config)
-        self._files = self._open_files()
+        self._tensors = self._find_tensors()
         self._check_tensors()
+        tokenizer = folder / TOKENIZER_MODEL
+        self.tokenizer = tokenizer if tokenizer.is_file() else None
+        self.dtype = reduce(torch.promote_types, {tensor.dtype for tensor in self._tensors.values()})
 
     def names(self) -> list[str]:
-        """Parameters of the model by megatron-core's names, in its order."""
         return list(parameter_shapes(self.model))
 
-    def full(self, name: str) -> Tensor:
-        parts = tuple(self._files[part].get_tensor(part) for part in NAMES.parts(name))
-        return join(name, parts, self.model)
+    def full(self, name: str, kind: str = WEIGHT) -> Tensor:
+        parts = tuple(self._tensors[part].full() for part in NAMES.parts(name))
+        return join(name, parts, self.model).to(self.dtype)
 
-    @property
-    def tokenizer_model(self) -> Path | None:
-        path = self.folder / TOKENIZER_MODEL
-        return path if path.is_file() else None
-
-    def _open_files(self) -> dict[str, Any]:
-        """Name of each tensor -> the open file that holds it."""
-        opened: dict[str, Any] = {}
+    def _find_tensors(self) -> dict[str, StoredTensor]:
+        """By name, from all files."""
+        found: dict[str, StoredTensor] = {}
         for file_name in self._file_names():
-            file = _open_tensors(self.folder / file_name)
-            twice = opened.keys() & set(file.keys())
-            if twice:
+            tensors, _ = read_safetensors(self.folder / file_name)
+            if twice := found.keys() & tensors.keys():
                 bound = f"of {self.folder} is in two files"
                 raise CheckpointError([Problem("tensor", shown(name), bound) for name in sorted(twice)])
-            opened |= dict.fromkeys(file.keys(), file)
-        return opened
+            found |= tensors
+        return found
 
     def _file_names(self) -> list[str]:
         """Of files in this folder: an index may name no other."""
@@ -246,32 +234,31 @@ class HfReader:
         return sorted(set(names))
 
     def _check_tensors(self) -> None:
-        size = sum((self.folder / name).stat().st_size for name in self._file_names())
-        if self.model.num_layers > len(self._files) or self.model.num_params() > size:
-            bound = f"describes a model that {size:,} bytes in {len(self._files):,} tensors cannot hold"
+        found = self._tensors
+        size = sum(tensor.shape.numel() * tensor.dtype.itemsize for tensor in found.values())
+        if self.model.num_layers > len(found) or self.model.num_params() > size:
+            bound = f"describes a model that {size:,} bytes in {len(found):,} tensors cannot hold"
             raise CheckpointError(Problem("file", self.folder / CONFIG, bound))
         expected = hf_shapes(self.model)
-        found = {name: torch.Size(file.get_slice(name).get_shape()) for name, file in self._files.items()}
         problems = [
             Problem("tensor", name, f"of {self.folder} is missing") for name in expected if name not in found
         ]
         problems += [
-            Problem("tensor", name, f"is {dtype}, not one of {', '.join(_DTYPES)}")
-            for name in expected.keys() & found.keys()
-            if (dtype := self._files[name].get_slice(name).get_dtype()) not in _DTYPES
-        ]
-        problems += [
             Problem("tensor", shown(name), f"of {self.folder} is not a part of this model")
             for name in found
-            if name not in expected
+            if name not in expected and not self._repeats_embedding(name)
         ]
         problems += [
-            Problem("tensor", name, f"has shape {list(found[name])} where {list(shape)} is needed")
+            Problem("tensor", name, f"has shape {list(found[name].shape)} where {list(shape)} is needed")
             for name, shape in expected.items()
-            if found.get(name, shape) != shape
+            if name in found and found[name].shape != shape
         ]
         if problems:
             raise CheckpointError(problems)
+
+    def _repeats_embedding(self, name: str) -> bool:
+        """Some exporters write the output layer of a tied model too."""
+        return self.model.tie_embeddings and name == "lm_head.weight"
 
 
 def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
@@ -287,17 +274,11 @@ def _index(shards: dict[str, dict[str, int]]) -> dict[str, Any]:
     }
 
 
-def _open_tensors(path: Path) -> Any:
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is not a regular file")
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(Problem("file", path, f"cannot be read ({shown(error)})")) from None
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -310,3 +291,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(Problem("file", path, "must hold a JSON object"))
     return content
+
+
+def _open(folder: Path, model: ModelConfig | None) -> Weights:
+    found = HfWeights(folder)
+    check_named(model, found.model, folder / CONFIG)
+    return found
+
+
+FORMAT = Format(
+    name="hf",
+    found_in=lambda path: (path / CONFIG).is_file(),
+    open=_open,
+    write=write,
+    is_cut=False,
+    has_optimizer=False,
+)

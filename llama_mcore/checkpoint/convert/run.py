@@ -2,87 +2,169 @@
 
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-from safetensors import SafetensorError
 
 from llama_mcore import __version__
-from llama_mcore.checkpoint.convert.hf import MAX_SHARD_BYTES, write_hf
-from llama_mcore.checkpoint.layout import find_checkpoint
-from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.convert.formats import Format, WriteOptions, detect, get_format
+from llama_mcore.checkpoint.convert.named_model import named_model
+from llama_mcore.checkpoint.convert.progress import byte_progress
+from llama_mcore.checkpoint.convert.weights import Rounded, Weights
+from llama_mcore.checkpoint.disk import sync_folder
+from llama_mcore.checkpoint.layout import KINDS, WEIGHT
 from llama_mcore.data.tokenizer import Tokenizer
-from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, OutputError, Problem
+from llama_mcore.errors import CheckpointError, ConfigError, OutputError, Problem, UserError
 from llama_mcore.observe.log import silence_libraries
 from llama_mcore.parallel.device import on_gpu
 
-TARGETS = ("hf",)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MAX_SHARD_BYTES = 5_000_000_000
 RECEIPT = "conversion.json"
 """Says what a folder was made from; `convert` writes one always and replaces no folder without one."""
+REPORT = ".report.json"
+"""Beside the output: OUTPUT.report.json has all that verification found."""
 _SUFFIXES = ("", ".tmp", ".old", ".unverified", ".unverified.old")
-_SECONDS_BETWEEN_LINES = 10.0
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was asked for, once it is clear that it can be done."""
+
+    input: Path
+    source: Format
+    target: Format
+    weights: Weights
+    """As they are to be written."""
+    options: WriteOptions
+    tokenizer_files: tuple[Path, ...]
+    """Of a source in the target's own format."""
+
+    @property
+    def bytes(self) -> int:
+        params = self.weights.model.num_params()
+        state = 4 * len(self.options.kinds) if self.options.kinds == KINDS else self.options.dtype.itemsize
+        return params * state
 
 
 def convert(
     input: Path,
     output: Path,
     *,
-    target: str = "hf",
-    dtype: str = "bf16",
-    verify: bool = True,
+    target: str,
+    source: str | None = None,
+    tp: int | None = None,
+    dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    verify: bool = True,
+    optimizer: bool = False,
+    model: str | None = None,
 ) -> None:
     """Write the checkpoint at `input` to the folder `output`, which appears when it is complete and verified.
 
     Where verification fails the result stays as OUTPUT.unverified and CheckpointError says what differs.
     """
     silence_libraries(cpu=not on_gpu())
-    _check_choices(target, dtype)
-    _check_output(output)
-    checkpoint = find_checkpoint(input)
-    reader = CheckpointReader(checkpoint)
-    reader.check_content()
-    tokenizer = _run_tokenizer(reader)
+    job = _prepare(input, output, source, target, tp, dtype, max_shard_bytes, optimizer, model)
     temporary = _beside(output, ".tmp")
     try:
         with _output_errors(output):
-            _start(temporary, reader, dtype)
-            with _progress(f"convert to {target}", _size(reader, DTYPES[dtype])) as advance:
-                write_hf(
-                    reader,
-                    temporary,
-                    DTYPES[dtype],
-                    tokenizer=tokenizer,
-                    max_shard_bytes=max_shard_bytes,
-                    advance=advance,
-                )
-        line = _verify(reader, temporary, output, DTYPES[dtype], tokenizer) if verify else "not verified"
+            _start(temporary, job)
+            with byte_progress(f"convert to {job.target.name}", job.bytes) as advance:
+                job.target.write(job.weights, temporary, job.options, advance)
+            for path in job.tokenizer_files:
+                if not (temporary / path.name).exists():
+                    shutil.copyfile(path, temporary / path.name)
+            sync_folder(temporary)
+        line = _verify(job, temporary, output) if verify else "not verified"
         with _output_errors(output):
             _publish(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{output}: step {reader.state.step} as {target} in {dtype}; {line}", flush=True)
+    print(f"{output}: {_what(job)}; {line}", flush=True)
 
 
-def _check_choices(target: str, dtype: str) -> None:
-    problems = []
-    if target not in TARGETS:
-        problems.append(Problem("--to", target, "is not a known format", f"known: {', '.join(TARGETS)}"))
-    if dtype not in DTYPES:
+def _prepare(
+    input: Path,
+    output: Path,
+    source: str | None,
+    target: str,
+    tp: int | None,
+    dtype: str | None,
+    max_shard_bytes: int,
+    optimizer: bool,
+    model: str | None,
+) -> Conversion:
+    """Raises all that is wrong with the choices, then what is wrong with the source."""
+    problems: list[Problem] = []
+    with _collected(problems):
+        writes = get_format(target, "--to")
+    with _collected(problems):
+        reads = get_format(source, "--from") if source else None
+    with _collected(problems):
+        named = named_model(model) if model else None
+    if dtype is not None and dtype not in DTYPES:
         problems.append(Problem("--dtype", dtype, "is not a known dtype", f"known: {', '.join(DTYPES)}"))
     if problems:
         raise ConfigError(problems)
+    problems += _misfits(writes, tp, dtype, optimizer)
+    if problems:
+        raise ConfigError(problems)
+    _check_output(input, output)
+    reads = reads or detect(input)
+    weights = reads.open(input, named)
+    if optimizer and weights.kinds != KINDS:
+        raise ConfigError(Problem("--optimizer", "", f"{input} holds no optimizer state", "leave it out"))
+    kinds = KINDS if optimizer else (WEIGHT,)
+    to = _dtype(reads, writes, dtype, weights)
+    options = WriteOptions(to, kinds, tp or 1, max_shard_bytes)
+    _check_tokenizer(weights)
+    rounded = Rounded(weights, torch.float32 if optimizer else to, kinds)
+    files = tuple(input / name for name in _TOKENIZER_FILES) if reads is writes else ()
+    return Conversion(input, reads, writes, rounded, options, tuple(path for path in files if path.is_file()))
 
 
-def _check_output(output: Path) -> None:
-    """Nothing that `convert` did not write is ever replaced."""
+def _misfits(writes: Format, tp: int | None, dtype: str | None, optimizer: bool) -> list[Problem]:
+    problems = []
+    if tp is not None and tp < 1:
+        problems.append(Problem("--tp", tp, "must be at least 1"))
+    elif tp is not None and not writes.is_cut:
+        bound = f"means nothing to {writes.name}, whose files serve every number of ranks"
+        problems.append(Problem("--tp", tp, bound, "leave it out"))
+    if optimizer and not writes.has_optimizer:
+        problems.append(Problem("--optimizer", "", f"cannot be held by {writes.name}", "leave it out"))
+    if writes.fp32_only and dtype not in (None, "fp32"):
+        problems.append(Problem("--dtype", dtype, f"{writes.name} holds fp32 master weights", "leave it out"))
+    return problems
+
+
+def _dtype(reads: Format, writes: Format, dtype: str | None, weights: Weights) -> torch.dtype:
+    """As asked for; fp32 where that is all there is; bf16 for the masters of a run; else as it is."""
+    if writes.fp32_only:
+        return torch.float32
+    if dtype:
+        return DTYPES[dtype]
+    return torch.bfloat16 if reads.fp32_only else weights.dtype
+
+
+@contextmanager
+def _collected(problems: list[Problem]) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        problems += error.problems
+
+
+def _check_output(input: Path, output: Path) -> None:
+    """Nothing that `convert` did not write is ever replaced, and never the input."""
+    if output.resolve() == input.resolve() or input.resolve() in output.resolve().parents:
+        raise OutputError(Problem("--output", output, "is, or lies in, the input", "choose another folder"))
+    if output.resolve() in input.resolve().parents:
+        raise OutputError(Problem("--output", output, "holds the input", "choose another folder"))
     for path in (_beside(output, suffix) for suffix in _SUFFIXES):
         if path.exists() and not _replaceable(path):
             raise OutputError(
@@ -94,53 +176,44 @@ def _replaceable(path: Path) -> bool:
     return path.is_dir() and ((path / RECEIPT).is_file() or not any(path.iterdir()))
 
 
-def _run_tokenizer(reader: CheckpointReader) -> Tokenizer | None:
-    """The tokenizer that the run names. Its vocabulary may be smaller than the model's, never larger."""
-    path = reader.manifest.tokenizer
-    if path is None:
-        return None
-    try:
-        tokenizer = Tokenizer(path)
-    except MissingInputError as error:
-        raise MissingInputError(
-            Problem(
-                "data.tokenizer",
-                path,
-                f"of the run {error.problems[0].bound}",
-                "put it there, or convert from the folder that the run was started in",
-            )
-        ) from None
-    if tokenizer.vocab_size > reader.model.vocab_size:
+def _check_tokenizer(weights: Weights) -> None:
+    if weights.tokenizer is None:
+        return
+    found = Tokenizer(weights.tokenizer).vocab_size
+    if found > weights.model.vocab_size:
+        bound = f"has {found} tokens, the model only {weights.model.vocab_size}"
         raise CheckpointError(
-            Problem(
-                "data.tokenizer",
-                path,
-                f"has {tokenizer.vocab_size} tokens, the model only {reader.model.vocab_size}",
-                "put the tokenizer of the run in its place",
-            )
+            Problem("tokenizer", weights.tokenizer, bound, "put the right one in its place")
         )
-    return tokenizer
 
 
-def _start(temporary: Path, reader: CheckpointReader, dtype: str) -> None:
+def _start(temporary: Path, job: Conversion) -> None:
     """The receipt comes first, so that what a kill leaves behind is known as ours."""
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     receipt = {
         "written_by": f"llama_mcore {__version__}",
-        "dtype": dtype,
-        "step": reader.state.step,
-        "consumed_samples": reader.state.consumed_samples,
+        "from": job.source.name,
+        "to": job.target.name,
+        "input": str(job.input),
+        "dtype": str(job.options.dtype).removeprefix("torch."),
+        "kinds": job.options.kinds,
+        "tp": job.options.tp,
+        "step": job.weights.step,
+        "model": job.weights.model.model_dump(mode="json"),
     }
     (temporary / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
 
 
-def _verify(
-    reader: CheckpointReader, written: Path, output: Path, dtype: torch.dtype, tokenizer: Tokenizer | None
-) -> str:
-    from llama_mcore.checkpoint.convert.verify import verify_hf
+def _verify(job: Conversion, written: Path, output: Path) -> str:
+    from llama_mcore.checkpoint.convert.verify import Place, verify
 
-    result = verify_hf(reader, written, dtype, tokenizer)
+    source, target = Place(job.source, job.input), Place(job.target, written)
+    result = verify(job.weights, source, target, job.options)
+    report = _beside(output, REPORT)
+    with _output_errors(report):
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(json.dumps(result.as_json(), indent=2) + "\n", encoding="utf-8")
     if result.problems:
         unverified = _beside(output, ".unverified")
         with _output_errors(unverified):
@@ -157,6 +230,7 @@ def _publish(temporary: Path, final: Path) -> None:
     if final.exists():
         final.rename(old)
     temporary.rename(final)
+    sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -164,43 +238,22 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def _size(reader: CheckpointReader, dtype: torch.dtype) -> int:
-    return reader.model.num_params() * dtype.itemsize
+def _what(job: Conversion) -> str:
+    options, model = job.options, job.weights.model
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == options.dtype)
+    cut = f", for {options.tp} tensor-parallel ranks" if options.tp > 1 else ""
+    state = " with optimizer state" if options.kinds == KINDS else ""
+    what = f"{model.num_params():,} parameters of step {job.weights.step}"
+    return f"{what} as {job.target.name} in {dtype}{state}{cut}"
 
 
 @contextmanager
 def _output_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise OutputError(
             Problem(
                 "--output", path, f"cannot be written ({error})", "free some space or choose another place"
             )
         ) from error
-
-
-@contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields what is to be told of written bytes: a bar on a terminal, now and then a line elsewhere."""
-    columns = (
-        "{task.description}",
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    terminal = sys.stderr.isatty()
-    done, last_line = 0, perf_counter()
-    with Progress(*columns, console=Console(stderr=True), disable=not terminal) as bar:
-        task = bar.add_task(title, total=total)
-
-        def advance(size: int) -> None:
-            nonlocal done, last_line
-            done += size
-            bar.advance(task, size)
-            if not terminal and perf_counter() - last_line > _SECONDS_BETWEEN_LINES:
-                last_line = perf_counter()
-                print(f"{title}: {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
-
-        yield advance

@@ -1,9 +1,11 @@
-"""Proof that a Hugging Face folder is the checkpoint it was made from.
+"""Proof that what was written is what was read, whatever the two formats.
 
-Each tensor bit by bit, the configuration, the tokenizer on texts that tell implementations apart, and what
-`transformers` computes from the folder against what our own model computes from the checkpoint.
+The output is opened as any user of it would: each tensor's bytes are hashed and compared, the configuration,
+the tokenizer on texts that tell implementations apart, and what the two models compute. Where Hugging Face is
+one of the two, its model is run by `transformers`, else by our own.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -14,8 +16,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from llama_mcore.checkpoint.convert.hf import CONFIG, HfReader
+from llama_mcore.checkpoint.convert.formats import NOT_CARRIED, Format, WriteOptions
 from llama_mcore.checkpoint.convert.weights import Rounded, Weights, loaded_model
+from llama_mcore.checkpoint.layout import WEIGHT
 from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import CheckpointError, Problem
 
@@ -24,9 +27,8 @@ LOGITS_TOLERANCE = 1e-5
 PROMPT_TOKENS = 32
 NEW_TOKENS = 16
 _FP32_BYTES = 4
-# How a model is computed is no part of what it is.
-_COMPUTED_WITH = {"layer", "attention", "recompute"}
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+_OURS, _THEIRS = "our model", "transformers"
+_AS_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 # Digits, runs of spaces, both line ends, a leading space, control tokens spelled out, rare characters
 _TEXTS = (
     "In 1984 there were 366 days.",
@@ -45,103 +47,151 @@ class Verification:
     compared: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    tensors: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the canonical bytes of each tensor of the output."""
 
     def __str__(self) -> str:
         skipped = f"; not compared: {'; '.join(self.skipped)}" if self.skipped else ""
         return f"{', '.join(self.compared)}{skipped}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "verified": not self.problems,
+            "compared": self.compared,
+            "not_compared": self.skipped,
+            "problems": [str(problem) for problem in self.problems],
+            "sha256": self.tensors,
+        }
 
 
 @dataclass(frozen=True)
 class Answer:
     """What a model says to the fixed prompt."""
 
-    logits: Tensor  # [1, PROMPT_TOKENS, vocab]
+    logits: Tensor  # [1, tokens of the prompt, vocab]
     continuation: list[int]
 
 
-def verify_hf(
-    weights: Weights, folder: Path, dtype: torch.dtype, tokenizer: Tokenizer | None
-) -> Verification:
-    """Compare the folder with the checkpoint rounded to `dtype`. A model that differs is not run."""
-    source, result = Rounded(weights, dtype), Verification()
+@dataclass(frozen=True)
+class Place:
+    """A folder and the format that it is in."""
+
+    format: Format
+    folder: Path
+
+
+def verify(weights: Weights, source: Place, target: Place, options: WriteOptions) -> Verification:
+    """Compare the target with `weights`, those of the source rounded. A model that differs is not run."""
+    result = Verification()
     try:
-        target = HfReader(folder)
-        for check in (_check_config, _check_tensors):
-            check(source, target, result)
+        found = target.format.open(target.folder, None)
+        _check_config(weights, found, result)
+        _check_tensors(weights, found, options, result)
     except CheckpointError as error:
         result.problems += error.problems
     if not result.problems:
-        _check_with_transformers(source, folder, tokenizer, result)
+        _check_tokenizer(weights, found, target, result)
+        _check_logits(weights, found, source, target, result)
     return result
 
 
-def _check_config(source: Rounded, target: HfReader, result: Verification) -> None:
-    expected = source.model.model_dump(exclude=_COMPUTED_WITH)
-    found = target.model.model_dump(exclude=_COMPUTED_WITH)
+def _check_config(weights: Weights, found: Weights, result: Verification) -> None:
+    expected, read = (each.model.model_dump(exclude=set(NOT_CARRIED)) for each in (weights, found))
     result.problems += [
-        Problem(f"{CONFIG}: {name}", found[name], f"must be {expected[name]}, as in the checkpoint")
+        Problem(f"configuration: {name}", read[name], f"must be {expected[name]}, as in the source")
         for name in expected
-        if found[name] != expected[name]
+        if read[name] != expected[name]
     ]
     result.compared.append("configuration")
 
 
-def _check_tensors(source: Rounded, target: HfReader, result: Verification) -> None:
-    names = source.names()
-    result.problems += [
-        Problem("tensor", name, "differs from the checkpoint")
-        for name in names
-        if not same_bits(source.full(name), target.full(name))
-    ]
-    result.compared.append(f"{len(names)} tensors bit by bit")
+def _check_tensors(weights: Weights, found: Weights, options: WriteOptions, result: Verification) -> None:
+    """By the hashes of their bytes, in the dtype that was to be written."""
+    if found.names() != weights.names() or found.model.vocab_size != weights.model.vocab_size:
+        return  # the configuration says why
+    for kind in options.kinds:
+        for name in weights.names():
+            read, expected = found.full(name, kind), weights.full(name, kind)
+            if kind == WEIGHT:
+                expected = expected.to(found.dtype)
+            label = f"{kind}/{name}"
+            result.tensors[label] = digest(read)
+            if result.tensors[label] != digest(expected):
+                what = name if kind == WEIGHT else f"{kind} of {name}"
+                result.problems.append(Problem("tensor", what, "differs from the source"))
+    result.compared.append(f"{len(result.tensors)} tensors bit by bit")
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of dtype, shape and bytes: 0.0 is not -0.0, and a nan equals itself."""
+    sha256 = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    sha256.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
-    """Whether dtype, shape and every bit agree: 0.0 is not -0.0, and a nan equals itself."""
+    """Whether dtype, shape and every bit agree."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
-    bits = _BITS[left.dtype]
+    bits = _AS_BITS[left.dtype]
     return torch.equal(left.view(bits), right.view(bits))
 
 
-def _check_with_transformers(
-    source: Rounded, folder: Path, tokenizer: Tokenizer | None, result: Verification
-) -> None:
-    if find_spec("transformers") is None:
-        result.skipped.append("logits, since transformers is missing: pip install 'llama-mcore[hf]'")
+def _check_tokenizer(weights: Weights, found: Weights, target: Place, result: Verification) -> None:
+    if weights.tokenizer is None or found.tokenizer is None:
         return
-    if tokenizer:
-        _check_tokenizer(tokenizer, folder, result)
-    needed, available = _FP32_BYTES * source.model.num_params(), psutil.virtual_memory().available
-    if needed > available:
-        result.skipped.append(f"logits, since the model needs {needed / 1e9:.0f} GB of memory in fp32")
-        return
-    _check_logits(source, folder, result)
+    expected = Tokenizer(weights.tokenizer)
+    if Tokenizer(found.tokenizer).sha256 != expected.sha256:
+        result.problems.append(Problem("tokenizer", found.tokenizer, "is not that of the source"))
+    if target.format.name == "hf":
+        if not _has_transformers(result):
+            return
+        from transformers import AutoTokenizer
 
-
-def _check_tokenizer(tokenizer: Tokenizer, folder: Path, result: Verification) -> None:
-    from transformers import AutoTokenizer
-
-    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    result.problems += [
-        Problem("tokenizer", repr(text), "is encoded or decoded differently by transformers")
-        for text in _TEXTS
-        if theirs.encode(text) != tokenizer.encode(text) or theirs.decode(tokenizer.encode(text)) != text
-    ]
+        theirs = AutoTokenizer.from_pretrained(target.folder, local_files_only=True)
+        result.problems += [
+            Problem("tokenizer", repr(text), "is encoded or decoded differently by transformers")
+            for text in _TEXTS
+            if theirs.encode(text) != expected.encode(text) or theirs.decode(expected.encode(text)) != text
+        ]
     result.compared.append("tokenizer")
 
 
-def _check_logits(source: Rounded, folder: Path, result: Verification) -> None:
-    ours, theirs = _our_answer(source), _their_answer(folder)
-    error = relative_error(theirs.logits, ours.logits)
+def _has_transformers(result: Verification) -> bool:
+    missing = "what transformers computes, since it is missing: pip install 'llama-mcore[hf]'"
+    if find_spec("transformers") is None and missing not in result.skipped:
+        result.skipped.append(missing)
+    return missing not in result.skipped
+
+
+def _check_logits(
+    weights: Weights, found: Weights, source: Place, target: Place, result: Verification
+) -> None:
+    """Both sides compute in fp32 from the same numbers: those of the source, rounded as they were written."""
+    needed, available = _FP32_BYTES * weights.model.num_params(), psutil.virtual_memory().available
+    if needed > available:
+        result.skipped.append(f"logits, since the model needs {needed / 1e9:.0f} GB of memory in fp32")
+        return
+    unrounded = not isinstance(weights, Rounded) or weights.dtype in (weights.unrounded.dtype, torch.float32)
+    before = _answer_of(weights, source, result) if unrounded else (_OURS, our_answer(weights))
+    now = _answer_of(found, target, result)
+    error = relative_error(now[1].logits, before[1].logits)
     # written so that a nan fails too
     if not error <= LOGITS_TOLERANCE:
-        bound = f"is over {LOGITS_TOLERANCE:g} between transformers and our model"
+        bound = f"is over {LOGITS_TOLERANCE:g} between {before[0]} on the source and {now[0]} on the output"
         result.problems.append(Problem("relative error of the logits", f"{error:.1e}", bound))
-    if theirs.continuation != ours.continuation:
-        bound = f"is what transformers gives where our model gives {ours.continuation}"
-        result.problems.append(Problem("greedy continuation", theirs.continuation, bound))
-    result.compared.append(f"logits (relative error {error:.1e}), {NEW_TOKENS} greedy tokens")
+    if now[1].continuation != before[1].continuation:
+        bound = f"is what {now[0]} gives where {before[0]} gave {before[1].continuation} for the source"
+        result.problems.append(Problem("greedy continuation", now[1].continuation, bound))
+    who = before[0] if before[0] == now[0] else f"{before[0]} and {now[0]}"
+    result.compared.append(f"logits by {who} (relative error {error:.1e}), {NEW_TOKENS} greedy tokens")
+
+
+def _answer_of(weights: Weights, place: Place, result: Verification) -> tuple[str, Answer]:
+    """Who was asked, and the answer."""
+    if place.format.name == "hf" and _has_transformers(result):
+        return _THEIRS, their_answer(place.folder)
+    return _OURS, our_answer(weights)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -149,13 +199,13 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-def _our_answer(source: Rounded) -> Answer:
-    with loaded_model(source) as model:
+def our_answer(weights: Weights) -> Answer:
+    with loaded_model(weights) as model:
         device = next(model.parameters()).device
-        return _answer(lambda ids: model(ids.to(device)), source.model.vocab_size)
+        return _answer(lambda ids: model(ids.to(device)), weights.model.vocab_size, weights.model.seq_length)
 
 
-def _their_answer(folder: Path) -> Answer:
+def their_answer(folder: Path) -> Answer:
     from transformers import LlamaForCausalLM
     from transformers.utils import logging
 
@@ -163,15 +213,19 @@ def _their_answer(folder: Path) -> Answer:
     model: Any = LlamaForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     ).eval()
-    return _answer(lambda ids: model(ids, use_cache=False).logits, model.config.vocab_size)
+    config = model.config
+    return _answer(
+        lambda ids: model(ids, use_cache=False).logits, config.vocab_size, config.max_position_embeddings
+    )
 
 
 @torch.no_grad()
-def _answer(logits_of: Callable[[Tensor], Tensor], vocab_size: int) -> Answer:
-    prompt = torch.randint(vocab_size, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
+def _answer(logits_of: Callable[[Tensor], Tensor], vocab_size: int, seq_length: int) -> Answer:
+    tokens = min(PROMPT_TOKENS, seq_length)
+    prompt = torch.randint(vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     ids, logits = prompt, logits_of(prompt).float().cpu()
     first = logits
-    for _ in range(NEW_TOKENS):
+    for _ in range(min(NEW_TOKENS, seq_length - tokens)):
         ids = torch.cat((ids, logits[:, -1:].argmax(-1)), dim=1)
         logits = logits_of(ids).float().cpu()
-    return Answer(first, ids[0, PROMPT_TOKENS:].tolist())
+    return Answer(first, ids[0, tokens:].tolist())

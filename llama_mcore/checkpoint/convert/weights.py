@@ -44,17 +44,17 @@ class Weights(Protocol):
 class Rounded:
     """Weights in another dtype. Raises CheckpointError for a value that the dtype cannot hold."""
 
-    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
-        self.model, self.kinds, self.step = weights.model, weights.kinds, weights.step
-        self.tokenizer = weights.tokenizer
-        self.dtype = dtype
-        self._weights = weights
+    def __init__(self, weights: Weights, dtype: torch.dtype, kinds: tuple[str, ...] = (WEIGHT,)) -> None:
+        """`kinds`: those of `weights` to offer."""
+        self.model, self.step, self.tokenizer = weights.model, weights.step, weights.tokenizer
+        self.dtype, self.kinds = dtype, kinds
+        self.unrounded = weights
 
     def names(self) -> list[str]:
-        return self._weights.names()
+        return self.unrounded.names()
 
     def full(self, name: str, kind: str = WEIGHT) -> Tensor:
-        tensor = self._weights.full(name, kind)
+        tensor = self.unrounded.full(name, kind)
         rounded = tensor.to(self.dtype) if kind == WEIGHT else tensor
         if not rounded.isfinite().all():
             raise CheckpointError(
