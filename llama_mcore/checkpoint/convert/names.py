@@ -25,6 +25,25 @@ HUGGING_FACE: dict[str, tuple[str, ...]] = {
     "output_layer.weight": ("lm_head.weight",),
 }
 
+META: dict[str, tuple[str, ...]] = {
+    "embedding.word_embeddings.weight": ("tok_embeddings.weight",),
+    "decoder.layers.{}.input_layernorm.weight": ("layers.{}.attention_norm.weight",),
+    "decoder.layers.{}.self_attention.linear_qkv.weight": (
+        "layers.{}.attention.wq.weight",
+        "layers.{}.attention.wk.weight",
+        "layers.{}.attention.wv.weight",
+    ),
+    "decoder.layers.{}.self_attention.linear_proj.weight": ("layers.{}.attention.wo.weight",),
+    "decoder.layers.{}.pre_mlp_layernorm.weight": ("layers.{}.ffn_norm.weight",),
+    "decoder.layers.{}.mlp.linear_fc1.weight": (
+        "layers.{}.feed_forward.w1.weight",
+        "layers.{}.feed_forward.w3.weight",
+    ),
+    "decoder.layers.{}.mlp.linear_fc2.weight": ("layers.{}.feed_forward.w2.weight",),
+    "decoder.final_layernorm.weight": ("norm.weight",),
+    "output_layer.weight": ("output.weight",),
+}
+
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 
 

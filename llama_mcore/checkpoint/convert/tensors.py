@@ -58,3 +58,30 @@ def split_gate_up(weight: Tensor) -> tuple[Tensor, Tensor]:
 def join_gate_up(gate: Tensor, up: Tensor) -> Tensor:
     """Inverse of `split_gate_up`."""
     return torch.cat((gate, up))
+
+
+def padded(weight: Tensor, rows: int) -> Tensor:
+    """With rows of zeros up to `rows`, as tensor parallelism needs of a vocabulary."""
+    if weight.size(0) == rows:
+        return weight
+    return torch.cat((weight, weight.new_zeros(rows - weight.size(0), *weight.shape[1:])))
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether the rows of the parameter with this canonical name are tokens."""
+    return name in ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def interleaved(weight: Tensor, heads: int) -> Tensor:
+    """Rows of a q or k projection [heads * d, h] as the original release has them, from half-split ones.
+
+    Rotary embedding turns two channels of a head together: channel i and i + d/2 here, 2i and 2i + 1 there.
+    """
+    halves = weight.view(heads, 2, -1, weight.size(1))  # [heads, 2, d/2, h]
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def half_split(weight: Tensor, heads: int) -> Tensor:
+    """Inverse of `interleaved`."""
+    pairs = weight.view(heads, -1, 2, weight.size(1))  # [heads, d/2, 2, h]
+    return pairs.transpose(1, 2).reshape(weight.shape)
