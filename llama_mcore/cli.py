@@ -357,6 +357,25 @@ def inspect_checkpoint(
             raise typer.Exit(1)
 
 
+@app.command("compare-checkpoints")
+def compare_checkpoints(
+    left: Annotated[Path, typer.Argument(help="A checkpoint of any format.")],
+    right: Annotated[Path, typer.Argument(help="Another one.")],
+    source: Annotated[
+        str | None, typer.Option("--from", help="Format of the first; found out if left out.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="As of convert.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two checkpoints of any formats: the first difference and its likely cause; exit code 1."""
+    with report_errors(debug):
+        from llama_mcore.checkpoint.convert.diagnose import compare_checkpoints
+
+        if not compare_checkpoints(left, right, model=model, source=source, as_json=json):
+            raise typer.Exit(1)
+
+
 @app.command("generate")
 def generate(
     checkpoint: Annotated[Path, typer.Option(help="Run folder, or checkpoint of any format.")],
