@@ -134,6 +134,26 @@ def checkpoint(
     raise typer.Exit(code)
 
 
+@app.command("convert")
+def convert(
+    folder: Annotated[
+        Path | None, typer.Option(help="On the disk to measure; default: that of temporary files.")
+    ] = None,
+    layers: Annotated[int, typer.Option(min=1, help="Of about 100 MB each in bf16.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each conversion.")] = 3,
+    json: Json = None,
+    check: Check = False,
+    debug: Debug = False,
+) -> None:
+    """Conversions between formats beside cp of the same bytes: speed, memory."""
+    with report_errors(debug):
+        _silence()
+        from llama_mcore.benchmark.convert import BARS, measure
+
+        code = _run("convert", lambda: measure(layers, rounds, folder), BARS, json, check)
+    raise typer.Exit(code)
+
+
 def _run(
     name: str, measure: Callable[[], "Result"], bars: Sequence["Bar"], json: Path | None, check: bool
 ) -> int:
