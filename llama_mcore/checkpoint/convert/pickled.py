@@ -39,20 +39,30 @@ def read_pickled(paths: Sequence[Path], allowed: Iterable[str] = ()) -> list[Any
     """What each file of torch.save holds: plain values, with a StoredTensor for each tensor.
 
     `allowed`: classes, as "module.Class", whose objects become dicts of their fields. A dict with keys other
-    than strings stays one. Raises CheckpointError for a file that needs any other class, with its name, or
-    is no such file; MissingInputError for one that is not there.
+    than strings stays one; a key that is an object becomes a tuple of its (field, value). Raises
+    CheckpointError for a file that needs any other class, with its name, or is no such file;
+    MissingInputError for one that is not there.
     """
     return read_stretches([(path, 0, None) for path in paths], allowed)
 
 
+def read_bare_pickle(path: Path, allowed: Iterable[str] = ()) -> Any:
+    """As `read_pickled`, for a file that Python's pickle wrote without torch.save."""
+    return _read([(path, 0, None)], allowed, bare=True)[0]
+
+
 def read_stretches(stretches: Sequence[Stretch], allowed: Iterable[str] = ()) -> list[Any]:
     """As `read_pickled`, for what lies in the middle of files."""
+    return _read(stretches, allowed, bare=False)
+
+
+def _read(stretches: Sequence[Stretch], allowed: Iterable[str], bare: bool) -> list[Any]:
     for path in dict.fromkeys(path for path, _, _ in stretches):
         _check_regular(path)
     if not stretches:
         return []
     files = [[str(path.resolve()), offset, length] for path, offset, length in stretches]
-    answer = _ask({"files": files, "allowed": sorted(allowed)}, stretches[0][0])
+    answer = _ask({"files": files, "allowed": sorted(allowed), "bare": bare}, stretches[0][0])
     if "refused" in answer:
         path = stretches[answer["refused"]][0]
         raise CheckpointError(Problem("file", path, shown(answer["reason"], 500)))
@@ -111,7 +121,10 @@ def _built(value: Any, path: Path) -> Any:
 
 
 def _key(key: Any) -> Any:
-    return tuple(key) if isinstance(key, list) else key
+    """Lists become tuples; records become tuples of their (field, value)."""
+    if isinstance(key, dict):
+        return tuple((field, _key(value)) for field, value in key.items())
+    return tuple(map(_key, key)) if isinstance(key, list) else key
 
 
 def _tensor(where: dict[str, Any], path: Path) -> StoredTensor:

@@ -5,17 +5,25 @@ which builds tensors and plain containers and calls nothing else, and which here
 content: where in the file each one lies is all that the parent is told. Classes that the asker allows by name
 become plain records of their fields; the real ones are never imported.
 
-    asked      {"files": [[path, offset, length or null], ...], "allowed": ["module.Class", ...]}
+What torch.save did not write, such as the metadata of torch.distributed.checkpoint, is a bare pickle.
+Python's own unpickler reads it, and finds by name nothing but torch.Size, dtypes and the same plain records.
+
+    asked      {"files": [[path, offset, length or null], ...], "allowed": ["module.Class", ...],
+                "bare": whether they are bare pickles}
     answered   {"contents": [...]} or {"refused": index of the file, "reason": text}
 """
 
 import io
 import json
+import math
 import os
+import pickle
 import re
 import resource
+import struct
 import sys
 import zipfile
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,9 +31,15 @@ from typing import Any, BinaryIO
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-MEMORY_LIMIT = 16 << 30
-"""Address space of the process. Tensors take none of it."""
+MEMORY = 4 << 30
+"""Address space that the process may take beyond what it has with torch. Tensors take none of it."""
+_LARGEST_PICKLE = 64 << 20  # an object of 64 bytes may take one byte there
+_LARGEST_ANSWER = 1 << 27
 _DEEPEST = 50
+_LARGEST_BARE = 1 << 30
+_PER_VALUE = 16  # bytes, about, of what JSON puts around it
+_LOCAL_HEADER, _LENGTHS_AT = 30, 26  # of a zip entry; where it says how long the name and what follows are
+_LENGTHS = struct.Struct("<HH")
 _NOT_ALLOWED = re.compile(r"(?:GLOBAL|global) ([\w.]+)")
 
 
@@ -43,28 +57,64 @@ class Record:
 
 def main() -> None:
     asked = json.load(sys.stdin)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    contents = []
+    _limit_memory()
+    answer, contents = _Answer(), []
     for index, (path, offset, length) in enumerate(asked["files"]):
         try:
-            contents.append(_content(Path(path), offset, length, asked["allowed"]))
+            if asked["bare"]:
+                contents.append(_bare(Path(path), asked["allowed"], answer))
+            else:
+                contents.append(_content(Path(path), offset, length, asked["allowed"], answer))
         except Exception as error:
             json.dump({"refused": index, "reason": _reason(error)}, sys.stdout)
             return
     json.dump({"contents": contents}, sys.stdout)
 
 
-def _content(path: Path, offset: int, length: int | None, allowed: list[str]) -> Any:
+def _limit_memory() -> None:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    limit = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _content(path: Path, offset: int, length: int | None, allowed: list[str], answer: "_Answer") -> Any:
     """The object that a file of torch.save, or a stretch of one, holds, in JSON."""
     with path.open("rb") as file:
         end = os.fstat(file.fileno()).st_size if length is None else offset + length
-        part: BinaryIO = io.BufferedReader(_Part(file, offset, end))  # type: ignore[assignment]
-        _check_archive(part)
+        part: BinaryIO = io.BufferedReader(_Part(file, offset, end))
+        places = {offset + begin for begin in _check_archive(part)}
         part.seek(0)
-        stand_ins = [(type(name.rpartition(".")[2], (Record,), {}), name) for name in allowed]
+        stand_ins = [(stand_in, name) for name, stand_in in _stand_ins(allowed).items()]
         with FakeTensorMode(), torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
             found = torch.load(part, map_location="cpu", weights_only=True)
-        return _plain(found, offset, end, depth=0)
+        return answer.plain(found, _Places(offset, end, places))
+
+
+def _bare(path: Path, allowed: list[str], answer: "_Answer") -> Any:
+    """The object that a bare pickle holds, in JSON."""
+    if (size := path.stat().st_size) > _LARGEST_BARE:
+        raise ValueError(f"has {size:,} bytes, more than {_LARGEST_BARE:,}")
+    with path.open("rb") as file:
+        return answer.plain(_BareUnpickler(file, _stand_ins(allowed)).load(), _Places(0, size, set()))
+
+
+def _stand_ins(allowed: list[str]) -> dict[str, type[Record]]:
+    return {name: type(name.rpartition(".")[2], (Record,), {}) for name in allowed}
+
+
+class _BareUnpickler(pickle.Unpickler):
+    def __init__(self, file: BinaryIO, stand_ins: dict[str, type[Record]]) -> None:
+        super().__init__(file)
+        self._stand_ins = stand_ins
+
+    def find_class(self, module: str, name: str) -> Any:
+        """All that a pickle can call: what it names is looked up here and never imported."""
+        if (found := self._stand_ins.get(f"{module}.{name}")) is not None:
+            return found
+        found_in_torch = vars(torch).get(name) if module == "torch" else None
+        if found_in_torch is torch.Size or isinstance(found_in_torch, torch.dtype):
+            return found_in_torch
+        raise pickle.UnpicklingError(f"global {module}.{name} is not allowed")
 
 
 class _Part(io.RawIOBase):
@@ -91,8 +141,11 @@ class _Part(io.RawIOBase):
         return found
 
 
-def _check_archive(part: BinaryIO) -> None:
-    """torch.save compresses nothing and names nothing twice: what does is not its work."""
+def _check_archive(part: BinaryIO) -> list[int]:
+    """Where the content of each entry begins.
+
+    torch.save compresses nothing and names nothing twice: what does is not its work.
+    """
     try:
         entries = zipfile.ZipFile(part).infolist()
     except zipfile.BadZipFile:
@@ -101,55 +154,102 @@ def _check_archive(part: BinaryIO) -> None:
         raise ValueError("holds compressed data, which torch.save does not write")
     if len({entry.filename for entry in entries}) < len(entries):
         raise ValueError("holds two entries of one name")
+    size = sum(entry.file_size for entry in entries if "/data/" not in entry.filename)
+    if size > _LARGEST_PICKLE:
+        raise ValueError(f"holds {size:,} bytes beside its tensors, more than {_LARGEST_PICKLE:,}")
+    return [_begin(part, entry) for entry in entries]
 
 
-def _plain(value: Any, base: int, end: int, depth: int) -> Any:
-    """JSON of what was unpickled. A name that JSON objects cannot have makes a list of pairs of a dict."""
-    if depth > _DEEPEST:
-        raise ValueError("is nested too deeply")
-
-    def inner(each: Any) -> Any:
-        return _plain(each, base, end, depth + 1)
-
-    if isinstance(value, torch.Tensor):
-        return {"$tensor": _where(value, base, end)}
-    if isinstance(value, Record):
-        fields = {"arguments": list(value.arguments)} | vars(value)
-        return {"$record": type(value).__name__, "fields": inner(fields)}
-    if isinstance(value, dict):
-        if all(isinstance(key, str) and not key.startswith("$") for key in value):
-            return {key: inner(each) for key, each in value.items()}
-        return {"$pairs": [[inner(key), inner(each)] for key, each in value.items()]}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [inner(each) for each in value]
-    if isinstance(value, Enum):
-        return inner(value.value)
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, bytes | bytearray):
-        return value.decode("latin-1")
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    return {"$unknown": f"{type(value).__module__}.{type(value).__name__}"}
+def _begin(part: BinaryIO, entry: zipfile.ZipInfo) -> int:
+    """Behind the local header, which may be longer than what the directory says of it."""
+    part.seek(entry.header_offset + _LENGTHS_AT)
+    return entry.header_offset + _LOCAL_HEADER + sum(_LENGTHS.unpack(part.read(_LENGTHS.size)))
 
 
-def _where(tensor: torch.Tensor, base: int, end: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Places:
+    """Where the tensors of a file may lie."""
+
+    base: int
+    """From where on torch counts."""
+    end: int
+    begins: set[int]
+    """Of what zip entries hold."""
+
+
+class _Answer:
+    """Makes JSON of what was unpickled, of bounded size: a pickle of some bytes can stand for more than a
+    machine holds, by naming one list or text again and again."""
+
+    def __init__(self) -> None:
+        self._room = _LARGEST_ANSWER
+
+    def plain(self, value: Any, places: _Places, depth: int = 0) -> Any:
+        """A name that JSON objects cannot have makes a list of pairs of a dict."""
+        if depth > _DEEPEST:
+            raise ValueError("is nested too deeply")
+        self._take(value)
+
+        def inner(each: Any) -> Any:
+            return self.plain(each, places, depth + 1)
+
+        if isinstance(value, torch.Tensor):
+            return _where(value, places)
+        if isinstance(value, Record):
+            fields = {"arguments": list(value.arguments)} | vars(value)
+            return {"$record": type(value).__name__, "fields": inner(fields)}
+        if isinstance(value, dict):
+            if all(isinstance(key, str) and not key.startswith("$") for key in value):
+                for key in value:
+                    self._take(key)
+                return {key: inner(each) for key, each in value.items()}
+            return {"$pairs": [[inner(key), inner(each)] for key, each in value.items()]}
+        if isinstance(value, list | tuple | set | frozenset):
+            return [inner(each) for each in value]
+        if isinstance(value, Enum):
+            return inner(value.value)
+        if value is None or isinstance(value, bool | int | str):
+            return value
+        if isinstance(value, float):
+            return value if math.isfinite(value) else {"$unknown": str(value)}
+        if isinstance(value, bytes | bytearray):
+            return value.decode("latin-1")
+        if isinstance(value, torch.dtype):
+            return str(value).removeprefix("torch.")
+        return {"$unknown": f"{type(value).__module__}.{type(value).__name__}"}
+
+    def _take(self, value: Any) -> None:
+        self._room -= _PER_VALUE + (len(value) if isinstance(value, str | bytes | bytearray) else 0)
+        if self._room < 0:
+            raise ValueError(f"holds more than {_LARGEST_ANSWER:,} bytes of names and values")
+
+
+def _where(tensor: torch.Tensor, places: _Places) -> dict[str, Any]:
     storage = tensor.untyped_storage()
     begin = getattr(storage, "_checkpoint_offset", None)
     if begin is None or tensor.layout != torch.strided:
         raise ValueError(f"holds a tensor of a kind that cannot be read ({tensor.layout})")
     size, strides = tensor.shape, tensor.stride()
-    offset = base + begin + tensor.storage_offset() * tensor.element_size()
+    first, width = tensor.storage_offset(), tensor.element_size()
     if tensor.numel():
         span = 1 + sum((n - 1) * stride for n, stride in zip(size, strides, strict=True))
-        inside = (tensor.storage_offset() + span) * tensor.element_size() <= storage.nbytes()
-        if min((0, *strides)) < 0 or not inside or base + begin + storage.nbytes() > end:
+        inside = (first + span) * width <= storage.nbytes()
+        if min((first, *strides)) < 0 or not inside or places.base + begin + storage.nbytes() > places.end:
             raise ValueError("holds a tensor that lies outside of it")
+        # torch computes it from the layout of its own zip writer if a file claims to have that
+        if places.base + begin not in places.begins:
+            raise ValueError(
+                "was packed by another program than torch.save, which its tensors do not survive"
+            )
+        if tensor.numel() > span:  # its strides let a few bytes stand for any number of them
+            return {"$unknown": "a tensor that repeats its elements"}
     return {
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "shape": list(size),
-        "offset": offset,
-        "stride": None if tensor.is_contiguous() else list(strides),
+        "$tensor": {
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(size),
+            "offset": places.base + begin + first * width,
+            "stride": None if tensor.is_contiguous() else list(strides),
+        }
     }
 
 
