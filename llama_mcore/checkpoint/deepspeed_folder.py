@@ -30,7 +30,12 @@ def save_deepspeed_folder(engine: DeepSpeedEngine, run: RunConfig, state: TrainS
     """
     folder = Path(run.run.dir) / FOLDER
     tag = f"step-{state.step:08d}"
-    client_state = {"step": state.step, "consumed_samples": state.consumed_samples, **universal_info(run)}
+    client_state = {
+        "step": state.step,
+        "consumed_samples": state.consumed_samples,
+        "model": run.model.model_dump(mode="json"),
+        **universal_info(run),
+    }
     with _as_deepspeed_wants_it(engine.module, run):
         engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
     if groups.rank == 0:
