@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,12 @@ T = TypeVar("T")
 
 CLONE_NEWNS = 0x00020000  # sched.h
 PAGE = 4096
+CASES_A_LIFE = 200
 SAMPLE = {"kills": 12, "errors": 30, "strace": 5}
+
+
+Break = Callable[[Rank], AbstractContextManager[Callable[[], bool]]]
+"""Breaks something of a rank for as long as the context lasts, which gives whether it has come to that."""
 
 
 @dataclass
@@ -160,7 +165,7 @@ def kill(run_dir: Path, victim: int, at: int, where: str) -> Case:
 
 
 def errors(folder: Path, operations: list[list[str]], count: int | None) -> list[Case]:
-    """Errors and short writes at every operation, and a rank that fails without the disk, in one life."""
+    """Errors and short writes at every operation, and a rank that fails without the disk."""
     disks = [[name for name in names if not name.startswith("agree")] for names in operations]
     faults = {
         "ENOSPC": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
@@ -168,7 +173,7 @@ def errors(folder: Path, operations: list[list[str]], count: int | None) -> list
         "EACCES": PermissionError(errno.EACCES, os.strerror(errno.EACCES)),
         "RuntimeError": RuntimeError("a defect"),
     }
-    todo: list[tuple[Case, Callable[[], object]]] = []
+    todo: list[tuple[Case, Break]] = []
     for victim in range(RANKS):
         for at, where in enumerate(disks[victim], 1):
             for name, error in faults.items():
@@ -178,27 +183,28 @@ def errors(folder: Path, operations: list[list[str]], count: int | None) -> list
             )
         for at in range(1, sum(name.startswith("write") for name in disks[victim]) + 1):
             todo.append((Case("short write", victim, f"write {at}"), partial(short_write, at)))
+    todo += [(Case("RuntimeError", rank, "snapshot"), broken_snapshot) for rank in range(RANKS)]
     chosen = some(todo, count)
+    folder.mkdir()
+    lives = [chosen[start : start + CASES_A_LIFE] for start in range(0, len(chosen), CASES_A_LIFE)]
+    return [case for number, part in enumerate(lives) for case in fail_all(part, folder / str(number))]
 
+
+def fail_all(todo: list[tuple[Case, Break]], folder: Path) -> list[Case]:
     def job() -> None:
         with joined() as groups:
-            for number, (case, fault) in enumerate(chosen):
-                fail(case, fault, Rank(folder / str(number), groups))
-            broken = [
-                broken_snapshot(Rank(folder / f"snapshot-{rank}", groups), rank) for rank in range(RANKS)
-            ]
-            cases = [case for case, _ in chosen] + broken
+            for number, (case, breaking) in enumerate(todo):
+                fail(case, breaking, Rank(folder / str(number), groups))
             if groups.rank == 0:
-                (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
+                (folder / "cases.json").write_text(json.dumps([asdict(case) for case, _ in todo]))
 
     folder.mkdir()
     run_ranks(RANKS, job)
     return [Case(**case) for case in json.loads((folder / "cases.json").read_text())]
 
 
-def fail(case: Case, fault: Callable[[], object], rank: Rank) -> None:
-    with ExitStack() as stack:
-        fired = stack.enter_context(fault()) if rank.groups.rank == case.rank else lambda: False  # type: ignore
+def fail(case: Case, breaking: Break, rank: Rank) -> None:
+    with breaking(rank) if rank.groups.rank == case.rank else nullcontext(lambda: False) as fired:
         said = save_all(rank, noted_by(rank))
         compare(case, noted_by(rank), said, fired())
     go_on(case, rank)
@@ -223,7 +229,7 @@ def clear(rank: Rank) -> None:
 
 
 @contextmanager
-def raising(error: Exception, at: int, *, once: bool) -> Iterator[Callable[[], bool]]:
+def raising(error: Exception, at: int, rank: Rank, *, once: bool) -> Iterator[Callable[[], bool]]:
     def act() -> None:
         raise error
 
@@ -238,7 +244,7 @@ def raising(error: Exception, at: int, *, once: bool) -> Iterator[Callable[[], b
 
 
 @contextmanager
-def short_write(at: int) -> Iterator[Callable[[], bool]]:
+def short_write(at: int, rank: Rank) -> Iterator[Callable[[], bool]]:
     """The system takes half of what one call offers."""
     write, calls = os.write, []
 
@@ -253,17 +259,12 @@ def short_write(at: int) -> Iterator[Callable[[], bool]]:
         os.write = write
 
 
-def broken_snapshot(rank: Rank, victim: int) -> Case:
-    case = Case("RuntimeError", victim, "snapshot")
-    noted = noted_by(rank)
-    save_all(rank, noted, SAVES[:1])
-    rank.engine.broken = rank.groups.rank == victim
-    said = save_all(rank, noted, SAVES[1:])
-    compare(case, noted, said, rank.engine.broken)
-    rank.engine.broken = False
-    go_on(case, rank)
-    clear(rank)
-    return case
+@contextmanager
+def broken_snapshot(rank: Rank) -> Iterator[Callable[[], bool]]:
+    """Without the disk: the state cannot be copied."""
+    rank.engine.broken_at = SAVES[1][1]
+    yield lambda: True  # the message says whether it was so
+    rank.engine.broken_at = 0
 
 
 def nothing() -> None:
@@ -372,8 +373,8 @@ def strace(folder: Path, operations: list[list[str]], count: int | None) -> list
 
 
 def injections() -> Iterator[tuple[int, str, str, int, str]]:
-    """(rank, system call, path under the checkpoints, which call of it, what strace shall do)."""
-    temporary, final, doomed = "step-00000002.tmp", "step-00000002", "step-00000001.removed.tmp"
+    """(rank, system call, its first path under the checkpoints, which call of it, what strace shall do)."""
+    temporary, doomed = "step-00000002.tmp", "step-00000001.removed.tmp"
     files = [(0, f"{temporary}/manifest.json", 1), (0, ".latest.tmp", 1)]
     files += [(rank, f"{temporary}/rank-{rank:05d}.safetensors", 19) for rank in range(RANKS)]
     for rank, path, writes in files:
@@ -384,10 +385,10 @@ def injections() -> Iterator[tuple[int, str, str, int, str]]:
     for call, path, times in [
         ("mkdir", temporary, 1),
         ("fsync", temporary, 1),
-        ("rename", final, 1),
+        ("rename", temporary, 1),
         ("fsync", ".", 1),
-        ("rename", "latest", 1),
-        ("rename", doomed, 1),
+        ("rename", ".latest.tmp", 1),
+        ("rename", "step-00000001", 1),
         ("unlinkat", doomed, RANKS + 1),
     ]:
         for at in range(1, times + 1):

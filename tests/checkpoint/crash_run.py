@@ -84,10 +84,11 @@ class Engine:
         self._groups = groups
         self.module = nn.Module()
         self.optimizer = torch.optim.AdamW([torch.zeros(1)])
-        self.broken = False
+        self.version = 0
+        self.broken_at = 0
 
     def fill(self, version: int) -> None:
-        named = {}
+        self.version, named = version, {}
         for (name, kind), full in content(version).items():
             part = shard(full, cut_of(name), self._groups.tp_rank, self._groups.tp_size).contiguous()
             if kind == KINDS[0]:
@@ -96,7 +97,7 @@ class Engine:
         self.module.named_parameters = lambda: named.items()  # type: ignore[assignment, method-assign]
 
     def zero_optimization_stage(self) -> int:
-        if self.broken:
+        if self.version == self.broken_at:
             raise RuntimeError("the device is gone")
         return 0
 
