@@ -25,6 +25,9 @@ def audit_run(run_dir: Path) -> str:
     path = find_checkpoint(run_dir)
     manifest = read_manifest(path)
     segments, position = manifest.segments, manifest.consumed_samples
+    if not segments:
+        bound = "was converted from another format and has read no data yet: there is nothing to audit"
+        raise DataError(Problem("checkpoint", path, bound, "train from it first"))
     expected = segments[-1].used(position)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("counting windows", total=sum(expected.values()))
