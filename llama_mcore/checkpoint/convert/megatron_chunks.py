@@ -5,7 +5,6 @@ process of their own (pickled.py). What they say is checked before it is believe
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -109,7 +108,7 @@ def read_metadata(folder: Path) -> tuple[dict[str, ChunkedTensor], list[str]]:
     path = folder / METADATA
     found = read_bare_pickle(path, _ALLOWED)
     try:
-        places = {(field["fqn"], field.get("offset")): place for field, place in _indexed(found["storage_data"])}
+        places = _places(found["storage_data"])
         described = found["state_dict_metadata"]
         objects = [key for key, entry in described.items() if "chunks" not in entry]
         entries = {key: entry for key, entry in described.items() if "chunks" in entry}
@@ -125,8 +124,10 @@ def read_metadata(folder: Path) -> tuple[dict[str, ChunkedTensor], list[str]]:
     return tensors, objects
 
 
-def _indexed(storage: dict[Any, Any]) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
-    return ((dict(index), place) for index, place in storage.items())
+def _places(storage: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """(key, offsets) of each chunk -> where it is."""
+    indices = [(dict(index), place) for index, place in storage.items()]
+    return {(index["fqn"], index.get("offset")): place for index, place in indices}
 
 
 def _tensor(key: str, entry: dict[str, Any], places: dict[Any, dict[str, Any]]) -> ChunkedTensor:

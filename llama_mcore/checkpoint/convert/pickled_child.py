@@ -37,7 +37,7 @@ _LARGEST_PICKLE = 64 << 20  # an object of 64 bytes may take one byte there
 _LARGEST_ANSWER = 1 << 27
 _DEEPEST = 50
 _LARGEST_BARE = 1 << 30
-_PER_VALUE = 16  # bytes, about, of what JSON puts around it
+_PER_VALUE = 32  # bytes, about, of what JSON puts around it
 _LOCAL_HEADER, _LENGTHS_AT = 30, 26  # of a zip entry; where it says how long the name and what follows are
 _LENGTHS = struct.Struct("<HH")
 _NOT_ALLOWED = re.compile(r"(?:GLOBAL|global) ([\w.]+)")
@@ -58,17 +58,20 @@ class Record:
 def main() -> None:
     asked = json.load(sys.stdin)
     _limit_memory()
-    answer, contents = _Answer(), []
+    json.dump(answer(asked), sys.stdout)
+
+
+def answer(asked: dict[str, Any]) -> dict[str, Any]:
+    maker, contents = _Maker(), []
     for index, (path, offset, length) in enumerate(asked["files"]):
         try:
             if asked["bare"]:
-                contents.append(_bare(Path(path), asked["allowed"], answer))
+                contents.append(_bare(Path(path), asked["allowed"], maker))
             else:
-                contents.append(_content(Path(path), offset, length, asked["allowed"], answer))
+                contents.append(_content(Path(path), offset, length, asked["allowed"], maker))
         except Exception as error:
-            json.dump({"refused": index, "reason": _reason(error)}, sys.stdout)
-            return
-    json.dump({"contents": contents}, sys.stdout)
+            return {"refused": index, "reason": _reason(error)}
+    return {"contents": contents}
 
 
 def _limit_memory() -> None:
@@ -77,25 +80,25 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _content(path: Path, offset: int, length: int | None, allowed: list[str], answer: "_Answer") -> Any:
+def _content(path: Path, offset: int, length: int | None, allowed: list[str], maker: "_Maker") -> Any:
     """The object that a file of torch.save, or a stretch of one, holds, in JSON."""
     with path.open("rb") as file:
         end = os.fstat(file.fileno()).st_size if length is None else offset + length
         part: BinaryIO = io.BufferedReader(_Part(file, offset, end))
-        places = {offset + begin for begin in _check_archive(part)}
+        sizes = {offset + begin: size for begin, size in _check_archive(part)}
         part.seek(0)
         stand_ins = [(stand_in, name) for name, stand_in in _stand_ins(allowed).items()]
         with FakeTensorMode(), torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
             found = torch.load(part, map_location="cpu", weights_only=True)
-        return answer.plain(found, _Places(offset, end, places))
+        return maker.plain(found, _Places(offset, sizes))
 
 
-def _bare(path: Path, allowed: list[str], answer: "_Answer") -> Any:
+def _bare(path: Path, allowed: list[str], maker: "_Maker") -> Any:
     """The object that a bare pickle holds, in JSON."""
     if (size := path.stat().st_size) > _LARGEST_BARE:
         raise ValueError(f"has {size:,} bytes, more than {_LARGEST_BARE:,}")
     with path.open("rb") as file:
-        return answer.plain(_BareUnpickler(file, _stand_ins(allowed)).load(), _Places(0, size, set()))
+        return maker.plain(_BareUnpickler(file, _stand_ins(allowed)).load(), _Places(0, {}))
 
 
 def _stand_ins(allowed: list[str]) -> dict[str, type[Record]]:
@@ -141,8 +144,8 @@ class _Part(io.RawIOBase):
         return found
 
 
-def _check_archive(part: BinaryIO) -> list[int]:
-    """Where the content of each entry begins.
+def _check_archive(part: BinaryIO) -> list[tuple[int, int]]:
+    """Where the content of each entry begins, and its bytes.
 
     torch.save compresses nothing and names nothing twice: what does is not its work.
     """
@@ -157,7 +160,7 @@ def _check_archive(part: BinaryIO) -> list[int]:
     size = sum(entry.file_size for entry in entries if "/data/" not in entry.filename)
     if size > _LARGEST_PICKLE:
         raise ValueError(f"holds {size:,} bytes beside its tensors, more than {_LARGEST_PICKLE:,}")
-    return [_begin(part, entry) for entry in entries]
+    return [(_begin(part, entry), entry.file_size) for entry in entries]
 
 
 def _begin(part: BinaryIO, entry: zipfile.ZipInfo) -> int:
@@ -172,12 +175,11 @@ class _Places:
 
     base: int
     """From where on torch counts."""
-    end: int
-    begins: set[int]
-    """Of what zip entries hold."""
+    sizes: dict[int, int]
+    """Of what zip entries hold, by where it begins."""
 
 
-class _Answer:
+class _Maker:
     """Makes JSON of what was unpickled, of bounded size: a pickle of some bytes can stand for more than a
     machine holds, by naming one list or text again and again."""
 
@@ -232,15 +234,16 @@ def _where(tensor: torch.Tensor, places: _Places) -> dict[str, Any]:
     size, strides = tensor.shape, tensor.stride()
     first, width = tensor.storage_offset(), tensor.element_size()
     if tensor.numel():
-        span = 1 + sum((n - 1) * stride for n, stride in zip(size, strides, strict=True))
-        inside = (first + span) * width <= storage.nbytes()
-        if min((first, *strides)) < 0 or not inside or places.base + begin + storage.nbytes() > places.end:
-            raise ValueError("holds a tensor that lies outside of it")
-        # torch computes it from the layout of its own zip writer if a file claims to have that
-        if places.base + begin not in places.begins:
+        # torch computes the place from the layout of its own zip writer if a file claims to have that
+        if places.base + begin not in places.sizes:
             raise ValueError(
                 "was packed by another program than torch.save, which its tensors do not survive"
             )
+        span = 1 + sum((n - 1) * stride for n, stride in zip(size, strides, strict=True))
+        # a storage without content grows to the size of the tensor: what counts is what the file holds
+        inside = (first + span) * width <= places.sizes[places.base + begin]
+        if min((first, *strides)) < 0 or not inside:
+            raise ValueError("holds a tensor that lies outside of its storage")
         if tensor.numel() > span:  # its strides let a few bytes stand for any number of them
             return {"$unknown": "a tensor that repeats its elements"}
     return {

@@ -1,0 +1,281 @@
+"""Megatron-core's format against megatron-core itself, and against files that mean harm."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama_mcore.checkpoint.convert import pickled, pickled_child
+from llama_mcore.checkpoint.convert.formats import WriteOptions
+from llama_mcore.checkpoint.convert.megatron import FORMAT
+from llama_mcore.checkpoint.layout import KINDS, WEIGHT
+from llama_mcore.errors import CheckpointError, ConfigError
+from llama_mcore.model.config import ModelConfig, RopeScaling
+from tests.checkpoint.convert import megatron_worker
+from tests.checkpoint.convert.invented import SHAPES, Invented, everything
+from tests.forked import run_worker
+
+WORKER = Path(megatron_worker.__file__)
+THREE = [(torch.bfloat16, (WEIGHT,)), (torch.float32, (WEIGHT,)), (torch.float32, KINDS)]
+
+
+@pytest.fixture
+def warm(monkeypatch) -> None:
+    """The process that reads pickles is forked from this one: it need not import torch each time."""
+    monkeypatch.setattr(pickled, "_ask", _ask)
+
+
+def _ask(question: dict[str, Any], first: Path) -> Any:
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    child = fork.Process(target=lambda: theirs.send(json.dumps(pickled_child.answer(question))))
+    child.start()
+    answer = json.loads(ours.recv()) if ours.poll(60) else {"refused": 0, "reason": "no answer"}
+    child.join()
+    return answer
+
+
+def written(weights: Invented, folder: Path, dtype: torch.dtype | None = None, **options: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    chosen = WriteOptions(dtype or weights.dtype, weights.kinds, **options)
+    FORMAT.write(weights, folder, chosen, lambda size: None)
+    return folder
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    assert found.kinds == expected.kinds
+    left, right = everything(found), everything(expected)
+    assert left.keys() == right.keys()
+    for key, tensor in right.items():
+        assert left[key].dtype == tensor.dtype
+        assert torch.equal(left[key], tensor), key
+
+
+@pytest.mark.parametrize(("dtype", "kinds"), THREE, ids=("bf16", "fp32", "optimizer"))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_was_written_is_read(shape: str, dtype, kinds, tmp_path: Path, warm) -> None:
+    weights = Invented(SHAPES[shape], dtype, kinds)
+    found = FORMAT.open(written(weights, tmp_path, max_shard_bytes=40_000), None)
+    assert (found.model, found.step, found.dtype) == (weights.model, weights.step, dtype)
+    assert_same(found, weights)
+    assert FORMAT.found_in(tmp_path)
+    assert len(list(tmp_path.glob("*.distcp"))) > 1
+
+
+def test_bf16_weights_beside_fp32_masters(tmp_path: Path, warm) -> None:
+    """Masters are what is carried on; the model's weights are rounded from them."""
+    weights = Invented(SHAPES["gqa"], torch.float32, KINDS)
+    written(weights, tmp_path, torch.bfloat16)
+    assert_same(FORMAT.open(tmp_path, None), weights)
+    metadata = stored_metadata(tmp_path)
+    for key in ("decoder.layers.mlp.linear_fc2.weight", "output_layer.weight"):
+        assert metadata.state_dict_metadata[key].properties.dtype == torch.bfloat16
+    edit_metadata(tmp_path, lambda metadata: [drop(metadata, "optimizer")])
+    rounded = Invented(SHAPES["gqa"], torch.float32).full("output_layer.weight").bfloat16()
+    assert torch.equal(FORMAT.open(tmp_path, None).full("output_layer.weight"), rounded)
+
+
+def test_masters_take_no_second_place_where_weights_are_fp32(tmp_path: Path) -> None:
+    weights = Invented(SHAPES["gqa"], torch.float32, KINDS)
+    written(weights, tmp_path)
+    size = sum(path.stat().st_size for path in tmp_path.glob("*.distcp"))
+    assert size < 1.6 * sum(tensor.nbytes for tensor in everything(weights).values())
+    places = stored_metadata(tmp_path).storage_data
+    (ours,) = (place for index, place in places.items() if index.fqn == "output_layer.weight")
+    assert ours in [place for index, place in places.items() if index.fqn.startswith("optimizer.state.param")]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    run_worker(WORKER, "save", folder)
+    return folder
+
+
+@pytest.mark.parametrize(("shape", "tp", "metadata"), megatron_worker.SAVED)
+def test_what_megatron_core_saved_is_read(
+    shape: str, tp: int, metadata: dict[str, bool], saved: Path, tmp_path: Path, warm
+) -> None:
+    """Its stock model holds norms in fp32: all comes in the wider dtype, which holds bf16 exactly."""
+    path = saved / megatron_worker.saved_name(shape, tp, metadata)
+    with pytest.raises(CheckpointError, match="does not say what model"):
+        FORMAT.open(path, None)
+    found = FORMAT.open(path, SHAPES[shape])
+    assert (found.kinds, found.dtype) == ((WEIGHT,), torch.float32)
+    for name, expected in ((name, Invented(SHAPES[shape]).full(name)) for name in found.names()):
+        assert torch.equal(found.full(name), expected.float()), name
+
+
+def test_megatron_core_loads_what_we_wrote(tmp_path: Path) -> None:
+    for shape in {shape for shape, _ in megatron_worker.LOADED}:
+        written(Invented(SHAPES[shape], torch.float32, KINDS), tmp_path / shape)
+    run_worker(WORKER, "load", tmp_path)
+    for shape in (shape for shape, tp in megatron_worker.LOADED if tp == 1):
+        stock, ours = (torch.load(tmp_path / f"{shape}.{whose}") for whose in ("logits", "ours"))
+        torch.testing.assert_close(stock, ours, rtol=0, atol=2e-6, msg=shape)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return written(Invented(SHAPES["gqa"]), tmp_path / "checkpoint")
+
+
+def stored_metadata(folder: Path) -> Any:
+    return pickle.loads((folder / ".metadata").read_bytes())
+
+
+def edit_metadata(folder: Path, edit: Callable[[Any], object]) -> None:
+    metadata = stored_metadata(folder)
+    edit(metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def drop(metadata: Any, prefix: str) -> None:
+    described = metadata.state_dict_metadata
+    for key in [key for key in described if key.startswith(prefix)]:
+        del described[key]
+
+
+FC2 = "decoder.layers.mlp.linear_fc2.weight"
+
+
+def place_of(metadata: Any, layer: int = 1) -> Any:
+    found = [place for index, place in metadata.storage_data.items() if index.fqn == FC2]
+    return found[layer]
+
+
+def set_place(**fields: object) -> Callable[[Any], object]:
+    return lambda metadata: vars(place_of(metadata)).update(fields)
+
+
+def chunks(metadata: Any) -> Any:
+    return metadata.state_dict_metadata[FC2].chunks
+
+
+def overlap(metadata: Any) -> None:
+    first, second = chunks(metadata)
+    index = next(i for i in metadata.storage_data if i.fqn == FC2 and i.offset[0] == 1)
+    first.sizes = torch.Size((2, *first.sizes[1:]))
+    assert second.offsets == index.offset
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (set_place(relative_path="../stolen.distcp"), "must lie in that folder"),
+        (set_place(relative_path="/etc/stolen.distcp"), "must lie in that folder"),
+        (set_place(relative_path="__0_9.distcp"), "is missing"),
+        (set_place(offset=10**9), "ends beyond"),
+        (set_place(offset=-1), "are no sizes"),
+        (set_place(length=200), "needs more than"),
+        (set_place(transform_descriptors=["zstd"]), "stored transformed"),
+        (lambda metadata: chunks(metadata).pop(), "do not fill"),
+        (lambda metadata: chunks(metadata).append(chunks(metadata)[0]), "or has some twice"),
+        (overlap, "overlap"),
+        (lambda metadata: drop(metadata, FC2), "is missing"),
+        (lambda metadata: metadata.storage_data.clear(), "is in no file"),
+        (lambda metadata: vars(metadata).update(state_dict_metadata=[1]), "is no metadata"),
+        (
+            lambda metadata: metadata.state_dict_metadata.update(strange=metadata.state_dict_metadata[FC2]),
+            "is in no file",
+        ),
+    ],
+)
+def test_metadata_that_cannot_be_true_is_refused(edit, message: str, folder: Path, warm) -> None:
+    edit_metadata(folder, edit)
+    with pytest.raises(CheckpointError, match=message):
+        FORMAT.open(folder, None)
+
+
+class Payload:
+    """What a pickle runs that means harm."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("file", [".metadata", "common.pt", "__0_0.distcp"])
+def test_a_payload_is_not_run(file: str, folder: Path, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    if file == ".metadata":
+        (folder / file).write_bytes(pickle.dumps(Payload(ran)))
+    elif file == "common.pt":
+        torch.save({"args": Payload(ran)}, folder / file)
+    else:
+        other = folder / "__0_1.distcp"
+        torch.save([Payload(ran), torch.zeros(20_000)], other)
+        edit_metadata(folder, set_place(relative_path=other.name, offset=0, length=other.stat().st_size))
+    with pytest.raises(CheckpointError, match=r"needs (posix|os)\.system"):
+        FORMAT.open(folder, None)
+    assert not ran.exists()
+
+
+def test_the_model_of_megatron_lm(folder: Path, warm) -> None:
+    """Where there is no ModelConfig of ours the arguments of Megatron-LM say the same."""
+    common = torch.load(folder / "common.pt", weights_only=False)
+    del common["llama_mcore"]
+    torch.save(common, folder / "common.pt")
+    assert FORMAT.open(folder, None).model == SHAPES["gqa"]
+    args = common["args"]
+    args.normalization, args.padded_vocab_size = "LayerNorm", None
+    del args.norm_epsilon
+    torch.save(common, folder / "common.pt")
+    with pytest.raises(CheckpointError) as refused:
+        FORMAT.open(folder, None)
+    assert {problem.field for problem in refused.value.problems} == {
+        "args: normalization",
+        "args: norm_epsilon",
+    }
+
+
+def test_a_padded_vocabulary_is_cut(folder: Path, warm) -> None:
+    common = {"args": Namespace(**vars(torch.load(folder / "common.pt", weights_only=False)["args"]))}
+    common["args"].vocab_size = 90
+    torch.save(common, folder / "common.pt")
+    assert FORMAT.open(folder, None).full("output_layer.weight").shape == (90, 64)
+    common["args"].vocab_size = 97
+    torch.save(common, folder / "common.pt")
+    with pytest.raises(CheckpointError, match="96 rows where 97"):
+        FORMAT.open(folder, None)
+
+
+def test_another_model_than_the_named_one_is_refused(folder: Path, warm) -> None:
+    with pytest.raises(ConfigError, match="num_query_groups"):
+        FORMAT.open(folder, SHAPES["mqa"])
+
+
+def test_a_run_of_megatron_lm_names_its_newest(folder: Path, tmp_path: Path, warm) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder, run / "iter_0000012")
+    (run / "latest_checkpointed_iteration.txt").write_text("12\n")
+    assert FORMAT.found_in(run)
+    assert_same(FORMAT.open(run, None), Invented(SHAPES["gqa"]))
+    (run / "latest_checkpointed_iteration.txt").write_text("../../12")
+    with pytest.raises(CheckpointError, match="names no iteration"):
+        FORMAT.open(run, None)
+
+
+def test_an_optimizer_state_in_another_form_is_left_behind(tmp_path: Path, warm, capsys) -> None:
+    written(Invented(SHAPES["gqa"], torch.float32, KINDS), tmp_path)
+    edit_metadata(tmp_path, lambda metadata: drop(metadata, f"optimizer.state.exp_avg.{FC2}"))
+    assert FORMAT.open(tmp_path, None).kinds == (WEIGHT,)
+    assert "weights only" in capsys.readouterr().err
+
+
+def test_a_rope_that_megatron_core_does_not_compute_is_refused(tmp_path: Path) -> None:
+    scaling = RopeScaling(factor=4.0, high_freq_factor=2.0)
+    model = ModelConfig(**(SHAPES["llama3"].model_dump() | {"rope_scaling": scaling.model_dump()}))
+    with pytest.raises(ConfigError, match="rope_scaling"):
+        written(Invented(model), tmp_path)
+    assert not list(tmp_path.iterdir())
