@@ -49,6 +49,7 @@ ZERO = "zero"
 LATEST_UNIVERSAL = "latest_universal"
 _OPTIMIZER = "optimizer_state.pt"
 _STEP = "step.pt"
+_MOST_GROUPS = 1024
 _FILES = dict(zip(KINDS, ("fp32.pt", "exp_avg.pt", "exp_avg_sq.pt"), strict=True))
 
 
@@ -165,10 +166,11 @@ def _cutting(name: str) -> dict[str, Any]:
 
 
 def _optimizer(step: int) -> dict[str, Any]:
-    """Empty groups: what they have would replace the settings of the job that loads."""
+    """Empty groups: what they have would replace the settings of the job that loads. An engine fills as many
+    of its optimizer's groups as there are here."""
     return {
         "ds_version": version("deepspeed"),
-        "param_groups": [],
+        "param_groups": [{} for _ in range(_MOST_GROUPS)],
         "optimizer_state_dict": {"state": {0: {"step": torch.tensor(float(step))}}, "param_groups": [{}]},
     }
 
