@@ -85,7 +85,7 @@ def _content(path: Path, offset: int, length: int | None, allowed: list[str], ma
     with path.open("rb") as file:
         end = os.fstat(file.fileno()).st_size if length is None else offset + length
         part: BinaryIO = io.BufferedReader(_Part(file, offset, end))
-        sizes = {offset + begin: size for begin, size in _check_archive(part)}
+        sizes = {offset + begin: min(size, end - offset - begin) for begin, size in _check_archive(part)}
         part.seek(0)
         stand_ins = [(stand_in, name) for name, stand_in in _stand_ins(allowed).items()]
         with FakeTensorMode(), torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
