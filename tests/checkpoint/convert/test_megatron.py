@@ -1,7 +1,5 @@
 """Megatron-core's format against megatron-core itself, and against files that mean harm."""
 
-import json
-import multiprocessing
 import os
 import pickle
 import shutil
@@ -13,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from llama_mcore.checkpoint.convert import pickled, pickled_child
 from llama_mcore.checkpoint.convert.formats import WriteOptions
 from llama_mcore.checkpoint.convert.megatron import FORMAT
 from llama_mcore.checkpoint.layout import KINDS, WEIGHT
@@ -27,20 +24,7 @@ WORKER = Path(megatron_worker.__file__)
 THREE = [(torch.bfloat16, (WEIGHT,)), (torch.float32, (WEIGHT,)), (torch.float32, KINDS)]
 
 
-@pytest.fixture
-def warm(monkeypatch) -> None:
-    """The process that reads pickles is forked from this one: it need not import torch each time."""
-    monkeypatch.setattr(pickled, "_ask", _ask)
-
-
-def _ask(question: dict[str, Any], first: Path) -> Any:
-    fork = multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe()
-    child = fork.Process(target=lambda: theirs.send(json.dumps(pickled_child.answer(question))))
-    child.start()
-    answer = json.loads(ours.recv()) if ours.poll(60) else {"refused": 0, "reason": "no answer"}
-    child.join()
-    return answer
+pytestmark = pytest.mark.usefixtures("warm")
 
 
 def written(weights: Invented, folder: Path, dtype: torch.dtype | None = None, **options: Any) -> Path:
@@ -61,7 +45,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize(("dtype", "kinds"), THREE, ids=("bf16", "fp32", "optimizer"))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_was_written_is_read(shape: str, dtype, kinds, tmp_path: Path, warm) -> None:
+def test_what_was_written_is_read(shape: str, dtype, kinds, tmp_path: Path) -> None:
     weights = Invented(SHAPES[shape], dtype, kinds)
     found = FORMAT.open(written(weights, tmp_path, max_shard_bytes=40_000), None)
     assert (found.model, found.step, found.dtype) == (weights.model, weights.step, dtype)
@@ -70,7 +54,7 @@ def test_what_was_written_is_read(shape: str, dtype, kinds, tmp_path: Path, warm
     assert len(list(tmp_path.glob("*.distcp"))) > 1
 
 
-def test_bf16_weights_beside_fp32_masters(tmp_path: Path, warm) -> None:
+def test_bf16_weights_beside_fp32_masters(tmp_path: Path) -> None:
     """Masters are what is carried on; the model's weights are rounded from them."""
     weights = Invented(SHAPES["gqa"], torch.float32, KINDS)
     written(weights, tmp_path, torch.bfloat16)
@@ -102,7 +86,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("shape", "tp", "metadata"), megatron_worker.SAVED)
 def test_what_megatron_core_saved_is_read(
-    shape: str, tp: int, metadata: dict[str, bool], saved: Path, tmp_path: Path, warm
+    shape: str, tp: int, metadata: dict[str, bool], saved: Path, tmp_path: Path
 ) -> None:
     """Its stock model holds norms in fp32: all comes in the wider dtype, which holds bf16 exactly."""
     path = saved / megatron_worker.saved_name(shape, tp, metadata)
@@ -189,7 +173,7 @@ def overlap(metadata: Any) -> None:
         ),
     ],
 )
-def test_metadata_that_cannot_be_true_is_refused(edit, message: str, folder: Path, warm) -> None:
+def test_metadata_that_cannot_be_true_is_refused(edit, message: str, folder: Path) -> None:
     edit_metadata(folder, edit)
     with pytest.raises(CheckpointError, match=message):
         FORMAT.open(folder, None)
@@ -221,7 +205,7 @@ def test_a_payload_is_not_run(file: str, folder: Path, tmp_path: Path) -> None:
     assert not ran.exists()
 
 
-def test_the_model_of_megatron_lm(folder: Path, warm) -> None:
+def test_the_model_of_megatron_lm(folder: Path) -> None:
     """Where there is no ModelConfig of ours the arguments of Megatron-LM say the same."""
     common = torch.load(folder / "common.pt", weights_only=False)
     del common["llama_mcore"]
@@ -239,7 +223,7 @@ def test_the_model_of_megatron_lm(folder: Path, warm) -> None:
     }
 
 
-def test_a_padded_vocabulary_is_cut(folder: Path, warm) -> None:
+def test_a_padded_vocabulary_is_cut(folder: Path) -> None:
     common = {"args": Namespace(**vars(torch.load(folder / "common.pt", weights_only=False)["args"]))}
     common["args"].vocab_size = 90
     torch.save(common, folder / "common.pt")
@@ -250,12 +234,12 @@ def test_a_padded_vocabulary_is_cut(folder: Path, warm) -> None:
         FORMAT.open(folder, None)
 
 
-def test_another_model_than_the_named_one_is_refused(folder: Path, warm) -> None:
+def test_another_model_than_the_named_one_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="num_query_groups"):
         FORMAT.open(folder, SHAPES["mqa"])
 
 
-def test_a_run_of_megatron_lm_names_its_newest(folder: Path, tmp_path: Path, warm) -> None:
+def test_a_run_of_megatron_lm_names_its_newest(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(folder, run / "iter_0000012")
     (run / "latest_checkpointed_iteration.txt").write_text("12\n")
@@ -266,7 +250,7 @@ def test_a_run_of_megatron_lm_names_its_newest(folder: Path, tmp_path: Path, war
         FORMAT.open(run, None)
 
 
-def test_an_optimizer_state_in_another_form_is_left_behind(tmp_path: Path, warm, capsys) -> None:
+def test_an_optimizer_state_in_another_form_is_left_behind(tmp_path: Path, capsys) -> None:
     written(Invented(SHAPES["gqa"], torch.float32, KINDS), tmp_path)
     edit_metadata(tmp_path, lambda metadata: drop(metadata, f"optimizer.state.exp_avg.{FC2}"))
     assert FORMAT.open(tmp_path, None).kinds == (WEIGHT,)
