@@ -1,7 +1,6 @@
 """Parameters out of a checkpoint folder, whatever layout wrote it. Needs neither a job nor DeepSpeed.
 
-Files are memory-mapped and read as far as they are needed: a rank of any other layout reads its own stretch.
-What lies in one piece is returned where it lies, without a copy: it is not to be written to.
+Files are read as far as they are needed: a rank of any other layout reads its own stretch.
 """
 
 from collections import defaultdict
@@ -9,15 +8,14 @@ from collections.abc import Iterator
 from itertools import product
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama_mcore.checkpoint.layout import WEIGHT, parse_fragment_key
 from llama_mcore.checkpoint.manifest import MANIFEST, RankFile, damaged_files, missing_files, read_manifest
+from llama_mcore.checkpoint.stored import DTYPE_NAMES, StoredTensor, read_safetensors
 from llama_mcore.errors import CheckpointError, Problem, shown
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.shapes import parameter_shapes
@@ -47,7 +45,7 @@ class CheckpointReader:
         self.state = TrainState(found.step, found.consumed_samples, found.segments, found.run_id)
         self._tp_size = found.layout.tp
         self._shapes = parameter_shapes(self.model)
-        self._pieces: dict[tuple[str, str, int], list[tuple[int, int, Any, str]]] = defaultdict(list)
+        self._pieces: dict[tuple[str, str, int], list[tuple[int, int, StoredTensor]]] = defaultdict(list)
         for file, tensors in zip(found.files, opened, strict=True):
             self._index(file, tensors)
         self._check_complete()
@@ -118,21 +116,17 @@ class CheckpointReader:
         flat = torch.cat(parts, dim=1).reshape(-1)
         return flat[start - first * here : end - first * here]
 
-    def _open(self, file: RankFile, rank: int) -> Any:
-        """The tensors of one file, still on the disk. safetensors bounds its header by the file's size."""
+    def _open(self, file: RankFile, rank: int) -> dict[str, StoredTensor]:
+        """The tensors of one file, still on the disk."""
         path, found = self.path / file.name, self.manifest
-        try:
-            opened = safe_open(path, framework="pt")
-            metadata = opened.metadata() or {}
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(Problem("file", path, f"cannot be read ({shown(error)})")) from None
+        tensors, metadata = read_safetensors(path)
         expected = {"run_id": found.run_id, "step": str(found.step), "rank": str(rank)}
         if metadata != expected:
             bound = f"is of {shown(metadata)}, the manifest of {shown(expected)}"
             raise CheckpointError(Problem("file", path, bound))
-        return opened
+        return tensors
 
-    def _checked_model(self, opened: list[Any]) -> ModelConfig:
+    def _checked_model(self, opened: list[dict[str, StoredTensor]]) -> ModelConfig:
         """The model of the manifest, once it is clear that it is not larger than the files."""
         path, found = self.path / MANIFEST, self.manifest
         try:
@@ -140,27 +134,26 @@ class CheckpointReader:
         except ValidationError as error:
             bound = f"does not describe a model ({shown(' '.join(str(error).split()))})"
             raise CheckpointError(Problem("manifest", path, bound)) from None
-        fragments, size = sum(len(tensors.keys()) for tensors in opened), sum(f.bytes for f in found.files)
+        fragments, size = sum(map(len, opened)), sum(f.bytes for f in found.files)
         if model.num_layers > fragments or _FP32_BYTES * len(self.kinds) * model.num_params() > size:
             bound = f"describes a model that its {size:,} bytes in {fragments:,} fragments cannot hold"
             raise CheckpointError(Problem("manifest", path, bound))
         return model
 
-    def _index(self, file: RankFile, tensors: Any) -> None:
-        for key in tensors.keys():  # noqa: SIM118  no mapping
-            stored = tensors.get_slice(key)
+    def _index(self, file: RankFile, tensors: dict[str, StoredTensor]) -> None:
+        for key, stored in tensors.items():
             try:
                 kind, name, start = parse_fragment_key(key)
-                (numel,) = stored.get_shape()
-                known = kind in self.kinds and name in self._shapes and stored.get_dtype() == "F32"
+                (numel,) = stored.shape
+                known = kind in self.kinds and name in self._shapes and stored.dtype == torch.float32
                 fits = known and 0 <= start <= start + numel <= self._numel(name, self._tp_size)
             except ValueError:
                 fits = False
             if not fits:
-                what = f"{shown(key)} {stored.get_dtype()} {shown(stored.get_shape())}"
+                what = f"{shown(key)} {DTYPE_NAMES[stored.dtype]} {list(stored.shape)}"
                 bound = f"holds {what}, which is no fragment of the model"
                 raise CheckpointError(Problem("file", self.path / file.name, bound))
-            self._pieces[kind, name, file.tp_rank].append((start, start + numel, tensors, key))
+            self._pieces[kind, name, file.tp_rank].append((start, start + numel, stored))
 
     def _check_complete(self) -> None:
         """Every element of every parameter and moment is there, once."""
@@ -186,10 +179,10 @@ class CheckpointReader:
 
     def _parts(self, kind: str, name: str, tp_rank: int, start: int, end: int) -> Iterator[Tensor]:
         """Stretches of the fragments from `start` on, as far as they follow each other."""
-        for first, last, file, key in self._pieces[kind, name, tp_rank]:
+        for first, last, stored in self._pieces[kind, name, tp_rank]:
             if first <= start < min(last, end):
                 stop = min(last, end)
-                yield file.get_slice(key)[start - first : stop - first]
+                yield stored.read(start - first, stop - first)
                 start = stop
 
     def _numel(self, name: str, tp_size: int) -> int:

@@ -288,11 +288,14 @@ def hugging_face(
     def prepare(folder: Path) -> Words:
         import torch
 
-        from llama_mcore.checkpoint.convert.hf import write_hf
-        from llama_mcore.checkpoint.reader import CheckpointReader
+        from llama_mcore.checkpoint.convert import hf
+        from llama_mcore.checkpoint.convert.formats import WriteOptions
+        from llama_mcore.checkpoint.convert.native import NativeWeights
+        from llama_mcore.checkpoint.layout import WEIGHT
 
         (folder / "hf").mkdir()
-        write_hf(CheckpointReader(write_checkpoint(folder)), folder / "hf", torch.float32)
+        weights = NativeWeights(write_checkpoint(folder))
+        hf.write(weights, folder / "hf", WriteOptions(torch.float32, (WEIGHT,)), lambda size: None)
         settings = json.loads((folder / "hf/config.json").read_text())
         edit(settings)
         (folder / "hf/config.json").write_text(json.dumps(settings))

@@ -374,7 +374,7 @@ SPOILED = {
     "unknown parameter": (change(KEY, "exp_avg/decoder.bias/0", torch.clone), "no fragment"),
     "another dtype": (change(KEY, KEY, Tensor.double), "F64 [2], which is no fragment"),
     "half precision": (change(KEY, KEY, Tensor.bfloat16), "BF16 [2], which is no fragment"),
-    "whole numbers": (change(KEY, KEY, Tensor.int), "I32 [2], which is no fragment"),
+    "whole numbers": (change(KEY, KEY, Tensor.int), "is I32, not one of BF16, F16, F32"),
     "not flat": (change(KEY, KEY, lambda tensor: tensor.view(1, 2)), "F32 [1, 2], which is no fragment"),
     "too long": (change(KEY, KEY, lambda tensor: tensor.repeat(2)), "F32 [4], which is no fragment"),
     "too short": (change(KEY, KEY, lambda tensor: tensor[:1].clone()), f"exp_avg of {NORM} = 1: "),

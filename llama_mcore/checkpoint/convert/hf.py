@@ -16,10 +16,10 @@ from llama_mcore.checkpoint.convert.formats import Advance, Format, WriteOptions
 from llama_mcore.checkpoint.convert.hf_tokenizer import TOKENIZER_MODEL, write_tokenizer
 from llama_mcore.checkpoint.convert.names import HUGGING_FACE, NameTable
 from llama_mcore.checkpoint.convert.safetensors_stream import TensorStream
-from llama_mcore.checkpoint.convert.stored import StoredTensor, read_safetensors
 from llama_mcore.checkpoint.convert.tensors import join, split
 from llama_mcore.checkpoint.convert.weights import Weights
 from llama_mcore.checkpoint.layout import WEIGHT
+from llama_mcore.checkpoint.stored import StoredTensor, read_safetensors
 from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import CheckpointError, MissingInputError, Problem, shown
 from llama_mcore.model.config import ModelConfig, RopeScaling

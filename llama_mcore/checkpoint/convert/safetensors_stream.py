@@ -14,9 +14,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from llama_mcore.checkpoint.convert.stored import SAFETENSORS_DTYPES
+from llama_mcore.checkpoint.stored import DTYPE_NAMES
 
-_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 Spec = tuple[torch.dtype, torch.Size]
 
 
@@ -77,7 +76,7 @@ def _header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> bytes:
     end = 0
     for name, (dtype, shape) in specs.items():
         start, end = end, end + shape.numel() * dtype.itemsize
-        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
     return len(text).to_bytes(8, "little") + text
