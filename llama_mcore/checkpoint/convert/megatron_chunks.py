@@ -100,8 +100,8 @@ def _slice(stored: StoredTensor, row: int) -> Tensor:
     return stored.read(row * size, (row + 1) * size).view(stored.shape[1:])
 
 
-def read_metadata(folder: Path) -> tuple[dict[str, ChunkedTensor], list[str]]:
-    """The tensors of a folder by key, and the keys of its objects.
+def read_metadata(folder: Path) -> dict[str, ChunkedTensor]:
+    """The tensors of a folder by key.
 
     Raises CheckpointError for what is no such metadata, and for chunks that are in no file of the folder.
     """
@@ -110,7 +110,6 @@ def read_metadata(folder: Path) -> tuple[dict[str, ChunkedTensor], list[str]]:
     try:
         places = _places(found["storage_data"])
         described = found["state_dict_metadata"]
-        objects = [key for key, entry in described.items() if "chunks" not in entry]
         entries = {key: entry for key, entry in described.items() if "chunks" in entry}
         tensors = {key: _tensor(key, entry, places) for key, entry in entries.items()}
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
@@ -121,7 +120,7 @@ def read_metadata(folder: Path) -> tuple[dict[str, ChunkedTensor], list[str]]:
     if foreign:
         bound = f"is named in {path}: files must lie in that folder"
         raise CheckpointError([Problem("file", shown(name), bound) for name in foreign])
-    return tensors, objects
+    return tensors
 
 
 def _places(storage: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:

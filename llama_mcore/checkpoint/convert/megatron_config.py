@@ -83,7 +83,7 @@ def common_state(weights: Weights, options: WriteOptions) -> dict[str, Any]:
         "iteration": weights.step,
         "num_floating_point_operations_so_far": 0,
         "content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": False},
-        OUR_KEY: {"model": model.model_dump(mode="json"), "step": weights.step},
+        OUR_KEY: {"model": model.model_dump(mode="json")},
     }
     if has_optimizer:
         state["content_metadata"] |= {"distrib_optim_sharding_type": "fully_reshardable"}

@@ -5,6 +5,7 @@ import pickle
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,22 @@ def test_a_run_of_megatron_lm_names_its_newest(folder: Path, tmp_path: Path) -> 
     (run / "latest_checkpointed_iteration.txt").write_text("../../12")
     with pytest.raises(CheckpointError, match="names no iteration"):
         FORMAT.open(run, None)
+
+
+def test_masters_of_the_optimizer_that_is_not_distributed(tmp_path: Path) -> None:
+    weights = Invented(SHAPES["gqa"], torch.float32, KINDS)
+    written(weights, tmp_path, torch.bfloat16)
+    edit_metadata(tmp_path, rename_masters)
+    assert_same(FORMAT.open(tmp_path, None), weights)
+
+
+def rename_masters(metadata: Any) -> None:
+    def name(key: str) -> str:
+        return key.replace("optimizer.state.param.", "optimizer.state.fp32_param.")
+
+    described, places = metadata.state_dict_metadata, metadata.storage_data
+    metadata.state_dict_metadata = {name(key): entry for key, entry in described.items()}
+    metadata.storage_data = {replace(index, fqn=name(index.fqn)): place for index, place in places.items()}
 
 
 def test_an_optimizer_state_in_another_form_is_left_behind(tmp_path: Path, capsys) -> None:
