@@ -11,7 +11,6 @@ A job loads it with `engine.load_checkpoint(folder)` where its configuration has
 """
 
 import os
-from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -75,8 +74,9 @@ def read_universal(folder: Path) -> Parts:
     parts = Parts(folder=folder, kinds=kinds, tp=1, step=0, model=first.model, shapes=[{}])
     flat_shapes = {name: shape for group in first.param_shapes for name, shape in group.items()}
     files = [(kind, name, folder / ZERO / name / _FILES[kind]) for kind in kinds for name in names]
-    contents = read_parts([path for *_, path in files])
-    for (kind, name, path), content in zip(files, contents, strict=True):
+    steps = [path for name in names if (path := folder / ZERO / name / _STEP).exists()]
+    *contents, settings = read_parts([*(path for *_, path in files), *steps, folder / ZERO / _OPTIMIZER])
+    for (kind, name, path), content in zip(files, contents, strict=False):
         stored = _stored(content, path)
         # what ds_to_universal makes of stage 3 is flat
         shape = torch.Size(flat_shapes.get(name, [])) if len(stored.shape) == 1 else stored.shape
@@ -84,7 +84,8 @@ def read_universal(folder: Path) -> Parts:
         if parts.shapes[0].setdefault(name, shape) != shape:
             raise CheckpointError(Problem("file", path, f"has shape {list(shape)}, its weight another"))
         parts.pieces[kind, name, 0] = [Piece(stored, 0, stored.shape.numel())]
-    return replace(parts, step=_step(folder, names, first))
+    found = dict(zip(steps, contents[len(files) :], strict=True))
+    return replace(parts, step=_step(folder, found, settings, first))
 
 
 def _kinds(folder: Path, names: list[str], states: ModuleStates) -> tuple[str, ...]:
@@ -102,12 +103,10 @@ def _stored(content: Any, path: Path) -> StoredTensor:
     return stored
 
 
-def _step(folder: Path, names: Iterable[str], states: ModuleStates) -> int:
-    paths = [path for name in names if (path := folder / ZERO / name / _STEP).exists()]
+def _step(folder: Path, found: dict[Path, Any], settings: Any, states: ModuleStates) -> int:
     optimizer = folder / ZERO / _OPTIMIZER
-    *found, settings = read_parts([*paths, optimizer])
     kept = parsed(OptimizerFile, settings, optimizer).optimizer_state_dict.get("state")
-    steps = {path.parent.name: _checked_step(step, path) for path, step in zip(paths, found, strict=True)}
+    steps = {path.parent.name: _checked_step(step, path) for path, step in found.items()}
     if isinstance(kept, dict):
         for group, state in kept.items():
             if isinstance(state, dict) and "step" in state:
