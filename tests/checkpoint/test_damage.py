@@ -372,7 +372,7 @@ SPOILED = {
     "no second moment": (drop("exp_avg_sq"), f"exp_avg_sq of {NORM} = 0: "),
     "unknown kind": (change(KEY, fragment_key("momentum", NORM, 0), torch.clone), "no fragment"),
     "unknown parameter": (change(KEY, "exp_avg/decoder.bias/0", torch.clone), "no fragment"),
-    "another dtype": (change(KEY, KEY, Tensor.double), "F64 [2], which is no fragment"),
+    "another dtype": (change(KEY, KEY, Tensor.double), "is F64, not one of BF16, F16, F32"),
     "half precision": (change(KEY, KEY, Tensor.bfloat16), "BF16 [2], which is no fragment"),
     "whole numbers": (change(KEY, KEY, Tensor.int), "is I32, not one of BF16, F16, F32"),
     "not flat": (change(KEY, KEY, lambda tensor: tensor.view(1, 2)), "F32 [1, 2], which is no fragment"),
