@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_mcore.errors import CheckpointError, Problem, shown
+from llama_mcore.errors import CheckpointError, PreflightError, Problem, shown
 from llama_mcore.small_file import parse_json
 
 SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -42,10 +42,11 @@ class StoredTensor:
     def read(self, start: int = 0, end: int | None = None) -> Tensor:
         """Elements [start, end) in the order of the file, [end - start], in memory of their own.
 
-        Raises CheckpointError where the file ends before them or cannot be read.
+        Raises CheckpointError where the file ends before them or cannot be read, PreflightError where there
+        is no room for them.
         """
         end = self.shape.numel() if end is None else end
-        content = torch.empty(end - start, dtype=self.dtype)
+        content = _room(end - start, self.dtype, self.path)
         if content.numel():
             _read_into(content, self.path, self.offset + start * self.dtype.itemsize)
         return content
@@ -56,6 +57,15 @@ class StoredTensor:
             return self.read().view(self.shape)
         span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
         return self.read(0, span).as_strided(self.shape, self.stride).contiguous()
+
+
+def _room(numel: int, dtype: torch.dtype, path: Path) -> Tensor:
+    try:
+        return torch.empty(numel, dtype=dtype)
+    except RuntimeError:  # torch has no error of its own for this
+        needed = f"{numel * dtype.itemsize / 1e6:,.0f} MB"
+        bound, remedy = f"more, for a tensor of {path}, are not to be had", "end other programs"
+        raise PreflightError(Problem("memory", needed, bound, remedy)) from None
 
 
 def _read_into(content: Tensor, path: Path, offset: int) -> None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 from torch import Tensor
 
 from llama_mcore.checkpoint.convert.pickled import read_pickled
-from llama_mcore.checkpoint.convert.stored import StoredTensor
+from llama_mcore.checkpoint.stored import StoredTensor
 from llama_mcore.errors import CheckpointError, Problem, shown
 
 MODULE_STATES = "model_states.pt"

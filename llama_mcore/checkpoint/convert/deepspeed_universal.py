@@ -35,11 +35,11 @@ from llama_mcore.checkpoint.convert.deepspeed_parts import (
     step_of,
 )
 from llama_mcore.checkpoint.convert.formats import Advance, WriteOptions
-from llama_mcore.checkpoint.convert.stored import StoredTensor
 from llama_mcore.checkpoint.convert.tensors import is_vocabulary
 from llama_mcore.checkpoint.convert.weights import Weights
 from llama_mcore.checkpoint.disk import sync_folder, write_file
 from llama_mcore.checkpoint.layout import KINDS, WEIGHT
+from llama_mcore.checkpoint.stored import StoredTensor
 from llama_mcore.errors import CheckpointError, Problem, shown
 from llama_mcore.model.shapes import parameter_shapes
 from llama_mcore.model.sharding import cut_of

@@ -33,8 +33,8 @@ from llama_mcore.checkpoint.convert.deepspeed_parts import (
     read_parts,
     step_of,
 )
-from llama_mcore.checkpoint.convert.stored import StoredTensor
 from llama_mcore.checkpoint.layout import KINDS, WEIGHT
+from llama_mcore.checkpoint.stored import StoredTensor
 from llama_mcore.errors import CheckpointError, Problem, shown
 
 OPTIMIZER_STATES = "optim_states.pt"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llama_mcore.checkpoint.convert.pickled import read_bare_pickle, read_stretches
-from llama_mcore.checkpoint.convert.stored import StoredTensor
+from llama_mcore.checkpoint.stored import StoredTensor
 from llama_mcore.errors import CheckpointError, Problem, shown
 
 METADATA = ".metadata"

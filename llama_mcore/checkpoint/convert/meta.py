@@ -28,12 +28,12 @@ from llama_mcore.checkpoint.convert.meta_params import (
 )
 from llama_mcore.checkpoint.convert.names import META, NameTable
 from llama_mcore.checkpoint.convert.pickled import read_pickled
-from llama_mcore.checkpoint.convert.stored import SAFETENSORS_DTYPES, StoredTensor
 from llama_mcore.checkpoint.convert.tensors import half_split, interleaved, join, split
 from llama_mcore.checkpoint.convert.torch_file import TorchFile
 from llama_mcore.checkpoint.convert.weights import Weights
 from llama_mcore.checkpoint.disk import sync_folder, write_file
 from llama_mcore.checkpoint.layout import WEIGHT
+from llama_mcore.checkpoint.stored import SAFETENSORS_DTYPES, StoredTensor
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, Problem, shown
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.shapes import parameter_shapes

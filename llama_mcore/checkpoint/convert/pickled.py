@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llama_mcore.checkpoint.convert.stored import StoredTensor
+from llama_mcore.checkpoint.stored import StoredTensor
 from llama_mcore.errors import CheckpointError, MissingInputError, Problem, shown
 from llama_mcore.small_file import parse_json
 

@@ -40,7 +40,7 @@ def test_masters_and_moments_do_too(converted: Path) -> None:
 
 
 def test_the_limit_is_one(converted: Path) -> None:
-    """Below what a tensor needs no conversion succeeds."""
+    """One tensor that is larger does not fit."""
     assert (converted / "limits-bite").exists()
 
 

@@ -23,7 +23,7 @@ import torch
 
 from llama_mcore.checkpoint.convert import pickled, pickled_child
 from llama_mcore.checkpoint.convert.pickled import read_pickled, read_stretches
-from llama_mcore.checkpoint.convert.stored import StoredTensor
+from llama_mcore.checkpoint.stored import StoredTensor
 from llama_mcore.errors import CheckpointError, MissingInputError
 from tests.checkpoint.convert import warm_child
 
