@@ -7,7 +7,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from llama_mcore.checkpoint.convert import hf
-from llama_mcore.checkpoint.convert.formats import WriteOptions
+from llama_mcore.checkpoint.convert.formats import NAMES, WriteOptions
+from llama_mcore.checkpoint.convert.run import convert
 from llama_mcore.checkpoint.layout import WEIGHT
 from llama_mcore.cli import app
 from llama_mcore.data.tokenizer import Tokenizer
@@ -105,6 +106,18 @@ def test_padding_of_the_vocabulary_is_never_chosen(counting_up: Path, tokenizer:
     assert ids[-1] == last
     expected = tokenizer.decode([*ids, UNKNOWN])
     assert generate(counting_up, tokenizer.decode([last]), max_new_tokens=1, temperature=0) == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_format_continues_alike(
+    name: str, counting_up: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    convert(counting_up, tmp_path / "out", target=name, verify=False)
+    texts = {
+        generate(folder, "one", tokenizer_model=tokenizer.path, max_new_tokens=5, temperature=0)
+        for folder in (counting_up, tmp_path / "out")
+    }
+    assert len(texts) == 1
 
 
 def test_the_seed_decides(counting_up: Path) -> None:

@@ -37,6 +37,7 @@ from tests.checkpoint.convert.invented import SHAPES, Invented, everything
 from tests.checkpoint.jobs import STEPS, Job
 from tests.forked import run_worker
 
+pytestmark = pytest.mark.usefixtures("warm")
 WORKER = Path(__file__).with_name("deepspeed_worker.py")
 # The bound of tests/train/test_layouts.py; bf16 keeps 8 bits, and layouts round in other places.
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
