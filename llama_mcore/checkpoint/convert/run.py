@@ -1,6 +1,7 @@
 """`llama-mcore convert`: check what was asked for, write, verify, publish."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ RECEIPT = "conversion.json"
 """Says what a folder was made from; `convert` writes one always and replaces no folder without one."""
 REPORT = ".report.json"
 """Beside the output: OUTPUT.report.json has all that verification found."""
+# torch.save has no error of its own for a disk that refuses.
+_TORCH_CANNOT_WRITE = re.compile("iostream error|inline_container|PytorchStreamWriter")
 _SUFFIXES = ("", ".tmp", ".old", ".unverified", ".unverified.old")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -251,9 +254,9 @@ def _what(job: Conversion) -> str:
 def _output_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise OutputError(
-            Problem(
-                "--output", path, f"cannot be written ({error})", "free some space or choose another place"
-            )
-        ) from error
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _TORCH_CANNOT_WRITE.search(str(error)):
+            raise
+        reason = error if isinstance(error, OSError) else "torch.save: the disk refuses, or is full"
+        remedy = "free some space or choose another place"
+        raise OutputError(Problem("--output", path, f"cannot be written ({reason})", remedy)) from error

@@ -267,7 +267,7 @@ def test_what_a_pickle_names_again_and_again(
 
 
 def test_memory_is_bounded(tmp_path: Path, warm: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = archive(tmp_path / "a.pt", b"\x80\x02]" + b"\x5d" * 3_000_000 + b".")  # 170 MB of lists
+    path = archive(tmp_path / "a.pt", b"\x80\x02]" + b"\x5d" * 1_500_000 + b".")  # 85 MB of lists
     assert read_pickled([path]) == [[]]
     monkeypatch.setattr(pickled_child, "MEMORY", 8 << 20)
     reason(path)

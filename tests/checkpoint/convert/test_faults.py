@@ -1,0 +1,107 @@
+"""A conversion that is killed, or meets a full disk, leaves nothing under the final name."""
+
+import errno
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_mcore.checkpoint.convert import run
+from llama_mcore.checkpoint.convert.formats import NAMES, Format, WriteOptions, get_format
+from llama_mcore.checkpoint.convert.run import convert
+from llama_mcore.checkpoint.layout import WEIGHT
+from llama_mcore.errors import OutputError
+from tests.checkpoint.convert.invented import SHAPES, Invented
+
+pytestmark = pytest.mark.usefixtures("warm")
+SOURCE = Invented(SHAPES["gqa"])
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "hf"
+    folder.mkdir()
+    options = WriteOptions(torch.bfloat16, (WEIGHT,))
+    get_format("hf", "").write(SOURCE, folder, options, lambda size: None)
+    return folder
+
+
+def at_tensor(number: int, act: Callable[[], None]) -> Callable[..., object]:
+    """`run.get_format`, whose formats call `act` when so many tensors are written."""
+
+    def found(name: str, flag: str) -> Format:
+        form = get_format(name, flag)
+
+        def write(weights: object, folder: Path, options: WriteOptions, advance: object) -> None:
+            seen = []
+
+            def watched(size: int) -> None:
+                seen.append(size)
+                if len(seen) == number:
+                    act()
+
+            form.write(weights, folder, options, watched)  # type: ignore[arg-type]
+
+        return Format(**{**vars(form), "write": write})
+
+    return found
+
+
+@pytest.mark.parametrize("target", NAMES)
+def test_killed_in_the_middle(
+    target: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "get_format", at_tensor(5, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+        arguments = {"target": target, "verify": False}
+        killed = get_context("fork").Process(target=convert, args=(source, output), kwargs=arguments)
+        killed.start()
+        killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == ["out.tmp"]
+    convert(source, output, target=target, verify=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    found = get_format(target, "").open(output, None)
+    for name in found.names():
+        assert torch.equal(found.full(name), SOURCE.full(name).to(found.dtype))
+
+
+@pytest.mark.parametrize("target", NAMES)
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_refuses(
+    target: str, code: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(run, "get_format", at_tensor(5, refuse))
+    with pytest.raises(OutputError, match=os.strerror(code)):
+        convert(source, tmp_path / "out", target=target, verify=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target", NAMES)
+def test_files_that_may_not_grow(target: str, source: Path, tmp_path: Path) -> None:
+    """The system itself refuses, wherever a format writes."""
+    limited = get_context("fork").Process(target=_convert_limited, args=(source, tmp_path / "out", target))
+    limited.start()
+    limited.join()
+    assert limited.exitcode == OutputError.exit_code
+    assert not list(tmp_path.iterdir())
+
+
+def _convert_limited(source: Path, output: Path, target: str) -> None:
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        convert(source, output, target=target, verify=False)
+    except OutputError as error:
+        os._exit(error.exit_code)
+    os._exit(0)
