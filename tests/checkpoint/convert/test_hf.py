@@ -104,6 +104,24 @@ def test_export_is_verified_and_loads(
     assert names_in(tmp_path) == ["hf"]
 
 
+def test_a_run_starts_from_what_was_converted(run_dir: Path, tmp_path: Path) -> None:
+    """Through Hugging Face and as it is: the same first loss to the last bit, not that of drawn weights."""
+    convert(run_dir, tmp_path / "hf", dtype="fp32", verify=False)
+    convert(tmp_path / "hf", tmp_path / "through-hf", target="native", tp=2, verify=False)
+    convert(run_dir, tmp_path / "as-it-is", target="native", verify=False)
+    first = []
+    for start in ("through-hf", "as-it-is"):
+        config = ["--config", run_dir / "config.yaml", "--resume", tmp_path / start]
+        overrides = [f"run.dir={tmp_path / start}-run", "model.vocab_size=500", "train.steps=1"]
+        torchrun(2, ROOT / "tools" / "train.py", *config, *overrides)
+        metrics = (tmp_path / f"{start}-run" / "metrics.jsonl").read_text().splitlines()
+        first.append([orjson.loads(line)["loss"] for line in metrics])
+    drawn = orjson.loads((run_dir / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert first[0] == first[1]
+    assert len(first[0]) == 1
+    assert first[0][0] < drawn - 0.01
+
+
 def test_files_have_the_permissions_of_any_new_file(exported: Path) -> None:
     modes = {stat.S_IMODE(path.stat().st_mode) for path in exported.iterdir()}
     (exported.parent / "new").touch()
