@@ -1,8 +1,9 @@
-"""`convert`: how fast checkpoints change their format, beside `cp` of what comes out, and in what memory.
+"""`convert`: how fast checkpoints change their format, beside `cp`, and in what memory.
 
 Weights that nobody trained are written for Hugging Face once; every conversion starts from there or ends
 there. What is timed is what `llama-mcore convert --no-verify` does after Python has started, the waiting for
-the disk included; `cp` is waited for likewise. Verification reads both sides again and is timed on its own.
+the disk included; `cp` copies the larger
+of input and output and is waited for likewise. Verification reads both sides again and is timed on its own.
 """
 
 import os
@@ -55,8 +56,8 @@ class _Drawn:
 
 @dataclass
 class Samples:
-    """Of one conversion: seconds of it and of `cp`, bytes that came out, memory that it took beyond what was
-    there."""
+    """Of one conversion: seconds of it and of `cp` of its input or output, the larger of the two; bytes of
+    that; memory that it took beyond what was there."""
 
     seconds: list[float]
     copied: list[float]
@@ -106,7 +107,7 @@ def summarize(
         table=[
             {
                 "": name,
-                "GB out": f"{samples.bytes / 1e9:.2f}",
+                "GB": f"{samples.bytes / 1e9:.2f}",
                 "s": _range(samples.seconds),
                 "GB/s": f"{samples.bytes / 1e9 / min(samples.seconds):.2f}",
                 "cp, GB/s": f"{samples.bytes / 1e9 / min(samples.copied):.2f}",
@@ -140,11 +141,15 @@ def _measure(source: Path, output: Path, target: str, rounds: int) -> Samples:
         with _Peak() as peak:
             samples.seconds.append(_timed(lambda: convert(source, output, target=target, verify=False)))
         samples.peak_bytes = max(samples.peak_bytes, peak.bytes - before)
-        samples.bytes = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-        samples.copied.append(_timed(lambda: _copy(output, copy)))
+        samples.bytes = max(_size(source), _size(output))
+        samples.copied.append(_timed(lambda: _copy(max(source, output, key=_size), copy)))
         shutil.rmtree(copy)
         say(f"{output.parent.name}, {output.name}: {number}/{rounds}  {samples.seconds[-1]:.2f} s")
     return samples
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -5,7 +5,6 @@ Tensors are then read from the places that it names, like those of any other for
 """
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,11 +12,12 @@ from typing import Any
 
 import torch
 
+from llama_mcore.checkpoint.convert.pickled_process import PickledProcess
 from llama_mcore.checkpoint.stored import StoredTensor
 from llama_mcore.errors import CheckpointError, MissingInputError, Problem, shown
 from llama_mcore.small_file import parse_json
 
-_CHILD = "llama_mcore.checkpoint.convert.pickled_child"
+_process = PickledProcess()
 _SECONDS = 600
 _DTYPES = {
     **{
@@ -84,21 +84,11 @@ def _ask(question: dict[str, Any], first: Path) -> dict[str, Any]:
         flush=True,
     )
     try:
-        child = subprocess.run(
-            [sys.executable, "-m", _CHILD],
-            input=json.dumps(question),
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-            check=False,
-        )
-        answer = parse_json(child.stdout.encode(), _ANSWER_CONTAINERS)
-    except subprocess.TimeoutExpired:
+        answer = parse_json(_process.ask(json.dumps(question), _SECONDS).encode(), _ANSWER_CONTAINERS)
+    except TimeoutError:
         raise CheckpointError(Problem("file", first, f"was not read within {_SECONDS} s")) from None
-    except ValueError as error:
-        why = child.stderr.strip().splitlines()[-1:] or [str(error)]
-        bound = f"cannot be read: the process that did ended with {child.returncode} ({shown(why[0])})"
-        raise CheckpointError(Problem("file", first, bound)) from None
+    except (EOFError, ValueError) as error:
+        raise CheckpointError(Problem("file", first, f"cannot be read: {shown(error)}")) from None
     assert isinstance(answer, dict)
     return answer
 

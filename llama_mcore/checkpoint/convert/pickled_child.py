@@ -1,9 +1,9 @@
 """The one place that reads pickles, in a process of its own: `python -m ...pickled_child`.
 
-It is asked on stdin and answers on stdout, in JSON. It unpickles with torch's own weights-only unpickler,
-which builds tensors and plain containers and calls nothing else, and which here makes tensors without
-content: where in the file each one lies is all that the parent is told. Classes that the asker allows by name
-become plain records of their fields; the real ones are never imported.
+It is asked on stdin and answers on stdout, in a line of JSON each. It unpickles with torch's own weights-only
+unpickler, which builds tensors and plain containers and calls nothing else, and which here makes tensors
+without content: where in the file each one lies is all that the parent is told. Classes that the asker allows
+by name become plain records of their fields; the real ones are never imported.
 
 What torch.save did not write, such as the metadata of torch.distributed.checkpoint, is a bare pickle.
 Python's own unpickler reads it, and finds by name nothing but torch.Size, dtypes and the same plain records.
@@ -56,9 +56,10 @@ class Record:
 
 
 def main() -> None:
-    asked = json.load(sys.stdin)
+    """Answers a line for each line, until there are no more."""
     _limit_memory()
-    json.dump(answer(asked), sys.stdout)
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), flush=True)
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Conversion:
     input: Path
     source: Format
     target: Format
-    weights: Weights
+    weights: Rounded
     """As they are to be written."""
     options: WriteOptions
     tokenizer_files: tuple[Path, ...]

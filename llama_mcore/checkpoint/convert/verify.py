@@ -80,7 +80,7 @@ class Place:
     folder: Path
 
 
-def verify(weights: Weights, source: Place, target: Place, options: WriteOptions) -> Verification:
+def verify(weights: Rounded, source: Place, target: Place, options: WriteOptions) -> Verification:
     """Compare the target with `weights`, those of the source rounded. A model that differs is not run."""
     result = Verification()
     try:
@@ -165,14 +165,14 @@ def _has_transformers(result: Verification) -> bool:
 
 
 def _check_logits(
-    weights: Weights, found: Weights, source: Place, target: Place, result: Verification
+    weights: Rounded, found: Weights, source: Place, target: Place, result: Verification
 ) -> None:
     """Both sides compute in fp32 from the same numbers: those of the source, rounded as they were written."""
     needed, available = _FP32_BYTES * weights.model.num_params(), psutil.virtual_memory().available
     if needed > available:
         result.skipped.append(f"logits, since the model needs {needed / 1e9:.0f} GB of memory in fp32")
         return
-    unrounded = not isinstance(weights, Rounded) or weights.dtype in (weights.unrounded.dtype, torch.float32)
+    unrounded = weights.dtype in (weights.unrounded.dtype, torch.float32)
     before = _answer_of(weights, source, result) if unrounded else (_OURS, our_answer(weights))
     now = _answer_of(found, target, result)
     error = relative_error(now[1].logits, before[1].logits)

@@ -56,7 +56,8 @@ class Rounded:
     def full(self, name: str, kind: str = WEIGHT) -> Tensor:
         tensor = self.unrounded.full(name, kind)
         rounded = tensor.to(self.dtype) if kind == WEIGHT else tensor
-        if not rounded.isfinite().all():
+        # a nan is both; isfinite() takes thirty times as long
+        if rounded.numel() and not all(bound.isfinite() for bound in torch.aminmax(rounded)):
             raise CheckpointError(
                 Problem(
                     name if kind == WEIGHT else f"{kind} of {name}",

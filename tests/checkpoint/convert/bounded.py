@@ -94,7 +94,7 @@ def state(model: ModelConfig) -> Invented:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    pickled.subprocess.run = warm_child.run  # type: ignore[assignment]
+    pickled._process = warm_child.Forked()  # type: ignore[assignment]
     root = Path(sys.argv[1])
     around(root / "small", Invented(SHAPES["gqa"]), FROM_WEIGHTS)
     around(root / "small-state", state(SHAPES["gqa"]), FROM_STATE)

@@ -1,6 +1,4 @@
 from collections.abc import Iterator
-from subprocess import TimeoutExpired
-from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +10,5 @@ from tests.checkpoint.convert import warm_child
 def warm() -> Iterator[None]:
     """Pickles are read in children that are forked, not started anew."""
     with pytest.MonkeyPatch.context() as patch:
-        names = {"run": warm_child.run, "TimeoutExpired": TimeoutExpired}
-        patch.setattr(pickled, "subprocess", SimpleNamespace(**names))
+        patch.setattr(pickled, "_process", warm_child.Forked())
         yield

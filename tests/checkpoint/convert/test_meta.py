@@ -2,12 +2,10 @@
 
 import json
 import math
-import subprocess
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,8 +37,7 @@ OTHER_SCALING = SHAPES["mha"].model_copy(update={"rope_scaling": RopeScaling(fac
 
 @pytest.fixture(autouse=True)
 def warm(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = {"run": warm_child.run, "TimeoutExpired": subprocess.TimeoutExpired}
-    monkeypatch.setattr(pickled, "subprocess", SimpleNamespace(**names))
+    monkeypatch.setattr(pickled, "_process", warm_child.Forked())
 
 
 def write(weights: Weights, folder: Path, tp: int = 1) -> Path:

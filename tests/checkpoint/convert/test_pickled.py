@@ -5,6 +5,7 @@ They are read in forked children (warm_child.py), where a case takes millisecond
 
 import argparse
 import io
+import multiprocessing
 import os
 import pickle
 import random
@@ -15,7 +16,6 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ import torch
 
 from llama_mcore.checkpoint.convert import pickled, pickled_child
 from llama_mcore.checkpoint.convert.pickled import read_pickled, read_stretches
+from llama_mcore.checkpoint.convert.pickled_process import PickledProcess
 from llama_mcore.checkpoint.stored import StoredTensor
 from llama_mcore.errors import CheckpointError, MissingInputError
 from tests.checkpoint.convert import warm_child
@@ -32,8 +33,7 @@ SECONDS = 60
 
 @pytest.fixture
 def warm(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = {"run": warm_child.run, "TimeoutExpired": subprocess.TimeoutExpired}
-    monkeypatch.setattr(pickled, "subprocess", SimpleNamespace(**names))
+    monkeypatch.setattr(pickled, "_process", warm_child.Forked())
 
 
 def saved(path: Path, content: Any, **options: Any) -> Path:
@@ -311,5 +311,40 @@ def test_no_regular_files(tmp_path: Path) -> None:
 
 
 def test_a_child_that_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pickled, "_SECONDS", 0.01)
-    assert "was not read within" in reason(saved(tmp_path / "a.pt", {}))
+    path = saved(tmp_path / "a.pt", {"step": 3})
+    with monkeypatch.context() as patch:
+        patch.setattr(pickled, "_process", PickledProcess())
+        patch.setattr(pickled, "_SECONDS", 0.01)
+        assert "was not read within" in reason(path)
+        patch.setattr(pickled, "_SECONDS", SECONDS)
+        assert read_pickled([path]) == [{"step": 3}]
+
+
+def test_a_child_that_dies_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, process = saved(tmp_path / "a.pt", {"step": 3}), PickledProcess()
+    monkeypatch.setattr(pickled, "_process", process)
+    assert read_pickled([path]) == [{"step": 3}]
+    first = process._process
+    assert read_pickled([path]) == [{"step": 3}]
+    assert process._process is first
+    first.kill()
+    first.wait()
+    assert "ended with -9" in reason(path)
+    assert read_pickled([path]) == [{"step": 3}]
+
+
+def test_a_forked_process_asks_one_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, process = saved(tmp_path / "a.pt", {"step": 3}), PickledProcess()
+    monkeypatch.setattr(pickled, "_process", process)
+    assert read_pickled([path]) == [{"step": 3}]
+    forked = multiprocessing.get_context("fork").Process(target=_reads_the_same, args=(path,))
+    forked.start()
+    forked.join(SECONDS)
+    assert forked.exitcode == 0
+    assert read_pickled([path]) == [{"step": 3}]
+
+
+def _reads_the_same(path: Path) -> None:
+    before = pickled._process._process
+    assert read_pickled([path]) == [{"step": 3}]
+    assert pickled._process._process is not before

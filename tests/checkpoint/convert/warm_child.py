@@ -5,10 +5,8 @@ What it does and how it is bounded is the same; tests that start it many times t
 
 import io
 import multiprocessing
-import subprocess
 import sys
 from multiprocessing.connection import Connection
-from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,20 +17,24 @@ with FakeTensorMode():  # imports more when a tensor is made the first time
     torch.empty(2, 2).t()
 
 
-def run(words: list[str], *, input: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """In place of subprocess.run in pickled.py."""
-    fork = multiprocessing.get_context("fork")
-    receiver, sender = fork.Pipe(duplex=False)
-    child = fork.Process(target=_main, args=(input, sender))
-    child.start()
-    sender.close()
-    try:
-        output = receiver.recv_bytes().decode()
-    except EOFError:
-        output = ""
-    child.join(options["timeout"])
-    assert child.exitcode is not None, "it hangs"
-    return subprocess.CompletedProcess(words, child.exitcode, stdout=output, stderr="")
+class Forked:
+    """In place of PickledProcess: a new process for each question."""
+
+    def ask(self, question: str, seconds: float) -> str:
+        fork = multiprocessing.get_context("fork")
+        receiver, sender = fork.Pipe(duplex=False)
+        child = fork.Process(target=_main, args=(question, sender))
+        child.start()
+        sender.close()
+        try:
+            output = receiver.recv_bytes().decode()
+        except EOFError:
+            output = ""
+        child.join(seconds)
+        assert child.exitcode is not None, "it hangs"
+        if not output:
+            raise EOFError(f"the process ended with {child.exitcode}")
+        return output
 
 
 def _main(asked: str, sender: Connection) -> None:
