@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -33,6 +33,8 @@ class TensorStream:
         self._sha256 = hashlib.sha256()
         self._expected = iter(specs.items())
         self._hasher = ThreadPoolExecutor(1) if hashed else None
+        self._flusher = ThreadPoolExecutor(1)
+        self._flushing: Future[None] | None = None
         self._file = path.open("xb", buffering=0)
         self._write(memoryview(_header(specs, metadata)))
 
@@ -55,8 +57,9 @@ class TensorStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._file:
-            if self._hasher:
-                self._hasher.shutdown()
+            for helper in (self._hasher, self._flusher):
+                if helper:
+                    helper.shutdown()
             if error is None:
                 if left := next(self._expected, None):
                     raise ValueError(f"{left[0]} was not added")
@@ -67,6 +70,9 @@ class TensorStream:
         self.bytes += len(content)
         while content:
             content = content[self._file.write(content) :]
+        if self._flushing is None or self._flushing.done():
+            # the disk works while the next tensor is read
+            self._flushing = self._flusher.submit(os.fdatasync, self._file.fileno())
         if hashing:
             hashing.result()
 
