@@ -23,6 +23,7 @@ _LLAMA3 = {"rope_theta": 500000.0, "norm_eps": 1e-5}
 SHAPES = {
     "mha": ModelConfig(**_LLAMA),
     "gqa": ModelConfig(**_LLAMA, num_query_groups=2),
+    "gqa4": ModelConfig(**(_LLAMA | {"num_attention_heads": 8}), num_query_groups=4),
     "mqa": ModelConfig(**_LLAMA, num_query_groups=1),
     "llama3": ModelConfig(**_LLAMA, **_LLAMA3, num_query_groups=2, rope_scaling=RopeScaling()),
     "tied": ModelConfig(**_LLAMA, num_query_groups=2, tie_embeddings=True),

@@ -69,7 +69,8 @@ AROUND = ("hf", "native", "megatron", "deepspeed", "meta", "hf")
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize(
-    ("shape", "tp"), [("mha", 1), ("mha", 2), ("mha", 4), ("gqa", 1), ("gqa", 2), ("llama3", 2), ("tied", 2)]
+    ("shape", "tp"),
+    [("mha", 1), ("mha", 2), ("mha", 4), ("gqa4", 1), ("gqa4", 2), ("gqa4", 4), ("llama3", 2), ("tied", 2)],
 )
 def test_all_the_way_around(shape: str, tp: int, dtype: str, tmp_path: Path) -> None:
     """Each file of the last folder is byte for byte the first one's."""
