@@ -1,0 +1,16 @@
+# shellcheck shell=bash disable=SC2034
+# Site settings: the only file here that a site edits. Every script sources it on the first node of its job.
+
+# Modules and the environment that llama_mcore is installed in:
+#   module load cuda/12.8
+#   source /shared/llama_mcore/.venv/bin/activate
+
+# The network that NCCL talks over, where it does not find it:
+#   export NCCL_SOCKET_IFNAME=ib0
+
+# More options of every srun: a container, binding, an account.
+SRUN_OPTIONS=()
+#   SRUN_OPTIONS=(--container-image=/shared/llama_mcore.sqsh --container-mounts=/shared)
+
+# Processes a node; what was asked for with --gpus-per-node if that is left alone.
+GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-8}

@@ -1,0 +1,159 @@
+"""slurm/*.sh up to the border of Slurm: what they give srun, and what they do with signals and exit codes.
+
+`srun` and `scontrol` are programs that write down how they were called; bash and the scripts are real.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from llama_mcore.config import check_run, load_run
+from tests.distributed import ROOT
+
+SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*b.sh"))
+SECONDS = 30
+RECORD = "import json, os, sys; open(os.environ['CALLS'], 'a').write(json.dumps(sys.argv) + '\\n')"
+PROGRAMS = {
+    "srun": f"""
+import os, signal, time
+{RECORD}
+got = []
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: got.append(number))
+open(os.environ["CALLS"] + ".started", "w").close()
+if os.environ.get("WAITS"):
+    while not got:
+        time.sleep(0.01)
+    time.sleep(0.2)  # it saves
+    open(os.environ["CALLS"], "a").write(json.dumps(["got", signal.Signals(got[0]).name]) + "\\n")
+sys.exit(int(os.environ["EXIT"]))
+""",
+    "scontrol": f"""
+{RECORD}
+if sys.argv[1:3] == ["show", "hostnames"]:
+    print("\\n".join(f"node{{number}}" for number in range(7, 10)))
+""",
+}
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
+    """Starts a script as Slurm would on the first node of job 123456."""
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir()
+    for name, program in PROGRAMS.items():
+        path = bin_dir / name
+        path.write_text(f"#!{sys.executable}\n{program}")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    # as Slurm does: a script runs from a copy elsewhere
+    copied = tmp_path / "spool"
+    copied.mkdir()
+
+    def run(script: str, *arguments: str, code: int = 0, **others: str) -> "subprocess.Popen[str]":
+        shutil.copy(ROOT / "slurm" / script, copied / "slurm_script")
+        environment = {
+            "PATH": f"{bin_dir}:{os.environ['PATH']}",
+            "CALLS": str(tmp_path / "calls"),
+            "EXIT": str(code),
+            "SLURM_JOB_ID": "123456",
+            "SLURM_JOB_NODELIST": "node[7-9]",
+            "SLURM_JOB_NUM_NODES": "3",
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "SLURM_GPUS_ON_NODE": "8",
+            **others,
+        }
+        words = ["bash", str(copied / "slurm_script"), *arguments]
+        return subprocess.Popen(words, cwd=tmp_path, env=environment, text=True, stderr=subprocess.PIPE)
+
+    return run
+
+
+def calls(folder: Path) -> list[list[str]]:
+    return [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
+
+
+def srun_call(folder: Path) -> list[str]:
+    (found,) = [call for call in calls(folder) if Path(call[0]).name == "srun"]
+    return found[1:]
+
+
+def after(words: Sequence[str], flag: str) -> str:
+    return next(word.partition("=")[2] for word in words if word.startswith(f"{flag}="))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_all_nodes_meet_at_the_first(script: str, start: Callable, tmp_path: Path) -> None:
+    assert start(script).wait(SECONDS) == 0
+    words = srun_call(tmp_path)
+    assert "--kill-on-bad-exit=1" in words
+    assert words[words.index("llama-mcore") + 1] == "torchrun"
+    assert (after(words, "--nnodes"), after(words, "--nproc-per-node")) == ("3", "8")
+    assert after(words, "--rdzv-endpoint") == "node7:23456"
+    assert after(words, "--rdzv-id") == "123456.0"
+    assert words[-3:] == ["tools/train.py", "--config", script.removesuffix(".sh")]
+
+
+def test_a_restarted_job_meets_anew(start: Callable, tmp_path: Path) -> None:
+    assert start("7b.sh", SLURM_RESTART_COUNT="2").wait(SECONDS) == 0
+    assert after(srun_call(tmp_path), "--rdzv-id") == "123456.2"
+
+
+def test_arguments_arrive_as_they_are(start: Callable, tmp_path: Path) -> None:
+    odd = ["--config", "tiny", "train.steps=20", "run.dir=a b/$(touch x);*", "-x", "two\nlines", ""]
+    assert start("65b.sh", *odd).wait(SECONDS) == 0
+    words = srun_call(tmp_path)
+    assert words[words.index("tools/train.py") + 3 :] == odd
+    assert not (ROOT / "x").exists()
+
+
+@pytest.mark.parametrize(("code", "requeues"), [(0, False), (1, False), (64, False), (75, True), (93, False)])
+def test_exit_codes_go_on_and_75_into_the_queue(
+    code: int, requeues: bool, start: Callable, tmp_path: Path
+) -> None:
+    assert start("7b.sh", code=code).wait(SECONDS) == code
+    asked = [call[1:] for call in calls(tmp_path) if Path(call[0]).name == "scontrol"]
+    assert (["requeue", "123456"] in asked) == requeues
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_signals_go_on_to_the_step_which_is_waited_for(
+    number: signal.Signals, start: Callable, tmp_path: Path
+) -> None:
+    script = start("7b.sh", code=75, WAITS="1")
+    until = time.monotonic() + SECONDS
+    while not (tmp_path / "calls.started").exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    script.send_signal(number)
+    assert script.wait(SECONDS) == 75
+    order = [call if call[0] == "got" else Path(call[0]).name for call in calls(tmp_path)]
+    assert order == ["scontrol", "srun", ["got", number.name], "scontrol"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_nodes_that_it_asks_for_suit_its_run(script: str) -> None:
+    text = (ROOT / "slurm" / script).read_text()
+    nodes, gpus = (int(re.search(rf"#SBATCH --{name}=(\d+)", text)[1]) for name in ("nodes", "gpus-per-node"))
+    run = load_run(script.removesuffix(".sh"))
+    check_run(run, nodes * gpus)
+    assert gpus % run.parallel.tp == 0
+    assert f"{nodes * gpus:,} A100" in text
+    assert "#SBATCH --signal=B:USR1@180" in text
+    assert "#SBATCH --requeue" in text
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+def test_shellcheck_finds_nothing() -> None:
+    scripts = sorted(map(str, (ROOT / "slurm").glob("*.sh")))
+    done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
