@@ -1,6 +1,6 @@
 """Our model and transformers' LlamaForCausalLM compute the same from the same random weights.
 
-The weights travel as a user's would: written by write_hf, read by from_pretrained and by HfReader.
+The weights travel as a user's would: written and read as conversions do, and read by from_pretrained.
 """
 
 from collections.abc import Iterator
@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from llama_mcore.checkpoint.convert.hf import NAMES, HfReader, write_hf
+from llama_mcore.checkpoint.convert import hf
+from llama_mcore.checkpoint.convert.formats import WriteOptions
+from llama_mcore.checkpoint.convert.hf import NAMES, HfWeights
 from llama_mcore.checkpoint.convert.tensors import split
 from llama_mcore.checkpoint.convert.verify import relative_error
 from llama_mcore.checkpoint.convert.weights import loaded_model
+from llama_mcore.checkpoint.layout import WEIGHT
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.shapes import parameter_shapes
 
@@ -49,6 +52,11 @@ MODELS = {
 class RandomWeights:
     """Weights, norms included, large enough that every part of the model shows in the logits."""
 
+    kinds: tuple[str, ...] = (WEIGHT,)
+    dtype = torch.float32
+    step = 0
+    tokenizer = None
+
     def __init__(self, model: ModelConfig) -> None:
         self.model = model
         generator = torch.Generator().manual_seed(1)
@@ -60,7 +68,7 @@ class RandomWeights:
     def names(self) -> list[str]:
         return list(self._tensors)
 
-    def full(self, name: str) -> Tensor:
+    def full(self, name: str, kind: str = WEIGHT) -> Tensor:
         return self._tensors[name]
 
 
@@ -79,13 +87,13 @@ def weights(request: pytest.FixtureRequest) -> RandomWeights:
 
 @pytest.fixture
 def folder(weights: RandomWeights, tmp_path: Path) -> Path:
-    write_hf(weights, tmp_path, torch.float32)
+    hf.write(weights, tmp_path, WriteOptions(torch.float32, (WEIGHT,)), lambda size: None)
     return tmp_path
 
 
 def test_logits_and_gradients(weights: RandomWeights, folder: Path) -> None:
     theirs = load_theirs(folder)
-    with loaded_model(HfReader(folder)) as ours:
+    with loaded_model(HfWeights(folder)) as ours:
         for length in (1, 7, 33):
             tokens, labels = batch(weights.model, length)
             our_logits = ours(tokens)
@@ -117,14 +125,14 @@ def test_the_comparison_sees_a_wrong_setting(weights: RandomWeights, folder: Pat
     if model.rope_scaling:
         wrong["rope_scaling"] = None
     for field, value in wrong.items():
-        reader = HfReader(folder)
+        reader = HfWeights(folder)
         reader.model = reader.model.model_copy(update={field: value})
         with loaded_model(reader) as ours, torch.no_grad():
             assert relative_error(ours(tokens), expected) > 10 * TOLERANCE, field
 
 
 def test_what_was_written_reads_back(weights: RandomWeights, folder: Path) -> None:
-    reader = HfReader(folder)
+    reader = HfWeights(folder)
     assert reader.model == weights.model
     assert reader.names() == weights.names()
     assert all(torch.equal(reader.full(name), weights.full(name)) for name in weights.names())
