@@ -412,6 +412,19 @@ def generate(
         )
 
 
+@app.command("doctor")
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say what is installed here, what is missing, what that costs and how to get it; exit code 69 where a
+    training run could not start."""
+    with report_errors(debug):
+        from llama_mcore.launch.doctor import doctor
+
+        doctor(as_json=json)
+
+
 @app.command(
     "torchrun",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},

@@ -34,6 +34,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train.state": {"data.ledger"},
     "plan": BASE | CONFIGS | {"plan", "config"},
     "launch": BASE | CONFIGS | {"launch", "plan", "observe", "config"},
+    # What the doctor says of backends and devices it asks them.
+    "launch.backends": {"errors", "launch", "model"},
+    "launch.gpus": {"launch", "parallel.device"},
+    "launch.loopback": {"errors", "launch", "parallel.device"},
+    "launch.doctor": {"errors", "launch", "parallel.device"},
     "benchmark": BASE
     | {"benchmark", "train", "model", "parallel", "data", "checkpoint", "observe", "plan", "config"},
     "generate": BASE | {"model", "parallel", "data", "checkpoint", "observe", "config"},
@@ -58,7 +63,8 @@ MODEL_MATHS = (
 )
 # Names of other people's modules and classes.
 FOREIGN_NAMES = ("fused_layer_norm_cuda", "CudaGraphScope")
-DEVICE_FILES = ("parallel.device", "parallel.mcore_cpu")
+# The last two describe a machine and its environment; they place no tensor.
+DEVICE_FILES = ("parallel.device", "parallel.mcore_cpu", "launch.gpus", "launch.environment")
 WITHOUT_TORCH = (
     *sorted(CONFIGS),
     "errors",

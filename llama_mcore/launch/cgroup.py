@@ -1,0 +1,42 @@
+"""What the control groups of this process grant of memory and processor time: often less than there seems.
+
+Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/. A group is bound by those above it too.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+ROOT = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+
+
+def memory_limit(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int | None:
+    """Bytes; None where nothing limits them. (Version 1 writes "none" as a number close to 2^63.)"""
+    words = [*_values(root, membership, "memory", "memory.max", "memory.limit_in_bytes")]
+    limits = [int(word) for word in words if word.isdigit() and int(word) < 1 << 60]
+    return min(limits, default=None)
+
+
+def cpu_limit(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float | None:
+    """Processors' worth of time; None where nothing limits it."""
+    new = [value.split() for value in _values(root, membership, "cpu", "cpu.max", "cpu.cfs_quota_us")]
+    periods = [*_values(root, membership, "cpu", "cpu.max", "cpu.cfs_period_us")]
+    # version 2 has quota and period in one file, version 1 a file of each
+    pairs = [
+        words if len(words) == 2 else [*words, period] for words, period in zip(new, periods, strict=False)
+    ]
+    shares = [int(quota) / int(period) for quota, period in pairs if quota.isdigit() and period.isdigit()]
+    return min(shares, default=None)
+
+
+def _values(root: Path, membership: Path, controller: str, new: str, old: str) -> Iterator[str]:
+    """Contents of the file `new` or `old` in this process's groups and all above them."""
+    for line in membership.read_text().splitlines() if membership.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        folder, name = (root / controller, old) if controllers else (root, new)
+        for group in (PurePosixPath(path), *PurePosixPath(path).parents):
+            file = folder / str(group).lstrip("/") / name
+            if file.is_file():
+                yield file.read_text().strip()

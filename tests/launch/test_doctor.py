@@ -1,0 +1,309 @@
+"""llama_mcore.launch.doctor and what it is made of: real runs of the command, real faults."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from packaging.requirements import Requirement
+
+from llama_mcore.launch import limits, software
+from llama_mcore.launch.backends import attention_backends, kernels
+from llama_mcore.launch.cgroup import cpu_limit, memory_limit
+from llama_mcore.launch.doctor import as_json_text, as_text
+from llama_mcore.launch.environment import environment
+from llama_mcore.launch.finding import Finding
+from llama_mcore.launch.gpus import driver_version
+from llama_mcore.launch.loopback import loopback
+from tests.distributed import ROOT, on_cpu
+
+GIB = 1 << 30
+
+
+def module(folder: Path, name: str, source: str) -> None:
+    (folder / f"{name}.py").write_text(source)
+
+
+def distribution(folder: Path, name: str, version: str) -> None:
+    """Metadata as pip leaves it."""
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def command(path: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The command, with the modules and metadata in `path` before what is installed."""
+    environ = on_cpu() | variables | {"PYTHONPATH": f"{path}{os.pathsep}{ROOT}"}
+    return subprocess.run(
+        [sys.executable, "-m", "llama_mcore.cli", "doctor", *arguments],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, object]]:
+    """Findings by group and name, where nothing is wrong but optional packages and a few variables."""
+    folder = tmp_path_factory.mktemp("path")
+    module(folder, "flash_attn", "raise ImportError('undefined symbol')")
+    module(folder, "xformers", "print('hello')\nraise SystemExit('no kernel\\nfor you')")
+    done = command(folder, "--json", NCCL_IB_DISABLE="1")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["ok"] is True
+    return {(finding["group"], finding["name"]): finding for finding in report["findings"]}
+
+
+def test_everything_that_was_asked_for_is_there(healthy) -> None:
+    assert {group for group, _ in healthy} == {
+        "required packages",
+        "optional packages",
+        "devices",
+        "attention",
+        "kernels",
+        "collectives",
+        "limits",
+        "programs",
+        "environment",
+    }
+    required = {name for group, name in healthy if group == "required packages"}
+    assert {"Python", "torch", "megatron-core", "deepspeed", "safetensors", "tensorboard"} <= required
+    optional = {"transformers", "flash-attn", "xformers", "transformer-engine", "apex", "triton"}
+    assert optional == {name for group, name in healthy if group == "optional packages"}
+
+
+def test_the_keys_of_json_are_stable(healthy) -> None:
+    keys = {"group", "name", "status", "value", "meaning", "remedy", "required"}
+    assert all(set(finding) == keys for finding in healthy.values())
+    assert {finding["status"] for finding in healthy.values()} <= {"ok", "note", "missing", "problem"}
+
+
+def test_what_is_missing_or_a_problem_has_a_meaning_and_a_remedy(healthy) -> None:
+    for finding in healthy.values():
+        if finding["status"] in ("missing", "problem"):
+            assert finding["meaning"], finding
+            assert finding["remedy"], finding
+
+
+def test_a_broken_optional_package_is_a_problem_with_its_reason(healthy) -> None:
+    flash, xformers = (healthy["optional packages", name] for name in ("flash-attn", "xformers"))
+    assert (flash["status"], xformers["status"]) == ("problem", "problem")
+    assert "ImportError: undefined symbol" in str(flash["meaning"])
+    assert "SystemExit: no kernel\\nfor you" in str(xformers["meaning"])
+
+
+def test_the_loopback_measures_a_bandwidth(healthy) -> None:
+    found = healthy["collectives", "gloo loopback"]
+    assert found["required"] is True
+    assert 0.001 < float(str(found["value"]).removesuffix(" GB/s")) < 1000
+
+
+def test_a_variable_that_slows_a_run_is_a_problem_but_stops_none(healthy) -> None:
+    assert healthy["environment", "NCCL_IB_DISABLE"]["status"] == "problem"
+
+
+def test_broken_and_wrong_required_packages_end_it_with_all_problems(tmp_path) -> None:
+    module(tmp_path, "torch", "raise ImportError('libcudart.so.99: cannot open')")
+    module(tmp_path, "xformers", "raise ImportError")
+    distribution(tmp_path, "numpy", "1.26.4")
+    done = command(tmp_path)
+    assert done.returncode == 69
+    assert "Traceback" not in done.stderr
+    assert "torch = " in done.stderr
+    assert "libcudart.so.99" in done.stderr
+    assert "numpy = 1.26.4: must be >=2.0; pip install" in done.stderr
+    assert "a training run cannot start" in done.stdout
+    assert "open files" in done.stdout
+
+
+def test_a_network_that_does_not_exist_is_named() -> None:
+    found = loopback(2, on_cpu() | {"GLOO_SOCKET_IFNAME": "nosuch0"})
+    assert found.stops_training
+    assert "nosuch0" in found.value
+
+
+def test_a_loopback_that_hangs_is_killed_with_all_it_started(tmp_path) -> None:
+    """A process that it forks at its very start hangs and holds its output open, as a rank would."""
+    source = (
+        "import os, time\nif os.fork() == 0:\n    open({!r}, 'w').write(str(os.getpid()))\n    time.sleep(60)"
+    )
+    module(tmp_path, "sitecustomize", source.format(str(tmp_path / "pid")))
+    found = loopback(2, on_cpu() | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}, limit_s=0.5)
+    assert found.stops_training
+    assert "hung for 0.5 s" in found.value
+    assert not is_alive(int((tmp_path / "pid").read_text()))
+
+
+def is_alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize(
+    ("text", "pins", "status"),
+    [
+        ("packaging>=1", {}, "ok"),
+        ("packaging>=1", {"packaging": "0.1"}, "note"),
+        ("packaging<1", {}, "problem"),
+        ("no-such-package>=1", {}, "missing"),
+    ],
+)
+def test_a_required_package(text: str, pins: dict[str, str], status: str) -> None:
+    found = software.required_package(Requirement(text), pins)
+    assert (found.status, found.required) == (status, True)
+
+
+def test_the_tested_versions_are_read() -> None:
+    pins = software.tested_versions(software.PINS)
+    assert pins["megatron-core"] == "0.16.1"
+    assert pins["pyyaml"]
+    assert software.tested_versions(ROOT / "nowhere.txt") == {}
+
+
+def test_another_project_called_apex_is_a_problem() -> None:
+    package = software.Optional("packaging", ("no_such_extension",), "costs", "build it")
+    found = software.optional_package("packaging", package, on_gpu=False)
+    assert found.status == "problem"
+    assert "no_such_extension" in found.meaning
+
+
+def test_triton_is_required_on_a_gpu_alone() -> None:
+    package = software.Optional("no_such_module", (), "costs", "install it")
+    assert software.optional_package("triton", package, on_gpu=True).stops_training
+    assert not software.optional_package("triton", package, on_gpu=False).stops_training
+    assert not software.optional_package("apex", package, on_gpu=True).stops_training
+
+
+def test_programs_that_are_not_there() -> None:
+    assert {found.status for found in software.programs(which=lambda name: None)} == {"missing"}
+    assert {found.value for found in software.programs(which=lambda name: f"/bin/{name}")} >= {"/bin/srun"}
+
+
+def test_backends_and_kernels_that_run_everywhere() -> None:
+    status = {found.name: found.status for found in [*attention_backends(), *kernels(on_gpu=False)]}
+    assert (status["sdpa"], status["reference"], status["plain"]) == ("ok", "ok", "ok")
+    defaults = [found.name for found in kernels(on_gpu=False) if "default" in found.value]
+    assert defaults == ["plain"]
+
+
+def test_a_backend_whose_package_is_broken(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("llama_mcore.model.attention.GPU_ONLY", ())
+    monkeypatch.syspath_prepend(tmp_path)
+    module(tmp_path, "xformers", "raise RuntimeError('built for another torch')")
+    found = {finding.name: finding for finding in attention_backends()}["xformers"]
+    assert found.status == "problem"
+    assert "built for another torch" in found.value
+
+
+@pytest.mark.parametrize(
+    ("found", "status"),
+    [
+        (limits.open_files(1024), "problem"),
+        (limits.open_files(4096), "ok"),
+        (limits.open_files(resource.RLIM_INFINITY), "ok"),
+        (limits.locked_memory(65536, on_gpu=True), "problem"),
+        (limits.locked_memory(65536, on_gpu=False), "ok"),
+        (limits.locked_memory(resource.RLIM_INFINITY, on_gpu=True), "ok"),
+        (limits.shared_memory(64 << 20, on_gpu=True), "problem"),
+        (limits.shared_memory(None, on_gpu=True), "problem"),
+        (limits.shared_memory(64 << 20, on_gpu=False), "ok"),
+        (limits.shared_memory(GIB, on_gpu=True), "ok"),
+        (limits.memory(64 * GIB, None), "ok"),
+        (limits.memory(64 * GIB, 64 * GIB), "ok"),
+        (limits.memory(64 * GIB, 4 * GIB), "note"),
+        (limits.processors(8, 8, None), "ok"),
+        (limits.processors(2, 8, 2.0), "ok"),
+        (limits.processors(8, 8, 2.0), "problem"),
+    ],
+)
+def test_a_limit(found: Finding, status: str) -> None:
+    assert found.status == status
+    assert (status == "ok") != bool(found.remedy)
+
+
+@pytest.mark.parametrize(
+    ("setting", "status"),
+    [("always [madvise] never", "ok"), ("[always] madvise never", "ok"), ("always madvise [never]", "note")],
+)
+def test_huge_pages(tmp_path, setting: str, status: str) -> None:
+    (tmp_path / "enabled").write_text(setting)
+    found = limits.huge_pages(tmp_path / "enabled")
+    assert found.status == status
+    assert f"[{found.value}]" in setting
+    assert limits.huge_pages(tmp_path / "nowhere").status == "note"
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    return root / "membership"
+
+
+def test_control_groups_of_version_2_bind_with_those_above(tmp_path) -> None:
+    files = {"membership": "0::/job/step", "job/memory.max": "1000", "job/step/memory.max": "max"}
+    files |= {"job/cpu.max": "max 100000", "job/step/cpu.max": "150000 100000"}
+    membership = write(tmp_path, files)
+    assert memory_limit(tmp_path, membership) == 1000
+    assert cpu_limit(tmp_path, membership) == 1.5
+
+
+def test_control_groups_of_version_1(tmp_path) -> None:
+    files = {"membership": "4:memory:/job\n1:cpu,cpuacct:/job\n0::/"}
+    files |= {"memory/job/memory.limit_in_bytes": "2000", "memory/memory.limit_in_bytes": f"{2**63 - 4096}"}
+    files |= {"cpu/job/cpu.cfs_quota_us": "300000", "cpu/job/cpu.cfs_period_us": "100000"}
+    files |= {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}
+    membership = write(tmp_path, files)
+    assert memory_limit(tmp_path, membership) == 2000
+    assert cpu_limit(tmp_path, membership) == 3.0
+
+
+def test_without_control_groups_nothing_is_limited(tmp_path) -> None:
+    assert memory_limit(tmp_path, tmp_path / "nowhere") is None
+    assert cpu_limit(tmp_path, tmp_path / "nowhere") is None
+
+
+def test_variables_are_known_by_name_or_by_prefix() -> None:
+    found = environment({"PATH": "x", "NCCL_DEBUG": "INFO", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"})
+    assert [(finding.name, finding.status) for finding in found] == [
+        ("NCCL_DEBUG", "note"),
+        ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "problem"),
+    ]
+    assert environment({"CUDA_LAUNCH_BLOCKING": "0"})[0].status == "note"
+    assert environment({"PATH": "x"})[0].status == "ok"
+    assert "\x1b" not in environment({"NCCL_DEBUG": "\x1b[2J"})[0].value
+
+
+def test_the_driver_names_itself(tmp_path) -> None:
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.124.06  Wed Feb 26\nGCC version: 12\n"
+    )
+    assert driver_version(tmp_path / "version") == "570.124.06"
+    (tmp_path / "open").write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build\n"
+    )
+    assert driver_version(tmp_path / "open") == "570.86.15"
+    assert driver_version(tmp_path / "nowhere") == ""
+
+
+def test_the_text_says_what_stops_a_run_and_wraps() -> None:
+    findings = [
+        Finding("a", "one", "ok", "1", remedy="not shown"),
+        Finding("a", "two", "problem", "2", "long " * 40, "do this", required=True),
+        Finding("b", "three", "missing", "3", required=False),
+    ]
+    text = as_text(findings)
+    assert text.endswith("a training run cannot start: 1 problem")
+    assert "-> do this" in text
+    assert "not shown" not in text
+    assert max(map(len, text.splitlines())) <= 110
+    assert text.splitlines()[0] == "a"
+    assert "b" in text.splitlines()
+    assert as_text(findings[::2]).endswith("a training run can start")
+    assert json.loads(as_json_text(findings))["ok"] is False
+    assert json.loads(as_json_text(findings[::2]))["ok"] is True
