@@ -1,6 +1,6 @@
 """One all_reduce between ranks of this machine, in a process of its own that is killed when it hangs.
 
-    python -m llama_mcore.launch.loopback RANKS FOLDER
+    python -m llama_mcore.launch.loopback RANKS FOLDER LIMIT_S
 
 writes to FOLDER/speed the bytes per second of an all_reduce of 16 MB: the buffer's size by the time that it
 takes. Not to stdout, where NCCL may log. In FOLDER the ranks also find each other.
@@ -13,11 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -29,19 +30,24 @@ from llama_mcore.parallel.device import communication_backend, on_gpu, select_de
 
 MODULE = "llama_mcore.launch.loopback"
 LIMIT_S = 20.0
+# To import torch, which a cold or crowded disk makes slow, and which hangs where that disk does.
+START_S = 120.0
 BYTES = 16_000_000
 REPEATS = 3
 REMEDY = "look at the host's name and at GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME; NCCL_DEBUG=INFO says more"
 
 
-def loopback(ranks: int, environ: Mapping[str, str], limit_s: float = LIMIT_S) -> Finding:
-    """A training run needs it to work; a hang is a problem after `limit_s` seconds."""
+def loopback(
+    ranks: int, environ: Mapping[str, str], limit_s: float = LIMIT_S, start_s: float = START_S
+) -> Finding:
+    """A training run needs it to work; ranks that hang are killed after `limit_s` seconds of their own."""
     meaning = f"an all_reduce of 16 MB between {ranks} ranks of this machine"
     found = partial(
         Finding, "collectives", f"{communication_backend()} loopback", meaning=meaning, required=True
     )
     with tempfile.TemporaryDirectory() as folder:
-        failure = _failure([sys.executable, "-m", MODULE, str(ranks), folder], environ, limit_s)
+        command = [sys.executable, "-m", MODULE, str(ranks), folder, str(limit_s)]
+        failure = _failure(command, environ, start_s + limit_s)
         if failure is not None:
             return found(status="problem", value=failure, remedy=REMEDY)
         speed = float(Path(folder, "speed").read_text())
@@ -61,7 +67,7 @@ def _failure(command: list[str], environ: Mapping[str, str], limit_s: float) -> 
     try:
         _, complaint = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
-        return f"hung for {limit_s:g} s and was killed"
+        return f"failed: did not end in {limit_s:g} s and was killed"
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -78,19 +84,28 @@ def _reason(complaint: str) -> str:
 
 def main() -> None:
     """Fork the ranks, which is safe as long as this process has not touched a GPU."""
-    ranks, folder = int(sys.argv[1]), Path(sys.argv[2])
+    ranks, folder, limit_s = int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
     fork = get_context("fork")
     processes = [fork.Process(target=_rank, args=(rank, ranks, folder)) for rank in range(ranks)]
     for process in processes:
         process.start()
+    deadline = time.monotonic() + limit_s
     while alive := [process for process in processes if process.is_alive()]:
-        wait([process.sentinel for process in alive])
-        if any(process.exitcode for process in processes):
-            # The others would wait for the one that failed, and its reason be lost.
-            for process in alive:
-                process.kill()
-    if any(process.exitcode for process in processes):
-        sys.exit(1)
+        ended = wait([process.sentinel for process in alive], max(0.0, deadline - time.monotonic()))
+        # When a rank failed, the others would wait for it, and its reason be lost.
+        if not ended or any(process.exitcode for process in processes):
+            _kill(alive)
+        if not ended:
+            sys.exit(f"hung for {limit_s:g} s and was killed")
+    exit_codes = [process.exitcode for process in processes]
+    if any(exit_codes):
+        sys.exit(f"ranks ended with {exit_codes}")
+
+
+def _kill(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 def _rank(rank: int, ranks: int, folder: Path) -> None:

@@ -28,11 +28,12 @@ def module(folder: Path, name: str, source: str) -> None:
     (folder / f"{name}.py").write_text(source)
 
 
-def distribution(folder: Path, name: str, version: str) -> None:
+def distribution(folder: Path, name: str, version: str, *headers: str) -> None:
     """Metadata as pip leaves it."""
     info = folder / f"{name}-{version}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *headers]
+    (info / "METADATA").write_text("\n".join(lines) + "\n")
 
 
 def command(path: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -128,16 +129,36 @@ def test_a_network_that_does_not_exist_is_named() -> None:
     assert "nosuch0" in found.value
 
 
-def test_a_loopback_that_hangs_is_killed_with_all_it_started(tmp_path) -> None:
-    """A process that it forks at its very start hangs and holds its output open, as a rank would."""
-    source = (
-        "import os, time\nif os.fork() == 0:\n    open({!r}, 'w').write(str(os.getpid()))\n    time.sleep(60)"
-    )
-    module(tmp_path, "sitecustomize", source.format(str(tmp_path / "pid")))
+def test_ranks_that_hang_are_killed(tmp_path) -> None:
+    source = "import os, time\ndef hang():\n    open({!r} + f'/{{os.getpid()}}.pid', 'w').close()\n"
+    source += "    time.sleep(60)\nos.register_at_fork(after_in_child=hang)"
+    module(tmp_path, "sitecustomize", source.format(str(tmp_path)))
     found = loopback(2, on_cpu() | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}, limit_s=0.5)
     assert found.stops_training
     assert "hung for 0.5 s" in found.value
+    ranks = [int(path.stem) for path in tmp_path.glob("*.pid")]
+    assert len(ranks) == 2
+    assert not any(map(is_alive, ranks))
+
+
+def test_a_start_that_hangs_is_killed_with_all_it_started(tmp_path) -> None:
+    """A process that it forks at its very start hangs and holds its output open, as a rank would."""
+    source = "import os, time\nif os.fork() == 0:\n"
+    source += "    print(os.getpid(), file=open({!r}, 'w'), flush=True)\ntime.sleep(60)"
+    module(tmp_path, "sitecustomize", source.format(str(tmp_path / "pid")))
+    environ = on_cpu() | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    found = loopback(2, environ, limit_s=0.5, start_s=0.5)
+    assert found.stops_training
+    assert "did not end in 1 s" in found.value
     assert not is_alive(int((tmp_path / "pid").read_text()))
+
+
+def test_a_rank_that_dies_ends_the_loopback_at_once(tmp_path) -> None:
+    source = "import os\nforks = []\nsecond = lambda: len(forks) == 2 and os._exit(7)\n"
+    source += "os.register_at_fork(before=lambda: forks.append(1), after_in_child=second)"
+    module(tmp_path, "sitecustomize", source)
+    found = loopback(2, on_cpu() | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    assert found.value == "failed: ranks ended with [-9, 7]"
 
 
 def is_alive(pid: int) -> bool:
@@ -156,6 +177,21 @@ def is_alive(pid: int) -> bool:
 def test_a_required_package(text: str, pins: dict[str, str], status: str) -> None:
     found = software.required_package(Requirement(text), pins)
     assert (found.status, found.required) == (status, True)
+
+
+def test_python_must_be_in_the_range_of_the_metadata(monkeypatch, tmp_path) -> None:
+    distribution(tmp_path, "llama_mcore", "9.9", "Requires-Python: <3")
+    monkeypatch.syspath_prepend(tmp_path)
+    (python,) = software.python_and_packages()
+    assert python.stops_training
+    assert python.meaning == "must be <3"
+
+
+def test_a_clone_that_is_not_installed_is_said(monkeypatch) -> None:
+    monkeypatch.setattr(software, "PRODUCT", "no-such-package")
+    (product,) = software.python_and_packages()
+    assert product.stops_training
+    assert "pip install -e ." in product.remedy
 
 
 def test_the_tested_versions_are_read() -> None:
