@@ -142,8 +142,8 @@ def test_ranks_that_hang_are_killed(tmp_path) -> None:
 
 
 def test_a_start_that_hangs_is_killed_with_all_it_started(tmp_path) -> None:
-    """A process that it forks at its very start hangs and holds its output open, as a rank would."""
-    source = "import os, time\nif os.fork() == 0:\n"
+    """A process that it forks at its very start hangs, as a rank would."""
+    source = "import os, time\nif os.fork() == 0:\n    os.close(2)\n"
     source += "    print(os.getpid(), file=open({!r}, 'w'), flush=True)\ntime.sleep(60)"
     module(tmp_path, "sitecustomize", source.format(str(tmp_path / "pid")))
     environ = on_cpu() | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
@@ -297,6 +297,11 @@ def test_control_groups_of_version_1(tmp_path) -> None:
     membership = write(tmp_path, files)
     assert memory_limit(tmp_path, membership) == 2000
     assert cpu_limit(tmp_path, membership) == 3.0
+
+
+def test_the_largest_number_of_version_1_is_no_limit(tmp_path) -> None:
+    files = {"membership": "4:memory:/", "memory/memory.limit_in_bytes": f"{2**63 - 4096}"}
+    assert memory_limit(tmp_path, write(tmp_path, files)) is None
 
 
 def test_without_control_groups_nothing_is_limited(tmp_path) -> None:
