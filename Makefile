@@ -11,7 +11,7 @@ PIP_INSTALL := $(VENV_PYTHON) -m pip --disable-pip-version-check install
 SETUPTOOLS := setuptools==84.2.1
 export DS_BUILD_OPS := 0
 
-.PHONY: help demo test test-crash test-data lint venv clean
+.PHONY: help demo test test-crash test-slurm test-data lint venv clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo
 	@echo "Also: make test-crash (every fault of saving, every layout, 25 kills; KILLS=1000 for more),"
 	@echo "make test-data (tokens of a whole corpus, by both encoders; TEST_CORPUS_MB=25),"
+	@echo "make test-slurm (the job scripts on a real Slurm of two nodes; root),"
 	@echo "make lint (ruff, mypy), make venv (environment only), make clean (remove it and the caches)."
 	@echo "PYTHON=/path/to/python picks another interpreter: 3.11, or 3.12."
 
@@ -32,6 +33,11 @@ test: $(STAMP)
 # Prints what was tried and survived.
 test-crash: $(STAMP)
 	@KILLS="$(or $(KILLS),25)" $(VENV_PYTHON) -m pytest -m crash -rA
+
+# Starts a Slurm of two nodes on this machine; root also gets the packages that are missing.
+test-slurm: $(STAMP)
+	@command -v sbatch >/dev/null || bash tests/slurm/slurm-local.sh install
+	@$(VENV_PYTHON) -m pytest -m slurm
 
 test-data: $(STAMP)
 	@TEST_CORPUS_MB="$(or $(TEST_CORPUS_MB),25)" $(VENV_PYTHON) -m pytest tests/data/test_encoder.py

@@ -12,5 +12,6 @@
 SRUN_OPTIONS=()
 #   SRUN_OPTIONS=(--container-image=/shared/llama_mcore.sqsh --container-mounts=/shared)
 
-# Processes a node; what was asked for with --gpus-per-node if that is left alone.
-GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-8}
+# Processes a node: what --gpus-per-node asked for, without a kind ("a100:8").
+GPUS_PER_NODE=${SLURM_GPUS_PER_NODE:-8}
+GPUS_PER_NODE=${GPUS_PER_NODE##*:}

@@ -9,16 +9,16 @@ source slurm/env.sh
 # end with 75, and the job goes back into the queue. Any other exit code becomes the job's.
 train() {
     local head port status step
-    head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    head=$(hostname)  # a batch script runs on the first node
     # Of this job alone, also where several share a node.
     port=$((20000 + SLURM_JOB_ID % 20000))
-    srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${SRUN_OPTIONS[@]}" \
+    # Nodes that fail of one cause end with its exit code each; what still runs 20 s after the first is killed.
+    srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=20 "${SRUN_OPTIONS[@]}" \
         llama-mcore torchrun \
         --nnodes="$SLURM_JOB_NUM_NODES" \
         --nproc-per-node="$GPUS_PER_NODE" \
-        --rdzv-backend=c10d \
-        --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
-        --rdzv-endpoint="$head:$port" \
+        --master-addr="$head" \
+        --master-port="$port" \
         tools/train.py "$@" &
     step=$!
     trap 'kill -USR1 "$step"' USR1

@@ -1,3 +1,4 @@
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -5,6 +6,10 @@ import numpy as np
 import pytest
 
 from llama_mcore.data.indexed import IndexedWriter
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # a shell's background job ignores Ctrl-C, and so would the programs that tests interrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PACKAGE = Path(__file__).parents[1] / "llama_mcore"
 SOURCES = ("cli.py", "config.py", "errors.py", "generate.py")

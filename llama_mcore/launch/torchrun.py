@@ -1,5 +1,5 @@
-"""torchrun, with two things it lacks: a signal to it reaches the workers as a request, and the workers' exit
-code becomes its own.
+"""torchrun, with three things it lacks: a signal to it reaches the workers as a request, the workers' exit
+code becomes its own, and under srun it knows which node it is on.
 
 Plain torchrun answers SIGTERM by stopping the workers and raising, and any failure by exit code 1, so that a
 scheduler cannot tell "saved, start me again" (75) from a crash.
@@ -23,11 +23,12 @@ FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 def run(args: Sequence[str]) -> int:
     """Run torchrun with these arguments and return the first failed worker's exit code, 0 if none failed."""
+    # Where torchrun looks for the default of --node-rank.
+    os.environ.setdefault("PET_NODE_RANK", os.environ.get("SLURM_NODEID", "0"))
     parsed = torch_run.parse_args(list(args))
     parsed.signals_to_handle = "SIGHUP,SIGQUIT"
     _default_threads(parsed.nproc_per_node)
-    # What a worker had to say it has said; torchrun's own report repeats it in 20 lines.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    _silence_agent()
     for number in FORWARDED:
         signal.signal(number, _forward)
     try:
@@ -36,6 +37,14 @@ def run(args: Sequence[str]) -> int:
         rank, failure = error.get_first_failure()
         return _exit_code(rank, failure.exitcode)
     return 0
+
+
+def _silence_agent() -> None:
+    """What a worker had to say it has said: torchrun repeats it in 20 lines, and takes 40 for another
+    node that was done first. Its loggers have levels of their own."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _forward(number: int, _: FrameType | None) -> None:

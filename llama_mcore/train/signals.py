@@ -1,11 +1,15 @@
 """A request to stop, from Slurm or a person: noted at once, obeyed by all ranks after a step."""
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ECHO_S = 3.0
+"""Slurm gives a signal to every process of a step, and launchers pass theirs on: what comes so soon after the
+first is the same request."""
 
 
 class StopRequest:
@@ -13,13 +17,15 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._since = 0.0
 
     def note(self, number: int, _: FrameType | None) -> None:
-        """Signal handler. A second signal means now: it gets the system's own answer."""
-        if self.received is not None:
+        """Signal handler. A second request means now: it gets the system's own answer."""
+        if self.received is None:
+            self.received, self._since = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self._since > ECHO_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.received = signal.Signals(number)
 
 
 @contextmanager

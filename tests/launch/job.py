@@ -3,6 +3,7 @@
 python job.py exit CODE      rank 1 ends with CODE, or by signal -CODE
 python job.py signal FOLDER  each rank says that it is ready and writes down which signal it got
 python job.py threads FOLDER each rank writes down OMP_NUM_THREADS
+python job.py place FOLDER   each rank writes down where torchrun put it
 """
 
 import os
@@ -26,3 +27,6 @@ if what == "signal":
     sys.exit(75)
 if what == "threads":
     Path(value, f"threads-{rank}").write_text(os.environ.get("OMP_NUM_THREADS", "unset"))
+if what == "place":
+    names = ("WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+    Path(value, f"place-{rank}").write_text(" ".join(os.environ[name] for name in names))

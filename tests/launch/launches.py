@@ -9,6 +9,7 @@ that torch is imported once.
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from multiprocessing import get_context
@@ -31,6 +32,7 @@ def main() -> None:
         (folder / number.name).mkdir()
         arguments = ("signal", str(folder / number.name))
         found[number.name] = launch(folder, f"{number.name}", *arguments, number=number)
+    found["nodes"] = launch_on_nodes(folder)
     (folder / "exit_codes.json").write_text(json.dumps(found))
 
 
@@ -51,6 +53,28 @@ def launch(folder: Path, name: str, *arguments: str, number: signal.Signals | No
     launcher.kill()
     launcher.join()
     return launcher.exitcode
+
+
+def launch_on_nodes(folder: Path) -> int:
+    """A launcher on each of two nodes, as slurm/run.sh has them started; the larger of their exit codes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+
+    def on_node(number: int) -> None:
+        write_output_to(folder / f"node-{number}.txt")
+        os.environ["SLURM_NODEID"] = str(number)
+        where = ["--master-addr", "localhost", "--master-port", port]
+        sys.exit(run(["--nnodes", "2", "--nproc-per-node", "2", *where, JOB, "place", str(folder)]))
+
+    nodes = [get_context("fork").Process(target=on_node, args=(number,)) for number in range(2)]
+    for node in nodes:
+        node.start()
+    for node in nodes:
+        node.join(timeout=120)
+        node.kill()
+        node.join()
+    return max(node.exitcode or 0 for node in nodes)
 
 
 if __name__ == "__main__":

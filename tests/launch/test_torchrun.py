@@ -50,3 +50,11 @@ def test_a_signal_reaches_every_worker(launches: Path, name: str) -> None:
 def test_workers_share_the_cores(launches: Path) -> None:
     share = str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert [(launches / f"threads-{rank}").read_text() for rank in range(2)] == [share] * 2
+
+
+def test_under_srun_ranks_follow_the_nodes(launches: Path) -> None:
+    assert [(launches / f"node-{number}.txt").read_text() for number in range(2)] == ["", ""]
+    assert exit_code(launches, "nodes") == 0
+    places = [(launches / f"place-{rank}").read_text().split() for rank in range(4)]
+    assert [place[:3] for place in places] == [["4", str(rank % 2), str(rank // 2)] for rank in range(4)]
+    assert len({tuple(place[3:]) for place in places}) == 1

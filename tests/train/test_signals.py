@@ -9,11 +9,14 @@ import pytest
 from llama_mcore.train.signals import STOP_SIGNALS, stop_signals
 
 TWICE = """
-import signal
-from llama_mcore.train.signals import stop_signals
-with stop_signals():
+import signal, sys, time
+from llama_mcore.train import signals
+signals.ECHO_S = 0.2
+with signals.stop_signals():
+    signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGTERM)
     print("noted", flush=True)
+    time.sleep(0.3)
     signal.raise_signal(signal.SIGTERM)
     print("still here", flush=True)
 """
@@ -34,7 +37,7 @@ def test_the_handlers_before_come_back() -> None:
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
-def test_a_second_signal_ends_the_process() -> None:
+def test_a_second_request_ends_the_process_and_an_echo_does_not() -> None:
     done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGTERM
     assert done.stdout == "noted\n"

@@ -9,6 +9,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -58,7 +59,10 @@ class TorchFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._file:
-            if error is None:
+            if error is not None:
+                with suppress(OSError, ValueError):  # what it would do when it is forgotten
+                    self._archive.close()
+            else:
                 if left := self._copy_to_next_tensor():
                     raise ValueError(f"the content of {left} was not added")
                 self._archive.close()
