@@ -18,6 +18,9 @@ from pathlib import Path
 import pytest
 
 from llama_mcore.config import check_run, load_run
+from llama_mcore.data.preprocess import preprocess
+from llama_mcore.data.tokenizer_training import train_tokenizer
+from tests.data.conftest import write_jsonl
 from tests.distributed import ROOT
 
 SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*b.sh"))
@@ -39,6 +42,7 @@ if os.environ.get("WAITS"):
 sys.exit(int(os.environ["EXIT"]))
 """,
     "scontrol": RECORD,
+    "sbatch": RECORD,
     "hostname": "print('node7')",
 }
 
@@ -59,7 +63,8 @@ def start(tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
     def run(script: str, *arguments: str, code: int = 0, **others: str) -> "subprocess.Popen[str]":
         shutil.copy(ROOT / "slurm" / script, copied / "slurm_script")
         environment = {
-            "PATH": f"{bin_dir}:{os.environ['PATH']}",
+            "PATH": f"{bin_dir}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
             "CALLS": str(tmp_path / "calls"),
             "EXIT": str(code),
             "SLURM_JOB_ID": "123456",
@@ -140,6 +145,44 @@ def test_the_nodes_that_it_asks_for_suit_its_run(script: str) -> None:
     assert f"{nodes * gpus:,} A100" in text
     assert "#SBATCH --signal=B:USR1@180" in text
     assert "#SBATCH --requeue" in text
+
+
+def test_an_array_and_its_merge_write_what_one_job_does(start: Callable, tmp_path: Path) -> None:
+    """All real but Slurm: two tasks, each with its shard, and the job that the first one asks for."""
+    tokenizer, data = tmp_path / "tokenizer.model", tmp_path / "a folder"
+    data.mkdir()
+    documents = [{"text": f"document {number}: " + "some words " * (number % 7 + 1)} for number in range(300)]
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", documents)
+    train_tokenizer([corpus], tokenizer, vocab_size=300)
+    options = [
+        "--input",
+        str(corpus),
+        "--tokenizer-model",
+        str(tokenizer),
+        "--append-eod",
+        "--held-out",
+        "0.2",
+    ]
+    array = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "2"}
+    for task in ("3", "4"):
+        job = start("preprocess.sh", str(data / "many"), *options, SLURM_ARRAY_TASK_ID=task, **array)
+        assert job.wait(SECONDS) == 0, job.stderr.read()
+    (asked,) = [call[1:] for call in calls(tmp_path)]
+    assert asked == ["--dependency=afterok:77", "slurm/merge.sh", str(data / "many")]
+    assert start("merge.sh", str(data / "many")).wait(SECONDS) == 0
+    preprocess(
+        [corpus], tokenizer, data / "one", json_keys=["text"], workers=1, append_eod=True, held_out=0.2
+    )
+    for name in ("text_document.bin", "text_document.idx", "text_heldout.bin", "text_heldout.idx"):
+        assert (data / f"many_{name}").read_bytes() == (data / f"one_{name}").read_bytes(), name
+
+
+def test_convert_passes_its_options_on(start: Callable, tmp_path: Path) -> None:
+    job = start(
+        "convert.sh", "--input", str(tmp_path / "no such"), "--to", "hf", "--output", str(tmp_path / "out")
+    )
+    assert job.wait(SECONDS) == 66
+    assert "no such folder" in job.stderr.read()
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")

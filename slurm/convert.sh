@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=convert
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=64G
+#SBATCH --time=04:00:00
+#SBATCH --output=%x-%j.out
+# A checkpoint from one format to another, verified; no GPU. Options of tools/convert_checkpoint.py.
+#     sbatch slurm/convert.sh --input runs/llama-65b --to hf --output hf/llama-65b
+#
+# Logits are compared where the model fits in memory in fp32: --mem=280G for 65B. Without, every tensor still is.
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-.}"
+source slurm/env.sh
+
+exec llama-mcore convert "$@"
