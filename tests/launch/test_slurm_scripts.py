@@ -6,6 +6,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -25,7 +26,11 @@ from tests.distributed import ROOT
 
 SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*b.sh"))
 SECONDS = 30
-RECORD = "import json, os, sys; open(os.environ['CALLS'], 'a').write(json.dumps(sys.argv) + '\\n')"
+RECORD = """
+import json, os, sys
+from pathlib import Path
+open(os.environ["CALLS"], "a").write(json.dumps([Path(sys.argv[0]).stem, *sys.argv[1:]]) + "\\n")
+"""
 PROGRAMS = {
     "srun": f"""
 import os, signal, time
@@ -53,8 +58,11 @@ def start(tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
     for name, program in PROGRAMS.items():
+        (bin_dir / f"{name}.py").write_text(program)
         path = bin_dir / name
-        path.write_text(f"#!{sys.executable}\n{program}")
+        # the first line of a program cannot hold the spaces that a checkout's path may have
+        words = shlex.join([sys.executable, str(bin_dir / f"{name}.py")])
+        path.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     # as Slurm does: a script runs from a copy elsewhere
     copied = tmp_path / "spool"
@@ -84,7 +92,7 @@ def calls(folder: Path) -> list[list[str]]:
 
 
 def srun_call(folder: Path) -> list[str]:
-    (found,) = [call for call in calls(folder) if Path(call[0]).name == "srun"]
+    (found,) = [call for call in calls(folder) if call[0] == "srun"]
     return found[1:]
 
 
@@ -116,7 +124,7 @@ def test_exit_codes_go_on_and_75_into_the_queue(
     code: int, requeues: bool, start: Callable, tmp_path: Path
 ) -> None:
     assert start("7b.sh", code=code).wait(SECONDS) == code
-    asked = [call[1:] for call in calls(tmp_path) if Path(call[0]).name == "scontrol"]
+    asked = [call[1:] for call in calls(tmp_path) if call[0] == "scontrol"]
     assert (["requeue", "123456"] in asked) == requeues
 
 
@@ -131,7 +139,7 @@ def test_signals_go_on_to_the_step_which_is_waited_for(
         time.sleep(0.01)
     script.send_signal(number)
     assert script.wait(SECONDS) == 75
-    order = [call if call[0] == "got" else Path(call[0]).name for call in calls(tmp_path)]
+    order = [call if call[0] == "got" else call[0] for call in calls(tmp_path)]
     assert order == ["srun", ["got", number.name], "scontrol"]
 
 
