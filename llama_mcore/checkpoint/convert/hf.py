@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llama_mcore.checkpoint.convert.formats import Advance, Format, WriteOptions, check_named
 from llama_mcore.checkpoint.convert.hf_tokenizer import TOKENIZER_MODEL, write_tokenizer
+from llama_mcore.checkpoint.convert.json_object import read_json_object
 from llama_mcore.checkpoint.convert.names import HUGGING_FACE, NameTable
 from llama_mcore.checkpoint.convert.safetensors_stream import TensorStream
 from llama_mcore.checkpoint.convert.tensors import join, split
@@ -21,16 +22,14 @@ from llama_mcore.checkpoint.convert.weights import Weights
 from llama_mcore.checkpoint.layout import WEIGHT
 from llama_mcore.checkpoint.stored import StoredTensor, read_safetensors
 from llama_mcore.data.tokenizer import Tokenizer
-from llama_mcore.errors import CheckpointError, MissingInputError, Problem, shown
+from llama_mcore.errors import CheckpointError, Problem, shown
 from llama_mcore.model.config import ModelConfig, RopeScaling
 from llama_mcore.model.shapes import parameter_shapes
-from llama_mcore.small_file import read_json
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 NAMES = NameTable(HUGGING_FACE)
-_LARGEST_JSON = 16 << 20
 _FILE_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,200}\.safetensors", re.ASCII)
 _DEFAULT_ROPE_THETA = 10000.0  # of LlamaConfig, where config.json is silent
 # RopeScaling's fields -> theirs.
@@ -194,7 +193,7 @@ class HfWeights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = _read_json(folder / CONFIG)
+        self.config = read_json_object(folder / CONFIG)
         self.model = model_of(self.config)
         self._tensors = self._find_tensors()
         self._check_tensors()
@@ -225,7 +224,7 @@ class HfWeights:
         path = self.folder / INDEX
         if not path.is_file():
             return [SINGLE_FILE]
-        found = _read_json(path).get("weight_map")
+        found = read_json_object(path).get("weight_map")
         names = list(found.values()) if isinstance(found, dict) else []
         foreign = [name for name in names if not (isinstance(name, str) and _FILE_NAME.fullmatch(name))]
         if foreign or not names:
@@ -279,18 +278,6 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         file.write(json.dumps(content, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = read_json(path.resolve(), _LARGEST_JSON)
-    except FileNotFoundError:
-        raise MissingInputError(Problem("file", path, "no such file")) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(Problem("file", path, f"cannot be read ({shown(error)})")) from None
-    if not isinstance(content, dict):
-        raise CheckpointError(Problem("file", path, "must hold a JSON object"))
-    return content
 
 
 def _open(folder: Path, model: ModelConfig | None) -> Weights:

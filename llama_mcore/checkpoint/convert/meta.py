@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from llama_mcore.checkpoint.convert.formats import Advance, Format, WriteOptions, check_named
+from llama_mcore.checkpoint.convert.json_object import read_json_object
 from llama_mcore.checkpoint.convert.meta_params import (
     PARAMS,
     described_model,
@@ -38,7 +39,6 @@ from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, 
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.shapes import parameter_shapes
 from llama_mcore.model.sharding import Cut, full_shape, shard, unshard
-from llama_mcore.small_file import read_json
 
 RECEIPT = "conversion.json"
 TOKENIZER_MODEL = "tokenizer.model"
@@ -48,7 +48,6 @@ EMBEDDING_PART, OUTPUT_PART = "tok_embeddings.weight", "output.weight"
 MOST_RANKS = 100
 _FILE_NAME = re.compile(r"consolidated\.\d\d\.pth", re.ASCII)
 _BUFFERS = "rope.freqs"
-_LARGEST_JSON = 16 << 20
 _LARGEST_MODEL = 1 << 50  # parameters
 _ROWS, _COLUMNS = Cut(dim=0), Cut(dim=1)
 _CUTS: dict[str, Cut | None] = {
@@ -163,7 +162,7 @@ class MetaWeights:
     def __init__(self, folder: Path, named: ModelConfig | None = None) -> None:
         """`named` says what params.json cannot; what the two both say must agree."""
         self.folder = folder
-        params = parse_params(_read_object(folder / PARAMS))
+        params = parse_params(read_json_object(folder / PARAMS))
         self._ranks = self._open_files()
         self._embedding = self._embedding_cut(params.dim)
         self.model = described_model(
@@ -277,7 +276,7 @@ def _receipt(path: Path) -> ModelConfig | None:
     if not path.exists():
         return None
     try:
-        return ModelConfig(**_read_object(path)["model"])
+        return ModelConfig(**read_json_object(path)["model"])
     except (KeyError, TypeError, ValidationError) as error:
         reason = shown(" ".join(str(error).split()))
         raise CheckpointError(Problem("file", path, f"does not describe a model ({reason})")) from None
@@ -289,18 +288,6 @@ def _sentencepiece(path: Path) -> Path | None:
         return None
     with path.open("rb") as file:
         return path if file.read(1) == b"\n" else None
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = read_json(path.resolve(), _LARGEST_JSON)
-    except FileNotFoundError:
-        raise MissingInputError(Problem("file", path, "no such file")) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(Problem("file", path, f"cannot be read ({shown(error)})")) from None
-    if not isinstance(content, dict):
-        raise CheckpointError(Problem("file", path, "must hold a JSON object"))
-    return content
 
 
 def _open(folder: Path, model: ModelConfig | None) -> Weights:
