@@ -30,6 +30,7 @@ from llama_mcore.observe.sinks import MetricSinks
 from llama_mcore.parallel.device import peak_memory_bytes, pinned, synchronize
 from llama_mcore.parallel.groups import Groups, process_groups
 from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of
+from llama_mcore.train.phases import Phase, Phases
 from llama_mcore.train.resume import Start, find_start
 from llama_mcore.train.schedule import learning_rate
 from llama_mcore.train.signals import StopRequest
@@ -52,19 +53,28 @@ class Job:
     """The state that the newest checkpoint holds, or the one being written."""
     passed_over: list[str]
     """Damaged checkpoints that the run did not resume from; empty once they are reported."""
+    phases: Phases
 
 
-def train(run: RunConfig, stop: StopRequest, start: Start = Start()) -> int:  # noqa: B008  frozen
+def train(
+    run: RunConfig,
+    stop: StopRequest,
+    start: Start = Start(),  # noqa: B008  frozen
+    phases: Phases | None = None,
+) -> int:
     """Train to the last step and return 0, or to a request to stop and return 75. All ranks call it."""
+    phases = phases or Phases()
     with process_groups(run.parallel, run.run.seed) as groups:
         setup_logging(groups.rank)
         with ExitStack() as stack:
             lease = _together(groups, lambda: _hold(run, stack) if groups.rank == 0 else None)
-            job = setup(run, groups, start)
+            phases.enter(Phase.SETUP, 0)
+            job = setup(run, groups, start, phases)
             sinks = _together(groups, lambda: stack.enter_context(_sinks(job)))
             batches = stack.enter_context(_batches(job))
             saver = stack.enter_context(closing(Saver(job.engine, run, groups, lease)))
             while job.state.step < run.train.steps:
+                phases.enter(Phase.TRAIN, job.state.step + 1)
                 _write(job, sinks, _step(job, batches))
                 _announce_saved(saver.poll())
                 stopping = _any_rank(stop.received is not None, groups)
@@ -72,11 +82,13 @@ def train(run: RunConfig, stop: StopRequest, start: Start = Start()) -> int:  # 
                     save(job, saver)
                 if stopping:
                     break
+            phases.enter(Phase.SAVE, job.state.step)
             _announce_saved(saver.finish())
+        phases.enter(Phase.END, job.state.step)
         return _finish(job)
 
 
-def setup(run: RunConfig, groups: Groups, start: Start) -> Job:
+def setup(run: RunConfig, groups: Groups, start: Start, phases: Phases | None = None) -> Job:
     """Open the data, build model and engine, resume from the newest checkpoint if there is one.
 
     What can fail for the user's reasons comes first and fails on all ranks together.
@@ -95,13 +107,14 @@ def setup(run: RunConfig, groups: Groups, start: Start) -> Job:
         get_logger().info("resuming at step %d from %s", state.step, reader.path)
     _announce(run, groups)
     state_now = replace(state, segments=segments)
-    return Job(run, groups, engine, sources, state_now, saved=state, passed_over=found.passed_over)
+    return Job(run, groups, engine, sources, state_now, state, found.passed_over, phases or Phases())
 
 
 def save(job: Job, saver: Saver) -> None:
     """Begin a checkpoint of the current step unless there is one, and wait for it where that is wanted."""
     if job.saved == job.state:
         return
+    job.phases.enter(Phase.SAVE, job.state.step)
     lr = learning_rate(job.state.step, job.run.train.steps, job.run.optim)
     _announce_saved(saver.begin(job.state, lr))
     job.saved = job.state
@@ -124,6 +137,7 @@ def _step(job: Job, batches: MicroBatches) -> StepReport:
     accumulation = run.accumulation_steps(groups.world_size)
     started = time.perf_counter()
     micro_batches = _together(groups, lambda: list(islice(batches, accumulation)))
+    job.phases.beat()
     boundary = run.data.attention_boundary
     result = train_step(job.engine, iter(micro_batches), accumulation, lr, groups, boundary)
     synchronize()
@@ -159,6 +173,7 @@ def _write(job: Job, sinks: MetricSinks | None, report: StepReport) -> None:
 
 def _evaluate(job: Job) -> dict[str, HeldOut]:
     """Loss on the held-out text of each source that has some."""
+    job.phases.enter(Phase.EVALUATE, job.state.step)
     held_out = {source.name: source.valid for source in job.sources if source.valid}
     return {name: _evaluate_on(job, dataset) for name, dataset in held_out.items()}
 

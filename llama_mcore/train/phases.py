@@ -1,0 +1,47 @@
+"""What this rank is doing, told to those who want to know: the watchdog, and the ledger of time."""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Protocol
+
+
+class Phase(StrEnum):
+    """All time of a rank belongs to one of these."""
+
+    START = "start"
+    """Imports, and the other ranks joining."""
+    SETUP = "setup"
+    """Data, model, engine, and the checkpoint to go on from."""
+    TRAIN = "train"
+    """A step, from the wait for its data to the report of it."""
+    EVALUATE = "evaluate"
+    SAVE = "save"
+    """What training waits for of a save."""
+    END = "end"
+    """All is done but to leave."""
+
+
+class Listener(Protocol):
+    def enter(self, phase: Phase, step: int) -> None:
+        """`phase` begins, of `step`; the one before has ended. Entered again, it begins anew."""
+
+    def beat(self) -> None:
+        """Something of the phase is done: a rank that waits for others stops beating."""
+
+
+class Phases:
+    def __init__(self, listeners: Sequence[Listener] = ()) -> None:
+        self._listeners = list(listeners)
+
+    def add(self, listener: Listener) -> None:
+        self._listeners.append(listener)
+
+    def enter(self, phase: Phase, step: int) -> None:
+        """Say that `phase` begins. `step` is the one at work, counted from 1; 0 before the first."""
+        for listener in self._listeners:
+            listener.enter(phase, step)
+
+    def beat(self) -> None:
+        """Say that this rank got on: between what it does alone and what it does with others."""
+        for listener in self._listeners:
+            listener.beat()
