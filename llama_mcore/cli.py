@@ -213,6 +213,20 @@ def inspect_dataset(
         )
 
 
+@app.command("goodput")
+def goodput(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw it too, as a PNG.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Say where the time of a run went: steps, lost steps, saving, evaluation, restarting, waiting."""
+    with report_errors(debug):
+        from llama_mcore.observe.goodput import goodput
+
+        goodput(run_dir, as_json=json, picture=picture)
+
+
 @app.command("audit-data")
 def audit_data(
     run_dir: Annotated[Path, typer.Argument(help="Folder of the run.")],

@@ -10,6 +10,7 @@ from llama_mcore.errors import DataError, MissingInputError, OutputError, Proble
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TRAIN_COLOR, VALID_COLOR, LR_COLOR = "#1f4e79", "#c8501e", "#8a8a8a"
 
@@ -40,8 +41,6 @@ def loss_curve(metrics: Path, output: Path, title: str | None = None) -> None:
     rows = read_metrics(metrics)
     if not any(row["loss"] is not None for row in rows):
         raise DataError(Problem("metrics", metrics, "holds no finite loss", "let the run do a step first"))
-    # Agg by object, not by matplotlib.use: drawing a report must not change the caller's backend.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
@@ -49,6 +48,14 @@ def loss_curve(metrics: Path, output: Path, title: str | None = None) -> None:
     _draw_loss(loss_axes, rows)
     _draw_lr(lr_axes, rows)
     loss_axes.set_title(title or metrics.resolve().parent.name, loc="left", fontweight="bold")
+    save_figure(figure, output)
+
+
+def save_figure(figure: "Figure", output: Path) -> None:
+    """Write a PNG, whole or not at all. Raises OutputError."""
+    # Agg by object, not by matplotlib.use: drawing a report must not change the caller's backend.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     FigureCanvasAgg(figure)
     temporary = output.with_name(output.name + ".tmp")
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 from uuid import uuid4
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -26,11 +27,12 @@ from llama_mcore.errors import EXIT_SAVED, OutputError, Problem, UserError
 from llama_mcore.model.build import build_model
 from llama_mcore.observe.log import get_logger, setup_logging
 from llama_mcore.observe.metrics import HeldOut, StepReport
+from llama_mcore.observe.phases import Phase, Phases
 from llama_mcore.observe.sinks import MetricSinks
+from llama_mcore.observe.timeline import Timeline
 from llama_mcore.parallel.device import peak_memory_bytes, pinned, synchronize
 from llama_mcore.parallel.groups import Groups, process_groups
 from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of
-from llama_mcore.train.phases import Phase, Phases
 from llama_mcore.train.resume import Start, find_start
 from llama_mcore.train.schedule import learning_rate
 from llama_mcore.train.signals import StopRequest
@@ -68,6 +70,7 @@ def train(
         setup_logging(groups.rank)
         with ExitStack() as stack:
             lease = _together(groups, lambda: _hold(run, stack) if groups.rank == 0 else None)
+            timeline = stack.enter_context(_timeline(run, groups, lease, phases))
             phases.enter(Phase.SETUP, 0)
             job = setup(run, groups, start, phases)
             sinks = _together(groups, lambda: stack.enter_context(_sinks(job)))
@@ -76,19 +79,22 @@ def train(
             while job.state.step < run.train.steps:
                 phases.enter(Phase.TRAIN, job.state.step + 1)
                 _write(job, sinks, _step(job, batches))
-                _announce_saved(saver.poll())
+                _announce_saved(saver.poll(), phases)
                 stopping = _any_rank(stop.received is not None, groups)
                 if stopping or _save_is_due(job):
                     save(job, saver)
                 if stopping:
                     break
             phases.enter(Phase.SAVE, job.state.step)
-            _announce_saved(saver.finish())
-        phases.enter(Phase.END, job.state.step)
-        return _finish(job)
+            _announce_saved(saver.finish(), phases)
+            phases.enter(Phase.END, job.state.step)
+            exit_code = _finish(job)
+            if timeline:
+                timeline.exit_code = exit_code
+        return exit_code
 
 
-def setup(run: RunConfig, groups: Groups, start: Start, phases: Phases | None = None) -> Job:
+def setup(run: RunConfig, groups: Groups, start: Start, phases: Phases) -> Job:
     """Open the data, build model and engine, resume from the newest checkpoint if there is one.
 
     What can fail for the user's reasons comes first and fails on all ranks together.
@@ -99,6 +105,7 @@ def setup(run: RunConfig, groups: Groups, start: Start, phases: Phases | None = 
     state = reader.state if reader else TrainState(run_id=_drawn_by_rank_0())
     segments = _together(groups, lambda: _plan_data(run, sources, state, start.accept_data_change))
     _together(groups, lambda: _prepare_run_dir(run) if groups.rank == 0 else None)
+    phases.settled()
     seed = None if reader else run.run.seed
     model = build_model(run.model, run.parallel, groups, dtype_of(run), seed)
     engine = build_engine(model, run, groups)
@@ -107,7 +114,7 @@ def setup(run: RunConfig, groups: Groups, start: Start, phases: Phases | None = 
         get_logger().info("resuming at step %d from %s", state.step, reader.path)
     _announce(run, groups)
     state_now = replace(state, segments=segments)
-    return Job(run, groups, engine, sources, state_now, state, found.passed_over, phases or Phases())
+    return Job(run, groups, engine, sources, state_now, state, found.passed_over, phases)
 
 
 def save(job: Job, saver: Saver) -> None:
@@ -116,16 +123,17 @@ def save(job: Job, saver: Saver) -> None:
         return
     job.phases.enter(Phase.SAVE, job.state.step)
     lr = learning_rate(job.state.step, job.run.train.steps, job.run.optim)
-    _announce_saved(saver.begin(job.state, lr))
+    _announce_saved(saver.begin(job.state, lr), job.phases)
     job.saved = job.state
     if job.run.checkpoint.also_deepspeed:
         save_deepspeed_folder(job.engine, job.run, job.state, job.groups)
     if not job.run.checkpoint.asynchronous:
-        _announce_saved(saver.finish())
+        _announce_saved(saver.finish(), job.phases)
 
 
-def _announce_saved(saved: Saved | None) -> None:
+def _announce_saved(saved: Saved | None, phases: Phases) -> None:
     if saved:
+        phases.saved(saved.state.step)
         times = f"{saved.seconds:.1f} s, training waited {saved.stalled_s:.2f} s"
         get_logger().info("saved %s in %s", saved.path, times)
 
@@ -222,6 +230,18 @@ def _hold(run: RunConfig, stack: ExitStack) -> Lease:
         return stack.enter_context(held_lease(Path(run.run.dir)))
     except OSError as error:
         raise _unwritable(run, error) from None
+
+
+def _timeline(
+    run: RunConfig, groups: Groups, lease: Lease | None, phases: Phases
+) -> AbstractContextManager[Timeline | None]:
+    """Rank 0, which holds the lease, writes down where its time goes."""
+    if lease is None:
+        return nullcontext()
+    began = psutil.Process().create_time()
+    timeline = Timeline(Path(run.run.dir), lease.number, groups.world_size, began)
+    phases.add(timeline)
+    return timeline
 
 
 def _sinks(job: Job) -> AbstractContextManager[MetricSinks | None]:

@@ -16,6 +16,7 @@ from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.config import LARGEST_CONFIG, RunConfig
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, Problem
 from llama_mcore.observe.log import get_logger
+from llama_mcore.observe.timeline import TIMELINE_FILE
 from llama_mcore.parallel.groups import Groups
 from llama_mcore.small_file import parse_yaml, read_small_file
 
@@ -120,7 +121,7 @@ def _begin_anew(run: RunConfig, start: Start) -> None:
 
 def _is_same_run(run_dir: Path, run: RunConfig) -> bool:
     """Whether all that the folder holds comes from a start of the same configuration."""
-    known = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "deepspeed", LEASE}
+    known = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "deepspeed", TIMELINE_FILE, LEASE}
     if not {path.name for path in run_dir.iterdir()} <= known:
         return False
     try:

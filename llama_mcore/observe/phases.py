@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Protocol
 
 
 class Phase(StrEnum):
@@ -21,15 +20,25 @@ class Phase(StrEnum):
     """All is done but to leave."""
 
 
-class Listener(Protocol):
+class Listener:
+    """One who wants to know. What it does not override it does not care about."""
+
     def enter(self, phase: Phase, step: int) -> None:
         """`phase` begins, of `step`; the one before has ended. Entered again, it begins anew."""
 
     def beat(self) -> None:
         """Something of the phase is done: a rank that waits for others stops beating."""
 
+    def settled(self) -> None:
+        """The run's folder is there, and is this run's."""
+
+    def saved(self, step: int) -> None:
+        """The checkpoint of `step` is on the disk."""
+
 
 class Phases:
+    """Every rank has one and tells it the same things."""
+
     def __init__(self, listeners: Sequence[Listener] = ()) -> None:
         self._listeners = list(listeners)
 
@@ -45,3 +54,11 @@ class Phases:
         """Say that this rank got on: between what it does alone and what it does with others."""
         for listener in self._listeners:
             listener.beat()
+
+    def settled(self) -> None:
+        for listener in self._listeners:
+            listener.settled()
+
+    def saved(self, step: int) -> None:
+        for listener in self._listeners:
+            listener.saved(step)

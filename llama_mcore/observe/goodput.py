@@ -1,0 +1,229 @@
+"""Where the time of a run went, second by second: productive steps, lost steps, saving, evaluating,
+restarting, and the time between its lives. Read from RUN_DIR/timeline.jsonl."""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+from rich.console import Console
+from rich.table import Table
+
+from llama_mcore.errors import DataError, MissingInputError, Problem
+from llama_mcore.observe.metrics import describe_duration
+from llama_mcore.observe.phases import Phase
+from llama_mcore.observe.timeline import TIMELINE_FILE
+
+PRODUCTIVE, LOST, EVALUATION, DOWN = "productive", "lost", "evaluation", "down"
+KINDS = (PRODUCTIVE, LOST, "saving", EVALUATION, "restarting", "ending", DOWN)
+STALE_S = 60.0
+"""A life whose lease was not touched for so long is over."""
+_KIND_OF_PHASE: dict[str, str] = {
+    Phase.START: "restarting",
+    Phase.SETUP: "restarting",
+    Phase.TRAIN: PRODUCTIVE,
+    Phase.EVALUATE: EVALUATION,
+    Phase.SAVE: "saving",
+    Phase.END: "ending",
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """Time that went into one thing; seconds since 1970."""
+
+    life: int
+    kind: str
+    step: int
+    began: float
+    ended: float
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.began
+
+
+@dataclass
+class Life:
+    """One start of the run."""
+
+    number: int
+    began: float
+    job: str
+    ranks: int
+    entries: list[tuple[float, str, int]] = field(default_factory=list)
+    """Beginning, kind and step of what it did."""
+    saved: list[int] = field(default_factory=list)
+    """Steps of its checkpoints."""
+    left: int | None = None
+    """Exit code; None if it was killed, or runs."""
+    ended: float = 0.0
+
+
+def goodput(run_dir: Path, *, as_json: bool = False, picture: Path | None = None) -> None:
+    """Print where the time went, of each life and in total. Raises MissingInputError and DataError."""
+    lives = read_lives(run_dir)
+    spans = spans_of(lives)
+    if not spans:
+        raise DataError(Problem("timeline", run_dir / TIMELINE_FILE, "holds no time of a run yet"))
+    if picture:
+        from llama_mcore.observe.goodput_picture import draw
+
+        draw(spans, picture, run_dir.resolve().name)
+    if as_json:
+        print(json.dumps(to_dict(lives, spans), indent=2))
+        return
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    console.print(conclusion(spans), markup=False)
+    console.print(_table(lives, spans))
+
+
+def read_lives(run_dir: Path) -> list[Life]:
+    """All lives in the order of their beginnings. Lines that a kill or a full disk cut are passed over."""
+    path = run_dir / TIMELINE_FILE
+    if not path.is_file():
+        raise MissingInputError(Problem("RUN_DIR", run_dir, f"has no {TIMELINE_FILE}", "give a run's folder"))
+    lives: list[Life] = []
+    for row in _rows(path):
+        with suppress(KeyError, TypeError, ValueError):
+            if "life" in row:
+                lives.append(Life(int(row["life"]), float(row["began"]), str(row["job"]), int(row["ranks"])))
+            elif lives:
+                _add(lives[-1], row)
+    for life in lives:
+        life.ended = max(life.ended, life.began)
+        if life.left is None:
+            life.ended = max(life.ended, _last_sign(run_dir, life))
+    return lives
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def _add(life: Life, row: dict[str, Any]) -> None:
+    when = float(row["t"])
+    if "phase" in row:
+        life.entries.append((when, _KIND_OF_PHASE[row["phase"]], int(row["step"])))
+    elif "saved" in row:
+        life.saved.append(int(row["saved"]))
+    else:
+        life.left = int(row["left"])
+    life.ended = when
+
+
+def _last_sign(run_dir: Path, life: Life) -> float:
+    """When a killed life was seen last: its lease is touched every few seconds, and stays behind."""
+    try:
+        return (run_dir / "lease" / f"{life.number:08d}.json").stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def spans_of(lives: Sequence[Life]) -> list[Span]:
+    """The time from the first beginning to the last end, without a gap or an overlap."""
+    spans: list[Span] = []
+    for i, life in enumerate(lives):
+        if spans:
+            spans.append(Span(life.number, DOWN, 0, spans[-1].ended, max(spans[-1].ended, life.began)))
+        # A clock that was set back between two lives must not count time twice.
+        following = lives[i + 1].began if i + 1 < len(lives) else float("inf")
+        spans += _spans_of_life(life, spans[-1].ended if spans else life.began, following)
+    return [span for span in _marked(spans) if span.seconds > 0]
+
+
+def _spans_of_life(life: Life, not_before: float, following: float) -> Iterator[Span]:
+    entries = [(life.began, _KIND_OF_PHASE[Phase.START], 0), *life.entries]
+    ends = [began for began, _, _ in entries[1:]] + [min(life.ended, following)]
+    for (began, kind, step), ended in zip(entries, ends, strict=True):
+        began, ended = max(began, not_before), max(ended, not_before)
+        yield Span(life.number, kind, step, began, max(began, ended))
+
+
+def _marked(spans: Sequence[Span]) -> list[Span]:
+    """Steps, and evaluations after them, that came again later are lost."""
+    marked: list[Span] = []
+    first_redone = float("inf")
+    for span in reversed(spans):
+        if span.kind in (PRODUCTIVE, EVALUATION) and span.step >= first_redone:
+            span = replace(span, kind=LOST)
+        elif span.kind == PRODUCTIVE:
+            first_redone = span.step
+        marked.append(span)
+    return marked[::-1]
+
+
+def seconds_by_kind(spans: Iterable[Span]) -> dict[str, float]:
+    """All kinds, those without time too."""
+    seconds = dict.fromkeys(KINDS, 0.0)
+    for span in spans:
+        seconds[span.kind] += span.seconds
+    return seconds
+
+
+def conclusion(spans: Sequence[Span]) -> str:
+    seconds = seconds_by_kind(spans)
+    total = sum(seconds.values())
+    worst = max((kind for kind in KINDS if kind != PRODUCTIVE), key=lambda kind: seconds[kind])
+    return (
+        f"goodput {seconds[PRODUCTIVE] / total:.1%} of {describe_duration(total)}; "
+        f"the most of the rest: {worst}, {seconds[worst] / total:.1%}"
+    )
+
+
+def to_dict(lives: Sequence[Life], spans: Sequence[Span]) -> dict[str, Any]:
+    """Keys of --json."""
+    total = seconds_by_kind(spans)
+    return {
+        "goodput": total[PRODUCTIVE] / sum(total.values()),
+        "seconds": sum(total.values()),
+        "seconds_by_kind": total,
+        "lives": [
+            {
+                "life": life.number,
+                "began": life.began,
+                "job": life.job,
+                "ranks": life.ranks,
+                "exit_code": life.left,
+                "checkpoints": life.saved,
+                "seconds_by_kind": seconds_by_kind(span for span in spans if span.life == life.number),
+            }
+            for life in lives
+        ],
+    }
+
+
+def _table(lives: Sequence[Life], spans: Sequence[Span]) -> Table:
+    """A row for each life."""
+    table = Table("life", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in (*KINDS, "all", "exit"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for life in lives:
+        seconds = seconds_by_kind(span for span in spans if span.life == life.number)
+        table.add_row(str(life.number), *_durations(seconds), _ending(life))
+    total = seconds_by_kind(spans)
+    whole = sum(total.values())
+    table.add_row("total", *_durations(total))
+    table.add_row("share", *(f"{seconds / whole:.1%}" for seconds in [*total.values(), whole]))
+    return table
+
+
+def _durations(seconds: dict[str, float]) -> list[str]:
+    return [describe_duration(value) for value in [*seconds.values(), sum(seconds.values())]]
+
+
+def _ending(life: Life) -> str:
+    if life.left is not None:
+        return str(life.left)
+    return "runs" if time.time() - life.ended < STALE_S else "killed"

@@ -1,0 +1,101 @@
+"""How a run spent its time: a line whenever rank 0 begins something else. `llama-mcore goodput` reads it.
+
+RUN_DIR/timeline.jsonl, of all lives of a run, oldest first. Times are seconds since 1970; inside a life they
+follow the monotonic clock, so that a clock that is set in between does not bend them.
+
+    {"life": 3, "began": 1763920000.1, "job": "4711", "host": "n1", "ranks": 16}
+    {"t": 1763920021.5, "phase": "train", "step": 1201}
+    {"t": 1763920031.5, "saved": 1200}
+    {"t": 1763920099.9, "left": 75}
+
+A life without "left" was killed.
+"""
+
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import orjson
+
+from llama_mcore.errors import UserError
+from llama_mcore.observe.log import get_logger
+from llama_mcore.observe.phases import Listener, Phase
+
+TIMELINE_FILE = "timeline.jsonl"
+
+
+class Timeline(Listener):
+    """One life's part of the file, written by rank 0.
+
+    Nothing is written before `settled`: until then it is not certain that the folder is this run's. A full
+    disk costs lines, and a warning, but never the run.
+    """
+
+    def __init__(self, run_dir: Path, life: int, ranks: int, began: float) -> None:
+        """`life`: the number of the lease that the run is held by. `began`: when this process did."""
+        self._path = run_dir / TIMELINE_FILE
+        self._clock_offset = time.time() - time.monotonic()
+        self._held_back: list[bytes] = []
+        self._file: BinaryIO | None = None
+        self._failed = False
+        self.exit_code = 0
+        job = os.environ.get("SLURM_JOB_ID", "")
+        host = socket.gethostname()
+        self._write({"life": life, "began": began, "job": job, "host": host, "ranks": ranks})
+
+    def settled(self) -> None:
+        try:
+            self._file = self._path.open("ab", buffering=0)
+        except OSError as error:
+            self._fail(error)
+        held_back, self._held_back = self._held_back, []
+        for line in held_back:
+            self._append(line)
+
+    def enter(self, phase: Phase, step: int) -> None:
+        self._write({"t": self._now(), "phase": phase, "step": step})
+
+    def saved(self, step: int) -> None:
+        self._write({"t": self._now(), "saved": step})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """The life is over, and not by a kill: the last line says with which exit code."""
+        if error is not None:
+            self.exit_code = error.exit_code if isinstance(error, UserError) else 1
+        self._write({"t": self._now(), "left": self.exit_code})
+        if self._file:
+            self._file.close()
+        self._file = None
+
+    def _now(self) -> float:
+        return round(time.monotonic() + self._clock_offset, 3)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        encoded = orjson.dumps(line) + b"\n"
+        if self._file:
+            self._append(encoded)
+        else:
+            self._held_back.append(encoded)
+
+    def _append(self, line: bytes) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(line)
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        if not self._failed:
+            get_logger().warning(
+                "%s cannot be written (%s): goodput will lack this", TIMELINE_FILE, error.strerror
+            )
+        self._failed = True

@@ -1,0 +1,189 @@
+"""llama_mcore.observe.{timeline,goodput}: every second of a run is accounted for, once."""
+
+import json
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from llama_mcore.errors import DataError, MissingInputError, OutputError, Problem
+from llama_mcore.observe.goodput import goodput, read_lives, seconds_by_kind, spans_of, to_dict
+from llama_mcore.observe.phases import Phase, Phases
+from llama_mcore.observe.timeline import TIMELINE_FILE, Timeline
+
+# Begins at 1000; trains steps 1 to 3, of which 1 and 2 are saved; is killed in step 4, last seen at 1050.
+KILLED = [
+    {"life": 1, "began": 1000.0, "job": "7", "host": "n1", "ranks": 2},
+    {"t": 1005.0, "phase": "setup", "step": 0},
+    {"t": 1010.0, "phase": "train", "step": 1},
+    {"t": 1012.0, "phase": "train", "step": 2},
+    {"t": 1014.0, "phase": "evaluate", "step": 2},
+    {"t": 1017.0, "phase": "save", "step": 2},
+    {"t": 1018.0, "phase": "train", "step": 3},
+    {"t": 1018.5, "saved": 2},
+    {"t": 1020.0, "phase": "evaluate", "step": 3},
+    {"t": 1021.0, "phase": "train", "step": 4},
+]
+# Goes on from step 2 at 1100, and finishes with step 3.
+FINISHED = [
+    {"life": 2, "began": 1100.0, "job": "7", "host": "n1", "ranks": 2},
+    {"t": 1104.0, "phase": "setup", "step": 0},
+    {"t": 1108.0, "phase": "train", "step": 3},
+    {"t": 1110.0, "phase": "save", "step": 3},
+    {"t": 1111.0, "saved": 3},
+    {"t": 1111.5, "phase": "end", "step": 3},
+    {"t": 1112.0, "left": 0},
+]
+
+
+def write(run_dir: Path, rows: list[dict], tail: bytes = b"") -> Path:
+    lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    (run_dir / TIMELINE_FILE).write_bytes(lines + tail)
+    return run_dir
+
+
+def test_every_second_has_its_kind(tmp_path: Path) -> None:
+    write(tmp_path, KILLED + FINISHED)
+    (tmp_path / "lease").mkdir()
+    (tmp_path / "lease" / "00000001.json").touch()
+    os.utime(tmp_path / "lease" / "00000001.json", (1050, 1050))
+    lives = read_lives(tmp_path)
+    spans = spans_of(lives)
+    assert seconds_by_kind(spans) == {
+        "productive": 2 + 2 + 2,  # steps 1 and 2 of the first life, 3 of the second
+        "lost": 2 + 1 + 29,  # step 3, its evaluation, and step 4 until the kill
+        "saving": 1 + 1.5,
+        "evaluation": 3,
+        "restarting": 10 + 8,
+        "ending": 0.5,
+        "down": 50,
+    }
+    assert [life.left for life in lives] == [None, 0]
+    assert [life.saved for life in lives] == [[2], [3]]
+
+
+def test_without_its_lease_a_killed_life_ends_with_its_last_line(tmp_path: Path) -> None:
+    spans = spans_of(read_lives(write(tmp_path, KILLED + FINISHED)))
+    seconds = seconds_by_kind(spans)
+    assert (seconds["lost"], seconds["down"]) == (3, 79)
+    assert sum(seconds.values()) == 112
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(0, 100, allow_nan=False),
+            st.lists(st.tuples(st.sampled_from(list(Phase)), st.integers(0, 9), st.floats(0, 50))),
+            st.booleans(),
+        ),
+        min_size=1,
+    )
+)
+def test_the_kinds_always_add_up(tmp_path_factory: pytest.TempPathFactory, lives: list) -> None:
+    """Also where clocks were set back between two lives."""
+    rows: list[dict] = []
+    for number, (began, phases, left) in enumerate(lives):
+        rows.append({"life": number, "began": began, "job": "", "host": "", "ranks": 1})
+        now = began
+        for phase, step, seconds in phases:
+            rows.append({"t": now, "phase": phase, "step": step})
+            now += seconds
+        if left:
+            rows.append({"t": now, "left": 0})
+    spans = spans_of(read_lives(write(tmp_path_factory.mktemp("run"), rows)))
+    assert all(one.ended == other.began for one, other in pairwise(spans))
+    if spans:
+        whole = spans[-1].ended - spans[0].began
+        assert sum(seconds_by_kind(spans).values()) == pytest.approx(whole, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"t": 1200.0, "pha', b"\x00\xff\n", b"[1]\n", b'{"t": "x", "left": 0}\n', b'{"left": 0}\n']
+)
+def test_a_damaged_line_is_passed_over(tmp_path: Path, damage: bytes) -> None:
+    sound = to_dict(*_read(write(tmp_path, KILLED)))
+    assert to_dict(*_read(write(tmp_path, KILLED, damage))) == sound
+
+
+def _read(run_dir: Path) -> tuple:
+    lives = read_lives(run_dir)
+    return lives, spans_of(lives)
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    phases = Phases()
+    with Timeline(tmp_path, life=4, ranks=2, began=0.0) as timeline:
+        phases.add(timeline)
+        phases.enter(Phase.SETUP, 0)
+        assert not list(tmp_path.iterdir())  # the folder is not yet known to be this run's
+        phases.settled()
+        phases.enter(Phase.TRAIN, 1)
+        phases.saved(1)
+        timeline.exit_code = 75
+    (life,) = read_lives(tmp_path)
+    assert (life.number, life.began, life.ranks, life.left, life.saved) == (4, 0.0, 2, 75, [1])
+    assert [(kind, step) for _, kind, step in life.entries] == [("restarting", 0), ("productive", 1)]
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code"), [(OutputError(Problem("run.dir", "x", "is full")), 73), (ValueError(), 1)]
+)
+def test_a_life_that_fails_says_how(tmp_path: Path, error: Exception, exit_code: int) -> None:
+    def life() -> None:
+        with Timeline(tmp_path, life=1, ranks=1, began=0.0) as timeline:
+            timeline.settled()
+            raise error
+
+    with pytest.raises(type(error)):
+        life()
+    assert read_lives(tmp_path)[0].left == exit_code
+
+
+def test_a_full_disk_costs_lines_and_nothing_else(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    (tmp_path / TIMELINE_FILE).symlink_to("/dev/full")
+    with Timeline(tmp_path, life=1, ranks=1, began=0.0) as timeline:
+        timeline.settled()
+        timeline.enter(Phase.TRAIN, 1)
+    assert caplog.text.count("timeline.jsonl cannot be written (No space left on device)") == 1
+
+
+def test_the_command_prints_a_table_json_and_a_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, KILLED + FINISHED)
+    goodput(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "goodput 5.4% of 1m52s; the most of the rest: down, 70.5%"
+    assert [line.split()[0] for line in lines[1:]] == ["life", "1", "2", "total", "share"]
+    assert lines[2].split()[-1] == "killed"
+    assert lines[3].split()[-1] == "0"
+    goodput(tmp_path, as_json=True, picture=tmp_path / "goodput.png")
+    found = json.loads(capsys.readouterr().out)
+    assert found["goodput"] == pytest.approx(6 / 112)
+    assert found["lives"][1]["seconds_by_kind"]["down"] == 79
+    with Image.open(tmp_path / "goodput.png") as image:
+        red, green, _ = np.moveaxis(np.asarray(image.convert("RGB")), -1, 0)
+    assert ((green > 100) & (red < 100)).sum() > 100  # the bars of productive steps
+
+
+def test_a_life_whose_lease_is_touched_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, KILLED)
+    (tmp_path / "lease").mkdir()
+    (tmp_path / "lease" / "00000001.json").touch()
+    goodput(tmp_path)
+    assert capsys.readouterr().out.splitlines()[2].split()[-1] == "runs"
+
+
+def test_a_life_without_time_is_no_run_yet(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no time"):
+        goodput(write(tmp_path, KILLED[:1]))
+
+
+def test_a_folder_without_a_timeline_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match=r"has no timeline\.jsonl"):
+        goodput(tmp_path)
