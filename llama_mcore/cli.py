@@ -3,6 +3,7 @@
 Commands import what they need when they run: `--help` and `--dry-run` load no torch.
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -276,6 +277,9 @@ def train(
             from llama_mcore.train.ds_config import deepspeed_config
 
             deepspeed_config(run, ranks)
+            if "RANK" in os.environ:
+                _preflight(run, ranks, json=False)
+                return
             typer.echo(describe_run(run, ranks))
             if not missing_inputs(run):
                 typer.echo(_data_plan(run))
@@ -293,6 +297,45 @@ def train(
 
             exit_code = train(run, stop, Start(resume, fresh, accept_data_change))
     raise typer.Exit(exit_code)
+
+
+@app.command(
+    "preflight",
+    context_settings={"allow_extra_args": True},
+    options_metavar="--config NAME [section.key=value ...]",
+)
+def preflight(
+    context: typer.Context,
+    config: Annotated[str, typer.Option(help="YAML file, or a shipped one: tiny, 7b, 13b, 33b, 65b.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Set by deepspeed.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Check from every rank what would stop a run: data, folder, room, memory, network, clocks, versions.
+
+    Start it as the run would be started; train --dry-run does the same under a launcher."""
+    with report_errors(debug):
+        from llama_mcore.config import check_run, load_run, world_size_from_env
+        from llama_mcore.train.ds_config import deepspeed_config
+
+        run = load_run(config, context.args)
+        ranks = world_size_from_env(run)
+        check_run(run, ranks)
+        deepspeed_config(run, ranks)
+        _preflight(run, ranks, json)
+
+
+def _preflight(run: "RunConfig", ranks: int, json: bool) -> None:
+    from llama_mcore.observe.log import silence_libraries
+    from llama_mcore.parallel.device import on_gpu
+    from llama_mcore.plan.summary import describe_run
+
+    silence_libraries(cpu=not on_gpu())
+    from llama_mcore.launch.preflight import preflight
+
+    if os.environ.get("RANK", "0") == "0" and not json:
+        typer.echo(f"{describe_run(run, ranks)}\n")
+    preflight(run, ranks, json)
 
 
 def _data_plan(run: "RunConfig") -> str:

@@ -39,6 +39,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch.gpus": {"launch", "parallel.device"},
     "launch.loopback": {"errors", "launch", "parallel.device"},
     "launch.doctor": {"errors", "launch", "parallel.device"},
+    "launch.all_reduce": {"parallel.device"},
+    # It looks at what a run will look at, with the same functions.
+    "launch.node_checks": {"errors", "launch", "config", "data", "plan", "parallel.device"},
+    "launch.versions": {"parallel.device"},
+    "launch.preflight": {"errors", "launch", "config", "parallel"},
     "benchmark": BASE
     | {"benchmark", "train", "model", "parallel", "data", "checkpoint", "observe", "plan", "config"},
     "generate": BASE | {"model", "parallel", "data", "checkpoint", "observe", "config"},

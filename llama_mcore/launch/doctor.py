@@ -20,7 +20,7 @@ def doctor(as_json: bool) -> None:
     """Print what is found. PreflightError, with all problems, where a training run could not start."""
     findings = examine()
     print(as_json_text(findings) if as_json else as_text(findings))
-    problems = [_problem(finding) for finding in findings if finding.stops_training]
+    problems = [problem_of(finding) for finding in findings if finding.stops_training]
     if problems:
         raise PreflightError(problems)
 
@@ -91,5 +91,5 @@ def as_json_text(findings: Sequence[Finding]) -> str:
     return json.dumps(content, indent=2)
 
 
-def _problem(finding: Finding) -> Problem:
+def problem_of(finding: Finding) -> Problem:
     return Problem(finding.name, finding.value, finding.meaning or finding.status, finding.remedy)

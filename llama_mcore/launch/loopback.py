@@ -21,19 +21,17 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from llama_mcore.errors import shown
+from llama_mcore.launch.all_reduce import all_reduce_speed
 from llama_mcore.launch.finding import Finding
-from llama_mcore.parallel.device import communication_backend, on_gpu, select_device, synchronize
+from llama_mcore.parallel.device import communication_backend, on_gpu, select_device
 
 MODULE = "llama_mcore.launch.loopback"
 LIMIT_S = 20.0
 # To import torch, which a cold or crowded disk makes slow, and which hangs where that disk does.
 START_S = 120.0
-BYTES = 16_000_000
-REPEATS = 3
 REMEDY = "look at the host's name and at GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME; NCCL_DEBUG=INFO says more"
 
 
@@ -120,24 +118,11 @@ def _rank(rank: int, ranks: int, folder: Path) -> None:
         device_id=device if on_gpu() else None,
     )
     try:
-        tensor = torch.ones(BYTES // 4, device=device)
-        fastest = min(_timed_all_reduce(tensor) for _ in range(1 + REPEATS))
-        # each of the 1 + REPEATS sums multiplies by the number of ranks
-        if not bool((tensor == ranks ** (1 + REPEATS)).all()):
-            sys.exit("all_reduce gave a wrong sum")
+        speed = all_reduce_speed(device)
         if rank == 0:
-            (folder / "speed").write_text(f"{BYTES / fastest}")
+            (folder / "speed").write_text(str(speed))
     finally:
         dist.destroy_process_group()
-
-
-def _timed_all_reduce(tensor: torch.Tensor) -> float:
-    """Seconds."""
-    synchronize()
-    start = time.perf_counter()
-    dist.all_reduce(tensor)
-    synchronize()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -73,6 +73,18 @@ def device_name() -> str:
     return torch.cuda.get_device_name(local_device()) if on_gpu() else "cpu"
 
 
+def gpu_memory_bytes() -> int | None:
+    """Memory of this rank's GPU; None without one."""
+    return torch.cuda.mem_get_info(local_device())[1] if on_gpu() else None
+
+
+def gpu_library_versions() -> dict[str, str]:
+    """CUDA and NCCL, where there is a GPU."""
+    if not on_gpu():
+        return {}
+    return {"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
+
+
 def order_kernel_starts(tp: int, zero_stage: int) -> None:
     """Have a GPU start kernels in the order of their launch, so that a collective launched before a GEMM
     does not wait behind it. Call before the first use of CUDA.

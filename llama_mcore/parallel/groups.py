@@ -33,14 +33,14 @@ class Groups:
 
 
 @contextmanager
-def process_groups(parallel: ParallelConfig, seed: int) -> Iterator[Groups]:
+def process_groups(parallel: ParallelConfig, seed: int, timeout: timedelta = TIMEOUT) -> Iterator[Groups]:
     """Join the job that torchrun or srun describes in the environment; alone if there is none.
 
     Leaving without an error waits for all ranks (a rank that tears down early breaks the others'
     last collective); leaving with one does not, since the others may never come.
     """
     device = select_device()
-    _join_world(device if on_gpu() else None)
+    _join_world(device if on_gpu() else None, timeout)
     try:
         with model_parallel_groups(parallel, seed, device) as groups:
             yield groups
@@ -70,9 +70,9 @@ def model_parallel_groups(parallel: ParallelConfig, seed: int, device: torch.dev
         parallel_state.destroy_model_parallel()
 
 
-def _join_world(gpu: torch.device | None) -> None:
+def _join_world(gpu: torch.device | None, timeout: timedelta) -> None:
     if "RANK" in os.environ:
-        dist.init_process_group(communication_backend(), timeout=TIMEOUT, device_id=gpu)
+        dist.init_process_group(communication_backend(), timeout=timeout, device_id=gpu)
     else:
         dist.init_process_group(
             communication_backend(), store=dist.HashStore(), rank=0, world_size=1, device_id=gpu

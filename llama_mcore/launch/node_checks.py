@@ -1,0 +1,143 @@
+"""What one rank can find out alone before a run: its data, the run's folder, room on the disk, memory."""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from llama_mcore.config import RunConfig
+from llama_mcore.data.ledger import check_caps
+from llama_mcore.data.sources import open_sources, plan_run
+from llama_mcore.errors import UserError
+from llama_mcore.launch.cgroup import memory_limit
+from llama_mcore.launch.finding import Finding
+from llama_mcore.parallel.device import gpu_memory_bytes
+from llama_mcore.plan.memory import FP32, model_state
+from llama_mcore.plan.summary import human_bytes, human_count
+
+CHECKPOINTS = 2
+"""The newest must not go before the next one is whole."""
+MARK = ".preflight"
+_COPIES = 3  # masters and two moments
+
+
+def data(run: RunConfig) -> list[Finding]:
+    """Every dataset can be opened here and holds what the run is going to read."""
+    try:
+        sources = open_sources(run.data, run.model.seq_length, run.model.vocab_size)
+        plan = plan_run(run.data, sources, run.run.seed, run.model.seq_length)
+        check_caps(plan, run.train.steps * run.train.global_batch_size)
+    except UserError as error:
+        return [_problem("data", p.field, str(p.value), p.bound, p.remedy) for p in error.problems]
+    tokens = human_count(run.tokens_per_step * run.train.steps)
+    return [_ok("data", "tokens", f"{tokens} are to be read, and are there")]
+
+
+@contextmanager
+def shared_mark(run_dir: Path) -> Iterator[str]:
+    """Rank 0's part of `run_folder`: a file in the run's folder, by whose content others know that it is the
+    same folder. Removed again on leaving, with the folder where that was not there before."""
+    made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
+    content = ""
+    try:
+        with suppress(OSError):  # every rank will say so
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / MARK).write_text(written := uuid4().hex)
+            content = written
+        yield content
+    finally:
+        with suppress(OSError):
+            (run_dir / MARK).unlink()
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+
+
+def run_folder(run_dir: Path, rank: int, mark: str, wait_s: float = 10.0) -> Finding:
+    """What a save does works there: create, write, fsync, rename, read; and it is the folder of rank 0, which
+    a network file system may show `wait_s` later."""
+    probe = run_dir / f"{MARK}-{rank:05d}"
+    shared = not mark or _shows(run_dir / MARK, mark, wait_s)
+    try:
+        if shared:
+            _write_and_read(probe)
+    except OSError as error:
+        remedy = "choose another folder, or make it writable from every node"
+        reason = f"cannot be used ({error.strerror})"
+        return _problem("run folder", "run.dir", str(run_dir), reason, remedy)
+    finally:
+        for path in (probe, _temporary(probe)):
+            with suppress(OSError):
+                path.unlink()
+    if not shared:
+        remedy = "choose one on a file system that all nodes mount"
+        return _problem("run folder", "run.dir", str(run_dir), "is not the folder that rank 0 sees", remedy)
+    return _ok("run folder", "run.dir", f"{run_dir} can be written")
+
+
+def _write_and_read(probe: Path) -> None:
+    content, temporary = os.urandom(4096), _temporary(probe)
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(probe)
+    if probe.read_bytes() != content:
+        raise OSError(0, "gives back something else than was written")
+
+
+def _temporary(probe: Path) -> Path:
+    return probe.with_name(f"{probe.name}.tmp")
+
+
+def _shows(path: Path, content: str, wait_s: float) -> bool:
+    until = time.monotonic() + wait_s
+    while True:
+        with suppress(OSError):
+            if path.read_text() == content:
+                return True
+        if time.monotonic() >= until:
+            return False
+        time.sleep(0.1)
+
+
+def free_space(run: RunConfig) -> Finding:
+    """Room for two checkpoints: fp32 weights and both moments, each."""
+    folder = next(
+        path for path in (Path(run.run.dir), *Path(run.run.dir).absolute().parents) if path.is_dir()
+    )
+    free = shutil.disk_usage(folder).free
+    needed = CHECKPOINTS * _COPIES * FP32 * run.model.num_params()
+    value = f"{human_bytes(free)} are free"
+    need = f"{CHECKPOINTS} checkpoints need {human_bytes(needed)}"
+    if free < needed:
+        return _problem("run folder", "free space", value, need, "make room, or choose another run.dir")
+    return _ok("run folder", "free space", f"{value}, {need}")
+
+
+def memory(run: RunConfig, ranks: int, ranks_here: int) -> Finding:
+    """Model state, which is certain, against the memory of this rank's GPU, or its share of the machine's."""
+    state = model_state(run.model, run.parallel, run.zero, run.train.precision, ranks).total
+    total = gpu_memory_bytes() or _machine_memory() // ranks_here
+    value = f"{human_bytes(state)} of model state"
+    where = f"of {human_bytes(total)} that a rank has here"
+    if state > total:
+        remedy = "more ranks, a higher zero.stage or parallel.tp; llama-mcore plan layout finds what fits"
+        return _problem("memory", "model state", value, f"must be less than the {where[3:]}", remedy)
+    return _ok("memory", "model state", f"{value} {where}")
+
+
+def _machine_memory() -> int:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(total, memory_limit() or total)
+
+
+def _ok(group: str, name: str, value: str) -> Finding:
+    return Finding(group, name, "ok", value, required=True)
+
+
+def _problem(group: str, name: str, value: str, meaning: str, remedy: str) -> Finding:
+    return Finding(group, name, "problem", value, meaning, remedy, required=True)

@@ -1,0 +1,167 @@
+"""`llama-mcore preflight`: what would stop a run, found from every rank before it begins.
+
+    each rank      its data, the run's folder, room on the disk, memory
+    all together   an all_reduce, clocks, versions
+
+No model is built, so it takes seconds; ranks that do not answer are given up after a minute.
+"""
+
+import socket
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from llama_mcore.config import RunConfig
+from llama_mcore.errors import PreflightError, Problem
+from llama_mcore.launch.all_reduce import all_reduce_speed
+from llama_mcore.launch.doctor import as_json_text, as_text, problem_of
+from llama_mcore.launch.finding import Finding
+from llama_mcore.launch.node_checks import data, free_space, memory, run_folder, shared_mark
+from llama_mcore.launch.versions import versions
+from llama_mcore.parallel.groups import Groups, process_groups
+
+LIMIT = timedelta(seconds=60)
+LARGEST_SKEW_S = 5.0
+"""Leases, logs and the ledger of time compare clocks of different nodes."""
+NETWORK_REMEDY = "look at NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME; NCCL_DEBUG=INFO says more"
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank tells the others."""
+
+    host: str
+    clock: float
+    """Seconds since 1970, when all ranks had come together."""
+    versions: dict[str, str]
+    speeds: dict[str, float]
+    """Bytes per second of an all_reduce, by who takes part."""
+    findings: list[Finding]
+
+
+def preflight(run: RunConfig, ranks: int, as_json: bool = False) -> None:
+    """Print, on rank 0, what all ranks found. All ranks call it. PreflightError, with all problems, on every
+    rank where a run could not start."""
+    with process_groups(run.parallel, run.run.seed, LIMIT) as groups:
+        findings = examine(run, groups)
+        if groups.rank == 0:
+            print(as_json_text(findings) if as_json else as_text(findings), flush=True)
+        problems = [problem_of(finding) for finding in findings if finding.stops_training]
+        if problems:
+            raise PreflightError(problems)
+
+
+def examine(run: RunConfig, groups: Groups) -> list[Finding]:
+    """Everything, the same on every rank."""
+    try:
+        speeds = {
+            f"{groups.world_size} ranks": all_reduce_speed(groups.device),
+            f"{groups.tp_size} ranks of tp": all_reduce_speed(groups.device, groups.tp_group),
+        }
+        reports = _reports(run, groups, speeds)
+    except (RuntimeError, ArithmeticError) as error:
+        raise PreflightError(Problem("collectives", str(error), "must work", NETWORK_REMEDY)) from None
+    return [*_merged(reports), *_speeds(reports), _clocks(reports), *_versions(reports)]
+
+
+def _reports(run: RunConfig, groups: Groups, speeds: dict[str, float]) -> list[Report]:
+    run_dir = Path(run.run.dir)
+    with shared_mark(run_dir) if groups.rank == 0 else nullcontext("") as mark:
+        mark = _gathered(mark, groups)[0]
+        return _gathered(_report(run, groups, mark, speeds), groups)
+
+
+def _report(run: RunConfig, groups: Groups, mark: str, speeds: dict[str, float]) -> Report:
+    dist.barrier()
+    clock, host = time.time(), socket.gethostname()
+    ranks_here = Counter(_gathered(host, groups))[host]
+    findings = [
+        *data(run),
+        run_folder(Path(run.run.dir), groups.rank, mark),
+        free_space(run),
+        memory(run, groups.world_size, ranks_here),
+    ]
+    return Report(host, clock, versions(), speeds, findings)
+
+
+def _gathered(mine: T, groups: Groups) -> list[T]:
+    everyone: list[T | None] = [None] * groups.world_size
+    dist.all_gather_object(everyone, mine)
+    return [one for one in everyone if one is not None]
+
+
+def _merged(reports: Sequence[Report]) -> list[Finding]:
+    """A finding once, however many ranks have it: those of rank 0, and before them what others miss."""
+    ranks_of: dict[Finding, list[int]] = defaultdict(list)
+    for rank, report in enumerate(reports):
+        for finding in report.findings:
+            ranks_of[finding].append(rank)
+    problems = [
+        replace(finding, value=f"{finding.value} ({_where(ranks, reports)})")
+        for finding, ranks in ranks_of.items()
+        if finding.status == "problem"
+    ]
+    failed = {(finding.group, finding.name) for finding in problems}
+    sound = [one for one in reports[0].findings if one.status == "ok" and (one.group, one.name) not in failed]
+    return sorted([*problems, *sound], key=lambda finding: _ORDER.index(finding.group))
+
+
+_ORDER = ("data", "run folder", "memory")
+
+
+def _where(ranks: Sequence[int], reports: Sequence[Report]) -> str:
+    if len(ranks) == len(reports):
+        return "on every rank"
+    hosts = list(dict.fromkeys(reports[rank].host for rank in ranks))
+    shown = ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
+    return f"on {len(ranks)} of {len(reports)} ranks: {shown}"
+
+
+def _speeds(reports: Sequence[Report]) -> list[Finding]:
+    """The slowest group of each kind: it is the one that all others wait for."""
+    meaning = "an all_reduce of 16 MB: the buffer's size by the time that it takes"
+    findings = []
+    for name in reports[0].speeds:
+        slowest = min(reports, key=lambda report: report.speeds[name])
+        value = f"{slowest.speeds[name] / 1e9:.2f} GB/s, the slowest on {slowest.host}"
+        findings.append(Finding("collectives", name, "ok", value, meaning, required=True))
+    return findings
+
+
+def _clocks(reports: Sequence[Report]) -> Finding:
+    ordered = sorted(reports, key=lambda report: report.clock)
+    skew = ordered[-1].clock - ordered[0].clock
+    value = f"{skew:.1f} s between the first and the last"
+    if skew <= LARGEST_SKEW_S:
+        return Finding("nodes", "clocks", "ok", value, required=True)
+    meaning = f"{ordered[0].host} is behind {ordered[-1].host}; must be within {LARGEST_SKEW_S:g} s"
+    return Finding("nodes", "clocks", "problem", value, meaning, "set the clocks by NTP", required=True)
+
+
+def _versions(reports: Sequence[Report]) -> list[Finding]:
+    """One finding for what is equal, one for each version that is not."""
+    findings = []
+    for name in reports[0].versions:
+        counts = Counter(report.versions.get(name, "none") for report in reports)
+        if len(counts) == 1:
+            continue
+        usual = counts.most_common(1)[0][0]
+        others = [rank for rank, one in enumerate(reports) if one.versions.get(name, "none") != usual]
+        found = reports[others[0]].versions.get(name, "none")
+        meaning = f"is {usual} on the other nodes ({_where(others, reports)})"
+        remedy = "install the same on all nodes, from requirements.txt"
+        findings.append(Finding("nodes", name, "problem", found, meaning, remedy, required=True))
+    if not findings:
+        shown = ", ".join(f"{name} {version}" for name, version in reports[0].versions.items())
+        findings.append(Finding("nodes", "versions", "ok", f"equal on all ranks: {shown}", required=True))
+    return findings

@@ -1,0 +1,121 @@
+"""Worker: a preflight of two forked ranks in every condition that test_preflight.py looks at.
+
+    python tests/launch/preflights.py FOLDER SETTING ...
+
+The settings are overrides of --config tiny. Rank r of case NAME leaves in FOLDER/NAME-r.json its exit code
+and what was found; what it printed is in NAME-r.txt.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import torch.distributed as dist
+
+from llama_mcore.config import load_run
+from llama_mcore.errors import UserError
+from llama_mcore.launch import all_reduce, node_checks, preflight, versions
+from tests.forked import run_ranks, write_output_to
+
+
+def main() -> None:
+    folder, settings = Path(sys.argv[1]), sys.argv[2:]
+    elsewhere = [f"run.dir={folder / 'elsewhere' / 'run'}"]
+    # What differs on rank 1, which is the second node.
+    cases: dict[str, Callable[[], object]] = {
+        "sound": partial(look, folder, settings, []),
+        "other-folder": partial(look, folder, settings, elsewhere),
+        "no-data": partial(look, folder, settings, [f"data.train={folder / 'nothing'}"]),
+        "too-little-data": partial(look, folder, [*settings, "train.steps=100000"], []),
+        "unwritable": partial(look, folder, [*settings, f"run.dir={folder / 'file' / 'run'}"], []),
+        "version": partial(look, folder, settings, [], numpy="1.0"),
+        "checkout": partial(look, folder, settings, [], sources=folder / "checkout"),
+        "clock": partial(look, folder, settings, [], clock_ahead=60.0),
+        "full": partial(look, folder, settings, [], free=1000),
+        "memory": partial(look, folder, settings, [], memory=1000),
+        "wrong-sum": partial(look, folder, settings, [], wrong_sum=True),
+        "json": partial(look, folder, settings, [], as_json=True),
+    }
+    (folder / "file").touch()
+    (folder / "checkout").mkdir()
+    for name, case in cases.items():
+        run_ranks(2, partial(record, folder, name, case))
+
+
+def record(folder: Path, name: str, case: Callable[[], object]) -> None:
+    rank = os.environ["RANK"]
+    write_output_to(folder / f"{name}-{rank}.txt")
+    found: dict[str, object] = {"exit_code": 0}
+    real = preflight.examine
+
+    def examine(*arguments: object) -> object:
+        findings = real(*arguments)  # type: ignore[arg-type]
+        found["findings"] = [asdict(finding) for finding in findings]
+        return findings
+
+    with patch.object(preflight, "examine", examine):
+        try:
+            case()
+        except UserError as error:
+            found |= {"exit_code": error.exit_code, "problems": [str(problem) for problem in error.problems]}
+    (folder / f"{name}-{rank}.json").write_text(json.dumps(found))
+
+
+def look(
+    folder: Path,
+    settings: list[str],
+    more_on_rank_1: list[str],
+    *,
+    as_json: bool = False,
+    numpy: str = "",
+    sources: Path | None = None,
+    clock_ahead: float = 0.0,
+    free: int = 0,
+    memory: int = 0,
+    wrong_sum: bool = False,
+) -> None:
+    here = os.environ["RANK"] == "1"
+    run = load_run("tiny", settings + more_on_rank_1 * here)
+    version, now, usage, reduce = (
+        versions.metadata.version,
+        time.time,
+        node_checks.shutil.disk_usage,
+        (dist.all_reduce),
+    )
+    patches = [patch.object(preflight.socket, "gethostname", lambda: f"n{1 + here}")]
+    if numpy:
+        patches.append(
+            patch.object(
+                versions.metadata, "version", lambda name: numpy if name == "numpy" else version(name)
+            )
+        )
+    if sources:
+        patches.append(patch.object(versions, "SOURCES", sources))
+    if clock_ahead:
+        patches.append(patch.object(preflight.time, "time", lambda: now() + clock_ahead))
+    if free:
+        patches.append(
+            patch.object(node_checks.shutil, "disk_usage", lambda path: usage(path)._replace(free=free))
+        )
+    if memory:
+        patches.append(patch.object(node_checks, "memory_limit", lambda: memory))
+    if wrong_sum:
+
+        def off_by_one(tensor: object, *arguments: object, **options: object) -> None:
+            reduce(tensor, *arguments, **options)  # type: ignore[arg-type]
+            tensor.view(-1)[0] += 1  # type: ignore[attr-defined]
+
+        patches.append(patch.object(all_reduce.dist, "all_reduce", off_by_one))
+    for one in patches if here or wrong_sum else patches[:1]:
+        one.start()
+    preflight.preflight(run, 2, as_json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""llama_mcore.launch.preflight on two real ranks: each fault that one of them sees is known to both."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_mcore.launch.versions import source_digest
+from tests.conftest import Small
+from tests.forked import run_worker
+
+WORKER = Path(__file__).with_name("preflights.py")
+# Case -> group and name of the only problem, and what it says.
+FAULTS = {
+    "other-folder": ("run folder", "run.dir", "is not the folder that rank 0 sees", "1 of 2 ranks: n2"),
+    "no-data": ("data", "dataset", "no such file", "1 of 2 ranks: n2"),
+    "too-little-data": ("data", "source train", "would read more than", "on every rank"),
+    "unwritable": ("run folder", "run.dir", "cannot be used (Not a directory)", "on every rank"),
+    "version": ("nodes", "numpy", "on the other nodes", "1.0"),
+    "checkout": ("nodes", "llama_mcore", "on the other nodes", ""),
+    "clock": ("nodes", "clocks", "n1 is behind n2", ""),
+    "full": ("run folder", "free space", "2 checkpoints need", "1 of 2 ranks: n2"),
+    "memory": ("memory", "model state", "must be less than", "1 of 2 ranks: n2"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, small: Small) -> Path:
+    folder = tmp_path_factory.mktemp("preflight")
+    run_worker(WORKER, folder, *small.overrides(folder / "runs" / "run"))
+    return folder
+
+
+def found(folder: Path, case: str, rank: int = 0) -> dict[str, Any]:
+    return json.loads((folder / f"{case}-{rank}.json").read_text())
+
+
+def test_a_sound_job_can_start(folder: Path) -> None:
+    report = found(folder, "sound")
+    assert report["exit_code"] == 0
+    assert {finding["status"] for finding in report["findings"]} == {"ok"}
+    groups = {finding["group"] for finding in report["findings"]}
+    assert groups == {"data", "run folder", "memory", "collectives", "nodes"}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_fault_of_one_rank_stops_all_and_is_named(folder: Path, case: str) -> None:
+    group, name, meaning, value = FAULTS[case]
+    reports = [found(folder, case, rank) for rank in range(2)]
+    assert reports[0] == reports[1]
+    assert reports[0]["exit_code"] == 69
+    problems = [finding for finding in reports[0]["findings"] if finding["status"] != "ok"]
+    assert len(problems) == len(reports[0]["problems"]) > 0
+    for problem in problems:
+        assert problem["group"] == group
+        assert problem["name"].startswith(name)
+        assert meaning in problem["meaning"]
+        assert value in problem["value"]
+        assert problem["remedy"]
+
+
+def test_a_wrong_sum_stops_all(folder: Path) -> None:
+    for rank in range(2):
+        report = found(folder, "wrong-sum", rank)
+        assert report["exit_code"] == 69
+        assert "wrong sum" in report["problems"][0]
+
+
+def test_rank_0_alone_prints(folder: Path) -> None:
+    assert "a training run can start" in (folder / "sound-0.txt").read_text()
+    assert (folder / "sound-1.txt").read_text() == ""
+    assert "cannot start: 1 problem" in (folder / "full-0.txt").read_text()
+
+
+def test_json_has_the_findings(folder: Path) -> None:
+    printed = json.loads((folder / "json-0.txt").read_text().partition("\n{")[2].join(["{", ""]))
+    assert printed["ok"]
+    names = ("group", "name", "status")
+    assert [[one[name] for name in names] for one in printed["findings"]] == [
+        [one[name] for name in names] for one in found(folder, "json")["findings"]
+    ]
+
+
+def test_it_leaves_nothing_behind(folder: Path) -> None:
+    assert not (folder / "runs").exists()
+    assert not (folder / "elsewhere").exists()
+
+
+def test_any_change_of_the_sources_is_another_version(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1\n")
+    before = source_digest(tmp_path)
+    assert source_digest(tmp_path) == before
+    (tmp_path / "a.py").write_text("x = 2\n")
+    changed = source_digest(tmp_path)
+    (tmp_path / "b.py").touch()
+    assert len({before, changed, source_digest(tmp_path)}) == 3
