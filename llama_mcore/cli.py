@@ -236,7 +236,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and print the plan; start nothing.")
     ] = False,
-    world_size: Annotated[int, typer.Option(help="With --dry-run: ranks to plan for.")] = 0,
+    world_size: Annotated[
+        int, typer.Option(help="With --dry-run: ranks to plan for; default: parallel.tp.")
+    ] = 0,
     resume: Annotated[
         str, typer.Option(help="auto: from the newest checkpoint; never; or a checkpoint's folder.")
     ] = "auto",
@@ -250,12 +252,17 @@ def train(
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Set by deepspeed.")] = 0,
     debug: Debug = False,
 ) -> None:
-    """Train, or resume, the run that a configuration describes. Start it with torchrun."""
+    """Train, or resume, the run that a configuration describes. Start it with torchrun, srun or deepspeed."""
     with report_errors(debug):
-        from llama_mcore.config import check_run, load_run, world_size_from_env
+        from llama_mcore.parallel.rank import take_place
+
+        place = take_place()
+        from llama_mcore.config import check_run, load_run
 
         run = load_run(config, context.args)
-        ranks = world_size if dry_run and world_size else world_size_from_env(run)
+        ranks = place.world_size
+        if dry_run and (world_size or place.is_alone):
+            ranks = world_size or run.parallel.tp
         check_run(run, ranks)
         if dry_run:
             from llama_mcore.plan.summary import describe_run, missing_inputs

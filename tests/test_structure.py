@@ -71,6 +71,7 @@ WITHOUT_TORCH = (
     "section",
     "config",
     "cli",
+    "parallel.rank",
     "plan.memory",
     "plan.summary",
     "plan.activations",
