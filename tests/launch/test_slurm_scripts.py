@@ -46,7 +46,13 @@ if os.environ.get("WAITS"):
     open(os.environ["CALLS"], "a").write(json.dumps(["got", signal.Signals(got[0]).name]) + "\\n")
 sys.exit(int(os.environ["EXIT"]))
 """,
-    "scontrol": RECORD,
+    "scontrol": f"""
+{RECORD}
+if sys.argv[1:] == ["show", "job", "123456"]:
+    print("JobId=123456 JobName=x\\n   Command=" + os.environ["COMMAND"] + "\\n   WorkDir=/w")
+elif os.environ.get("NO_REQUEUE"):
+    sys.exit("Requested operation is presently disabled")
+""",
     "sbatch": RECORD,
     "hostname": "print('node7')",
 }
@@ -126,6 +132,41 @@ def test_exit_codes_go_on_and_75_into_the_queue(
     assert start("7b.sh", code=code).wait(SECONDS) == code
     asked = [call[1:] for call in calls(tmp_path) if call[0] == "scontrol"]
     assert (["requeue", "123456"] in asked) == requeues
+
+
+def test_a_site_chooses_after_which_exit_codes_it_goes_on(start: Callable, tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT / "slurm", checkout / "slurm")
+    with (checkout / "slurm" / "env.sh").open("a") as settings:
+        settings.write('REQUEUE_ON="75 137 1"\n')
+    for code, requeues in (
+        (75, True),
+        (137, True),
+        (1, True),
+        (37, False),
+        (7, False),
+        (93, False),
+        (0, False),
+    ):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        assert start("7b.sh", code=code, SLURM_SUBMIT_DIR=str(checkout)).wait(SECONDS) == code
+        assert (["scontrol", "requeue", "123456"] in calls(tmp_path)) == requeues, code
+
+
+@pytest.mark.parametrize("arguments", [[], ["--config", "tiny", "run.dir=a b/$(x)'"]])
+def test_a_job_that_cannot_be_requeued_says_how_to_submit_it(
+    arguments: list[str], start: Callable, tmp_path: Path
+) -> None:
+    command = " ".join(["/w x/slurm/65b.sh", *arguments])  # as scontrol shows it
+    job = start("65b.sh", *arguments, code=75, NO_REQUEUE="1", COMMAND=command)
+    _, said = job.communicate(timeout=SECONDS)
+    assert job.returncode == 75
+    assert "Requested operation is presently disabled" in said
+    assert "job 123456 ended with exit code 75 and could NOT be put back into the queue" in said
+    # bash itself reads the command back
+    line = said.splitlines()[-1].replace("&& sbatch", "&& printf '%s\\0'")
+    words = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout
+    assert words.split("\0")[:-1] == ["--nodes=3", "/w x/slurm/65b.sh", *arguments]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
