@@ -433,6 +433,40 @@ def doctor(
 
 
 @app.command(
+    "slurm",
+    context_settings={"allow_extra_args": True},
+    options_metavar="--config NAME --nodes N [section.key=value ...]",
+)
+def slurm(
+    context: typer.Context,
+    config: Annotated[str, typer.Option(help="YAML file, or a shipped one: tiny, 7b, 13b, 33b, 65b.")],
+    nodes: Annotated[int, typer.Option(help="Nodes of the job.")],
+    gpus_per_node: Annotated[int, typer.Option(help="Also the ranks on each.")] = 8,
+    time: Annotated[str, typer.Option(help="Limit, as sbatch takes it.")] = "24:00:00",
+    signal_seconds: Annotated[
+        int, typer.Option(help="So long before the limit the run saves and goes back into the queue.")
+    ] = 180,
+    job_name: Annotated[str | None, typer.Option(help="Default: the name of the run's folder.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Default: the site's.")] = None,
+    account: Annotated[str | None, typer.Option(help="Default: the site's.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Default: the site's.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Script to write; default: print it.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a script that is there.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write the sbatch script of a run, like those in slurm/, once all that needs no GPU is checked."""
+    with report_errors(debug):
+        from llama_mcore.launch.slurm import SlurmJob, job_script, write_script
+
+        job = SlurmJob(nodes, gpus_per_node, time, signal_seconds, job_name, partition, account, qos)
+        script = job_script(config, context.args, job)
+        if output is None:
+            typer.echo(script, nl=False)
+        else:
+            write_script(script, output, force=force)
+
+
+@app.command(
     "torchrun",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )

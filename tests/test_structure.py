@@ -39,6 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch.gpus": {"launch", "parallel.device"},
     "launch.loopback": {"errors", "launch", "parallel.device"},
     "launch.doctor": {"errors", "launch", "parallel.device"},
+    # Checks a run as `train --dry-run` does, and writes a file whole or not at all.
+    "launch.slurm": {"errors", "config", "plan.summary", "train.ds_config", "data.files"},
     "benchmark": BASE
     | {"benchmark", "train", "model", "parallel", "data", "checkpoint", "observe", "plan", "config"},
     "generate": BASE | {"model", "parallel", "data", "checkpoint", "observe", "config"},
@@ -72,6 +74,7 @@ WITHOUT_TORCH = (
     "config",
     "cli",
     "parallel.rank",
+    "launch.slurm",
     "plan.memory",
     "plan.summary",
     "plan.activations",

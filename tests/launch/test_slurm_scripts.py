@@ -21,6 +21,7 @@ import pytest
 from llama_mcore.config import check_run, load_run
 from llama_mcore.data.preprocess import preprocess
 from llama_mcore.data.tokenizer_training import train_tokenizer
+from llama_mcore.launch.slurm import SlurmJob, job_script, write_script
 from tests.data.conftest import write_jsonl
 from tests.distributed import ROOT
 
@@ -115,6 +116,20 @@ def test_all_nodes_meet_at_the_first(script: str, start: Callable, tmp_path: Pat
     assert (after(words, "--nnodes"), after(words, "--nproc-per-node")) == ("3", "8")
     assert (after(words, "--master-addr"), after(words, "--master-port")) == ("node7", "23456")
     assert words[-3:] == ["tools/train.py", "--config", script.removesuffix(".sh")]
+
+
+def test_a_rendered_script_gives_srun_what_it_was_given(start: Callable, tmp_path: Path) -> None:
+    odd = ["run.dir=a b/$(touch x);*", "observe.tensorboard=false", "train.global_batch_size=96"]
+    for name in ("train.bin", "train.idx"):
+        (tmp_path / name).touch()
+    settings = [*odd, f"data.train={tmp_path / 'train'}", "eval.interval=0", "data.tokenizer="]
+    script = tmp_path / "rendered job.sh"
+    write_script(job_script("tiny", settings, SlurmJob(3, 8, job_name="x")), script, force=False)
+    assert start(str(script), "train.steps=20", "two\nlines").wait(SECONDS) == 0
+    words = srun_call(tmp_path)
+    wanted = ["--config", "tiny", *settings, "train.steps=20", "two\nlines"]
+    assert words[words.index("tools/train.py") + 1 :] == wanted
+    assert (after(words, "--nnodes"), after(words, "--nproc-per-node")) == ("3", "8")
 
 
 def test_arguments_arrive_as_they_are(start: Callable, tmp_path: Path) -> None:
