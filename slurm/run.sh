@@ -13,7 +13,7 @@ SCRIPT_ARGUMENTS=("$@")
 train() {
     local head port status step
     head=$(hostname)  # a batch script runs on the first node
-    # Of this job alone, also where several share a node; below the ports that the system gives to clients.
+    # Seldom another job's, and below the ports that the system gives to clients; if it is taken, the next free one.
     port=$((20000 + SLURM_JOB_ID % 12000))
     # Nodes that fail of one cause end with its exit code each; what still runs 20 s after the first is killed.
     srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=20 "${SRUN_OPTIONS[@]}" \
@@ -22,6 +22,7 @@ train() {
         --nproc-per-node="$GPUS_PER_NODE" \
         --master-addr="$head" \
         --master-port="$port" \
+        --rdzv-id="$SLURM_JOB_ID" \
         tools/train.py "$@" &
     step=$!
     trap 'kill -USR1 "$step"' USR1

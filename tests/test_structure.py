@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch.backends": {"errors", "launch", "model"},
     "launch.gpus": {"launch", "parallel.device"},
     "launch.loopback": {"errors", "launch", "parallel.device"},
+    "launch.torchrun": {"errors", "parallel.store"},
     "launch.doctor": {"errors", "launch", "parallel.device"},
     # Checks a run as `train --dry-run` does, and writes a file whole or not at all.
     "launch.slurm": {"errors", "config", "plan.summary", "train.ds_config", "data.files"},

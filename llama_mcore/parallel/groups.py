@@ -13,6 +13,8 @@ from megatron.core import parallel_state
 from llama_mcore.parallel.config import ParallelConfig
 from llama_mcore.parallel.device import communication_backend, on_gpu, select_device
 from llama_mcore.parallel.mcore_cpu import patch_mcore_for_cpu
+from llama_mcore.parallel.rank import place_in
+from llama_mcore.parallel.store import job_store
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -34,7 +36,7 @@ class Groups:
 
 @contextmanager
 def process_groups(parallel: ParallelConfig, seed: int) -> Iterator[Groups]:
-    """Join the job that torchrun or srun describes in the environment; alone if there is none.
+    """Join the job that a launcher describes in the environment; alone if there is none.
 
     Leaving without an error waits for all ranks (a rank that tears down early breaks the others'
     last collective); leaving with one does not, since the others may never come.
@@ -71,9 +73,17 @@ def model_parallel_groups(parallel: ParallelConfig, seed: int, device: torch.dev
 
 
 def _join_world(gpu: torch.device | None) -> None:
-    if "RANK" in os.environ:
-        dist.init_process_group(communication_backend(), timeout=TIMEOUT, device_id=gpu)
+    place, backend = place_in(os.environ), communication_backend()
+    if place.is_alone:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=gpu)
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=gpu)  # torchrun serves the store
     else:
         dist.init_process_group(
-            communication_backend(), store=dist.HashStore(), rank=0, world_size=1, device_id=gpu
+            backend,
+            store=job_store(place),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=TIMEOUT,
+            device_id=gpu,
         )

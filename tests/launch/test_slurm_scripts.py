@@ -115,6 +115,7 @@ def test_all_nodes_meet_at_the_first(script: str, start: Callable, tmp_path: Pat
     assert words[words.index("llama-mcore") + 1] == "torchrun"
     assert (after(words, "--nnodes"), after(words, "--nproc-per-node")) == ("3", "8")
     assert (after(words, "--master-addr"), after(words, "--master-port")) == ("node7", "23456")
+    assert after(words, "--rdzv-id") == "123456"
     assert words[-3:] == ["tools/train.py", "--config", script.removesuffix(".sh")]
 
 
