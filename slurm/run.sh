@@ -10,6 +10,9 @@ SCRIPT_ARGUMENTS=("$@")
 #
 # USR1 and TERM, which Slurm sends ahead of a time limit and on preemption, go on to all ranks: they save and
 # end with 75, and the job goes back into the queue (REQUEUE_ON). Any other exit code becomes the job's.
+#
+# srun can start the ranks itself, without torchrun: --ntasks-per-node="$GPUS_PER_NODE" and `python tools/train.py "$@"`
+# in place of `llama-mcore torchrun` and its options. Each rank then finds its place in Slurm's variables.
 train() {
     local head port status step
     head=$(hostname)  # a batch script runs on the first node

@@ -56,8 +56,8 @@ def launch(folder: Path, name: str, *arguments: str, number: signal.Signals | No
 
 
 def launch_on_nodes(folder: Path) -> int:
-    """A launcher on each of two nodes, as slurm/run.sh has them started, told a port that is taken; the larger
-    of their exit codes."""
+    """A launcher on each of two nodes, as slurm/run.sh has them started, with a port that is taken; the
+    larger of their exit codes."""
     taken = socket.create_server(("localhost", 0))  # by another program, which says nothing
     port = str(taken.getsockname()[1])
 
