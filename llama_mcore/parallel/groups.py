@@ -79,9 +79,11 @@ def _join_world(gpu: torch.device | None) -> None:
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=gpu)  # torchrun serves the store
     else:
+        store = job_store(place)
+        store.set_timeout(TIMEOUT)
         dist.init_process_group(
             backend,
-            store=job_store(place),
+            store=store,
             rank=place.rank,
             world_size=place.world_size,
             timeout=TIMEOUT,
