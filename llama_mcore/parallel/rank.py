@@ -4,7 +4,7 @@
 |---|---|---|
 | torchrun, also under srun or in a job's shell | RANK, WORLD_SIZE, ... beside SLURM_* | torchrun's |
 | deepspeed | RANK, WORLD_SIZE, LOCAL_SIZE, CROSS_RANK, ... | deepspeed's |
-| srun | SLURM_STEP_ID below 2^32 - 6, SLURM_PROCID, SLURM_STEP_* | srun's |
+| srun | SLURM_STEP_ID below 2^32 - 6, SLURM_PROCID, ... | srun's |
 | the shell of an sbatch script | SLURM_PROCID = 0, SLURM_JOB_*, no SLURM_STEP_ID | alone |
 | a shell that salloc opened on the login node | SLURM_NTASKS, SLURM_JOB_*, no SLURM_PROCID | alone |
 | a shell that salloc opened on the first node | SLURM_STEP_ID = 2^32 - 6, SLURM_PROCID = 0 | alone |
@@ -96,7 +96,7 @@ def first_host(nodes: str) -> str:
 
 def _in_step_of_srun(variables: Mapping[str, str]) -> bool:
     step = variables.get("SLURM_STEP_ID", "")
-    return "SLURM_PROCID" in variables and step.isdecimal() and int(step) < FIRST_SPECIAL_STEP
+    return step.isdecimal() and int(step) < FIRST_SPECIAL_STEP
 
 
 class _Reader:

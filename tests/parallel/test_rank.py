@@ -79,6 +79,8 @@ ONE_NODE = {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "3", "SLUR
             SRUN | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"},
             Place(1, 3, 1, 2, 0, "n1", FIRST_PORT + 4 + 101, "4.1"),
         ),
+        # srun --preserve-env: the job's
+        (SRUN | {"SLURM_NTASKS": "4"}, Place(2, 3, 0, 1, 1, "n1", FIRST_PORT + 4 + 101, "4.1")),
         (SRUN | ONE_NODE, Place(2, 3, 0, 3, 0, "localhost", FIRST_PORT + 4 + 101, "4.1")),
         (
             SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "77"},
@@ -96,6 +98,7 @@ ONE_NODE = {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "3", "SLUR
         "deepspeed",
         "srun",
         "srun-on-first-node",
+        "srun-preserve-env",
         "srun-on-one-node",
         "address-given",
     ],
