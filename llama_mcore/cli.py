@@ -3,7 +3,6 @@
 Commands import what they need when they run: `--help` and `--dry-run` load no torch.
 """
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,7 @@ from llama_mcore.errors import report_errors
 
 if TYPE_CHECKING:
     from llama_mcore.config import RunConfig
+    from llama_mcore.parallel.rank import Place
 
 app = typer.Typer(
     name="llama-mcore",
@@ -251,7 +251,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and print the plan; start nothing.")
     ] = False,
-    world_size: Annotated[int, typer.Option(help="With --dry-run: ranks to plan for.")] = 0,
+    world_size: Annotated[
+        int, typer.Option(help="With --dry-run: ranks to plan for; default: parallel.tp.")
+    ] = 0,
     resume: Annotated[
         str, typer.Option(help="auto: from the newest checkpoint; never; or a checkpoint's folder.")
     ] = "auto",
@@ -265,20 +267,25 @@ def train(
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Set by deepspeed.")] = 0,
     debug: Debug = False,
 ) -> None:
-    """Train, or resume, the run that a configuration describes. Start it with torchrun."""
+    """Train, or resume, the run that a configuration describes. Start it with torchrun, srun or deepspeed."""
     with report_errors(debug):
-        from llama_mcore.config import check_run, load_run, world_size_from_env
+        from llama_mcore.parallel.rank import take_place
+
+        place = take_place()
+        from llama_mcore.config import check_run, load_run
 
         run = load_run(config, context.args)
-        ranks = world_size if dry_run and world_size else world_size_from_env(run)
+        ranks = place.world_size
+        if dry_run and (world_size or place.is_alone):
+            ranks = world_size or run.parallel.tp
         check_run(run, ranks)
         if dry_run:
             from llama_mcore.plan.summary import describe_run, missing_inputs
             from llama_mcore.train.ds_config import deepspeed_config
 
             deepspeed_config(run, ranks)
-            if "RANK" in os.environ:
-                _preflight(run, ranks, json=False)
+            if not place.is_alone and not world_size:
+                _preflight(run, place, json=False)
                 return
             typer.echo(describe_run(run, ranks))
             if not missing_inputs(run):
@@ -315,17 +322,19 @@ def preflight(
 
     Start it as the run would be started; train --dry-run does the same under a launcher."""
     with report_errors(debug):
-        from llama_mcore.config import check_run, load_run, world_size_from_env
+        from llama_mcore.parallel.rank import take_place
+
+        place = take_place()
+        from llama_mcore.config import check_run, load_run
         from llama_mcore.train.ds_config import deepspeed_config
 
         run = load_run(config, context.args)
-        ranks = world_size_from_env(run)
-        check_run(run, ranks)
-        deepspeed_config(run, ranks)
-        _preflight(run, ranks, json)
+        check_run(run, place.world_size)
+        deepspeed_config(run, place.world_size)
+        _preflight(run, place, json)
 
 
-def _preflight(run: "RunConfig", ranks: int, json: bool) -> None:
+def _preflight(run: "RunConfig", place: "Place", json: bool) -> None:
     from llama_mcore.observe.log import silence_libraries
     from llama_mcore.parallel.device import on_gpu
     from llama_mcore.plan.summary import describe_run
@@ -333,9 +342,9 @@ def _preflight(run: "RunConfig", ranks: int, json: bool) -> None:
     silence_libraries(cpu=not on_gpu())
     from llama_mcore.launch.preflight import preflight
 
-    if os.environ.get("RANK", "0") == "0" and not json:
-        typer.echo(f"{describe_run(run, ranks)}\n")
-    preflight(run, ranks, json)
+    if place.rank == 0 and not json:
+        typer.echo(f"{describe_run(run, place.world_size)}\n")
+    preflight(run, json)
 
 
 def _data_plan(run: "RunConfig") -> str:
@@ -480,6 +489,40 @@ def doctor(
         from llama_mcore.launch.doctor import doctor
 
         doctor(as_json=json)
+
+
+@app.command(
+    "slurm",
+    context_settings={"allow_extra_args": True},
+    options_metavar="--config NAME --nodes N [section.key=value ...]",
+)
+def slurm(
+    context: typer.Context,
+    config: Annotated[str, typer.Option(help="YAML file, or a shipped one: tiny, 7b, 13b, 33b, 65b.")],
+    nodes: Annotated[int, typer.Option(help="Nodes of the job.")],
+    gpus_per_node: Annotated[int, typer.Option(help="Also the ranks on each.")] = 8,
+    time: Annotated[str, typer.Option(help="Limit, as sbatch takes it.")] = "24:00:00",
+    signal_seconds: Annotated[
+        int, typer.Option(help="So long before the limit the run saves and goes back into the queue.")
+    ] = 180,
+    job_name: Annotated[str | None, typer.Option(help="Default: the name of the run's folder.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Default: the site's.")] = None,
+    account: Annotated[str | None, typer.Option(help="Default: the site's.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Default: the site's.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Script to write; default: print it.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a script that is there.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write the sbatch script of a run, like those in slurm/, once all that needs no GPU is checked."""
+    with report_errors(debug):
+        from llama_mcore.launch.slurm import SlurmJob, job_script, write_script
+
+        job = SlurmJob(nodes, gpus_per_node, time, signal_seconds, job_name, partition, account, qos)
+        script = job_script(config, context.args, job)
+        if output is None:
+            typer.echo(script, nl=False)
+        else:
+            write_script(script, output, force=force)
 
 
 @app.command(

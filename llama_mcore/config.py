@@ -7,7 +7,6 @@ problems are reported together. Nothing here imports torch.
 """
 
 import difflib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -100,11 +99,6 @@ def check_run(run: RunConfig, world_size: int) -> None:
     ]
     if problems:
         raise ConfigError(problems)
-
-
-def world_size_from_env(run: RunConfig) -> int:
-    """Ranks of this job as torchrun and srun announce them; one tensor-parallel group if nobody does."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or run.parallel.tp)
 
 
 def _find_config(config: str, field: str = "--config") -> Path:

@@ -15,3 +15,8 @@ SRUN_OPTIONS=()
 # Processes a node: what --gpus-per-node asked for, without a kind ("a100:8").
 GPUS_PER_NODE=${SLURM_GPUS_PER_NODE:-8}
 GPUS_PER_NODE=${GPUS_PER_NODE##*:}
+
+# Exit codes after which the job goes back into the queue: 75, it was asked to stop and has saved. More of them let
+# it go on after a crash too, e.g. "75 1 134 137 139" (an error, then aborted, killed, segmentation fault). Never 93,
+# with which three lives without progress end.
+REQUEUE_ON="75"

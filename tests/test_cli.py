@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from llama_mcore import __version__, errors
 from llama_mcore.cli import app
 from llama_mcore.errors import Problem, report_errors
+from llama_mcore.parallel.rank import Place
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [command.name or "" for command in app.registered_commands]
@@ -78,6 +79,27 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
 
 def test_a_dry_run_without_a_world_plans_for_one_tensor_parallel_group() -> None:
     assert "2 ranks = tp 2 x dp 1" in run("train", "--config", "tiny", "--dry-run")[1]
+
+
+def test_a_dry_run_plans_for_the_ranks_that_its_launcher_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(rank=3, world_size=4, local_rank=0, master_address="n1", master_port=29500)
+    for name, value in place.variables().items():
+        monkeypatch.setenv(name, value)
+    assert "4 ranks = tp 2 x dp 2" in run("train", "--config", "tiny", "--dry-run")[1]
+    assert "2 ranks" in run("train", "--config", "tiny", "--dry-run", "--world-size", "2")[1]
+
+
+def test_a_process_alone_is_one_rank() -> None:
+    code, output = run("train", "--config", "tiny")
+    assert code == 64
+    assert "world size = 1: must be divisible by parallel.tp = 2; start 2 ranks" in output
+
+
+def test_a_launcher_that_is_not_understood_ends_with_69(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    code, output = run("train", "--config", "tiny", "--dry-run")
+    assert code == 69
+    assert "WORLD_SIZE = (not set)" in output
 
 
 def test_a_wrong_setting_exits_with_64() -> None:

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_mcore.config import RunConfig, check_run, dump_run, load_run, world_size_from_env
+from llama_mcore.config import RunConfig, check_run, dump_run, load_run
 from llama_mcore.errors import ConfigError, MissingInputError
 
 ROOT = Path(__file__).parents[1]
@@ -259,20 +259,6 @@ def test_batch_arithmetic(config: str) -> None:
     assert run.data_parallel_size(4) == 2
     assert run.accumulation_steps(4) == 2
     assert run.tokens_per_step == 8 * 32
-
-
-@pytest.mark.parametrize(
-    ("environment", "ranks"),
-    [({"WORLD_SIZE": "8", "SLURM_NTASKS": "4"}, 8), ({"SLURM_NTASKS": "4"}, 4), ({}, 2)],
-)
-def test_the_world_is_what_the_launcher_says(
-    config: str, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], ranks: int
-) -> None:
-    for name in ("WORLD_SIZE", "SLURM_NTASKS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert world_size_from_env(load_run(config, ["parallel.tp=2"])) == ranks
 
 
 def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:

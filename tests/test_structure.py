@@ -38,12 +38,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch.backends": {"errors", "launch", "model"},
     "launch.gpus": {"launch", "parallel.device"},
     "launch.loopback": {"errors", "launch", "parallel.device"},
+    "launch.torchrun": {"errors", "parallel.store"},
     "launch.doctor": {"errors", "launch", "parallel.device"},
     "launch.all_reduce": {"parallel.device"},
     # It looks at what a run will look at, with the same functions.
     "launch.node_checks": {"errors", "launch", "config", "data", "plan", "parallel.device"},
     "launch.versions": {"parallel.device"},
     "launch.preflight": {"errors", "launch", "config", "parallel"},
+    # Checks a run as `train --dry-run` does, and writes a file whole or not at all.
+    "launch.slurm": {"errors", "config", "plan.summary", "train.ds_config", "data.files"},
     "benchmark": BASE
     | {"benchmark", "train", "model", "parallel", "data", "checkpoint", "observe", "plan", "config"},
     "generate": BASE | {"model", "parallel", "data", "checkpoint", "observe", "config"},
@@ -76,6 +79,8 @@ WITHOUT_TORCH = (
     "section",
     "config",
     "cli",
+    "parallel.rank",
+    "launch.slurm",
     "plan.memory",
     "plan.summary",
     "plan.activations",

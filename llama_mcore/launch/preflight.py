@@ -49,7 +49,7 @@ class Report:
     findings: list[Finding]
 
 
-def preflight(run: RunConfig, ranks: int, as_json: bool = False) -> None:
+def preflight(run: RunConfig, as_json: bool = False) -> None:
     """Print, on rank 0, what all ranks found. All ranks call it. PreflightError, with all problems, on every
     rank where a run could not start."""
     with process_groups(run.parallel, run.run.seed, LIMIT) as groups:

@@ -1,5 +1,5 @@
-"""torchrun, with three things it lacks: a signal to it reaches the workers as a request, the workers' exit
-code becomes its own, and under srun it knows which node it is on.
+"""torchrun, with four things it lacks: a signal to it reaches the workers as a request, the workers' exit
+code becomes its own, under srun it knows which node it is on, and nodes meet also if --master-port is taken.
 
 Plain torchrun answers SIGTERM by stopping the workers and raising, and any failure by exit code 1, so that a
 scheduler cannot tell "saved, start me again" (75) from a crash.
@@ -9,14 +9,17 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 
 import psutil
 from torch.distributed import run as torch_run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from llama_mcore.errors import EXIT_SAVED, UserError
+from llama_mcore.errors import EXIT_SAVED, UserError, report_errors
+from llama_mcore.parallel.store import store_port
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -32,11 +35,27 @@ def run(args: Sequence[str]) -> int:
     for number in FORWARDED:
         signal.signal(number, _forward)
     try:
-        torch_run.run(parsed)
+        with report_errors(), _free_port(parsed):
+            torch_run.run(parsed)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return _exit_code(rank, failure.exitcode)
     return 0
+
+
+@contextmanager
+def _free_port(parsed: Namespace) -> Iterator[None]:
+    """Where a port was given for several nodes to meet at: have them meet also if it is taken.
+
+    Without one, torchrun lets the system choose it for a single node.
+    """
+    if parsed.rdzv_backend != "static" or parsed.rdzv_endpoint or parsed.master_port is None:
+        yield
+        return
+    is_host = parsed.node_rank == 0
+    with store_port(parsed.master_addr, parsed.master_port, parsed.rdzv_id, is_host=is_host) as port:
+        parsed.master_port = port
+        yield
 
 
 def _silence_agent() -> None:

@@ -13,6 +13,9 @@ from megatron.core import parallel_state
 from llama_mcore.parallel.config import ParallelConfig
 from llama_mcore.parallel.device import communication_backend, on_gpu, select_device
 from llama_mcore.parallel.mcore_cpu import patch_mcore_for_cpu
+from llama_mcore.parallel.meeting import LIMIT_S
+from llama_mcore.parallel.rank import place_in
+from llama_mcore.parallel.store import job_store
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -34,7 +37,7 @@ class Groups:
 
 @contextmanager
 def process_groups(parallel: ParallelConfig, seed: int, timeout: timedelta = TIMEOUT) -> Iterator[Groups]:
-    """Join the job that torchrun or srun describes in the environment; alone if there is none.
+    """Join the job that a launcher describes in the environment; alone if there is none.
 
     Leaving without an error waits for all ranks (a rank that tears down early breaks the others'
     last collective); leaving with one does not, since the others may never come.
@@ -71,9 +74,19 @@ def model_parallel_groups(parallel: ParallelConfig, seed: int, device: torch.dev
 
 
 def _join_world(gpu: torch.device | None, timeout: timedelta) -> None:
-    if "RANK" in os.environ:
-        dist.init_process_group(communication_backend(), timeout=timeout, device_id=gpu)
+    place, backend = place_in(os.environ), communication_backend()
+    if place.is_alone:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=gpu)
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        dist.init_process_group(backend, timeout=timeout, device_id=gpu)  # torchrun serves the store
     else:
+        store = job_store(place, min(LIMIT_S, timeout.total_seconds()))
+        store.set_timeout(timeout)
         dist.init_process_group(
-            communication_backend(), store=dist.HashStore(), rank=0, world_size=1, device_id=gpu
+            backend,
+            store=store,
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
+            device_id=gpu,
         )

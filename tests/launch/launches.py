@@ -56,15 +56,15 @@ def launch(folder: Path, name: str, *arguments: str, number: signal.Signals | No
 
 
 def launch_on_nodes(folder: Path) -> int:
-    """A launcher on each of two nodes, as slurm/run.sh has them started; the larger of their exit codes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    """A launcher on each of two nodes, as slurm/run.sh has them started, with a port that is taken; the
+    larger of their exit codes."""
+    taken = socket.create_server(("localhost", 0))  # by another program, which says nothing
+    port = str(taken.getsockname()[1])
 
     def on_node(number: int) -> None:
         write_output_to(folder / f"node-{number}.txt")
         os.environ["SLURM_NODEID"] = str(number)
-        where = ["--master-addr", "localhost", "--master-port", port]
+        where = ["--master-addr", "localhost", "--master-port", port, "--rdzv-id", "7"]
         sys.exit(run(["--nnodes", "2", "--nproc-per-node", "2", *where, JOB, "place", str(folder)]))
 
     nodes = [get_context("fork").Process(target=on_node, args=(number,)) for number in range(2)]

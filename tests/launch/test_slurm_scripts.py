@@ -21,6 +21,7 @@ import pytest
 from llama_mcore.config import check_run, load_run
 from llama_mcore.data.preprocess import preprocess
 from llama_mcore.data.tokenizer_training import train_tokenizer
+from llama_mcore.launch.slurm import SlurmJob, job_script, write_script
 from tests.data.conftest import write_jsonl
 from tests.distributed import ROOT
 
@@ -46,7 +47,13 @@ if os.environ.get("WAITS"):
     open(os.environ["CALLS"], "a").write(json.dumps(["got", signal.Signals(got[0]).name]) + "\\n")
 sys.exit(int(os.environ["EXIT"]))
 """,
-    "scontrol": RECORD,
+    "scontrol": f"""
+{RECORD}
+if sys.argv[1:] == ["show", "job", "123456"]:
+    print("JobId=123456 JobName=x\\n   Command=" + os.environ["COMMAND"] + "\\n   WorkDir=/w")
+elif os.environ.get("NO_REQUEUE"):
+    sys.exit("Requested operation is presently disabled")
+""",
     "sbatch": RECORD,
     "hostname": "print('node7')",
 }
@@ -108,7 +115,22 @@ def test_all_nodes_meet_at_the_first(script: str, start: Callable, tmp_path: Pat
     assert words[words.index("llama-mcore") + 1] == "torchrun"
     assert (after(words, "--nnodes"), after(words, "--nproc-per-node")) == ("3", "8")
     assert (after(words, "--master-addr"), after(words, "--master-port")) == ("node7", "23456")
+    assert after(words, "--rdzv-id") == "123456"
     assert words[-3:] == ["tools/train.py", "--config", script.removesuffix(".sh")]
+
+
+def test_a_rendered_script_gives_srun_what_it_was_given(start: Callable, tmp_path: Path) -> None:
+    odd = ["run.dir=a b/$(touch x);*", "observe.tensorboard=false", "train.global_batch_size=96"]
+    for name in ("train.bin", "train.idx"):
+        (tmp_path / name).touch()
+    settings = [*odd, f"data.train={tmp_path / 'train'}", "eval.interval=0", "data.tokenizer="]
+    script = tmp_path / "rendered job.sh"
+    write_script(job_script("tiny", settings, SlurmJob(3, 8, job_name="x")), script, force=False)
+    assert start(str(script), "train.steps=20", "two\nlines").wait(SECONDS) == 0
+    words = srun_call(tmp_path)
+    wanted = ["--config", "tiny", *settings, "train.steps=20", "two\nlines"]
+    assert words[words.index("tools/train.py") + 1 :] == wanted
+    assert (after(words, "--nnodes"), after(words, "--nproc-per-node")) == ("3", "8")
 
 
 def test_arguments_arrive_as_they_are(start: Callable, tmp_path: Path) -> None:
@@ -126,6 +148,41 @@ def test_exit_codes_go_on_and_75_into_the_queue(
     assert start("7b.sh", code=code).wait(SECONDS) == code
     asked = [call[1:] for call in calls(tmp_path) if call[0] == "scontrol"]
     assert (["requeue", "123456"] in asked) == requeues
+
+
+def test_a_site_chooses_after_which_exit_codes_it_goes_on(start: Callable, tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT / "slurm", checkout / "slurm")
+    with (checkout / "slurm" / "env.sh").open("a") as settings:
+        settings.write('REQUEUE_ON="75 137 1"\n')
+    for code, requeues in (
+        (75, True),
+        (137, True),
+        (1, True),
+        (37, False),
+        (7, False),
+        (93, False),
+        (0, False),
+    ):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        assert start("7b.sh", code=code, SLURM_SUBMIT_DIR=str(checkout)).wait(SECONDS) == code
+        assert (["scontrol", "requeue", "123456"] in calls(tmp_path)) == requeues, code
+
+
+@pytest.mark.parametrize("arguments", [[], ["--config", "tiny", "run.dir=a b/$(x)'"]])
+def test_a_job_that_cannot_be_requeued_says_how_to_submit_it(
+    arguments: list[str], start: Callable, tmp_path: Path
+) -> None:
+    command = " ".join(["/w x/slurm/65b.sh", *arguments])  # as scontrol shows it
+    job = start("65b.sh", *arguments, code=75, NO_REQUEUE="1", COMMAND=command)
+    _, said = job.communicate(timeout=SECONDS)
+    assert job.returncode == 75
+    assert "Requested operation is presently disabled" in said
+    assert "job 123456 ended with exit code 75 and could NOT be put back into the queue" in said
+    # bash itself reads the command back
+    line = said.splitlines()[-1].replace("&& sbatch", "&& printf '%s\\0'")
+    words = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout
+    assert words.split("\0")[:-1] == ["--nodes=3", "/w x/slurm/65b.sh", *arguments]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])

@@ -52,7 +52,7 @@ def test_workers_share_the_cores(launches: Path) -> None:
     assert [(launches / f"threads-{rank}").read_text() for rank in range(2)] == [share] * 2
 
 
-def test_under_srun_ranks_follow_the_nodes(launches: Path) -> None:
+def test_under_srun_ranks_follow_the_nodes_also_where_their_port_is_taken(launches: Path) -> None:
     assert [(launches / f"node-{number}.txt").read_text() for number in range(2)] == ["", ""]
     assert exit_code(launches, "nodes") == 0
     places = [(launches / f"place-{rank}").read_text().split() for rank in range(4)]

@@ -1,0 +1,205 @@
+"""`llama-mcore slurm`: a job script like those in slurm/, for any run, after all checks that need no GPU.
+
+Two readers take the script apart. Bash reads the command, where `bash_word` writes any text as one word.
+sbatch reads the #SBATCH lines: between double quotes it takes everything as it is but `"` and a backslash,
+which a backslash escapes, and the end of the line, for which there is no escape (Slurm 22.05, tried).
+"""
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llama_mcore.config import RunConfig, check_run, load_run
+from llama_mcore.data.files import output_errors, published
+from llama_mcore.errors import ConfigError, MissingInputError, OutputError, Problem, UserError
+from llama_mcore.plan.summary import human_count, missing_inputs
+from llama_mcore.train.ds_config import deepspeed_config
+
+# A name begins the name of the job's output file, and 255 bytes are the most for that.
+LONGEST_NAME = 200
+# Slurm's own limit of --signal.
+LONGEST_WARNING_S = 65_535
+# man sbatch, --time: "minutes", "minutes:seconds", "hours:minutes:seconds", "days-hours",
+# "days-hours:minutes" and "days-hours:minutes:seconds".
+TIME = r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE"
+SITE_NAME = r"[\w.+@:,/-]+"
+EXECUTABLE = 0o755
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """What sbatch is asked for. A field that is None is left to the site."""
+
+    nodes: int
+    gpus_per_node: int = 8
+    time: str = "24:00:00"
+    signal_seconds: int = 180
+    """How long before the time limit the run is told to save."""
+    job_name: str | None = None
+    """Default: the name of the run's folder."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+
+
+def job_script(config: str, overrides: Sequence[str], job: SlurmJob) -> str:
+    """The script that trains what `llama-mcore train --config CONFIG OVERRIDES` would, on the nodes of `job`.
+
+    Raises one error with all problems: MissingInputError if that is all there is, else ConfigError.
+    """
+    problems = [*_check_job(job), *_check_words(config, overrides)]
+    try:
+        run = load_run(config, overrides)
+    except UserError as error:
+        raise _all(problems, error) from None
+    job = replace(job, job_name=job.job_name or Path(run.run.dir).name)
+    problems += [*_check_name(job.job_name or ""), *_check_run(run, job)]
+    missing = [_missing(path) for path in missing_inputs(run)]
+    if problems:
+        raise ConfigError([*problems, *missing])
+    if missing:
+        raise MissingInputError(missing)
+    return _render(config, overrides, run, job)
+
+
+def write_script(text: str, path: Path, *, force: bool) -> None:
+    """An executable file, whole or not at all. Raises OutputError, without `force` also if it is there."""
+    if path.exists() and not force:
+        raise OutputError(Problem("--output", path, "is already there", "give another name, or --force"))
+    with published(path) as temporary, output_errors(path):
+        temporary.write_text(text, encoding="utf-8")
+        temporary.chmod(EXECUTABLE)
+
+
+def bash_word(text: str) -> str:
+    """`text` as one word of bash that shellcheck has nothing against, and without what is invisible."""
+    plain = all(c.isalnum() or (c.isascii() and c.isprintable() and c not in "$`'\\") for c in text)
+    if plain:
+        return shlex.quote(text)
+    return f"$'{''.join(_escaped(c) for c in text)}'"
+
+
+def sbatch_value(text: str) -> str:
+    """`text` as the value of an option in a #SBATCH line; it must not end that line."""
+    if re.fullmatch(r"[\w.:,@%+/-]+", text, re.ASCII):
+        return text
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+
+
+def _escaped(character: str) -> str:
+    if character in "'\\":
+        return "\\" + character
+    if character.isascii() and character.isprintable():
+        return character
+    return "".join(f"\\x{byte:02x}" for byte in character.encode())
+
+
+def _render(config: str, overrides: Sequence[str], run: RunConfig, job: SlurmJob) -> str:
+    options = {
+        "job-name": job.job_name,
+        "nodes": job.nodes,
+        "ntasks-per-node": 1,
+        "gpus-per-node": job.gpus_per_node,
+        "exclusive": "",
+        "time": job.time,
+        "partition": job.partition,
+        "account": job.account,
+        "qos": job.qos,
+        "signal": f"B:USR1@{job.signal_seconds}",
+        "requeue": "",
+        "open-mode": "append",
+        "output": "%x-%j.out",
+    }
+    lines = [
+        f"#SBATCH --{name}" + (f"={sbatch_value(str(value))}" if value != "" else "")
+        for name, value in options.items()
+        if value is not None
+    ]
+    ranks = job.nodes * job.gpus_per_node
+    command = " ".join(bash_word(word) for word in ("train", "--config", _findable(config), *overrides))
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            *lines,
+            f"# {human_count(run.model.num_params())} parameters on {ranks:,} ranks: tensor parallel "
+            f"{run.parallel.tp} x data parallel {run.data_parallel_size(ranks):,},",
+            f"# ZeRO-{run.zero.stage}; {human_count(run.tokens_per_step * run.train.steps)} tokens. "
+            "Written by llama-mcore slurm.",
+            "#",
+            "# From the checkout, once slurm/env.sh has this site's settings: sbatch THIS_SCRIPT",
+            "# Options of sbatch come before the script, settings of the run after it.",
+            "set -euo pipefail",
+            'cd "${SLURM_SUBMIT_DIR:-.}"',
+            "source slurm/run.sh",
+            "",
+            f'{command} "$@"',
+            "",
+        ]
+    )
+
+
+def _findable(config: str) -> str:
+    """A file is named from the root: the job may start elsewhere. Other names are of shipped ones."""
+    return str(Path(config).absolute()) if Path(config).is_file() else config
+
+
+def _check_run(run: RunConfig, job: SlurmJob) -> list[Problem]:
+    """What `train` would say on so many ranks."""
+    ranks = job.nodes * job.gpus_per_node
+    if ranks < 1:
+        return []  # said of the nodes
+    try:
+        check_run(run, ranks)
+        deepspeed_config(run, ranks)
+    except UserError as error:
+        return error.problems
+    return []
+
+
+def _check_job(job: SlurmJob) -> list[Problem]:
+    problems = [
+        Problem(option, value, "must be at least 1")
+        for option, value in (("--nodes", job.nodes), ("--gpus-per-node", job.gpus_per_node))
+        if value < 1
+    ]
+    if not 1 <= job.signal_seconds <= LONGEST_WARNING_S:
+        bound = f"must be from 1 to {LONGEST_WARNING_S}: seconds before the time limit"
+        problems.append(Problem("--signal-seconds", job.signal_seconds, bound))
+    if not re.fullmatch(TIME, job.time, re.ASCII):
+        remedy = "e.g. 90 (minutes), 12:00:00 or 2-12:00:00 (days-hours:minutes:seconds)"
+        problems.append(Problem("--time", job.time, "is no time limit of Slurm", remedy))
+    for option, name in (("--partition", job.partition), ("--account", job.account), ("--qos", job.qos)):
+        if name is not None and not re.fullmatch(SITE_NAME, name, re.ASCII):
+            bound = "must be of letters, digits and _ . + @ : , / -"
+            problems.append(Problem(option, name, bound, "see what the site's Slurm calls it"))
+    return problems
+
+
+def _all(problems: list[Problem], error: UserError) -> UserError:
+    return ConfigError([*problems, *error.problems]) if problems else error
+
+
+def _check_name(name: str) -> list[Problem]:
+    remedy = "give --job-name; without it, the run's folder names the job"
+    if not name or not name.isprintable() or "/" in name:
+        bound = "must be of printable characters other than /: it begins the name of the output file"
+        return [Problem("--job-name", name, bound, remedy)]
+    if len(name.encode()) > LONGEST_NAME:
+        bound = f"must not exceed {LONGEST_NAME} bytes: it begins the name of the output file"
+        return [Problem("--job-name", name, bound, remedy)]
+    return []
+
+
+def _check_words(config: str, overrides: Sequence[str]) -> list[Problem]:
+    """Python stands bytes of a command line that are no UTF-8 by halves of surrogate pairs."""
+    return [
+        Problem(field, ascii(word), "must be UTF-8", "rename what it names")
+        for field, word in (("--config", config), *(("override", word) for word in overrides))
+        if any("\ud800" <= character <= "\udfff" for character in word)
+    ]
+
+
+def _missing(path: Path) -> Problem:
+    return Problem("input", path, "is not there", "make it, or change the setting that names it (data)")

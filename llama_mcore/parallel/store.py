@@ -1,0 +1,49 @@
+"""The store through which a job's processes find each other, also if the port that they know is taken."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from torch.distributed import DistStoreError, TCPStore
+
+from llama_mcore.errors import PreflightError, Problem
+from llama_mcore.parallel.meeting import LIMIT_S, announced, candidate_ports, find_store, resolve
+from llama_mcore.parallel.rank import Place
+
+
+@contextmanager
+def store_port(
+    address: str, first_port: int, job: str, *, is_host: bool, limit_s: float = LIMIT_S
+) -> Iterator[int]:
+    """The port of the job's store, which the host serves, and tells the others while the context lasts.
+
+    A store that the host then makes at that port, multi-tenant, is this one. Raises PreflightError.
+    """
+    ports = candidate_ports(first_port)
+    if not is_host:
+        yield find_store(address, job, ports, limit_s)
+        return
+    resolve(address)
+    limit = timedelta(seconds=limit_s)
+    server = TCPStore("localhost", 0, None, True, limit, wait_for_workers=False, multi_tenant=True)
+    with announced(server.port, job, ports):
+        yield server.port
+
+
+def job_store(place: Place, limit_s: float = LIMIT_S) -> TCPStore:
+    """Wait until all processes of the job are there, and return their store.
+
+    Raises PreflightError if some do not come within `limit_s`, or as `store_port` does.
+    """
+    is_host = place.rank == 0
+    address = "localhost" if is_host else place.master_address
+    limit = timedelta(seconds=limit_s)
+    with store_port(
+        place.master_address, place.master_port, place.job, is_host=is_host, limit_s=limit_s
+    ) as port:
+        try:
+            return TCPStore(address, port, place.world_size, is_host, limit, multi_tenant=is_host)
+        except DistStoreError as error:
+            bound = f"not all came within {limit_s:.0f} s ({error})"
+            remedy = "see in the output above what became of the others, or why they cannot reach this one"
+            raise PreflightError(Problem("ranks", place.world_size, bound, remedy)) from None

@@ -1,0 +1,156 @@
+"""llama_mcore.parallel.meeting and store: real sockets, real stores, ports that others have taken."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+
+import pytest
+from torch.distributed import TCPStore
+
+from llama_mcore.errors import PreflightError
+from llama_mcore.parallel.meeting import announced, candidate_ports, find_store, resolve
+from llama_mcore.parallel.rank import Place
+from llama_mcore.parallel.store import job_store, store_port
+
+HERE = "127.0.0.1"
+
+
+@contextmanager
+def taken(answer: bytes = b"") -> Iterator[int]:
+    """A port where a program listens that says `answer` to everybody, or nothing."""
+    with closing(socket.create_server(("", 0))) as listener:
+
+        def serve() -> None:
+            open_ones = []
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                connection.sendall(answer)
+                open_ones.append(connection)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def free_port() -> int:
+    with closing(socket.create_server(("", 0))) as listener:
+        return listener.getsockname()[1]
+
+
+def test_the_first_free_port_is_taken_and_found() -> None:
+    with taken() as first:
+        ports = [first, free_port()]
+        with announced(4711, "job", ports) as at:
+            assert at == ports[1]
+            assert find_store(HERE, "job", ports, limit_s=30) == 4711
+
+
+@pytest.mark.parametrize(
+    "answer", [b"SSH-2.0\r\n", b"x" * 5000, b"\xff\xfe\n", b"1 llama-mcore 0\n", b"4711", b" llama-mcore\n"]
+)
+def test_another_program_that_talks_is_passed_by(answer: bytes) -> None:
+    with taken(answer) as first:
+        ports = [first, free_port()]
+        with announced(4711, "job", ports):
+            assert find_store(HERE, "job", ports, limit_s=30) == 4711
+
+
+def test_another_job_is_passed_by() -> None:
+    ports = [free_port(), free_port()]
+    with announced(1, "123.0", ports), announced(2, "123.1", ports) as second:
+        assert second == ports[1]
+        assert find_store(HERE, "123.1", ports, limit_s=30) == 2
+        assert find_store(HERE, "123.0", ports, limit_s=30) == 1
+
+
+def test_who_comes_first_waits_for_the_host() -> None:
+    ports, found = [free_port()], []
+    early = threading.Thread(target=lambda: found.append(find_store(HERE, "job", ports, limit_s=30)))
+    early.start()
+    time.sleep(0.3)
+    with announced(4711, "job", ports):
+        early.join(30)
+    assert found == [4711]
+
+
+def test_a_port_is_free_again_after_the_meeting() -> None:
+    ports = [free_port()]
+    for store in (1, 2):
+        with announced(store, "job", ports):
+            assert find_store(HERE, "job", ports, limit_s=30) == store
+    with pytest.raises(PreflightError):
+        find_store(HERE, "job", ports, limit_s=0.2)
+
+
+def test_ports_that_are_all_taken_are_named() -> None:
+    with taken() as first, pytest.raises(PreflightError) as error, announced(1, "job", [first]):
+        pass
+    assert f"MASTER_PORT = {first} to {first}" in str(error.value)
+
+
+@pytest.mark.parametrize("answer", [b"", b"x" * 20])
+def test_nobody_waits_for_ever(answer: bytes) -> None:
+    """Also where something listens that never ends its line."""
+    start = time.monotonic()
+    with taken(answer) as port, pytest.raises(PreflightError) as error:
+        find_store(HERE, "job", [port], limit_s=1)
+    assert "MASTER_ADDR = 127.0.0.1" in str(error.value)
+    assert "has not answered there within 1 s" in str(error.value)
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize("address", ["no such host", "a" * 300, "\udcff", "a..b"])
+def test_an_address_that_does_not_resolve_is_said(address: str) -> None:
+    with pytest.raises(PreflightError) as error:
+        resolve(address, limit_s=0.1)
+    assert "does not resolve" in str(error.value)
+
+
+def test_candidates_are_ports() -> None:
+    assert list(candidate_ports(20_000)) == list(range(20_000, 20_008))
+    assert list(candidate_ports(65_534)) == [65_534, 65_535]
+
+
+def meet(place: Place) -> list[bytes]:
+    """What each rank reads of what its neighbour has written."""
+    read = [b""] * place.world_size
+
+    def rank_main(rank: int) -> None:
+        store = job_store(replace(place, rank=rank), limit_s=60)
+        store.set(str(rank), f"of {place.job} {rank}")
+        read[rank] = store.get(str((rank + 1) % place.world_size))
+
+    ranks = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(place.world_size)]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join(120)
+    return read
+
+
+def test_ranks_meet_though_a_program_or_a_store_has_their_port() -> None:
+    place = Place(world_size=3, master_address=HERE, job="a")
+    wanted = [b"of a 1", b"of a 2", b"of a 0"]
+    with taken() as port:
+        assert meet(replace(place, master_port=port)) == wanted
+    foreign = TCPStore(HERE, 0, None, True, wait_for_workers=False)
+    assert meet(replace(place, master_port=foreign.port)) == wanted
+    assert foreign.num_keys() == 0
+
+
+def test_ranks_that_do_not_come_are_said() -> None:
+    place = Place(world_size=2, master_address=HERE, master_port=free_port(), job="a")
+    with pytest.raises(PreflightError) as error:
+        job_store(place, limit_s=1)
+    assert "ranks = 2: not all came within 1 s" in str(error.value)
+
+
+def test_a_host_whose_address_means_nothing_does_not_wait() -> None:
+    with pytest.raises(PreflightError), store_port("no such host", 20_000, "a", is_host=True):
+        pass

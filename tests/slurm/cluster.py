@@ -1,0 +1,89 @@
+"""A real Slurm of virtual nodes on this machine, and jobs on it."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.train.product import ROOT, metrics
+
+LOCAL = Path(__file__).with_name("slurm-local.sh")
+SECONDS = 500
+"""For anything to happen, on a crowded machine."""
+
+
+@contextmanager
+def cluster(folder: Path, nodes: int) -> Iterator[dict[str, str]]:
+    """Start Slurm with all its files in `folder`; the environment of one who may submit."""
+    subprocess.run(["bash", str(LOCAL), "start", str(folder), str(nodes)], check=True, timeout=SECONDS)
+    try:
+        commands = Path(sys.executable).parent
+        yield {
+            **os.environ,
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "PATH": f"{commands}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+    finally:
+        subprocess.run(["bash", str(LOCAL), "stop", str(folder)], check=True, timeout=60)
+
+
+class Job:
+    """One that was submitted with `words`: options of sbatch, the script, and its arguments."""
+
+    def __init__(self, slurm: dict[str, str], folder: Path, *words: str, cwd: Path = ROOT) -> None:
+        self._slurm, self._cwd, self._output = slurm, cwd, folder / "output.txt"
+        self.id = self.call("sbatch", "--parsable", f"--output={self._output}", *words).strip()
+
+    def ended(self) -> str:
+        """Its exit code, as Slurm says it, once it is over. What waits to be requeued waits no longer."""
+        self.wait_until(self._is_over)
+        return self.field("ExitCode")
+
+    def state(self) -> str:
+        return self.field("JobState")
+
+    def restarts(self) -> int:
+        return int(self.field("Restarts"))
+
+    def nodes(self) -> list[str]:
+        return self.call("scontrol", "show", "hostnames", self.field("NodeList")).split()
+
+    def signal(self, name: str) -> None:
+        """As Slurm does ahead of a time limit: to the script alone."""
+        self.call("scancel", f"--signal={name}", "--batch", self.id)
+
+    def wait_for_steps(self, run_dir: Path, count: int) -> None:
+        self.wait_until(lambda: run_dir.is_dir() and len(metrics(run_dir)) >= count)
+
+    def said(self) -> str:
+        return self._output.read_text() if self._output.exists() else ""
+
+    def field(self, name: str) -> str:
+        shown = self.call("scontrol", "show", "job", self.id)
+        return next(word.partition("=")[2] for word in shown.split() if word.startswith(f"{name}="))
+
+    def wait_until(self, holds: Callable[[], bool]) -> None:
+        until = time.monotonic() + SECONDS
+        while not holds():
+            assert time.monotonic() < until, self.said()
+            time.sleep(0.3)
+
+    def call(self, *words: str) -> str:
+        done = subprocess.run(
+            words, cwd=self._cwd, env=self._slurm, capture_output=True, text=True, timeout=SECONDS
+        )
+        assert done.returncode == 0, f"{words}: {done.stderr}"
+        return done.stdout
+
+    def _is_over(self) -> bool:
+        state = self.state()
+        if state == "PENDING" and self.field("Reason") == "BeginTime":
+            # Slurm lets what was requeued wait for two minutes.
+            self.call("scontrol", "update", f"JobId={self.id}", "StartTime=now")
+        return state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "SPECIAL_EXIT")
