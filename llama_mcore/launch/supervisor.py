@@ -91,7 +91,9 @@ class Supervisor:
 
     def _end_stalled(self) -> int:
         report = take_report(self._place, self._pid, self._heartbeat)
-        stacks = self._stacks.ask(self._pid)
+        stacks = "" if report.state == "stopped" else self._stacks.ask(self._pid)
+        # Else it would see the others die while this rank still reports, and add its own error to theirs.
+        os.kill(self._pid, signal.SIGSTOP)
         said: list[str] = []
         # A thread, since the file system may be what hangs.
         writing = threading.Thread(target=lambda: said.append(self._stall.write(report, stacks)), daemon=True)

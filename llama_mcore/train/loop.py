@@ -81,6 +81,7 @@ def train(
                 stopping = _any_rank(stop.received is not None, groups)
                 if stopping or _save_is_due(job):
                     save(job, saver)
+                    stopping = stopping or _any_rank(stop.received is not None, groups)
             phases.enter(Phase.SAVE, job.state.step)
             _announce_saved(saver.finish())
         phases.enter(Phase.END, job.state.step)
