@@ -120,7 +120,7 @@ def _begin_anew(run: RunConfig, start: Start) -> None:
 
 def _is_same_run(run_dir: Path, run: RunConfig) -> bool:
     """Whether all that the folder holds comes from a start of the same configuration."""
-    known = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "deepspeed", LEASE}
+    known = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "deepspeed", "stalls", LEASE}
     if not {path.name for path in run_dir.iterdir()} <= known:
         return False
     try:

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from tests.conftest import Small
-from tests.train.product import LLAMA_MCORE, Finished, left_over, stop_after_a_step, train
+from tests.train.product import LLAMA_MCORE, Finished, left_over, metrics, stop_after_a_step, train
 
 SETTINGS = [
     "parallel.tp=1",
@@ -18,7 +18,7 @@ SETTINGS = [
     "eval.interval=0",
     "checkpoint.interval=1000",
 ]
-IMPATIENT = ["watchdog.min_step_s=4", "watchdog.first_step_s=20"]
+IMPATIENT = ["watchdog.min_step_s=6", "watchdog.first_step_s=9"]
 
 
 def to_the_training_process_of_rank_1(number: signal.Signals) -> Callable[[psutil.Process], None]:
@@ -81,6 +81,7 @@ def test_both_ranks_leave_what_they_know(stopped: tuple[Path, Finished]) -> None
 
 
 def test_the_same_command_begins_again(small: Small, stopped: tuple[Path, Finished]) -> None:
-    overrides = small.overrides(stopped[0]) + SETTINGS
-    resumed = train([*overrides, "train.steps=5", "watchdog.enabled=false"], ranks=2)
+    """There was no checkpoint yet: what the stall left in the folder must not stand in the way."""
+    resumed = train(small.overrides(stopped[0]) + SETTINGS + IMPATIENT, ranks=2)
     assert resumed.exit_code == 0, "\n".join(resumed.lines)
+    assert len(metrics(stopped[0])) == 60
