@@ -55,6 +55,8 @@ class StepReport:
     """An evaluation was due and was given up, as the run was asked to stop; it is not made up for."""
     skipped: bool = False
     """The update was not applied because its gradient was not finite."""
+    stragglers: list[dict[str, object]] = field(default_factory=list)
+    """At the end of a window, the ranks that were slower than the others: rank, host, times_median."""
     damaged_checkpoints: list[str] = field(default_factory=list)
     """At the first step after a resume: newer checkpoints that were damaged and passed over."""
 
@@ -72,11 +74,9 @@ class StepReport:
         if self.valid:
             row["valid_loss"] = self.valid_loss
             row["valid"] = {name: evaluation.to_dict() for name, evaluation in self.valid.items()}
-        for name in ("evaluation_stopped", "skipped"):
+        for name in ("evaluation_stopped", "skipped", "stragglers", "damaged_checkpoints"):
             if not row[name]:
                 del row[name]
-        if not self.damaged_checkpoints:
-            del row["damaged_checkpoints"]
         return row
 
 

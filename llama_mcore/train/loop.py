@@ -36,6 +36,7 @@ from llama_mcore.train.schedule import learning_rate
 from llama_mcore.train.signals import StopRequest
 from llama_mcore.train.state import TrainState
 from llama_mcore.train.step import StepResult, evaluate, train_step
+from llama_mcore.train.stragglers import Stragglers
 
 T = TypeVar("T")
 
@@ -54,6 +55,7 @@ class Job:
     passed_over: list[str]
     """Damaged checkpoints that the run did not resume from; empty once they are reported."""
     phases: Phases
+    stragglers: Stragglers
 
 
 def train(
@@ -110,7 +112,8 @@ def setup(run: RunConfig, groups: Groups, start: Start, phases: Phases | None = 
         get_logger().info("resuming at step %d from %s", state.step, reader.path)
     _announce(run, groups)
     state_now = replace(state, segments=segments)
-    return Job(run, groups, engine, sources, state_now, state, found.passed_over, phases)
+    stragglers = Stragglers(run.observe.straggler_window, groups)
+    return Job(run, groups, engine, sources, state_now, state, found.passed_over, phases, stragglers)
 
 
 def save(job: Job, saver: Saver) -> None:
@@ -138,22 +141,33 @@ def _step(job: Job, batches: MicroBatches, stop: StopRequest) -> StepReport:
     run, groups, step = job.run, job.groups, job.state.step + 1
     lr = learning_rate(step, run.train.steps, run.optim)
     accumulation = run.accumulation_steps(groups.world_size)
-    started = time.perf_counter()
+    started, times = time.perf_counter(), list[float]()
 
     def read() -> list[MicroBatch]:
         chosen = list(islice(batches, accumulation))
+        times.append(time.perf_counter() - started)
         job.phases.beat()  # what this rank waits for now is the others
         return chosen
 
     micro_batches = _together(groups, read)
     boundary = run.data.attention_boundary
-    result = train_step(job.engine, iter(micro_batches), accumulation, lr, groups, boundary, job.phases.beat)
+    result = train_step(
+        job.engine,
+        iter(micro_batches),
+        accumulation,
+        lr,
+        groups,
+        boundary,
+        job.phases.beat,
+        job.stragglers.forward,
+    )
     synchronize()
     seconds = time.perf_counter() - started
+    slow = job.stragglers.add(times[0])
     consumed = job.state.consumed_samples + run.train.global_batch_size
     job.state = replace(job.state, step=step, consumed_samples=consumed)
     valid = _evaluate(job, stop) if _eval_is_due(job) else {}
-    return _report(job, result, lr, seconds, valid)
+    return replace(_report(job, result, lr, seconds, valid), stragglers=slow)
 
 
 def _report(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llama_mcore.data.loader import MicroBatch
 from llama_mcore.model.attention import documents_of
+from llama_mcore.parallel.device import Stopwatch
 from llama_mcore.parallel.groups import Groups
 from llama_mcore.train.engine import DeepSpeedEngine
 
@@ -32,18 +33,21 @@ def train_step(
     groups: Groups,
     eod: int | None = None,
     beat: Callable[[], None] = lambda: None,
+    forward: Stopwatch | None = None,
 ) -> StepResult:
     """Run the micro-batches of one step and update the weights. All ranks call it together.
 
-    `beat` is called after each micro-batch's backward, and once it is added up.
+    `beat` is called after each micro-batch's backward, and once it is added up; `forward` runs in its forward.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+    forward = forward or Stopwatch()
     chosen = list(islice(batches, accumulation_steps))
     weights = _batch_weights(chosen, groups)
     total = torch.zeros((), device=groups.device)
     for batch, weight in zip(chosen, weights, strict=True):
-        loss = mean_loss(engine, batch, groups, eod) * weight
+        with forward.running():
+            loss = mean_loss(engine, batch, groups, eod) * weight
         engine.backward(loss)
         beat()
         unsharded_norm = _unsharded_grad_norm(engine, groups)
