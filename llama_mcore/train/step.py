@@ -37,7 +37,7 @@ def train_step(
 ) -> StepResult:
     """Run the micro-batches of one step and update the weights. All ranks call it together.
 
-    `beat` is called after each micro-batch's backward, and once it is added up; `forward` runs in its forward.
+    `beat` is called after each micro-batch's backward, and once it is added up; `forward` runs in forwards.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr

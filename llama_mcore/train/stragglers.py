@@ -1,8 +1,9 @@
 """Ranks that are slower than the others, who then wait for them in every step.
 
 What differs between ranks is the time that they do not spend waiting: to read their micro-batches and to run
-them forward, in which a rank waits for none but those of its own tensor-parallel group. So a slow GPU may show
-as a slow group. The backward is left out: gradients of all are reduced in it.
+them forward, in which a rank waits for none but those of its own tensor-parallel group (with ZeRO-3 for all,
+who gather parameters). So a slow GPU may show as a slow group. The backward is left out: it reduces gradients
+of all.
 """
 
 import socket
