@@ -268,7 +268,9 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train, or resume, the run that a configuration describes. Start it with torchrun, srun or deepspeed."""
-    with report_errors(debug):
+    from llama_mcore.train.signals import held_stop_signals
+
+    with held_stop_signals(), report_errors(debug):
         from llama_mcore.parallel.rank import take_place
 
         place = take_place()
@@ -279,31 +281,43 @@ def train(
         if dry_run and (world_size or place.is_alone):
             ranks = world_size or run.parallel.tp
         check_run(run, ranks)
-        if dry_run:
-            from llama_mcore.plan.summary import describe_run, missing_inputs
-            from llama_mcore.train.ds_config import deepspeed_config
+        if not dry_run:
+            raise typer.Exit(_train(run, resume, fresh, accept_data_change))
+        from llama_mcore.plan.summary import describe_run, missing_inputs
+        from llama_mcore.train.ds_config import deepspeed_config
 
-            deepspeed_config(run, ranks)
-            if not place.is_alone and not world_size:
-                _preflight(run, place, json=False)
-                return
-            typer.echo(describe_run(run, ranks))
-            if not missing_inputs(run):
-                typer.echo(_data_plan(run))
+        deepspeed_config(run, ranks)
+        if not place.is_alone and not world_size:
+            _preflight(run, place, json=False)
             return
-        from llama_mcore.train.signals import stop_signals
+        typer.echo(describe_run(run, ranks))
+        if not missing_inputs(run):
+            typer.echo(_data_plan(run))
 
-        with stop_signals() as stop:
-            from llama_mcore.observe.log import silence_libraries
-            from llama_mcore.parallel.device import on_gpu, order_kernel_starts
 
-            order_kernel_starts(run.parallel.tp, run.zero.stage)
-            silence_libraries(cpu=not on_gpu())
-            from llama_mcore.train.loop import train
-            from llama_mcore.train.resume import Start
+def _train(run: "RunConfig", resume: str, fresh: bool, accept_data_change: bool) -> int:
+    """Fork: this process watches the one that trains, and ends with its exit code."""
+    import os
 
-            exit_code = train(run, stop, Start(resume, fresh, accept_data_change))
-    raise typer.Exit(exit_code)
+    from llama_mcore.launch.supervisor import Supervisor
+    from llama_mcore.train.signals import stop_signals
+
+    supervisor = Supervisor(run.watchdog, Path(run.run.dir), run.checkpoint.timeout_s)
+    pulse = supervisor.fork()
+    if pulse is None:
+        # At once: a signal while an interpreter shuts down would change the exit code.
+        os._exit(supervisor.watch())
+    with stop_signals() as stop:
+        from llama_mcore.observe.log import silence_libraries
+        from llama_mcore.parallel.device import on_gpu, order_kernel_starts
+
+        order_kernel_starts(run.parallel.tp, run.zero.stage)
+        silence_libraries(cpu=not on_gpu())
+        from llama_mcore.observe.phases import Phases
+        from llama_mcore.train.loop import train
+        from llama_mcore.train.resume import Start
+
+        return train(run, stop, Start(resume, fresh, accept_data_change), Phases([pulse]))
 
 
 @app.command(
@@ -531,9 +545,12 @@ def slurm(
 )
 def torchrun(context: typer.Context) -> None:
     """torchrun, passing signals to the workers and their exit code on."""
-    from llama_mcore.launch.torchrun import run
+    from llama_mcore.train.signals import held_stop_signals
 
-    raise typer.Exit(run(context.args))
+    with held_stop_signals():
+        from llama_mcore.launch.torchrun import run
+
+        raise typer.Exit(run(context.args))
 
 
 if __name__ == "__main__":

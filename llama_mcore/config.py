@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from llama_mcore.checkpoint.config import CheckpointConfig
 from llama_mcore.data.config import DataConfig
 from llama_mcore.errors import ConfigError, MissingInputError, Problem, shown
+from llama_mcore.launch.config import WatchdogConfig
 from llama_mcore.model.config import PRESETS, ModelConfig, RopeScaling
 from llama_mcore.observe.config import ObserveConfig
 from llama_mcore.parallel.config import ParallelConfig, ZeroConfig
@@ -49,6 +50,7 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     def data_parallel_size(self, world_size: int) -> int:
         """dp = world_size / tp."""

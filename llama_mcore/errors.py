@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-EXIT_SAVED = 75  # the run was asked to stop, has saved, and can be started again (EX_TEMPFAIL)
+EXIT_SAVED = 75  # the run was asked to stop and has saved, or stalled: the same command goes on (EX_TEMPFAIL)
+EXIT_SOFTWARE = 70  # a process ended as if all were well, before it was (EX_SOFTWARE)
 
 _SILENT_RANKS_WAIT_S = 2.0
 _LONGEST_VALUE = 2000

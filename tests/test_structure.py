@@ -14,7 +14,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((ROOT / "tools").glob("*.py"))
 
 BASE = {"errors", "section", "small_file"}
-CONFIGS = {f"{package}.config" for package in ("model", "parallel", "data", "train", "checkpoint", "observe")}
+CONFIGURED = ("model", "parallel", "data", "train", "checkpoint", "observe", "launch")
+CONFIGS = {f"{package}.config" for package in CONFIGURED}
 
 # Module, or package with all in it -> what of llama_mcore it may import. The longest name that fits decides.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -38,7 +39,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch.backends": {"errors", "launch", "model"},
     "launch.gpus": {"launch", "parallel.device"},
     "launch.loopback": {"errors", "launch", "parallel.device"},
-    "launch.torchrun": {"errors", "parallel.store"},
+    # What they say to the process that trains, in words of its own.
+    "launch.patience": {"launch.config", "observe.phases"},
+    "launch.heartbeat": {"launch.patience", "observe.phases"},
+    "launch.supervisor": {"errors", "launch", "observe.phases", "train.signals"},
+    "launch.torchrun": {"errors", "parallel.store", "train.signals"},
+    "launch.rank_on_host": {"parallel.rank"},
     "launch.doctor": {"errors", "launch", "parallel.device"},
     "launch.all_reduce": {"parallel.device"},
     # It looks at what a run will look at, with the same functions.
@@ -84,6 +90,7 @@ WITHOUT_TORCH = (
     "plan.memory",
     "plan.summary",
     "plan.activations",
+    "launch.supervisor",
 )
 
 # What runs code that it reads, or reads more than it was told. (Ranks of a job send each other Python

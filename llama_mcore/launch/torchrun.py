@@ -9,19 +9,20 @@ import logging
 import os
 import signal
 import sys
+import threading
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from contextlib import contextmanager, suppress
 
 import psutil
 from torch.distributed import run as torch_run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from llama_mcore.errors import EXIT_SAVED, UserError, report_errors
+from llama_mcore.errors import EXIT_SAVED, EXIT_SOFTWARE, UserError, report_errors
 from llama_mcore.parallel.store import store_port
+from llama_mcore.train.signals import STOP_SIGNALS
 
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_POLL_S = 0.2
 
 
 def run(args: Sequence[str]) -> int:
@@ -32,8 +33,9 @@ def run(args: Sequence[str]) -> int:
     parsed.signals_to_handle = "SIGHUP,SIGQUIT"
     _default_threads(parsed.nproc_per_node)
     _silence_agent()
-    for number in FORWARDED:
-        signal.signal(number, _forward)
+    # Held, and so held in the workers too until these are ready: a signal kills nobody who is just starting.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=_forward, name="signals", daemon=True).start()
     try:
         with report_errors(), _free_port(parsed):
             torch_run.run(parsed)
@@ -66,9 +68,23 @@ def _silence_agent() -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _forward(number: int, _: FrameType | None) -> None:
-    for child in psutil.Process().children():
-        child.send_signal(number)
+def _forward() -> None:
+    """Pass every request to stop on to the workers; before there are any, leave: nothing is to be saved.
+
+    A node may wait for the others for long before it starts its workers.
+    """
+    launcher, started = psutil.Process(), False
+    while True:
+        got = signal.sigtimedwait(STOP_SIGNALS, _POLL_S)
+        workers = launcher.children()
+        started = started or bool(workers)
+        if got is None:
+            continue
+        if not started:
+            os._exit(EXIT_SAVED)
+        for worker in workers:
+            with suppress(psutil.NoSuchProcess):
+                worker.send_signal(got.si_signo)
 
 
 def _default_threads(processes: str) -> None:
@@ -79,7 +95,7 @@ def _default_threads(processes: str) -> None:
 
 
 def _exit_code(rank: int, code: int) -> int:
-    explained = {EXIT_SAVED, *(error.exit_code for error in UserError.__subclasses__())}
+    explained = {EXIT_SAVED, EXIT_SOFTWARE, *(error.exit_code for error in UserError.__subclasses__())}
     if code not in explained:
         print(f"rank {rank} failed with exit code {code}", file=sys.stderr, flush=True)
     # a worker killed by signal n has code -n; shells say 128 + n

@@ -10,3 +10,5 @@ class ObserveConfig(Section):
     """Steps between lines on a plain (non-terminal) output; metrics.jsonl has every step."""
     tensorboard: bool = True
     """Write TensorBoard events to RUN_DIR/tensorboard."""
+    straggler_window: int = Field(default=50, ge=0)
+    """Steps after which ranks slower than the others are looked for; 0: never."""

@@ -51,8 +51,12 @@ class StepReport:
     """The ledger: windows read of each source since the start of the run, repeated ones counted each time."""
     valid: dict[str, HeldOut] = field(default_factory=dict)
     """By source, after a step with an evaluation."""
+    evaluation_stopped: bool = False
+    """An evaluation was due and was given up, as the run was asked to stop; it is not made up for."""
     skipped: bool = False
     """The update was not applied because its gradient was not finite."""
+    stragglers: list[dict[str, object]] = field(default_factory=list)
+    """At the end of a window, the ranks that were slower than the others: rank, host, times_median."""
     damaged_checkpoints: list[str] = field(default_factory=list)
     """At the first step after a resume: newer checkpoints that were damaged and passed over."""
 
@@ -70,10 +74,9 @@ class StepReport:
         if self.valid:
             row["valid_loss"] = self.valid_loss
             row["valid"] = {name: evaluation.to_dict() for name, evaluation in self.valid.items()}
-        if not self.skipped:
-            del row["skipped"]
-        if not self.damaged_checkpoints:
-            del row["damaged_checkpoints"]
+        for name in ("evaluation_stopped", "skipped", "stragglers", "damaged_checkpoints"):
+            if not row[name]:
+                del row[name]
         return row
 
 
@@ -87,6 +90,8 @@ def describe_step(report: StepReport) -> str:
     ]
     if report.valid_loss is not None:
         parts.append(f"held-out loss {report.valid_loss:.4f}")
+    if report.evaluation_stopped:
+        parts.append("evaluation stopped")
     if report.skipped:
         parts.append("update skipped")
     return "  ".join(parts)

@@ -2,6 +2,9 @@
 
 import os
 import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -47,6 +50,33 @@ def synchronize() -> None:
     """Wait until everything queued on this rank's device is done, so that a clock reads true."""
     if on_gpu():
         torch.cuda.synchronize()
+
+
+class Stopwatch:
+    """Adds up how long blocks take: on a GPU from the start to the end of the work that they queue."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        started = time.perf_counter()
+        if not on_gpu():
+            yield
+            self._seconds += time.perf_counter() - started
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        yield
+        end.record()
+        self._events.append((start, end))
+
+    def take(self) -> float:
+        """Seconds since the last call; call it after `synchronize`."""
+        milliseconds = sum(start.elapsed_time(end) for start, end in self._events)
+        seconds, self._seconds, self._events = self._seconds + milliseconds / 1000, 0.0, []
+        return seconds
 
 
 def peak_memory_bytes() -> int:

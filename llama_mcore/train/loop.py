@@ -38,6 +38,7 @@ from llama_mcore.train.schedule import learning_rate
 from llama_mcore.train.signals import StopRequest
 from llama_mcore.train.state import TrainState
 from llama_mcore.train.step import StepResult, evaluate, train_step
+from llama_mcore.train.stragglers import Stragglers
 
 T = TypeVar("T")
 
@@ -56,6 +57,7 @@ class Job:
     passed_over: list[str]
     """Damaged checkpoints that the run did not resume from; empty once they are reported."""
     phases: Phases
+    stragglers: Stragglers
 
 
 def train(
@@ -69,22 +71,22 @@ def train(
     with process_groups(run.parallel, run.run.seed) as groups:
         setup_logging(groups.rank)
         with ExitStack() as stack:
+            phases.enter(Phase.SETUP, 0)
             lease = _together(groups, lambda: _hold(run, stack) if groups.rank == 0 else None)
             timeline = stack.enter_context(_timeline(run, groups, lease, phases))
-            phases.enter(Phase.SETUP, 0)
             job = setup(run, groups, start, phases)
             sinks = _together(groups, lambda: stack.enter_context(_sinks(job)))
             batches = stack.enter_context(_batches(job))
             saver = stack.enter_context(closing(Saver(job.engine, run, groups, lease)))
-            while job.state.step < run.train.steps:
+            stopping = _any_rank(stop.received is not None, groups)  # while all was set up
+            while job.state.step < run.train.steps and not stopping:
                 phases.enter(Phase.TRAIN, job.state.step + 1)
-                _write(job, sinks, _step(job, batches))
+                _write(job, sinks, _step(job, batches, stop))
                 _announce_saved(saver.poll(), phases)
                 stopping = _any_rank(stop.received is not None, groups)
                 if stopping or _save_is_due(job):
                     save(job, saver)
-                if stopping:
-                    break
+                    stopping = stopping or _any_rank(stop.received is not None, groups)
             phases.enter(Phase.SAVE, job.state.step)
             _announce_saved(saver.finish(), phases)
             phases.enter(Phase.END, job.state.step)
@@ -106,15 +108,18 @@ def setup(run: RunConfig, groups: Groups, start: Start, phases: Phases) -> Job:
     segments = _together(groups, lambda: _plan_data(run, sources, state, start.accept_data_change))
     _together(groups, lambda: _prepare_run_dir(run) if groups.rank == 0 else None)
     phases.settled()
+    phases.beat()
     seed = None if reader else run.run.seed
     model = build_model(run.model, run.parallel, groups, dtype_of(run), seed)
     engine = build_engine(model, run, groups)
+    phases.beat()
     if reader:
         _together(groups, lambda: load_checkpoint(engine, reader, groups))
         get_logger().info("resuming at step %d from %s", state.step, reader.path)
     _announce(run, groups)
     state_now = replace(state, segments=segments)
-    return Job(run, groups, engine, sources, state_now, state, found.passed_over, phases)
+    stragglers = Stragglers(run.observe.straggler_window, groups)
+    return Job(run, groups, engine, sources, state_now, state, found.passed_over, phases, stragglers)
 
 
 def save(job: Job, saver: Saver) -> None:
@@ -138,24 +143,44 @@ def _announce_saved(saved: Saved | None, phases: Phases) -> None:
         get_logger().info("saved %s in %s", saved.path, times)
 
 
-def _step(job: Job, batches: MicroBatches) -> StepReport:
+def _step(job: Job, batches: MicroBatches, stop: StopRequest) -> StepReport:
     """Train one step, evaluate if that is due, and advance the state."""
     run, groups, step = job.run, job.groups, job.state.step + 1
     lr = learning_rate(step, run.train.steps, run.optim)
     accumulation = run.accumulation_steps(groups.world_size)
-    started = time.perf_counter()
-    micro_batches = _together(groups, lambda: list(islice(batches, accumulation)))
-    job.phases.beat()
+    started, times = time.perf_counter(), list[float]()
+
+    def read() -> list[MicroBatch]:
+        chosen = list(islice(batches, accumulation))
+        times.append(time.perf_counter() - started)
+        job.phases.beat()  # what this rank waits for now is the others
+        return chosen
+
+    micro_batches = _together(groups, read)
     boundary = run.data.attention_boundary
-    result = train_step(job.engine, iter(micro_batches), accumulation, lr, groups, boundary)
+    result = train_step(
+        job.engine,
+        iter(micro_batches),
+        accumulation,
+        lr,
+        groups,
+        boundary,
+        job.phases.beat,
+        job.stragglers.forward,
+    )
     synchronize()
     seconds = time.perf_counter() - started
+    slow = job.stragglers.add(times[0])
     consumed = job.state.consumed_samples + run.train.global_batch_size
     job.state = replace(job.state, step=step, consumed_samples=consumed)
-    return _report(job, result, lr, seconds, _evaluate(job) if _eval_is_due(job) else {})
+    valid = _evaluate(job, stop) if _eval_is_due(job) else {}
+    return replace(_report(job, result, lr, seconds, valid), stragglers=slow)
 
 
-def _report(job: Job, result: StepResult, lr: float, seconds: float, valid: dict[str, HeldOut]) -> StepReport:
+def _report(
+    job: Job, result: StepResult, lr: float, seconds: float, valid: dict[str, HeldOut] | None
+) -> StepReport:
+    """`valid`: None where the evaluation was stopped."""
     run = job.run
     return StepReport(
         step=job.state.step,
@@ -167,7 +192,8 @@ def _report(job: Job, result: StepResult, lr: float, seconds: float, valid: dict
         step_time_s=seconds,
         memory_bytes=peak_memory_bytes(),
         windows=job.state.segments[-1].used(job.state.consumed_samples),
-        valid=valid,
+        valid=valid or {},
+        evaluation_stopped=valid is None,
         skipped=result.skipped,
         damaged_checkpoints=job.passed_over,
     )
@@ -175,20 +201,38 @@ def _report(job: Job, result: StepResult, lr: float, seconds: float, valid: dict
 
 def _write(job: Job, sinks: MetricSinks | None, report: StepReport) -> None:
     """Report a step on rank 0; if that fails, stop all ranks."""
-    _together(job.groups, lambda: sinks.write(report) if sinks else None)
+
+    def write() -> None:
+        if sinks:
+            sinks.write(report)
+        job.phases.beat()
+
+    _together(job.groups, write)
     job.passed_over = []
 
 
-def _evaluate(job: Job) -> dict[str, HeldOut]:
-    """Loss on the held-out text of each source that has some."""
+def _evaluate(job: Job, stop: StopRequest) -> dict[str, HeldOut] | None:
+    """Loss on the held-out text of each source that has some; None if the run was asked to stop meanwhile."""
     job.phases.enter(Phase.EVALUATE, job.state.step)
-    held_out = {source.name: source.valid for source in job.sources if source.valid}
-    return {name: _evaluate_on(job, dataset) for name, dataset in held_out.items()}
+    found = {}
+    for name, dataset in ((source.name, source.valid) for source in job.sources if source.valid):
+        evaluated = _evaluate_on(job, dataset, stop)
+        if evaluated is None:
+            return None
+        found[name] = evaluated
+    return found
 
 
-def _evaluate_on(job: Job, dataset: WindowDataset) -> HeldOut:
+def _evaluate_on(job: Job, dataset: WindowDataset, stop: StopRequest) -> HeldOut | None:
+    def go_on() -> bool:
+        job.phases.beat()
+        return not _any_rank(stop.received is not None, job.groups)
+
     batches = _together(job.groups, lambda: list(_eval_batches(job, dataset)))
-    loss, tokens = evaluate(job.engine, batches, job.groups, job.run.data.attention_boundary)
+    evaluated = evaluate(job.engine, batches, job.groups, job.run.data.attention_boundary, go_on)
+    if evaluated is None:
+        return None
+    loss, tokens = evaluated
     return HeldOut(loss, tokens, dataset.bytes_per_token)
 
 
@@ -241,6 +285,7 @@ def _timeline(
     began = psutil.Process().create_time()
     timeline = Timeline(Path(run.run.dir), lease.number, groups.world_size, began)
     phases.add(timeline)
+    timeline.enter(Phase.SETUP, 0)
     return timeline
 
 

@@ -20,6 +20,12 @@ from llama_mcore.observe.timeline import TIMELINE_FILE
 from llama_mcore.parallel.groups import Groups
 from llama_mcore.small_file import parse_yaml, read_small_file
 
+KNOWN = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "deepspeed", "stalls"} | {
+    TIMELINE_FILE,
+    LEASE,
+}
+"""What a run's folder may hold."""
+
 T = TypeVar("T")
 Together = Callable[[Callable[[], T]], T]
 """Runs an action on every rank and raises on all what failed on any."""
@@ -121,7 +127,16 @@ def _begin_anew(run: RunConfig, start: Start) -> None:
 
 def _is_same_run(run_dir: Path, run: RunConfig) -> bool:
     """Whether all that the folder holds comes from a start of the same configuration."""
-    known = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "deepspeed", TIMELINE_FILE, LEASE}
+    known = {
+        "config.yaml",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "deepspeed",
+        "stalls",
+        TIMELINE_FILE,
+        LEASE,
+    }
     if not {path.name for path in run_dir.iterdir()} <= known:
         return False
     try:

@@ -29,13 +29,30 @@ class StopRequest:
 
 
 @contextmanager
+def held_stop_signals() -> Iterator[None]:
+    """Let the signals wait: those that come meanwhile are not lost, and kill nobody.
+
+    What still waits at the end is dropped, since the process is about to leave with an exit code of its own.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        while signal.sigtimedwait(STOP_SIGNALS, 0):
+            pass
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Note SIGTERM, SIGUSR1 and SIGINT for as long as the context lasts. Enter it before slow imports, so
-    that a signal during start-up is not lost."""
+    """Note SIGTERM, SIGUSR1 and SIGINT for as long as the context lasts, those that were held before it
+    included. Enter it before slow imports, so that a signal during start-up is not lost."""
     request = StopRequest()
     previous = {number: signal.signal(number, request.note) for number in STOP_SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
         yield request
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,6 +1,6 @@
 """One optimizer step, and one evaluation."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llama_mcore.data.loader import MicroBatch
 from llama_mcore.model.attention import documents_of
+from llama_mcore.parallel.device import Stopwatch
 from llama_mcore.parallel.groups import Groups
 from llama_mcore.train.engine import DeepSpeedEngine
 
@@ -31,19 +32,28 @@ def train_step(
     lr: float,
     groups: Groups,
     eod: int | None = None,
+    beat: Callable[[], None] = lambda: None,
+    forward: Stopwatch | None = None,
 ) -> StepResult:
-    """Run the micro-batches of one step and update the weights. All ranks call it together."""
+    """Run the micro-batches of one step and update the weights. All ranks call it together.
+
+    `beat` is called after each micro-batch's backward, and once it is added up; `forward` runs in forwards.
+    """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+    forward = forward or Stopwatch()
     chosen = list(islice(batches, accumulation_steps))
     weights = _batch_weights(chosen, groups)
     total = torch.zeros((), device=groups.device)
     for batch, weight in zip(chosen, weights, strict=True):
-        loss = mean_loss(engine, batch, groups, eod) * weight
+        with forward.running():
+            loss = mean_loss(engine, batch, groups, eod) * weight
         engine.backward(loss)
+        beat()
         unsharded_norm = _unsharded_grad_norm(engine, groups)
         engine.step()
         total += loss.detach().float()
+        beat()
     return StepResult(
         loss=_mean_over(total / accumulation_steps, groups.dp_group),
         grad_norm=float(engine.get_global_grad_norm() or 0.0) if unsharded_norm is None else unsharded_norm,
@@ -74,14 +84,21 @@ def _num_counting(batch: MicroBatch) -> Tensor:
 
 
 def evaluate(
-    engine: DeepSpeedEngine, batches: Iterable[MicroBatch], groups: Groups, eod: int | None = None
-) -> tuple[float, int]:
+    engine: DeepSpeedEngine,
+    batches: Iterable[MicroBatch],
+    groups: Groups,
+    eod: int | None = None,
+    go_on: Callable[[], bool] = lambda: True,
+) -> tuple[float, int] | None:
     """Mean loss per token over `batches`, of which every data-parallel rank has equally many, and how many
-    tokens these are."""
+    tokens these are. Before each batch all ranks ask `go_on`, to the same answer; None if it says no."""
     engine.eval()
     sums = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
         for batch in batches:
+            if not go_on():
+                engine.train()
+                return None
             count = _num_counting(batch)
             loss = mean_loss(engine, batch, groups, eod).double().cpu()
             sums += torch.stack((loss * count, count))

@@ -3,6 +3,7 @@
 python job.py exit CODE      rank 1 ends with CODE, or by signal -CODE
 python job.py signal FOLDER  each rank says that it is ready and writes down which signal it got
 python job.py threads FOLDER each rank writes down OMP_NUM_THREADS
+python job.py held FOLDER    each rank writes down which signals were held when it began
 python job.py place FOLDER   each rank writes down where torchrun put it
 """
 
@@ -25,6 +26,9 @@ if what == "signal":
     got = signal.sigtimedwait(numbers, 60)
     Path(value, f"got-{rank}").write_text(signal.Signals(got.si_signo).name if got else "nothing")
     sys.exit(75)
+if what == "held":
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    Path(value, f"held-{rank}").write_text(" ".join(sorted(signal.Signals(number).name for number in held)))
 if what == "threads":
     Path(value, f"threads-{rank}").write_text(os.environ.get("OMP_NUM_THREADS", "unset"))
 if what == "place":

@@ -28,6 +28,8 @@ def main() -> None:
     os.environ.pop("OMP_NUM_THREADS", None)
     found = {f"exit{code}": launch(folder, f"exit{code}", "exit", str(code)) for code in EXITS}
     found["threads"] = launch(folder, "threads", "threads", str(folder))
+    found["held"] = launch(folder, "held", "held", str(folder))
+    found["alone"] = stop_a_node_that_waits_for_another()
     for number in SIGNALS:
         (folder / number.name).mkdir()
         arguments = ("signal", str(folder / number.name))
@@ -50,6 +52,25 @@ def launch(folder: Path, name: str, *arguments: str, number: signal.Signals | No
             time.sleep(0.01)
         os.kill(launcher.pid, number)
     launcher.join(timeout=120)
+    launcher.kill()
+    launcher.join()
+    return launcher.exitcode
+
+
+def stop_a_node_that_waits_for_another() -> int | None:
+    """Exit code of the launcher of one of two nodes, of which the other never comes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = ["--master-addr", "localhost", "--master-port", str(free.getsockname()[1])]
+
+    def command() -> None:
+        sys.exit(run(["--nnodes", "2", *where, JOB, "exit", "0"]))
+
+    launcher = get_context("fork").Process(target=command)
+    launcher.start()
+    time.sleep(1.0)  # whenever it comes: before the wait or in it
+    launcher.terminate()
+    launcher.join(timeout=60)
     launcher.kill()
     launcher.join()
     return launcher.exitcode

@@ -47,6 +47,15 @@ def test_a_signal_reaches_every_worker(launches: Path, name: str) -> None:
     assert exit_code(launches, name) == 75
 
 
+def test_signals_wait_until_a_worker_is_ready_for_them(launches: Path) -> None:
+    held = [set((launches / f"held-{rank}").read_text().split()) for rank in range(2)]
+    assert all({"SIGTERM", "SIGUSR1", "SIGINT"} <= names for names in held)
+
+
+def test_a_node_that_waits_for_another_can_be_stopped(launches: Path) -> None:
+    assert exit_code(launches, "alone") == 75
+
+
 def test_workers_share_the_cores(launches: Path) -> None:
     share = str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert [(launches / f"threads-{rank}").read_text() for rank in range(2)] == [share] * 2

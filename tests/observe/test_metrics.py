@@ -29,6 +29,7 @@ def test_a_row_has_the_keys_that_scripts_rely_on() -> None:
 def test_held_out_loss_and_skipped_appear_only_when_they_say_something() -> None:
     assert list(changed(valid={"prose": HeldOut(0.0, 5)}).to_dict()) == [*KEYS, "valid_loss", "valid"]
     assert list(changed(skipped=True).to_dict()) == [*KEYS, "skipped"]
+    assert list(changed(evaluation_stopped=True).to_dict()) == [*KEYS, "evaluation_stopped"]
 
 
 def test_a_step_as_text() -> None:

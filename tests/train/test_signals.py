@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from llama_mcore.train.signals import STOP_SIGNALS, stop_signals
+from llama_mcore.train.signals import STOP_SIGNALS, held_stop_signals, stop_signals
 
 TWICE = """
 import signal, sys, time
@@ -35,6 +35,16 @@ def test_the_handlers_before_come_back() -> None:
     with pytest.raises(ZeroDivisionError), stop_signals():
         _ = 1 // 0
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+def test_a_signal_waits_until_there_is_somebody_to_note_it() -> None:
+    with held_stop_signals():
+        signal.raise_signal(signal.SIGUSR1)
+        with stop_signals() as stop:
+            assert stop.received is signal.SIGUSR1
+        signal.raise_signal(signal.SIGTERM)  # too late, and without effect
+    assert not signal.sigpending() & set(STOP_SIGNALS)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOP_SIGNALS)
 
 
 def test_a_second_request_ends_the_process_and_an_echo_does_not() -> None:

@@ -1,0 +1,27 @@
+"""How long each part of a run may take without a sign of life. Pure Python."""
+
+from pydantic import Field
+
+from llama_mcore.section import Section
+
+
+class WatchdogConfig(Section):
+    """A rank without a sign of life for so long ends the run with exit code 75: see docs/operations.md."""
+
+    enabled: bool = True
+    step_factor: float = Field(default=10.0, ge=2)
+    """A step may take so many times the median of the steps before it,"""
+    min_step_s: float = Field(default=180.0, gt=0)
+    """and at least so many seconds."""
+    first_step_s: float = Field(default=1800.0, gt=0)
+    """Seconds for each of the first three steps after a start: kernels are compiled, connections made."""
+    start_s: float = Field(default=1200.0, gt=0)
+    """Seconds for imports and until all ranks have joined."""
+    setup_s: float = Field(default=1800.0, gt=0)
+    """Seconds for each of: opening the data, building model and engine, loading the checkpoint."""
+    save_s: float = Field(default=300.0, gt=0)
+    """Seconds that training may wait for a save beyond `checkpoint.timeout_s`, which fails the save."""
+    evaluate_s: float = Field(default=600.0, gt=0)
+    """Seconds for reading the held-out batches of a source, and for each of them."""
+    end_s: float = Field(default=300.0, gt=0)
+    """Seconds from the last save to the end of the process."""

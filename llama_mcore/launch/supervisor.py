@@ -1,0 +1,129 @@
+"""The process that a launcher starts for a rank: it forks the one that trains and answers for it.
+
+It passes requests to stop on, ends a process that shows no sign of life, and sees to it that a process that
+ends too early never looks like success. It imports little and holds no lock that the other could hold, so
+what hangs the one does not hang it.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from llama_mcore.errors import EXIT_SAVED, EXIT_SOFTWARE
+from llama_mcore.launch.config import WatchdogConfig
+from llama_mcore.launch.heartbeat import Heartbeat, Pulse
+from llama_mcore.launch.parent import die_with_parent
+from llama_mcore.launch.patience import Patience
+from llama_mcore.launch.rank_on_host import this_rank
+from llama_mcore.launch.stacks import Stacks
+from llama_mcore.launch.stall import StallReport, take_report
+from llama_mcore.observe.phases import Phase
+from llama_mcore.train.signals import ECHO_S, STOP_SIGNALS
+
+POLL_S = 0.5
+LAST_WORDS_S = 5.0
+"""What a process has to end by itself after a second request, before it is killed."""
+LONGEST_REPORT_S = 25.0
+"""A stalled file system may keep a report for ever, and torchrun kills 30 s after the first rank ended."""
+
+
+class Supervisor:
+    """Made, and forked, while stop signals are held (`train.signals.held_stop_signals`)."""
+
+    def __init__(self, watchdog: WatchdogConfig, run_dir: Path, save_timeout_s: float) -> None:
+        """`save_timeout_s`: after which a save fails by itself."""
+        self._watchdog, self._save_timeout_s = watchdog, save_timeout_s
+        self._place = this_rank()
+        self._stall = StallReport(run_dir, self._place)
+        self._heartbeat, self._stacks = Heartbeat(watchdog.start_s), Stacks()
+        self._pid = 0
+        self._asked_at: float | None = None
+        self._kill_at: float | None = None
+        self._last_request = 0
+
+    def fork(self) -> Pulse | None:
+        """In the new process, what its phases are told to; None in this one, which has to `watch` then."""
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        parent = os.getpid()
+        self._pid = os.fork()
+        if self._pid:
+            return None
+        die_with_parent(parent)
+        self._stacks.answer()
+        return Pulse(self._heartbeat, Patience(self._watchdog, self._save_timeout_s))
+
+    def watch(self) -> int:
+        """Wait for the end of the process that trains and return the exit code of the rank."""
+        waited = {*STOP_SIGNALS, signal.SIGCHLD}
+        signal.pthread_sigmask(signal.SIG_BLOCK, waited)
+        while True:
+            ended, status = os.waitpid(self._pid, os.WNOHANG)
+            if ended:
+                return self._exit_code(os.waitstatus_to_exitcode(status))
+            if self._kill_at and time.monotonic() > self._kill_at:
+                return self._killed(128 + self._last_request)
+            if self._watchdog.enabled and self._heartbeat.read().is_overdue(time.monotonic()):
+                return self._end_stalled()
+            got = signal.sigtimedwait(waited, POLL_S)
+            if got and got.si_signo in STOP_SIGNALS:
+                if self._heartbeat.read().phase is Phase.START:
+                    return self._end_before_training()
+                self._pass_on(got.si_signo)
+
+    def _pass_on(self, number: int) -> None:
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+        elif now - self._asked_at > ECHO_S and self._kill_at is None:
+            self._kill_at = now + LAST_WORDS_S
+        self._last_request = number
+        os.kill(self._pid, number)
+
+    def _end_before_training(self) -> int:
+        """The process may be waiting for ranks that never come, and has nothing to save."""
+        if self._place.rank == 0:
+            self._say("asked to stop before all ranks had joined; nothing to save")
+        return self._killed(EXIT_SAVED)
+
+    def _end_stalled(self) -> int:
+        report = take_report(self._place, self._pid, self._heartbeat)
+        stacks = "" if report.state == "stopped" else self._stacks.ask(self._pid)
+        # Else it would see the others die while this rank still reports, and add its own error to theirs.
+        os.kill(self._pid, signal.SIGSTOP)
+        said: list[str] = []
+        # A thread, since the file system may be what hangs.
+        writing = threading.Thread(target=lambda: said.append(self._stall.write(report, stacks)), daemon=True)
+        writing.start()
+        writing.join(LONGEST_REPORT_S)
+        if not said:
+            said.append(f"stalled in {report.phase} of step {report.step}, and {report} cannot report that")
+        if said[0]:
+            self._say(said[0])
+        return self._killed(EXIT_SAVED)
+
+    def _killed(self, exit_code: int) -> int:
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+        return exit_code
+
+    def _exit_code(self, code: int) -> int:
+        """Of a process that ended by itself; -n for signal n."""
+        if code < 0:
+            if self._asked_at is None:
+                self._say(f"the training process was killed by {signal.Signals(-code).name}{self._where()}")
+            return 128 - code
+        if code == 0 and self._heartbeat.read().phase is not Phase.END:
+            self._say(f"the training process ended with exit code 0{self._where()}, before it was done")
+            return EXIT_SOFTWARE
+        return code
+
+    def _where(self) -> str:
+        beat = self._heartbeat.read()
+        return f" in {beat.phase.value} of step {beat.step}"
+
+    def _say(self, text: str) -> None:
+        print(f"{self._place}: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,136 @@
+"""llama_mcore.launch.supervisor: exit codes, requests and stalls, with real processes that need no torch."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.distributed import ROOT
+from tests.train.product import left_over
+
+WORKER = Path(__file__).with_name("supervised.py")
+PAUSE_S = 3.5  # after which a request is a second one: more than signals.ECHO_S
+
+
+def start(what: str, run_dir: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(WORKER), what, str(run_dir)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ready(job: subprocess.Popen[str]) -> int:
+    """Process id of the one that would train, once it is at work."""
+    assert job.stdout
+    return int(job.stdout.readline().split()[1])
+
+
+def finish(job: subprocess.Popen[str]) -> tuple[int, str]:
+    _, said = job.communicate(timeout=60)
+    return job.returncode, said
+
+
+@pytest.mark.parametrize("code", [0, 1, 64, 75])
+def test_the_exit_code_is_that_of_the_process(tmp_path: Path, code: int) -> None:
+    assert finish(start(f"exit{code}", tmp_path)) == (code, "")
+
+
+def test_leaving_early_with_0_is_a_failure(tmp_path: Path) -> None:
+    code, said = finish(start("leaves", tmp_path))
+    assert code == 70
+    assert "exit code 0 in train of step 7, before it was done" in said
+
+
+def test_an_exception_is_1(tmp_path: Path) -> None:
+    code, said = finish(start("raises", tmp_path))
+    assert code == 1
+    assert "a fault of the test" in said
+
+
+def test_a_signal_that_nobody_asked_for_is_named(tmp_path: Path) -> None:
+    code, said = finish(start("killed", tmp_path))
+    assert code == 128 + 9
+    assert "killed by SIGKILL in train of step 7" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_request_reaches_the_process(tmp_path: Path, number: signal.Signals) -> None:
+    job = start("obeys", tmp_path)
+    ready(job)
+    job.send_signal(number)
+    assert finish(job) == (75, "")
+
+
+def test_a_request_before_the_fork_is_not_lost(tmp_path: Path) -> None:
+    code, said = finish(start("early", tmp_path))
+    assert code == 75
+    assert "asked to stop before all ranks had joined" in said
+
+
+def test_a_request_ends_the_wait_for_others(tmp_path: Path) -> None:
+    job = start("waits", tmp_path)
+    pid = ready(job)
+    job.send_signal(signal.SIGTERM)
+    assert finish(job)[0] == 75
+    assert not psutil.pid_exists(pid)
+
+
+def test_a_second_request_ends_a_process_that_is_stuck(tmp_path: Path) -> None:
+    job = start("stuck", tmp_path)
+    pid = ready(job)
+    job.send_signal(signal.SIGUSR1)
+    time.sleep(PAUSE_S)
+    assert job.poll() is None
+    job.send_signal(signal.SIGTERM)
+    assert finish(job) == (128 + 15, "")
+    assert not psutil.pid_exists(pid)
+
+
+def test_the_process_dies_with_its_supervisor(tmp_path: Path) -> None:
+    job = start("waits", tmp_path)
+    process = psutil.Process(ready(job))
+    job.kill()
+    job.wait()
+    assert psutil.wait_procs([process], timeout=30)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("what", "says", "frame"),
+    [
+        ("hangs", ["behind: no rank more than the others"], "supervised.py"),
+        ("gil", ["behind: rank 0 on ", "(running, and no Python thread ran for"], "supervised.py"),
+        ("stopped", ["behind: rank 0 on ", "(stopped for"], "does not answer: it is stopped"),
+    ],
+)
+def test_a_stall_is_explained_and_ended(tmp_path: Path, what: str, says: list[str], frame: str) -> None:
+    code, said = finish(start(what, tmp_path))
+    assert code == 75
+    assert [part for part in ["stalled in train of step 7", *says] if part not in said] == [], said
+    assert frame in (tmp_path / "stalls/00000007/rank-00000.txt").read_text()
+    assert left_over(tmp_path) == []
+
+
+def test_a_stall_while_starting_leaves_its_stacks_too(tmp_path: Path) -> None:
+    code, said = finish(start("never-ready", tmp_path / "run"))
+    assert code == 75
+    assert "stalled in start of step 0" in said
+    assert "supervised.py" in (tmp_path / "run/stalls/00000000/rank-00000.txt").read_text()
+
+
+def test_a_stall_ends_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "stalls").touch()
+    code, said = finish(start("hangs", tmp_path))
+    assert code == 75
+    assert "stalled in train of step 7" in said
+
+
+def test_the_watchdog_can_be_switched_off(tmp_path: Path) -> None:
+    assert finish(start("slow-but-off", tmp_path)) == (0, "")
