@@ -52,7 +52,11 @@ class StepReport:
     valid: dict[str, HeldOut] = field(default_factory=dict)
     """By source, after a step with an evaluation."""
     skipped: bool = False
-    """The update was not applied because its gradient was not finite."""
+    """The update was not applied because loss or gradient was not finite."""
+    decision: str = ""
+    """What the run's health called for after the step, and why; empty if nothing."""
+    rolled_back: list[dict[str, Any]] = field(default_factory=list)
+    """At the first step after a rollback: what was given up."""
     damaged_checkpoints: list[str] = field(default_factory=list)
     """At the first step after a resume: newer checkpoints that were damaged and passed over."""
 
@@ -70,10 +74,9 @@ class StepReport:
         if self.valid:
             row["valid_loss"] = self.valid_loss
             row["valid"] = {name: evaluation.to_dict() for name, evaluation in self.valid.items()}
-        if not self.skipped:
-            del row["skipped"]
-        if not self.damaged_checkpoints:
-            del row["damaged_checkpoints"]
+        for rare in ("skipped", "decision", "rolled_back", "damaged_checkpoints"):
+            if not row[rare]:
+                del row[rare]
         return row
 
 
@@ -89,6 +92,8 @@ def describe_step(report: StepReport) -> str:
         parts.append(f"held-out loss {report.valid_loss:.4f}")
     if report.skipped:
         parts.append("update skipped")
+    if report.decision:
+        parts.append(report.decision)
     return "  ".join(parts)
 
 
