@@ -1,7 +1,7 @@
 """Are the weights that several ranks hold alike still equal, bit for bit?
 
 Each rank updates its copy of a norm weight by itself, and nothing ever compares them: a wrong bit, or a
-rounding that differs, goes on unseen (the layer norms of BLOOM drifted apart so over its tensor-parallel ranks).
+rounding that differs, goes on unseen (so the layer norms of BLOOM drifted apart over tensor-parallel ranks).
 A hash of the bits, made where they are, is compared over the ranks that should have the same.
 """
 
@@ -78,7 +78,7 @@ def _copies(model: nn.Module, groups: Groups) -> tuple[_Copies, _Copies]:
     named: dict[str, Any] = dict(model.named_parameters())
     whole = {name: weight for name, weight in named.items() if weight.numel()}
     uncut = {
-        name: getattr(weight, "ds_tensor", weight)
+        name: weight if weight.numel() else weight.ds_tensor
         for name, weight in named.items()
         if not weight.tensor_model_parallel
     }
@@ -119,7 +119,7 @@ def _of_all_ranks(problems: Sequence[Problem], world_size: int, step: int) -> li
     dist.all_gather_object(gathered, shown)
     found = [problem for of_rank in gathered for problem in of_rank]
     remedy = (
-        f"found after step {step:,}, which is not saved; check that machine, then start the same command again: "
-        "it goes on from the newest checkpoint"
+        f"found after step {step:,}, which is not saved; check that machine, then start the same command "
+        "again: it goes on from the newest checkpoint"
     )
     return [*found[:-1], Problem(found[-1].field, found[-1].value, found[-1].bound, remedy)]

@@ -106,7 +106,7 @@ def _with_step(before: HealthState, config: HealthConfig, loss: float, skipped: 
 
 
 def _complaint(state: HealthState, config: HealthConfig) -> tuple[int, str]:
-    """What calls for action, and for the how manyth time since the run was last quiet; 0 if nothing does now."""
+    """How often action was called for since the run was last quiet, and by what; 0 if nothing does now."""
     skipped, spikes = state.skipped_in_a_row, state.spikes_in_a_row
     if skipped and skipped % config.skipped_in_a_row == 0:
         reason = f"{skipped} updates in a row were skipped: loss or gradient was not finite"
