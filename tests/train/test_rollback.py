@@ -6,6 +6,7 @@ One bad batch is left: its update is skipped, and the rest is good.
 """
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from llama_mcore.checkpoint.audit import audit_run
 from llama_mcore.checkpoint.manifest import read_manifest
 from llama_mcore.config import load_run
 from llama_mcore.data.dataset import WindowDataset
+from llama_mcore.errors import DataError
 from llama_mcore.train.schedule import learning_rate
 from tests.conftest import Small
 from tests.forked import run_worker
@@ -67,6 +69,8 @@ def folder(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
             for name, settings in STAGES.items()
         ),
         *(run(f"killed-{name}", DP, bad=BAD, kills=kills) for name, kills in KILLS.items()),
+        run("stopped", DP, bad=BAD, stops=[6, 3]),
+        run("flipped", ["zero.stage=1"], flip_after=8),
         run("one-skipped", [*DP, "train.steps=9"], bad=(48, 56)),
         run("one-left-out", [*DP, "train.steps=9"], left_out=7),
         run("spikes", DP, bad=(48, 88), add=5.0),
@@ -144,6 +148,23 @@ def test_a_killed_run_decides_and_computes_the_same(folder: Path, name: str) -> 
     assert last_tensors(killed) == last_tensors(whole)
 
 
+def test_checkpoints_of_signals_change_no_decision(folder: Path) -> None:
+    """Saved at step 6, and at step 9 while updates were skipped: the run returns to step 4 all the same, which
+    was kept, and what it gave up is put aside."""
+    stopped, whole = folder / "stopped", folder / "bf16-zero2-dp"
+    assert exit_codes(folder, "stopped") == [[75, 75], [75, 75], [0, 0]], said(folder, "stopped")
+    assert "stopped at step 9 of 14" in said(folder, "stopped")
+    assert computed(stopped) == computed(whole)
+    assert last_tensors(stopped) == last_tensors(whole)
+    assert checkpoints(stopped) == ["given-up-step-00000009", "step-00000014"]
+
+
+def test_copies_that_differ_are_not_saved(folder: Path) -> None:
+    assert exit_codes(folder, "flipped") == [[70, 70]]
+    assert "decoder.final_layernorm.weight = rank 1 on " in said(folder, "flipped")
+    assert checkpoints(folder / "flipped") == ["step-00000004"]
+
+
 def test_a_skipped_update_equals_one_that_was_left_out(folder: Path) -> None:
     skipped, left_out = computed(folder / "one-skipped"), computed(folder / "one-left-out")
     assert [row[0] for row in skipped if row[6]] == [7]
@@ -171,6 +192,17 @@ def test_the_audit_tells_what_was_given_up(folder: Path) -> None:
     assert sum(manifest.windows_read.values()) == manifest.consumed_samples == 160
     assert manifest.health is not None
     assert manifest.health.skipped == 1
+
+
+def test_the_audit_finds_a_step_that_read_what_was_given_up(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "bf16-zero2-dp", tmp_path / "run")
+    path = tmp_path / "run/metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[4] |= {"tokens": 72 * WINDOW, "windows": {"train": 72}}
+    assert list(rows[5]["windows"]) == ["train"]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(DataError, match="step 5: samples = 72: must be more than the 80"):
+        audit_run(tmp_path / "run")
 
 
 def test_at_the_limit_the_run_stops_and_keeps_what_it_has(folder: Path) -> None:

@@ -8,6 +8,7 @@ of all lives to RUN_DIR.exit_codes.json.
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from llama_mcore.config import RunConfig, load_run
 from llama_mcore.errors import report_errors
@@ -46,6 +48,10 @@ class Run:
     """What is added to it."""
     kills: tuple[int | str, ...] = ()
     """When each life but the last ends: in its n-th call of a step, or in its first "rollback"."""
+    stops: tuple[int, ...] = ()
+    """The same for lives that are asked to stop: in which call, after the kills."""
+    flip_after: int = 0
+    """The call after which a bit of a norm weight is wrong on the last rank."""
     left_out: int = 0
     """A step whose update is never even computed."""
     resume_from: tuple[str, int, int] | None = None
@@ -59,22 +65,29 @@ def main() -> None:
         if asked.resume_from:
             prepare(Path(run.run.dir), *asked.resume_from)
         lives = [
-            exit_codes_of(2, lambda run=run, asked=asked, kill=kill: live(run, asked, kill))
-            for kill in (*asked.kills, None)
+            exit_codes_of(2, lambda run=run, asked=asked, life=life: live(run, asked, *life))
+            for life in [
+                *((kill, 0) for kill in asked.kills),
+                *((None, stop) for stop in asked.stops),
+                (None, 0),
+            ]
         ]
         Path(f"{run.run.dir}.exit_codes.json").write_text(json.dumps(lives))
 
 
-def live(run: RunConfig, asked: Run, kill: int | str | None) -> None:
+def live(run: RunConfig, asked: Run, kill: int | str | None, stop_in: int) -> None:
     write_output_to(Path(f"{run.run.dir}.txt"))
-    loop.train_step = faulty_step(bad_windows(run, asked.bad), asked, kill)
+    stop = StopRequest()
+    loop.train_step = faulty_step(bad_windows(run, asked.bad), asked, kill, stop, stop_in)
     if kill == "rollback":
         loop.roll_back = lambda *arguments: (roll_back(*arguments), os._exit(KILLED))
     with report_errors():
-        sys.exit(loop.train(run, StopRequest()))
+        sys.exit(loop.train(run, stop))
 
 
-def faulty_step(bad: set[bytes], asked: Run, kill: int | str | None) -> Callable[..., StepResult]:
+def faulty_step(
+    bad: set[bytes], asked: Run, kill: int | str | None, stop: StopRequest, stop_in: int
+) -> Callable[..., StepResult]:
     calls = 0
 
     def step(engine: Any, batches: Iterator[Any], *arguments: Any) -> StepResult:
@@ -82,10 +95,16 @@ def faulty_step(bad: set[bytes], asked: Run, kill: int | str | None) -> Callable
         calls += 1
         if calls == kill:
             os._exit(KILLED)
+        if calls == stop_in:
+            stop.note(signal.SIGTERM, None)
         if calls == asked.left_out:
             return StepResult(float("nan"), float("nan"), skipped=True)
         with wrong_loss(engine.module, bad, asked.add):
-            return train_step(engine, batches, *arguments)
+            result = train_step(engine, batches, *arguments)
+        if calls == asked.flip_after and os.environ["RANK"] == "1":
+            norm = engine.module.get_parameter("decoder.final_layernorm.weight")
+            norm.detach().view(torch.int16)[0] ^= 1
+        return result
 
     return step
 
