@@ -149,8 +149,8 @@ def test_a_killed_run_decides_and_computes_the_same(folder: Path, name: str) -> 
 
 
 def test_checkpoints_of_signals_change_no_decision(folder: Path) -> None:
-    """Saved at step 6, and at step 9 while updates were skipped: the run returns to step 4 all the same, which
-    was kept, and what it gave up is put aside."""
+    """Saved at step 6, and at step 9 while updates were skipped: the run returns to step 4 all the same,
+    which was kept, and what it gave up is put aside."""
     stopped, whole = folder / "stopped", folder / "bf16-zero2-dp"
     assert exit_codes(folder, "stopped") == [[75, 75], [75, 75], [0, 0]], said(folder, "stopped")
     assert "stopped at step 9 of 14" in said(folder, "stopped")
