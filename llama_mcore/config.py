@@ -24,7 +24,7 @@ from llama_mcore.observe.config import ObserveConfig
 from llama_mcore.parallel.config import ParallelConfig, ZeroConfig
 from llama_mcore.section import Section
 from llama_mcore.small_file import parse_yaml, read_small_file
-from llama_mcore.train.config import EvalConfig, OptimConfig, TrainConfig
+from llama_mcore.train.config import EvalConfig, HealthConfig, OptimConfig, TrainConfig
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 LARGEST_CONFIG = 256 << 10
@@ -51,6 +51,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    health: HealthConfig = HealthConfig()
 
     def data_parallel_size(self, world_size: int) -> int:
         """dp = world_size / tp."""

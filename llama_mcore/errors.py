@@ -102,6 +102,13 @@ class PreflightError(UserError):
     title = "preflight error"
 
 
+class NumericalError(UserError):
+    """The numbers of a run are not sound, and going on would not mend them."""
+
+    exit_code = 70
+    title = "numerical error"
+
+
 class OutputError(UserError):
     """An output cannot be written."""
 

@@ -29,10 +29,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parallel": BASE | {"parallel"},
     "data": BASE | {"data"},
     "observe": BASE | {"observe"},
-    # train.state is a record without behaviour: what a checkpoint stores beside the tensors.
+    # train.state is records without behaviour: what a checkpoint stores beside the tensors.
     "checkpoint": BASE | {"checkpoint", "model", "parallel", "data", "observe", "config", "train.state"},
     "train": BASE | {"train", "model", "parallel", "data", "checkpoint", "observe", "config"},
-    "train.state": {"data.ledger"},
+    "train.state": {"data.ledger", "section"},
+    # Decides by numbers alone: no tensor, no clock, no file.
+    "train.health": {"train.config", "train.state"},
     "plan": BASE | CONFIGS | {"plan", "config"},
     "launch": BASE | CONFIGS | {"launch", "plan", "observe", "config"},
     # What the doctor says of backends and devices it asks them.

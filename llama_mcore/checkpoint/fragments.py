@@ -12,7 +12,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
-from llama_mcore.checkpoint.layout import WEIGHT
+from llama_mcore.checkpoint.layout import KINDS, WEIGHT
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,23 @@ def owned_fragments(engine: DeepSpeedEngine, dp_rank: int) -> list[Fragment]:
     return list(_stage12_fragments(engine, named))
 
 
+def has_optimizer_state(fragment: Fragment) -> bool:
+    return bool(fragment.optimizer.state[fragment.buffer])
+
+
 def create_optimizer_state(fragments: list[Fragment], step: int) -> None:
-    """Give the optimizer the state that it otherwise makes at its first step, with `step` steps done."""
+    """Give the optimizer the state that it otherwise makes at its first step, with `step` steps done.
+
+    Moments that are there already become zero where they are: DeepSpeed holds on to them.
+    """
     optimizer_of = {fragment.buffer: fragment.optimizer for fragment in fragments}
     for buffer, optimizer in optimizer_of.items():
-        optimizer.state[buffer] = {
-            "exp_avg": torch.zeros_like(buffer, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(buffer, requires_grad=False),
-        }
+        state = optimizer.state[buffer]
+        for kind in KINDS:
+            if kind in state:
+                state[kind].zero_()
+            elif kind != WEIGHT:
+                state[kind] = torch.zeros_like(buffer, requires_grad=False)
         if isinstance(optimizer, torch.optim.AdamW):
             optimizer.state[buffer]["step"] = torch.tensor(float(step), device=buffer.device)
         else:  # apex counts steps per group

@@ -13,6 +13,7 @@ on the disk. docs/checkpoint.md has the whole story.
 """
 
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import get_args
 
@@ -22,6 +23,8 @@ from llama_mcore.errors import CheckpointError, MissingInputError, Problem
 TEMPORARY = ".tmp"
 REPLACED = ".replaced"
 """What a checkpoint is called while another of its step takes its name; it counts until that is done."""
+GIVEN_UP = "given-up-"
+"""Begins the name of a checkpoint whose steps a rollback gave up; nothing reads or removes it."""
 LATEST = "latest"
 WEIGHT = "weight"
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -33,6 +36,12 @@ def checkpoints_dir(run_dir: Path) -> Path:
 
 def step_dir(run_dir: Path, step: int) -> Path:
     return checkpoints_dir(run_dir) / f"step-{step:08d}"
+
+
+def given_up_dir(folder: Path) -> Path:
+    """Where the checkpoint `folder` is put aside; a free name."""
+    names = (f"{GIVEN_UP}{folder.name}" + (f".{n}" if n else "") for n in count())
+    return next(path for name in names if not (path := folder.with_name(name)).exists())
 
 
 def rank_file(rank: int) -> str:

@@ -37,10 +37,11 @@ def check_same_model(reader: CheckpointReader, run: RunConfig) -> None:
 def load_checkpoint(engine: DeepSpeedEngine, reader: CheckpointReader, groups: Groups) -> None:
     """Fill weights, masters and Adam moments of this rank.
 
-    All ranks call it together: at stages 1 and 2 the weights are gathered over the data-parallel group.
+    The job may be new or have trained before. All ranks call it together: at stages 1 and 2 the weights are
+    gathered over the data-parallel group.
     """
     fragments = owned_fragments(engine, groups.dp_rank)
-    create_optimizer_state(fragments, reader.state.step)
+    create_optimizer_state(fragments, reader.state.updates)
     layout = groups.tp_rank, groups.tp_size
     for fragment in fragments:
         for kind in reader.kinds:  # moments that are not there begin at zero

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from llama_mcore.data.ledger import Segment
 from llama_mcore.errors import CheckpointError, Problem, shown
 from llama_mcore.small_file import read_json
+from llama_mcore.train.state import HealthState
 
 FORMAT = "llama_mcore/1"
 MANIFEST = "manifest.json"
@@ -72,6 +73,8 @@ class Manifest(_Record):
     layout: Layout
     files: tuple[RankFile, ...]
     """All of them, by rank: a checkpoint without one of these is none."""
+    health: HealthState | None = None
+    """What the run remembers of the steps so far; None in checkpoints from before it did."""
 
     @property
     def tokenizer(self) -> Path | None:

@@ -20,7 +20,7 @@ from llama_mcore.errors import CheckpointError, Problem, shown
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.shapes import parameter_shapes
 from llama_mcore.model.sharding import Cut, cut_of, unshard
-from llama_mcore.train.state import TrainState
+from llama_mcore.train.state import HealthState, TrainState
 
 _FP32_BYTES = 4
 
@@ -42,7 +42,8 @@ class CheckpointReader:
         self.kinds: tuple[str, ...] = found.kinds
         opened = [self._open(file, rank) for rank, file in enumerate(found.files)]
         self.model = self._checked_model(opened)
-        self.state = TrainState(found.step, found.consumed_samples, found.segments, found.run_id)
+        health = found.health or HealthState(anchor=found.step)
+        self.state = TrainState(found.step, found.consumed_samples, found.segments, found.run_id, health)
         self._tp_size = found.layout.tp
         self._shapes = parameter_shapes(self.model)
         self._pieces: dict[tuple[str, str, int], list[tuple[int, int, StoredTensor]]] = defaultdict(list)

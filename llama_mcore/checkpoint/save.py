@@ -43,7 +43,7 @@ from llama_mcore.checkpoint.layout import (
 from llama_mcore.checkpoint.lease import Lease
 from llama_mcore.checkpoint.manifest import MANIFEST, Layout, Manifest, RankFile, manifest_bytes
 from llama_mcore.checkpoint.phase import agree, in_background
-from llama_mcore.checkpoint.snapshot import snapshot
+from llama_mcore.checkpoint.snapshot import check_finite, snapshot
 from llama_mcore.checkpoint.tensor_file import write_tensors
 from llama_mcore.config import RunConfig
 from llama_mcore.observe.log import get_logger
@@ -82,8 +82,12 @@ class Saver:
         self._writing: _Writing | None = None
 
     def begin(self, state: TrainState, lr: float) -> Saved | None:
-        """Start to write the state of now. Waits for the save before, if that is not done, and returns it."""
+        """Start to write the state of now. Waits for the save before, if that is not done, and returns it.
+
+        Raises NumericalError, and writes nothing, where the state is not finite.
+        """
         before = self.finish()
+        check_finite(self._engine, self._groups, state.step)
         started = time.perf_counter()
         final = step_dir(Path(self._run.run.dir), state.step)
         temporary = final.with_suffix(TEMPORARY)
@@ -150,7 +154,8 @@ class Saver:
 
         def publish() -> None:
             _publish(writing.final, manifest, self._lease)
-            _tidy(writing.final, self._run.checkpoint.keep)
+            anchor = step_dir(Path(self._run.run.dir), writing.state.health.anchor)
+            _tidy(writing.final, self._run.checkpoint.keep, anchor)
 
         writing.work = in_background(publish)
 
@@ -169,6 +174,7 @@ class Saver:
                 tp=groups.tp_size, dp=groups.dp_size, zero_stage=self._engine.zero_optimization_stage()
             ),
             files=files,
+            health=state.health,
         )
 
 
@@ -238,17 +244,19 @@ def _publish(final: Path, manifest: Manifest, lease: Lease | None) -> None:
     sync_names(final)
 
 
-def _tidy(final: Path, keep: int) -> None:
+def _tidy(final: Path, keep: int, anchor: Path) -> None:
     """Update the hint and remove old checkpoints: the new one is on the disk, whatever becomes of these.
 
-    Those of later steps neither count nor go: they are damaged, or of a future that was given up.
+    Those of later steps neither count nor go: they are damaged, or of a future that was given up. `anchor`
+    stays: a rollback returns to it.
     """
     try:
         replace_hint(final.parent / LATEST, f"{final.name}\n")
         complete = complete_checkpoints(final.parents[1])
         replaced = [path for path in [final.with_suffix(REPLACED)] if path.exists()]
         older = [path for path in complete if path.stem < final.stem]
-        for path in replaced + [*older, final][:-keep]:
+        surplus = [path for path in [*older, final][:-keep] if path != anchor]
+        for path in replaced + surplus:
             _remove(path)
     except OSError as error:
         get_logger().warning("%s is saved, but old checkpoints were not removed: %s", final, error)

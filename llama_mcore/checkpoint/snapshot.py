@@ -2,11 +2,19 @@
 
 from collections.abc import Mapping
 
+import torch
+import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from llama_mcore.checkpoint.fragments import owned_fragments
+from llama_mcore.checkpoint.fragments import (
+    Fragment,
+    create_optimizer_state,
+    has_optimizer_state,
+    owned_fragments,
+)
 from llama_mcore.checkpoint.layout import KINDS, fragment_key
+from llama_mcore.errors import NumericalError, Problem
 from llama_mcore.model.sharding import cut_of
 from llama_mcore.parallel.device import host_buffer, synchronize
 from llama_mcore.parallel.groups import Groups
@@ -24,11 +32,7 @@ def snapshot(
     """
     if engine.zero_optimization_stage() == 0 and groups.dp_rank > 0:
         return {}
-    mine = [
-        fragment
-        for fragment in owned_fragments(engine, groups.dp_rank)
-        if groups.tp_rank == 0 or cut_of(fragment.name) is not None
-    ]
+    mine = _saved_fragments(engine, groups)
     copies = {}
     for fragment in mine:
         for kind in KINDS:
@@ -37,3 +41,44 @@ def snapshot(
             copies[key].copy_(fragment.view(kind), non_blocking=True)
     synchronize()  # copies from a GPU are on their way until then
     return copies
+
+
+def check_finite(engine: DeepSpeedEngine, groups: Groups, step: int) -> None:
+    """Raise NumericalError on all ranks where a snapshot of now would hold a NaN or an infinity on any.
+
+    Looks at every element, on the device. All ranks call it together.
+    """
+    spoilt = [
+        f"{kind} of {fragment.name}"
+        for fragment in _saved_fragments(engine, groups)
+        for kind in KINDS
+        if not _is_finite(fragment.view(kind))
+    ]
+    gathered: list[list[str]] = [[]] * groups.world_size
+    dist.all_gather_object(gathered, spoilt)
+    remedy = "start the same command again: it goes on from the newest checkpoint, which is sound"
+    problems = [
+        Problem(
+            f"{len(names)} tensors of the state",
+            f"{names[0]} on rank {rank}, ...",
+            f"are not finite after step {step:,}, so that it is not saved",
+            remedy,
+        )
+        for rank, names in enumerate(gathered)
+        if names
+    ]
+    if problems:
+        raise NumericalError(problems)
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether all elements are. The largest absolute value needs no copy, and is NaN if one of them is."""
+    return not values.numel() or bool(torch.linalg.vector_norm(values, torch.inf).isfinite())
+
+
+def _saved_fragments(engine: DeepSpeedEngine, groups: Groups) -> list[Fragment]:
+    """This rank's, without those of parameters that the first tensor-parallel rank has too."""
+    owned = owned_fragments(engine, groups.dp_rank)
+    if not all(map(has_optimizer_state, owned)):  # no update was applied yet
+        create_optimizer_state(owned, 0)
+    return [fragment for fragment in owned if groups.tp_rank == 0 or cut_of(fragment.name) is not None]

@@ -80,8 +80,8 @@ class MicroBatches:
         self._micro_batch_size = micro_batch_size
         self._dp_rank = dp_rank
         self._dp_size = dp_size
-        self._start_sample = start_sample
-        self._batches = _read_ahead(self._read(), prefetch)
+        self._prefetch = prefetch
+        self._batches = _read_ahead(self._read(start_sample), prefetch)
 
     def __iter__(self) -> "MicroBatches":
         return self
@@ -100,7 +100,12 @@ class MicroBatches:
     def close(self) -> None:
         self._batches.close()
 
-    def _read(self) -> Iterator[MicroBatch]:
+    def seek(self, sample: int) -> None:
+        """Go on from global position `sample`."""
+        self._batches.close()
+        self._batches = _read_ahead(self._read(sample), self._prefetch)
+
+    def _read(self, start_sample: int) -> Iterator[MicroBatch]:
         size = self._micro_batch_size
         at_once = max(1, _SAMPLES_PLANNED_AT_ONCE // (size * self._dp_size))
         for first in count(step=at_once):
@@ -108,7 +113,7 @@ class MicroBatches:
                 _positions(number, size, self._dp_rank, self._dp_size)
                 for number in range(first, first + at_once)
             ]
-            windows = self._samples.windows_at(np.concatenate(positions) + self._start_sample)
+            windows = self._samples.windows_at(np.concatenate(positions) + start_sample)
             for row in range(0, len(windows), size):
                 yield micro_batch(read_windows(windows[row : row + size]), self._masked_token, self._pin)
 

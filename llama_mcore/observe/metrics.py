@@ -29,6 +29,17 @@ class HeldOut:
         return row if self.bits_per_byte is None else row | {"bits_per_byte": self.bits_per_byte}
 
 
+_RARE = (
+    "evaluation_stopped",
+    "skipped",
+    "decision",
+    "rolled_back",
+    "stragglers",
+    "damaged_checkpoints",
+)
+"""What most steps have nothing to say of."""
+
+
 @dataclass(frozen=True)
 class StepReport:
     """One optimizer step. `loss` and `grad_norm` may be NaN or infinite."""
@@ -54,7 +65,11 @@ class StepReport:
     evaluation_stopped: bool = False
     """An evaluation was due and was given up, as the run was asked to stop; it is not made up for."""
     skipped: bool = False
-    """The update was not applied because its gradient was not finite."""
+    """The update was not applied because loss or gradient was not finite."""
+    decision: str = ""
+    """What the run's health called for after the step, and why; empty if nothing."""
+    rolled_back: list[dict[str, Any]] = field(default_factory=list)
+    """At the first step after a rollback: what was given up."""
     stragglers: list[dict[str, object]] = field(default_factory=list)
     """At the end of a window, the ranks that were slower than the others: rank, host, times_median."""
     damaged_checkpoints: list[str] = field(default_factory=list)
@@ -74,9 +89,9 @@ class StepReport:
         if self.valid:
             row["valid_loss"] = self.valid_loss
             row["valid"] = {name: evaluation.to_dict() for name, evaluation in self.valid.items()}
-        for name in ("evaluation_stopped", "skipped", "stragglers", "damaged_checkpoints"):
-            if not row[name]:
-                del row[name]
+        for rare in _RARE:
+            if not row[rare]:
+                del row[rare]
         return row
 
 
@@ -94,6 +109,8 @@ def describe_step(report: StepReport) -> str:
         parts.append("evaluation stopped")
     if report.skipped:
         parts.append("update skipped")
+    if report.decision:
+        parts.append(report.decision)
     return "  ".join(parts)
 
 

@@ -1,6 +1,7 @@
 """Where step reports go: metrics.jsonl, TensorBoard, and a line for the person who watches."""
 
 import errno
+import math
 import os
 import sys
 from collections import deque
@@ -20,6 +21,8 @@ from llama_mcore.observe.config import ObserveConfig
 from llama_mcore.observe.metrics import StepReport, describe_duration, describe_step
 
 METRICS_FILE = "metrics.jsonl"
+GIVEN_UP_METRICS = "metrics-given-up.jsonl"
+"""The steps that rollbacks gave up. One may be there twice, if the run was killed just then."""
 TENSORBOARD_DIR = "tensorboard"
 ETA_WINDOW = 50  # steps
 
@@ -75,6 +78,14 @@ class MetricSinks:
                 self._events.write(report)
         self._watcher.write(report)
 
+    def go_back(self, step: int) -> None:
+        """Go on after `step`: the lines of later steps move to the file of what was given up."""
+        with _writing(self._run_dir):
+            keep_steps_after(self._run_dir / METRICS_FILE, step, self._run_dir / GIVEN_UP_METRICS)
+            self._stack.close()
+        self._start_step = step
+        self.__enter__()
+
     def _open_events(self, stack: ExitStack) -> "_TensorBoard | None":
         if not self._config.tensorboard:
             return None
@@ -104,6 +115,13 @@ def drop_steps_after(metrics: Path, step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(metrics)
+
+
+def keep_steps_after(metrics: Path, step: int, kept: Path) -> None:
+    """Add the whole lines of `metrics` after `step` to the end of `kept`."""
+    later = [line + b"\n" for line in metrics.read_bytes().splitlines() if step < _step_of(line) < math.inf]
+    with kept.open("ab") as file:
+        file.writelines(later)
 
 
 def _step_of(line: bytes) -> float:
@@ -192,11 +210,12 @@ class _PlainLines:
             or report.step in (self._first_step, self._total_steps)
             or report.valid_loss is not None
             or report.skipped
+            or report.decision != ""
         )
 
 
 class _ProgressLine:
-    """A line that redraws itself; evaluations and skipped updates leave a line that stays."""
+    """A line that redraws itself; evaluations, skipped updates and decisions leave a line that stays."""
 
     def __init__(self, console: Console, total_steps: int, start_step: int) -> None:
         self._eta = _Eta(total_steps)
@@ -215,7 +234,7 @@ class _ProgressLine:
             f"{report.tokens_per_s:,.0f} tok/s ETA {self._eta.update(report)}"
         )
         self._progress.update(self._task, completed=report.step, description=line)
-        if report.valid_loss is not None or report.skipped:
+        if report.valid_loss is not None or report.skipped or report.decision:
             self._progress.console.print(f"step {report.step}  {describe_step(report)}")
 
     def close(self) -> None:

@@ -43,3 +43,30 @@ class EvalConfig(Section):
     """Steps between evaluations on `data.valid`; 0 means only at the end."""
     batches: int = Field(default=16, ge=1)
     """Global batches in one evaluation; fewer where the held-out data has fewer."""
+
+
+class HealthConfig(Section):
+    """When a run is not well, and what is done. docs/operations.md tells what happens in which order."""
+
+    skipped_in_a_row: int = Field(default=5, ge=1)
+    """Updates skipped one after the other, because loss or gradient was not finite, until more is done. One
+    skipped update costs a batch; bf16 has fp32's range, so that several in a row are no accident."""
+    spike_window: int = Field(default=128, ge=0)
+    """Losses that a loss is compared with; none is a spike before there are so many. 0 looks for no spikes.
+    Long enough for a stable median, short enough for the slope of the curve not to count."""
+    spike_threshold: float = Field(default=8.0, gt=0)
+    """Standard deviations above the median, estimated by the median absolute deviation, that are a spike."""
+    spikes_in_a_row: int = Field(default=10, ge=1)
+    """Spikes one after the other until more is done: most are over after a few steps, without help."""
+    lower_lr_factor: float = Field(default=0.5, gt=0, le=1)
+    """What the learning rate is multiplied with while it is lowered."""
+    lower_lr_steps: int = Field(default=200, ge=0)
+    """Steps for which it is lowered; what goes wrong in them leads to a rollback. 0 rolls back at once."""
+    max_rollbacks: int = Field(default=2, ge=0)
+    """Rollbacks within `rollback_window`; where one more is due, the run stops with exit code 70. Each gives
+    up what was read since the last scheduled checkpoint."""
+    rollback_window: int = Field(default=5000, ge=1)
+    """Steps."""
+    replica_interval: int = Field(default=100, ge=0)
+    """Steps between comparisons of what must be equal on several ranks; it is also compared before each save.
+    0 switches both off. A comparison reads all weights once, on the device."""

@@ -23,7 +23,7 @@ from llama_mcore.data.dataset import WindowDataset
 from llama_mcore.data.ledger import Segment, check_caps, continued
 from llama_mcore.data.loader import MicroBatch, MicroBatches, Samples, eval_batches
 from llama_mcore.data.sources import OpenSource, open_sources, plan_run
-from llama_mcore.errors import EXIT_SAVED, OutputError, Problem, UserError
+from llama_mcore.errors import EXIT_SAVED, NumericalError, OutputError, Problem, UserError
 from llama_mcore.model.build import build_model
 from llama_mcore.observe.log import get_logger, setup_logging
 from llama_mcore.observe.metrics import HeldOut, StepReport
@@ -32,8 +32,11 @@ from llama_mcore.observe.sinks import MetricSinks
 from llama_mcore.observe.timeline import Timeline
 from llama_mcore.parallel.device import peak_memory_bytes, pinned, synchronize
 from llama_mcore.parallel.groups import Groups, process_groups
+from llama_mcore.parallel.replicas import check_replicas
 from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of
+from llama_mcore.train.health import Action, Judgement, judge, lr_scale
 from llama_mcore.train.resume import Start, find_start
+from llama_mcore.train.rollback import roll_back
 from llama_mcore.train.schedule import learning_rate
 from llama_mcore.train.signals import StopRequest
 from llama_mcore.train.state import TrainState
@@ -81,11 +84,17 @@ def train(
             stopping = _any_rank(stop.received is not None, groups)  # while all was set up
             while job.state.step < run.train.steps and not stopping:
                 phases.enter(Phase.TRAIN, job.state.step + 1)
-                _write(job, sinks, _step(job, batches, stop))
+                report, judgement = _step(job, batches, stop)
+                _write(job, sinks, report)
                 _announce_saved(saver.poll(), phases)
+                if judgement.action in (Action.ROLL_BACK, Action.STOP):
+                    _return_or_stop(job, judgement, saver, batches, sinks)
                 stopping = _any_rank(stop.received is not None, groups)
-                if stopping or _save_is_due(job):
-                    save(job, saver)
+                due = _save_is_due(job)
+                if _replica_check_is_due(job, stopping or due):
+                    check_replicas(job.engine.module, groups, job.state.step)
+                if stopping or due:
+                    save(job, saver, due)
                     stopping = stopping or _any_rank(stop.received is not None, groups)
             phases.enter(Phase.SAVE, job.state.step)
             _announce_saved(saver.finish(), phases)
@@ -117,18 +126,25 @@ def setup(run: RunConfig, groups: Groups, start: Start, phases: Phases) -> Job:
         _together(groups, lambda: load_checkpoint(engine, reader, groups))
         get_logger().info("resuming at step %d from %s", state.step, reader.path)
     _announce(run, groups)
-    state_now = replace(state, segments=segments)
+    # Losses on other data say nothing of those to come.
+    health = state.health if segments == state.segments else state.health.model_copy(update={"losses": ()})
+    state_now = replace(state, segments=segments, health=health)
     stragglers = Stragglers(run.observe.straggler_window, groups)
     return Job(run, groups, engine, sources, state_now, state, found.passed_over, phases, stragglers)
 
 
-def save(job: Job, saver: Saver) -> None:
-    """Begin a checkpoint of the current step unless there is one, and wait for it where that is wanted."""
+def save(job: Job, saver: Saver, due: bool = True) -> None:
+    """Begin a checkpoint of the current step unless there is one, and wait for it where that is wanted.
+
+    `due`: by the schedule, so that a rollback may return to it.
+    """
     if job.saved == job.state:
         return
     job.phases.enter(Phase.SAVE, job.state.step)
-    lr = learning_rate(job.state.step, job.run.train.steps, job.run.optim)
-    _announce_saved(saver.begin(job.state, lr), job.phases)
+    if due and job.state.health.is_quiet:
+        health = job.state.health.model_copy(update={"anchor": job.state.step})
+        job.state = replace(job.state, health=health)
+    _announce_saved(saver.begin(job.state, _lr(job, job.state.step)), job.phases)
     job.saved = job.state
     if job.run.checkpoint.also_deepspeed:
         save_deepspeed_folder(job.engine, job.run, job.state, job.groups)
@@ -143,10 +159,31 @@ def _announce_saved(saved: Saved | None, phases: Phases) -> None:
         get_logger().info("saved %s in %s", saved.path, times)
 
 
-def _step(job: Job, batches: MicroBatches, stop: StopRequest) -> StepReport:
-    """Train one step, evaluate if that is due, and advance the state."""
+def _return_or_stop(
+    job: Job, judgement: Judgement, saver: Saver, batches: MicroBatches, sinks: MetricSinks | None
+) -> None:
+    """Go back to the last good checkpoint and on with the data after this step, and save that; or end the
+    run."""
+    job.phases.enter(Phase.SAVE, job.state.step)
+    _announce_saved(saver.finish(), job.phases)
+    if judgement.action is Action.STOP:
+        remedy = (
+            "the checkpoints are as they were: look at metrics.jsonl, then lower optim.lr or mend the data"
+        )
+        raise NumericalError(Problem("step", job.state.step, judgement.reason, remedy))
+    groups, reason = job.groups, judgement.reason
+    job.state = roll_back(
+        job.engine, job.run, groups, job.state, reason, lambda action: _together(groups, action)
+    )
+    _together(groups, lambda: sinks.go_back(job.state.step) if sinks else None)
+    batches.seek(job.state.consumed_samples)
+    save(job, saver)
+
+
+def _step(job: Job, batches: MicroBatches, stop: StopRequest) -> tuple[StepReport, Judgement]:
+    """Train one step, advance the state, judge it, and evaluate if that is due."""
     run, groups, step = job.run, job.groups, job.state.step + 1
-    lr = learning_rate(step, run.train.steps, run.optim)
+    lr = _lr(job, step)
     accumulation = run.accumulation_steps(groups.world_size)
     started, times = time.perf_counter(), list[float]()
 
@@ -171,17 +208,31 @@ def _step(job: Job, batches: MicroBatches, stop: StopRequest) -> StepReport:
     synchronize()
     seconds = time.perf_counter() - started
     slow = job.stragglers.add(times[0])
+    judgement = judge(job.state.health, run.health, step, result.loss, result.skipped)
     consumed = job.state.consumed_samples + run.train.global_batch_size
-    job.state = replace(job.state, step=step, consumed_samples=consumed)
+    job.state = replace(job.state, step=step, consumed_samples=consumed, health=judgement.state)
     valid = _evaluate(job, stop) if _eval_is_due(job) else {}
-    return replace(_report(job, result, lr, seconds, valid), stragglers=slow)
+    report = _report(job, result, judgement, lr, seconds, valid)
+    return replace(report, stragglers=slow), judgement
+
+
+def _lr(job: Job, step: int) -> float:
+    """The schedule's, or less while the run's health asks for that."""
+    scheduled = learning_rate(step, job.run.train.steps, job.run.optim)
+    return scheduled * lr_scale(job.state.health, step)
 
 
 def _report(
-    job: Job, result: StepResult, lr: float, seconds: float, valid: dict[str, HeldOut] | None
+    job: Job,
+    result: StepResult,
+    judgement: Judgement,
+    lr: float,
+    seconds: float,
+    valid: dict[str, HeldOut] | None,
 ) -> StepReport:
     """`valid`: None where the evaluation was stopped."""
-    run = job.run
+    run, rollbacks = job.run, job.state.health.rollbacks
+    acted = judgement.action is not Action.GO_ON
     return StepReport(
         step=job.state.step,
         loss=result.loss,
@@ -195,6 +246,8 @@ def _report(
         valid=valid or {},
         evaluation_stopped=valid is None,
         skipped=result.skipped,
+        decision=f"{judgement.action}: {judgement.reason}" if acted else "",
+        rolled_back=[past.model_dump() for past in rollbacks if past.to_step == job.state.step - 1],
         damaged_checkpoints=job.passed_over,
     )
 
@@ -254,8 +307,14 @@ def _eval_is_due(job: Job) -> bool:
 
 
 def _save_is_due(job: Job) -> bool:
-    step = job.state.step
-    return step == job.run.train.steps or step % job.run.checkpoint.interval == 0
+    """At the end, and at the first quiet step of each interval."""
+    step, health, interval = job.state.step, job.state.health, job.run.checkpoint.interval
+    return step == job.run.train.steps or (health.is_quiet and step // interval > health.anchor // interval)
+
+
+def _replica_check_is_due(job: Job, saving: bool) -> bool:
+    interval = job.run.health.replica_interval
+    return interval > 0 and (saving or job.state.step % interval == 0)
 
 
 def _finish(job: Job) -> int:

@@ -16,13 +16,16 @@ from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.config import LARGEST_CONFIG, RunConfig
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, Problem
 from llama_mcore.observe.log import get_logger
+from llama_mcore.observe.sinks import GIVEN_UP_METRICS, METRICS_FILE
 from llama_mcore.observe.timeline import TIMELINE_FILE
 from llama_mcore.parallel.groups import Groups
 from llama_mcore.small_file import parse_yaml, read_small_file
 
-KNOWN = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "deepspeed", "stalls"} | {
-    TIMELINE_FILE,
-    LEASE,
+KNOWN = {"config.yaml", METRICS_FILE, GIVEN_UP_METRICS, TIMELINE_FILE, LEASE} | {
+    "tensorboard",
+    "checkpoints",
+    "deepspeed",
+    "stalls",
 }
 """What a run's folder may hold."""
 
@@ -58,11 +61,11 @@ def find_start(run: RunConfig, start: Start, groups: Groups, together: Together)
     named checkpoint is not there, CheckpointError where none of those that are is sound, ConfigError for a
     checkpoint of another model and for a folder that would be overwritten.
     """
-    folders = _same_on_all_ranks(groups, lambda: _candidates(run, start), together)
+    folders = same_on_all_ranks(groups, lambda: _candidates(run, start), together)
     passed_over: list[str] = []
     for folder in reversed(folders):
         try:
-            reader = together(lambda folder=folder: _verified(folder, groups))  # type: ignore[misc]
+            reader = together(lambda folder=folder: verified(folder, groups))  # type: ignore[misc]
         except CheckpointError as error:
             passed_over.append(error.message())
             get_logger().warning("%s IS DAMAGED and passed over: %s", folder, error.message())
@@ -95,7 +98,8 @@ def _candidates(run: RunConfig, start: Start) -> list[Path]:
     raise MissingInputError(Problem("--resume", named, "no such folder", remedy))
 
 
-def _verified(folder: Path, groups: Groups) -> CheckpointReader:
+def verified(folder: Path, groups: Groups) -> CheckpointReader:
+    """The checkpoint, of which this rank has read its share of the files."""
     reader = CheckpointReader(folder)
     reader.check_content(groups.rank, groups.world_size)
     return reader
@@ -127,17 +131,7 @@ def _begin_anew(run: RunConfig, start: Start) -> None:
 
 def _is_same_run(run_dir: Path, run: RunConfig) -> bool:
     """Whether all that the folder holds comes from a start of the same configuration."""
-    known = {
-        "config.yaml",
-        "metrics.jsonl",
-        "tensorboard",
-        "checkpoints",
-        "deepspeed",
-        "stalls",
-        TIMELINE_FILE,
-        LEASE,
-    }
-    if not {path.name for path in run_dir.iterdir()} <= known:
+    if not {path.name for path in run_dir.iterdir()} <= KNOWN:
         return False
     try:
         there = parse_yaml(read_small_file(run_dir / "config.yaml", LARGEST_CONFIG).decode())
@@ -146,7 +140,7 @@ def _is_same_run(run_dir: Path, run: RunConfig) -> bool:
     return bool(there == run.model_dump())
 
 
-def _same_on_all_ranks(groups: Groups, look: Callable[[], T], together: Together) -> T:
+def same_on_all_ranks(groups: Groups, look: Callable[[], T], together: Together) -> T:
     """What rank 0 sees: on a network file system others may see a folder sooner or later."""
     seen = together(lambda: look() if groups.rank == 0 else None)
     box = [seen]

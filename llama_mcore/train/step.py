@@ -1,6 +1,8 @@
 """One optimizer step, and one evaluation."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 
@@ -17,12 +19,13 @@ from llama_mcore.train.engine import DeepSpeedEngine
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss` is the mean over all tokens of the step, `grad_norm` the global norm before clipping."""
+    """`loss` is the mean over all tokens of the step, `grad_norm` the global norm before clipping. The same
+    on all ranks; not finite where it is not finite on any."""
 
     loss: float
     grad_norm: float
     skipped: bool
-    """The gradient was not finite, so no weight changed."""
+    """Loss or gradient was not finite on some rank, so no weight changed on any."""
 
 
 def train_step(
@@ -48,17 +51,16 @@ def train_step(
     for batch, weight in zip(chosen, weights, strict=True):
         with forward.running():
             loss = mean_loss(engine, batch, groups, eod) * weight
-        engine.backward(loss)
+        engine.backward(_infectious(loss))
         beat()
         unsharded_norm = _unsharded_grad_norm(engine, groups)
-        engine.step()
+        with _update(engine, unsharded_norm):
+            engine.step()
         total += loss.detach().float()
         beat()
-    return StepResult(
-        loss=_mean_over(total / accumulation_steps, groups.dp_group),
-        grad_norm=float(engine.get_global_grad_norm() or 0.0) if unsharded_norm is None else unsharded_norm,
-        skipped=not engine.was_step_applied(),
-    )
+    norm = float(engine.get_global_grad_norm() or 0.0) if unsharded_norm is None else unsharded_norm
+    skipped = not (engine.was_step_applied() and math.isfinite(norm))
+    return _agreed(_mean_over(total / accumulation_steps, groups.dp_group), norm, skipped, groups)
 
 
 def _batch_weights(batches: Sequence[MicroBatch], groups: Groups) -> list[float]:
@@ -119,6 +121,45 @@ def mean_loss(engine: DeepSpeedEngine, batch: MicroBatch, groups: Groups, eod: i
     return engine(tokens, labels=labels, loss_mask=mask, documents=documents)
 
 
+def _infectious(loss: Tensor) -> Tensor:
+    """The loss, whose gradient is NaN throughout if it is not finite itself.
+
+    A loss may be NaN and its gradient not. So the one check of the gradient, which DeepSpeed makes before the
+    update and over all ranks, finds both.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
+def _update(engine: DeepSpeedEngine, unsharded_norm: float | None) -> AbstractContextManager[None]:
+    """Within the context `engine.step` changes nothing if the gradient is not finite: DeepSpeed sees to that
+    at stages 1 to 3, and at stage 0 does not look."""
+    if unsharded_norm is None or math.isfinite(unsharded_norm):
+        return nullcontext()
+    return _without_gradients(engine)
+
+
+@contextmanager
+def _without_gradients(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Take the gradients away when DeepSpeed has clipped them, which it cannot without any: an optimizer
+    leaves parameters without a gradient alone."""
+    hook = engine.optimizer.register_step_pre_hook(lambda *_: engine.zero_grad())
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _agreed(loss: float, grad_norm: float, skipped: bool, groups: Groups) -> StepResult:
+    """Rank 0's numbers on all ranks, not finite where they are not on any: what is decided by them must not
+    differ."""
+    numbers = torch.tensor([loss, grad_norm, float(skipped)], dtype=torch.float64, device=groups.device)
+    if groups.rank:
+        numbers[:2] *= 0  # NaN and infinity stay
+    dist.all_reduce(numbers)
+    loss, grad_norm, skips = numbers.tolist()
+    return StepResult(loss, grad_norm, skipped=skips > 0)
+
+
 def _mean_over(value: Tensor, group: dist.ProcessGroup) -> float:
     dist.all_reduce(value, group=group)
     return value.item() / group.size()
@@ -127,12 +168,15 @@ def _mean_over(value: Tensor, group: dist.ProcessGroup) -> float:
 def _unsharded_grad_norm(engine: DeepSpeedEngine, groups: Groups) -> float | None:
     """Global gradient norm at ZeRO stage 0, where DeepSpeed clips by it but does not tell it; else None.
 
-    Every rank holds the replicated parameters; only the cut ones are summed over the tensor-parallel group.
+    Every rank holds the replicated parameters: the first tensor-parallel rank's count, and what is not finite
+    on any.
     """
     if engine.zero_optimization_stage() > 0 or not engine.is_gradient_accumulation_boundary():
         return None
     squares = torch.zeros(2, device=groups.device)  # replicated, cut
     for parameter in engine.module.parameters():
         squares[int(parameter.tensor_model_parallel)] += parameter.grad.square().sum()
-    dist.all_reduce(squares[1:], group=groups.tp_group)
+    if groups.tp_rank:
+        squares[0] *= 0  # NaN and infinity stay
+    dist.all_reduce(squares, group=groups.tp_group)
     return squares.sum().sqrt().item()

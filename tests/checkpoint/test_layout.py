@@ -1,5 +1,7 @@
 """llama_mcore.checkpoint.layout and reader: which folder is a checkpoint, and what is wrong with it."""
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -11,14 +13,18 @@ from llama_mcore.checkpoint.layout import (
     complete_checkpoints,
     find_checkpoint,
     fragment_key,
+    given_up_dir,
     parse_fragment_key,
     step_dir,
+    step_folders,
     unfinished,
 )
 from llama_mcore.checkpoint.manifest import MANIFEST
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.errors import CheckpointError, MissingInputError
+from llama_mcore.train.state import HealthState
 from tests.checkpoint.damage import FIRST_RANK, edit_manifest, edit_tensors
+from tests.checkpoint.tiny import write_checkpoint
 
 
 def test_a_fragment_key_reads_back() -> None:
@@ -159,3 +165,22 @@ def test_exchanged_rank_files_are_refused(checkpoint: Path) -> None:
 
     edit_manifest(checkpoint, exchange)
     assert "the manifest of" in refused(checkpoint)
+
+
+def test_a_checkpoint_from_before_health_was_remembered_still_loads(tmp_path: Path) -> None:
+    """Its run is taken for healthy, and a rollback may return to it."""
+    folder = write_checkpoint(tmp_path, step=4)
+    content = json.loads((folder / MANIFEST).read_text())
+    del content["health"], content["manifest_sha256"]
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    signed = {"manifest_sha256": hashlib.sha256(canonical).hexdigest(), **content}
+    (folder / MANIFEST).write_text(json.dumps(signed))
+    assert CheckpointReader(folder).state.health == HealthState(anchor=4)
+
+
+def test_given_up_checkpoints_get_free_names_and_are_none(tmp_path: Path) -> None:
+    for name in ("given-up-step-00000004", "given-up-step-00000004.1"):
+        folder = write_checkpoint(tmp_path, step=4)
+        folder.rename(given_up_dir(folder))
+        assert (folder.parent / name).is_dir()
+    assert step_folders(tmp_path) == []

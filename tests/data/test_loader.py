@@ -80,6 +80,15 @@ def test_resuming_continues_the_same_sequence(dataset: WindowDataset) -> None:
     assert first(0, 30)[4 * 3 :] == first(24, 30 - 4 * 3)
 
 
+def test_seeking_continues_at_another_place(dataset: WindowDataset) -> None:
+    with MicroBatches(samples(dataset), micro_batch_size=2) as batches:
+        sequence = [windows_of(batch) for batch in islice(batches, 15)]
+        batches.seek(8)
+        assert [windows_of(batch) for batch in islice(batches, 11)] == sequence[4:]
+        assert len(read_ahead_threads()) == 1
+    assert read_ahead_threads() == []
+
+
 @pytest.mark.parametrize("at_once", [1, 7, 24])
 def test_what_is_read_does_not_depend_on_how_much_is_planned_at_once(
     dataset: WindowDataset, monkeypatch: pytest.MonkeyPatch, at_once: int

@@ -4,6 +4,7 @@ import io
 import os
 import resource
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
@@ -16,7 +17,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from llama_mcore.errors import OutputError
 from llama_mcore.observe.config import ObserveConfig
 from llama_mcore.observe.metrics import HeldOut, StepReport
-from llama_mcore.observe.sinks import METRICS_FILE, TENSORBOARD_DIR, MetricSinks, drop_steps_after
+from llama_mcore.observe.sinks import (
+    GIVEN_UP_METRICS,
+    METRICS_FILE,
+    TENSORBOARD_DIR,
+    MetricSinks,
+    drop_steps_after,
+)
 
 QUIET = ObserveConfig(log_interval=10, tensorboard=False)
 
@@ -96,6 +103,32 @@ def test_no_step_appears_twice_after_a_resume(tmp_path: Path) -> None:
         *[(step, 1.0) for step in range(1, 6)],
         *[(step, 9.0) for step in range(6, 9)],
     ]
+
+
+def test_steps_that_are_given_up_move_to_their_own_file(tmp_path: Path) -> None:
+    with MetricSinks(ObserveConfig(), tmp_path, 40, 0, Console(file=io.StringIO())) as sinks:
+        for step in (1, 2, 3, 4):
+            sinks.write(report(step))
+        sinks.go_back(2)
+        for step in (3, 4, 5):
+            sinks.write(report(step, loss=1.0))
+        sinks.go_back(4)
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(1, 2.0), (2, 2.0), (3, 1.0), (4, 1.0)]
+    given_up = (tmp_path / GIVEN_UP_METRICS).read_bytes().splitlines()
+    assert [(row["step"], row["loss"]) for row in map(orjson.loads, given_up)] == [
+        (3, 2.0),
+        (4, 2.0),
+        (5, 1.0),
+    ]
+    events = EventAccumulator(str(tmp_path / TENSORBOARD_DIR)).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+def test_plain_output_shows_decisions(tmp_path: Path) -> None:
+    decided = replace(report(3), decision="roll back: too bad")
+    assert "step 3/40 (7%)  " in write(tmp_path, [report(1), report(2), decided])
+    assert rows(tmp_path)[-1]["decision"] == "roll back: too bad"
+    assert "decision" not in rows(tmp_path)[0]
 
 
 def test_a_run_that_starts_anew_begins_an_empty_file(tmp_path: Path) -> None:

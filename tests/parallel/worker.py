@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from llama_mcore.errors import NumericalError
 from llama_mcore.model.build import build_model
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.parallel import mcore_cpu
@@ -26,6 +27,7 @@ from llama_mcore.parallel.config import ParallelConfig
 from llama_mcore.parallel.groups import process_groups
 from llama_mcore.parallel.mpu import Mpu
 from llama_mcore.parallel.overlap import TensorParallel
+from llama_mcore.parallel.replicas import check_replicas
 from tests.forked import run_ranks
 
 PATCHES = [
@@ -57,6 +59,7 @@ def main() -> None:
         "groups": (4, four_ranks),
         "raising": (2, raising),
         "alone": (1, alone),
+        "replicas": (3, three_copies),
         "overlap-2": (2, partial(overlap, 2)),
         "overlap-4": (4, partial(overlap, 4)),
     }
@@ -104,6 +107,25 @@ def four_ranks() -> dict[str, Any]:
             "data_group_ranks": mpu.get_data_parallel_group_ranks(),
         }
     return found | {"left": alive()}
+
+
+def three_copies() -> dict[str, list[str]]:
+    """What is found of equal weights, and where those of rank 2, then of each, differ in a bit."""
+    found = {}
+    with process_groups(ParallelConfig(tp=1), seed=1) as groups:
+        model = torch.nn.Linear(3, 2)
+        for parameter in model.parameters():
+            parameter.tensor_model_parallel = True
+            torch.nn.init.ones_(parameter)
+        for name, bits in {"equal": 0, "one": int(groups.rank == 2), "all": groups.rank + 1}.items():
+            torch.nn.init.ones_(model.bias)
+            model.bias.detach().view(torch.int32)[1] ^= bits
+            found[name] = []
+            try:
+                check_replicas(model, groups, step=7)
+            except NumericalError as error:
+                found[name] = [str(problem) for problem in error.problems]
+    return found
 
 
 def raising() -> dict[str, Any]:

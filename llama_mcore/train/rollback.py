@@ -1,0 +1,101 @@
+"""Return a run to its last good checkpoint without leaving the process, and jump over what it read since."""
+
+from pathlib import Path
+
+from llama_mcore.checkpoint.layout import given_up_dir, step_folders, unreadable
+from llama_mcore.checkpoint.load import load_checkpoint
+from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.config import RunConfig
+from llama_mcore.data.ledger import check_caps
+from llama_mcore.errors import CheckpointError, DataError, NumericalError, OutputError, Problem
+from llama_mcore.observe.log import get_logger
+from llama_mcore.parallel.groups import Groups
+from llama_mcore.train.engine import DeepSpeedEngine
+from llama_mcore.train.health import rolled_back
+from llama_mcore.train.resume import Together, same_on_all_ranks, verified
+from llama_mcore.train.state import TrainState
+
+
+def roll_back(
+    engine: DeepSpeedEngine,
+    run: RunConfig,
+    groups: Groups,
+    now: TrainState,
+    reason: str,
+    together: Together,
+) -> TrainState:
+    """Fill `engine` from the checkpoint to return to, and return the state to go on from, which no checkpoint
+    holds yet.
+
+    No save may be in flight. All ranks call it together. Raises NumericalError, before anything is changed,
+    where there is no sound checkpoint or not enough data to jump over what was read since.
+    """
+    reader = _checkpoint_to_return_to(run, groups, now, reason, together)
+    state = rolled_back(now, reader.state, reason)
+    together(lambda: _check_data(run, state))
+    together(lambda: load_checkpoint(engine, reader, groups))
+    together(lambda: _put_aside(Path(run.run.dir), state.step) if groups.rank == 0 else None)
+    get_logger().warning(
+        "ROLLED BACK from step %d to %s and jumped over samples %d to %d: %s",
+        now.step,
+        reader.path,
+        reader.state.consumed_samples,
+        state.consumed_samples,
+        reason,
+    )
+    return state
+
+
+def _checkpoint_to_return_to(
+    run: RunConfig, groups: Groups, now: TrainState, reason: str, together: Together
+) -> CheckpointReader:
+    """The newest that was scheduled and is sound; every rank gets the same."""
+    folders = same_on_all_ranks(groups, lambda: _candidates(Path(run.run.dir), now), together)
+    for folder in reversed(folders):
+        try:
+            reader: CheckpointReader = together(lambda folder=folder: verified(folder, groups))  # type: ignore[misc]
+        except CheckpointError as error:
+            get_logger().warning("%s IS DAMAGED and passed over: %s", folder, error.message())
+            continue
+        if reader.state.health.is_quiet and reader.manifest.run_id == now.run_id:
+            return reader
+    remedy = "lower optim.lr or look at the data, and begin anew"
+    bound = f"and there is no sound checkpoint up to step {now.health.anchor:,} to roll back to"
+    raise NumericalError(Problem(f"step {now.step:,}", reason, bound, remedy))
+
+
+def _candidates(run_dir: Path, now: TrainState) -> list[Path]:
+    try:
+        folders = step_folders(run_dir)
+    except OSError as error:
+        raise unreadable(error) from None
+    return [folder for folder in folders if _step_of(folder) <= now.health.anchor]
+
+
+def _check_data(run: RunConfig, state: TrainState) -> None:
+    """The steps that were given up are done again with other data: is there enough?"""
+    end = state.consumed_samples + (run.train.steps - state.step) * run.train.global_batch_size
+    try:
+        check_caps(state.segments[-1], end)
+    except DataError as error:
+        last = state.health.rollbacks[-1]
+        bound = f"calls for a rollback to step {last.to_step:,}, after which the data would not suffice"
+        problem = Problem(f"step {last.at_step:,}", last.reason, bound)
+        raise NumericalError([problem, *error.problems]) from None
+
+
+def _put_aside(run_dir: Path, step: int) -> None:
+    """Rename the checkpoints after `step`: a run that resumes must not take up what was given up."""
+    try:
+        for folder in step_folders(run_dir):
+            if _step_of(folder) > step:
+                folder.rename(given_up_dir(folder))
+    except OSError as error:
+        bound = f"cannot be put aside ({error.strerror})"
+        raise OutputError(Problem("checkpoint", error.filename, bound)) from error
+
+
+def _step_of(folder: Path) -> float:
+    """Infinity for a folder whose name has no number."""
+    number = folder.stem.removeprefix("step-")
+    return int(number) if number.isdecimal() else float("inf")

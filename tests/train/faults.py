@@ -1,0 +1,220 @@
+"""Worker: two ranks, of which one gets a wrong number, under every ZeRO stage, precision and axis.
+
+python tests/train/faults.py FOLDER
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_mcore.checkpoint.layout import checkpoints_dir
+from llama_mcore.checkpoint.load import load_checkpoint
+from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.save import save_checkpoint
+from llama_mcore.config import RunConfig, load_run
+from llama_mcore.data.loader import MicroBatch
+from llama_mcore.errors import NumericalError
+from llama_mcore.model.build import build_model
+from llama_mcore.parallel.groups import Groups, process_groups
+from llama_mcore.parallel.replicas import check_replicas
+from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of, full_fp32_weight
+from llama_mcore.train.state import HealthState, TrainState
+from llama_mcore.train.step import train_step
+from tests.forked import run_ranks
+
+CASES = {
+    f"{precision}-zero{stage}-tp{tp}": [
+        f"train.precision={precision}",
+        f"zero.stage={stage}",
+        f"parallel.tp={tp}",
+    ]
+    for precision, stage, tp in [
+        ("fp32", 0, 1),
+        ("fp32", 1, 1),
+        ("fp32", 2, 1),
+        ("fp32", 3, 1),
+        ("bf16", 1, 1),
+        ("bf16", 2, 1),
+        ("bf16", 3, 1),
+        ("fp32", 0, 2),
+        ("bf16", 1, 2),
+        ("fp32", 3, 2),
+    ]
+}
+SETTINGS = [
+    "model.num_layers=1",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=64",
+    "model.vocab_size=64",
+    "model.seq_length=8",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=8",
+]
+NORM = "decoder.final_layernorm.weight"
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    for name, settings in CASES.items():
+        run = load_run("tiny", [*SETTINGS, *settings, f"run.dir={folder / name}"])
+        run_ranks(2, lambda run=run: examine(run))
+
+
+def examine(run: RunConfig) -> None:
+    with process_groups(run.parallel, seed=1) as groups:
+        model = build_model(run.model, run.parallel, groups, dtype_of(run), run.run.seed)
+        engine = build_engine(model, run, groups)
+        found = {
+            "nan_in_the_first_step": take_step(engine, run, groups, nan_loss),
+            "unfinished_state": saved_and_loaded(
+                engine, run, groups, TrainState(1, health=HealthState(skipped=1))
+            ),
+            "before": take_step(engine, run, groups, nothing),
+            "nan_loss": take_step(engine, run, groups, nan_loss),
+            "inf_gradient": take_step(engine, run, groups, inf_gradient),
+            "after": take_step(engine, run, groups, nothing),
+            "rolled_back": saved_and_loaded(
+                engine, run, groups, TrainState(5, health=HealthState(skipped=3))
+            ),
+            "replicas": replicas(engine, groups),
+            "save": save_of_nan(engine, run, groups),
+        }
+        path = Path(f"{run.run.dir}.rank{groups.rank}.json")
+        path.write_text(json.dumps(found))
+
+
+@contextmanager
+def nothing(engine: DeepSpeedEngine, groups: Groups) -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def nan_loss(engine: DeepSpeedEngine, groups: Groups) -> Iterator[None]:
+    """On the last rank, and with a gradient that is finite."""
+    last = groups.rank == groups.world_size - 1
+    hook = engine.module.register_forward_hook(lambda module, args, loss: loss + float("nan") * last)
+    yield
+    hook.remove()
+
+
+@contextmanager
+def inf_gradient(engine: DeepSpeedEngine, groups: Groups) -> Iterator[None]:
+    """In one element of one weight of the last rank."""
+
+    def spoil(gradient: Tensor) -> Tensor:
+        spoilt = gradient.clone()
+        spoilt.view(-1)[3] = float("inf")
+        return spoilt
+
+    weight = engine.module.get_parameter("output_layer.weight")
+    last = groups.rank == groups.world_size - 1
+    hook = weight.register_hook(spoil) if last else None
+    yield
+    if hook:
+        hook.remove()
+
+
+Fault = Callable[[DeepSpeedEngine, Groups], Any]
+
+
+def take_step(engine: DeepSpeedEngine, run: RunConfig, groups: Groups, fault: Fault) -> dict[str, Any]:
+    before = weights(engine)
+    accumulation = run.accumulation_steps(groups.world_size)
+    with fault(engine, groups):
+        result = train_step(engine, batches(accumulation, groups), accumulation, 1e-2, groups)
+    after = weights(engine)
+    return {
+        "skipped": result.skipped,
+        "changed": not same(before, after),
+        "finite": all(bool(tensor.isfinite().all()) for tensor in after),
+        "loss_finite": abs(result.loss) < float("inf"),
+        "norm_finite": abs(result.grad_norm) < float("inf"),
+    }
+
+
+def saved_and_loaded(
+    engine: DeepSpeedEngine, run: RunConfig, groups: Groups, state: TrainState
+) -> dict[str, Any]:
+    """Whether the engine that went on returns to what it was, and then steps as it did."""
+    before = weights(engine)
+    path = save_checkpoint(engine, run, state, groups)
+    take_step(engine, run, groups, nothing)
+    first = weights(engine)
+    load_checkpoint(engine, CheckpointReader(path), groups)
+    returned = weights(engine)
+    take_step(engine, run, groups, nothing)
+    second = weights(engine)
+    load_checkpoint(engine, CheckpointReader(path), groups)
+    return {
+        "moved": not same(before, first),
+        "returned": same(before, returned),
+        "same_step": same(first, second),
+        "adam_steps": CheckpointReader(path).state.updates,
+    }
+
+
+def replicas(engine: DeepSpeedEngine, groups: Groups) -> dict[str, Any]:
+    """What the check says of equal copies, and of one with a flipped bit on rank 1."""
+    found = {"equal": problems_of(lambda: check_replicas(engine.module, groups, 1))}
+    weight = engine.module.get_parameter(NORM)
+    flip_lowest_bit(weight if weight.numel() else weight.ds_tensor, groups.rank == 1)
+    found["flipped"] = problems_of(lambda: check_replicas(engine.module, groups, 1))
+    flip_lowest_bit(weight if weight.numel() else weight.ds_tensor, groups.rank == 1)
+    return found
+
+
+def flip_lowest_bit(values: Tensor, here: bool) -> None:
+    if here:
+        bits = values.detach().view(-1).view(torch.int16)
+        bits[0] ^= 1
+
+
+def save_of_nan(engine: DeepSpeedEngine, run: RunConfig, groups: Groups) -> dict[str, Any]:
+    """A save of weights of which one, on one rank, became NaN."""
+    from llama_mcore.checkpoint.fragments import owned_fragments
+
+    owned = owned_fragments(engine, groups.dp_rank)
+    saves_all = run.zero.stage == 0 and run.parallel.tp == 1
+    if groups.rank == (0 if saves_all else 1):
+        cut = next(
+            fragment for fragment in owned if fragment.name == "output_layer.weight" and fragment.numel
+        )
+        cut.view("weight")[-1] = float("nan")
+    before = sorted(os.listdir(checkpoints_dir(Path(run.run.dir))))
+    problems = problems_of(lambda: save_checkpoint(engine, run, TrainState(9), groups))
+    after = sorted(os.listdir(checkpoints_dir(Path(run.run.dir))))
+    return {"problems": problems, "before": before, "after": after}
+
+
+def problems_of(action: Callable[[], object]) -> list[str]:
+    try:
+        action()
+    except NumericalError as error:
+        return [str(problem) for problem in error.problems]
+    return []
+
+
+def weights(engine: DeepSpeedEngine) -> list[Tensor]:
+    return [full_fp32_weight(parameter).clone() for parameter in engine.module.parameters()]
+
+
+def same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return all(torch.equal(*pair) for pair in zip(left, right, strict=True))
+
+
+def batches(count: int, groups: Groups) -> Iterator[MicroBatch]:
+    generator = torch.Generator().manual_seed(groups.dp_rank)
+    for _ in range(count):
+        tokens = torch.randint(64, (2, 9), generator=generator)
+        yield MicroBatch(tokens[:, :-1], tokens[:, 1:])
+
+
+if __name__ == "__main__":
+    main()

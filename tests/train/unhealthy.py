@@ -1,0 +1,148 @@
+"""Worker: runs on two ranks whose loss goes wrong on some of their data, killed now and then.
+
+    python tests/train/unhealthy.py RUNS.json
+
+RUNS.json: a list of runs, each as the fields of `Run`. What a run printed goes to RUN_DIR.txt, the exit codes
+of all lives to RUN_DIR.exit_codes.json.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llama_mcore.config import RunConfig, load_run
+from llama_mcore.errors import report_errors
+from llama_mcore.observe.log import silence_libraries
+
+silence_libraries(cpu=True)
+
+from llama_mcore.checkpoint.layout import step_dir  # noqa: E402
+from llama_mcore.checkpoint.manifest import MANIFEST, manifest_bytes, read_manifest  # noqa: E402
+from llama_mcore.data.loader import Samples  # noqa: E402
+from llama_mcore.data.sources import open_sources, plan_run  # noqa: E402
+from llama_mcore.train import loop  # noqa: E402
+from llama_mcore.train.signals import StopRequest  # noqa: E402
+from llama_mcore.train.step import StepResult  # noqa: E402
+from tests.forked import exit_codes_of, write_output_to  # noqa: E402
+
+train_step = loop.train_step
+roll_back = loop.roll_back
+KILLED = 9
+
+
+@dataclass(frozen=True)
+class Run:
+    overrides: list[str]
+    bad: tuple[int, int] = (0, 0)
+    """Samples [first, end) on which the loss goes wrong on the last rank."""
+    add: float = float("nan")
+    """What is added to it."""
+    kills: tuple[int | str, ...] = ()
+    """When each life but the last ends: in its n-th call of a step, or in its first "rollback"."""
+    stops: tuple[int, ...] = ()
+    """The same for lives that are asked to stop: in which call, after the kills."""
+    flip_after: int = 0
+    """The call after which a bit of a norm weight is wrong on the last rank."""
+    left_out: int = 0
+    """A step whose update is never even computed."""
+    resume_from: tuple[str, int, int] | None = None
+    """Begin with a copy of this folder's checkpoint of this step, and read on from this sample."""
+
+
+def main() -> None:
+    for fields in json.loads(Path(sys.argv[1]).read_text()):
+        asked = Run(**fields)
+        run = load_run("tiny", asked.overrides)
+        if asked.resume_from:
+            prepare(Path(run.run.dir), *asked.resume_from)
+        lives = [
+            exit_codes_of(2, lambda run=run, asked=asked, life=life: live(run, asked, *life))
+            for life in [
+                *((kill, 0) for kill in asked.kills),
+                *((None, stop) for stop in asked.stops),
+                (None, 0),
+            ]
+        ]
+        Path(f"{run.run.dir}.exit_codes.json").write_text(json.dumps(lives))
+
+
+def live(run: RunConfig, asked: Run, kill: int | str | None, stop_in: int) -> None:
+    write_output_to(Path(f"{run.run.dir}.txt"))
+    stop = StopRequest()
+    loop.train_step = faulty_step(bad_windows(run, asked.bad), asked, kill, stop, stop_in)
+    if kill == "rollback":
+        loop.roll_back = lambda *arguments: (roll_back(*arguments), os._exit(KILLED))
+    with report_errors():
+        sys.exit(loop.train(run, stop))
+
+
+def faulty_step(
+    bad: set[bytes], asked: Run, kill: int | str | None, stop: StopRequest, stop_in: int
+) -> Callable[..., StepResult]:
+    calls = 0
+
+    def step(engine: Any, batches: Iterator[Any], *arguments: Any) -> StepResult:
+        nonlocal calls
+        calls += 1
+        if calls == kill:
+            os._exit(KILLED)
+        if calls == stop_in:
+            stop.note(signal.SIGTERM, None)
+        if calls == asked.left_out:
+            return StepResult(float("nan"), float("nan"), skipped=True)
+        with wrong_loss(engine.module, bad, asked.add):
+            result = train_step(engine, batches, *arguments)
+        if calls == asked.flip_after and os.environ["RANK"] == "1":
+            norm = engine.module.get_parameter("decoder.final_layernorm.weight")
+            norm.detach().view(torch.int16)[0] ^= 1
+        return result
+
+    return step
+
+
+@contextmanager
+def wrong_loss(module: Any, bad: set[bytes], add: float) -> Iterator[None]:
+    """Add to the loss of a batch that holds a bad window, on the rank that reads it."""
+
+    def spoil(_: Any, arguments: tuple, loss: Any) -> Any:
+        rows = arguments[0].numpy()
+        return loss + add if any(row.tobytes() in bad for row in rows) else loss
+
+    hook = module.register_forward_hook(spoil)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def bad_windows(run: RunConfig, bad: tuple[int, int]) -> set[bytes]:
+    sources = open_sources(run.data, run.model.seq_length, run.model.vocab_size)
+    plan = plan_run(run.data, sources, run.run.seed, run.model.seq_length)
+    if bad[0] == bad[1]:
+        return set()
+    ids = Samples(plan, tuple(source.train for source in sources)).read(np.arange(*bad))
+    return {row[:-1].astype(np.int64).tobytes() for row in ids}
+
+
+def prepare(run_dir: Path, other: str, step: int, sample: int) -> None:
+    """A run that stands at `step` of another one, and at another place of the data."""
+    there, here = step_dir(Path(other), step), step_dir(run_dir, step)
+    here.mkdir(parents=True)
+    for path in there.iterdir():
+        (here / path.name).write_bytes(path.read_bytes())
+    manifest = read_manifest(here)
+    moved = {"consumed_samples": sample, "windows_read": manifest.segments[-1].used(sample)}
+    (here / MANIFEST).write_bytes(manifest_bytes(manifest.model_copy(update=moved)))
+
+
+if __name__ == "__main__":
+    main()
