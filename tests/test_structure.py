@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # train.state is a record without behaviour: what a checkpoint stores beside the tensors.
     "checkpoint": BASE | {"checkpoint", "model", "parallel", "data", "observe", "config", "train.state"},
     "train": BASE | {"train", "model", "parallel", "data", "checkpoint", "observe", "config"},
+    "train.utilization": {"config", "plan.flops", "plan.hardware"},
     "train.state": {"data.ledger"},
     "plan": BASE | CONFIGS | {"plan", "config", "units"},
     "launch": BASE | CONFIGS | {"launch", "plan", "observe", "config"},

@@ -157,8 +157,9 @@ class DataPlan:
             Grid(f"{compact(self.tokens)} tokens from {compact(self.tokens_available)}", headers, rows),
             "\n".join(
                 [
-                    f"- disk: {self.text_bytes / 1e12:.2f} TB of text, {2 * self.tokens_available / 1e12:.2f} TB "
-                    "of .bin at 2 bytes a token (vocabularies up to 65,536), twice that at 4",
+                    f"- disk: {self.text_bytes / 1e12:.2f} TB of text and "
+                    f"{2 * self.tokens_available / 1e12:.2f} TB of .bin at 2 bytes a token (vocabularies up "
+                    "to 65,536), twice that at 4",
                     f"- preprocessing: {whole(self.preprocess_hours)} hours; cores: {self.cores:,}, at "
                     f"{self.preprocess_mb_per_s:g} MB/s each",
                     f"- More than {WORTHWHILE_EPOCHS:g} epochs of a source lose their value "

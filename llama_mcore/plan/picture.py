@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 LINE_COLOR, OPTIMUM_COLOR, PAPER_COLOR, FRONTIER_COLOR = "#8a8a8a", "#c8501e", "#1f4e79", "#2e7d4f"
 _POINTS = 120
 _ISO_STEPS = (-0.10, -0.05, 0.0, 0.05, 0.10)  # nats around the loss of the optimum
-_DECADES = 2.5  # of size on either side
 
 
 def draw_size(plan: SizePlan, output: Path) -> None:
@@ -93,7 +92,15 @@ def _draw_iso_loss(axes: "Axes", plan: SizePlan) -> None:
         line = [(n, tokens) for n, tokens in line if tokens < 100 * centre.tokens]
         if line:
             axes.plot(*zip(*line, strict=True), color=LINE_COLOR, linewidth=1)
-            axes.annotate(f"{loss:.2f}", line[-1], fontsize=8, color=LINE_COLOR, va="center")
+            axes.annotate(
+                f"{loss:.2f}",
+                line[-1],
+                xytext=(4, 0),
+                textcoords="offset points",
+                fontsize=8,
+                color=LINE_COLOR,
+                va="center",
+            )
     budget = plan.compute_optimal_same_budget.training_flops
     axes.plot(sizes, [budget / (6 * n) for n in sizes], "--", color=FRONTIER_COLOR, label="training budget")
     same = plan.compute_optimal_same_loss.allocation

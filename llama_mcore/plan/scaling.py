@@ -156,8 +156,8 @@ LAWS: dict[str, ParametricLaw | PowerLaw] = {
 }
 PARAMETRIC_LAWS = {name: law for name, law in LAWS.items() if isinstance(law, ParametricLaw)}
 ROUNDING = (
-    "Hoffmann's approach 3 as printed is known to mislead: at Chinchilla's 5.76e23 FLOPs its rounded constants "
-    "ask for 93 tokens a parameter, where approaches 1 and 2 and Epoch's refit of the same runs ask for 18 to 25."
+    "Hoffmann's approach 3 as printed is known to mislead: at Chinchilla's 5.76e23 FLOPs its rounded "
+    "constants ask for 93 tokens a parameter, approaches 1 and 2 and Epoch's refit for 18 to 25."
 )
 
 

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from llama_mcore.errors import ConfigError, Problem, nearest
-from llama_mcore.model.config import PRESETS, ModelConfig
+from llama_mcore.model.config import PRESETS, ModelConfig, Recompute
 from llama_mcore.plan.arguments import PlanGpu, known_gpu, number
 from llama_mcore.plan.data import DataPlan, table_1_plan
 from llama_mcore.plan.energy import (
@@ -19,7 +19,7 @@ from llama_mcore.plan.energy import (
     energy_mwh,
     gpu_hours_of_flops,
 )
-from llama_mcore.plan.flops import token_flops
+from llama_mcore.plan.flops import executed_flops, token_flops
 from llama_mcore.plan.scaling import DEFAULT_LAW, LAWS, PARAMETRIC_LAWS, Allocation, ParametricLaw
 from llama_mcore.plan.shape import Shape, nearest_shape
 
@@ -121,6 +121,12 @@ class SizePlan:
     @property
     def mfu_full(self) -> float:
         return self.request.mfu * token_flops(self.shape.model).full / (6 * self.shape.params)
+
+    def hfu(self, recompute: Recompute) -> tuple[float, float]:
+        """With causal and with full attention counted."""
+        executed = executed_flops(self.shape.model, recompute)
+        per_operation = self.request.mfu / (6 * self.shape.params)
+        return per_operation * executed.causal, per_operation * executed.full
 
     @property
     def layout_command(self) -> list[str]:

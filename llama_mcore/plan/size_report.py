@@ -3,8 +3,9 @@
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
+from llama_mcore.model.config import Recompute
 from llama_mcore.plan.data import PAPER_TOKENS, WORTHWHILE_EPOCHS
 from llama_mcore.plan.energy import CO2_T_PER_MWH, PAPER_65B_TOKENS_PER_S, PAPER_GPU_WATTS, PUE
 from llama_mcore.plan.scaling import LAWS, ROUNDING, Allocation, ParametricLaw, kaplan_loss
@@ -28,6 +29,10 @@ def size_dict(plan: SizePlan) -> dict[str, Any]:
         "mfu": asked.mfu,
         "mfu_causal": plan.mfu_causal,
         "mfu_full": plan.mfu_full,
+        "hfu": {
+            policy: dict(zip(("causal", "full"), plan.hfu(policy), strict=True))
+            for policy in get_args(Recompute)
+        },
         "tokens_per_s_per_gpu": plan.tokens_per_s_per_gpu,
         "recommended": {"preset": plan.shape.preset, "shape": _shape(plan), **_costed(plan.recommended)},
         "optimum": _costed(plan.optimum),
@@ -82,7 +87,8 @@ def notes(plan: SizePlan) -> list[str]:
         ROUNDING,
         f"MFU {asked.mfu:.3g} counts 6 N operations a token, as the laws do; for this shape at "
         f"{plan.shape.model.seq_length:,} tokens it is {plan.mfu_causal:.3g} with causal and "
-        f"{plan.mfu_full:.3g} with full attention counted, {plan.tokens_per_s_per_gpu:,.0f} tokens/s/GPU. "
+        f"{plan.mfu_full:.3g} with full attention counted (HFU {_hfu(plan, 'selective')} with our backward, "
+        f"{_hfu(plan, 'full')} with full recompute), {plan.tokens_per_s_per_gpu:,.0f} tokens/s/GPU. "
         f"Peak: {asked.gpu.source}. Inference is counted at the same MFU; serving often reaches less.",
         f"energy: GPU-hours x {asked.gpu.watts:g} W x PUE {PUE:g}; CO2: {CO2_T_PER_MWH:g} t a MWh "
         f"(LLaMA paper, section 6, with {PAPER_GPU_WATTS:g} W for its A100).",
@@ -93,6 +99,11 @@ def notes(plan: SizePlan) -> list[str]:
             "The budget binds: a smaller model trained longer would cost less over its life at this loss."
         )
     return found
+
+
+def _hfu(plan: SizePlan, recompute: Recompute) -> str:
+    causal, full = plan.hfu(recompute)
+    return f"{causal:.3g} and {full:.3g}"
 
 
 def _data_notes(plan: SizePlan) -> list[str]:

@@ -27,7 +27,7 @@ from llama_mcore.model.build import build_model
 from llama_mcore.observe.log import get_logger, setup_logging
 from llama_mcore.observe.metrics import HeldOut, StepReport
 from llama_mcore.observe.sinks import MetricSinks
-from llama_mcore.parallel.device import peak_memory_bytes, pinned, synchronize
+from llama_mcore.parallel.device import device_name, peak_memory_bytes, pinned, synchronize
 from llama_mcore.parallel.groups import Groups, process_groups
 from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of
 from llama_mcore.train.phases import Phase, Phases
@@ -36,6 +36,7 @@ from llama_mcore.train.schedule import learning_rate
 from llama_mcore.train.signals import StopRequest
 from llama_mcore.train.state import TrainState
 from llama_mcore.train.step import StepResult, evaluate, train_step
+from llama_mcore.train.utilization import step_mfu
 
 T = TypeVar("T")
 
@@ -149,13 +150,17 @@ def _step(job: Job, batches: MicroBatches) -> StepReport:
 
 def _report(job: Job, result: StepResult, lr: float, seconds: float, valid: dict[str, HeldOut]) -> StepReport:
     run = job.run
+    tokens_per_s = run.tokens_per_step / seconds
+    mfu_causal, mfu_full = step_mfu(run, tokens_per_s / job.groups.world_size, device_name())
     return StepReport(
         step=job.state.step,
         loss=result.loss,
         grad_norm=result.grad_norm,
         lr=lr,
         tokens=job.state.consumed_samples * run.model.seq_length,
-        tokens_per_s=run.tokens_per_step / seconds,
+        tokens_per_s=tokens_per_s,
+        mfu_causal=mfu_causal,
+        mfu_full=mfu_full,
         step_time_s=seconds,
         memory_bytes=peak_memory_bytes(),
         windows=job.state.segments[-1].used(job.state.consumed_samples),
