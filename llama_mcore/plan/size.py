@@ -257,7 +257,7 @@ def _shaped(asked: Request, optimum: Allocation) -> tuple[Shape, Allocation]:
     if not shape or not found:
         bound = f"asks for {optimum.params:.3g} parameters, and no LLaMA-like shape is near that"
         field, value = ("--loss", f"{loss:g}") if loss else ("budget", f"{flops:.2e} FLOPs")
-        raise ConfigError(Problem(field, value, bound, "ask for a model of 10M to 10T parameters"))
+        raise ConfigError(Problem(field, value, bound, "ask for a model of 100M to 10T parameters"))
     return shape, Allocation(shape.params, found)
 
 

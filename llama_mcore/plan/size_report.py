@@ -12,6 +12,8 @@ from llama_mcore.plan.scaling import LAWS, ROUNDING, Allocation, ParametricLaw, 
 from llama_mcore.plan.size import Costed, PaperModel, SizePlan
 from llama_mcore.plan.table import Grid, compact, flops, whole
 
+_USUAL_TOKENS_PER_PARAM = 100
+
 
 def size_dict(plan: SizePlan) -> dict[str, Any]:
     """The keys that docs/planner.md describes."""
@@ -94,6 +96,12 @@ def notes(plan: SizePlan) -> list[str]:
         f"(LLaMA paper, section 6, with {PAPER_GPU_WATTS:g} W for its A100).",
         *_data_notes(plan),
     ]
+    ratio = plan.recommended.allocation.tokens_per_param
+    if ratio > _USUAL_TOKENS_PER_PARAM:
+        found.append(
+            f"{ratio:.0f} tokens a parameter are beyond what the law was fitted at; such fits overrate what "
+            "further tokens bring there (Sardana et al. 2401.00448)."
+        )
     if plan.budget_binds:
         found.append(
             "The budget binds: a smaller model trained longer would cost less over its life at this loss."
