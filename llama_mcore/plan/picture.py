@@ -3,6 +3,7 @@
 matplotlib is loaded when it draws.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,8 @@ def draw_size(plan: SizePlan, output: Path) -> None:
         figure.savefig(temporary, format="png")
         temporary.rename(output)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         reason = f"cannot be written ({error.strerror})"
         raise OutputError(Problem("--picture", output, reason, "choose another place")) from error
 
