@@ -51,7 +51,7 @@ def _figure(plan: SizePlan) -> "Figure":
     found = plan.optimum.allocation
     figure.suptitle(
         f"{compact(found.params)} parameters on {compact(found.tokens)} tokens, "
-        f"for {compact(plan.request.inference_tokens)} tokens of inference",
+        f"for {compact(plan.request.inference_tokens)} tokens of inference; law: {plan.request.law_name}",
         fontweight="bold",
     )
     return figure

@@ -148,9 +148,9 @@ def _candidates(plan: SizePlan) -> Grid:
         ("lifetime energy (MWh)", lambda c: whole(c.lifetime_mwh)),
         ("lifetime CO2 (t)", lambda c: whole(c.lifetime_co2_t)),
     ]
-    served = compact(plan.request.inference_tokens)
+    served = _served(plan.request.inference_tokens)
     rows = [[name, *(show(costed) for costed in columns.values())] for name, show in lines]
-    return Grid(f"The best model, with {served} tokens of inference", ["", *columns], rows)
+    return Grid(f"The best model, with {served}", ["", *columns], rows)
 
 
 def _laws(plan: SizePlan) -> Grid:
@@ -188,9 +188,13 @@ def _paper(models: list[PaperModel], inference_tokens: float) -> Grid:
     rows = [[name, *(show(model) for model in models)] for name, show in shown]
     title = (
         f"LLaMA as the paper trained it (GPU-hours on A100-80GB: Table 15; 65B ran at "
-        f"{PAPER_65B_TOKENS_PER_S:g} tokens/s/GPU), with {compact(inference_tokens)} tokens of inference"
+        f"{PAPER_65B_TOKENS_PER_S:g} tokens/s/GPU), with {_served(inference_tokens)}"
     )
     return Grid(title, ["", *(model.name for model in models)], rows)
+
+
+def _served(inference_tokens: float) -> str:
+    return f"{compact(inference_tokens)} tokens of inference" if inference_tokens else "no inference"
 
 
 def _best_for(inference_tokens: float) -> str:

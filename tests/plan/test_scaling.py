@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_mcore.plan.scaling import (
@@ -134,6 +134,7 @@ def test_no_model_of_the_loss_costs_less(law: ParametricLaw, loss: float, infere
     assert 1 / step <= cheapest / best.params <= step
 
 
+@settings(deadline=None)
 @given(
     flops=st.floats(1e18, 1e28),
     inference=st.one_of(st.just(0.0), st.floats(1e6, 1e18)),

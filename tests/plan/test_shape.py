@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_mcore.model.config import PRESETS, ModelConfig
@@ -20,6 +20,7 @@ def test_a_size_near_a_preset_is_the_preset(preset: str, factor: float) -> None:
     assert shape.arguments == ["--model", preset]
 
 
+@settings(deadline=None)
 @given(exponent=st.floats(math.log(1e8), math.log(1e13)))
 def test_any_size_has_a_shape_that_can_be_trained(exponent: float) -> None:
     params = math.exp(exponent)
