@@ -24,13 +24,13 @@ class Grid:
 def show(parts: Sequence[str | Grid], file: TextIO | None = None) -> None:
     """Print paragraphs and tables, an empty line between them."""
     file = file or sys.stdout
-    console = Console(file=file, highlight=False, soft_wrap=True)
+    console = Console(file=file, highlight=False, markup=False, soft_wrap=True)
     width = console.width if console.is_terminal else _PIPE_WIDTH
     for number, part in enumerate(parts):
         if number:
             console.print()
         if isinstance(part, str):
-            console.print(part, markup=False)
+            console.print(part)
         elif console.is_terminal:
             console.print(_drawn(part, lines=True), width=width, soft_wrap=False)
         else:
@@ -77,7 +77,7 @@ def _drawn(grid: Grid, lines: bool) -> Table:
 
 
 def _plain(grid: Grid) -> str:
-    console = Console(width=_PIPE_WIDTH, no_color=True, highlight=False)
+    console = Console(width=_PIPE_WIDTH, no_color=True, highlight=False, markup=False)
     with console.capture() as captured:
-        console.print(_drawn(grid, lines=False), markup=False)
+        console.print(_drawn(grid, lines=False))
     return "\n".join(line.rstrip() for line in captured.get().splitlines())

@@ -61,6 +61,14 @@ def test_a_loss_alone_is_reached_at_the_least_lifetime_cost() -> None:
     assert not plan.budget_binds
 
 
+def test_a_shape_too_small_for_the_loss_is_passed_over() -> None:
+    """For endless inference the optimum is hardly larger than a model that never gets there, as the 7B is here."""
+    plan = answer(loss="2.0", inference_tokens="1e20")
+    assert LAW.tokens_for(2.0, 6_738_415_616) is None
+    assert plan.shape.preset is None
+    assert plan.recommended.loss == pytest.approx(2.0)
+
+
 def test_a_budget_can_bind_a_loss() -> None:
     least = LAW.optimum_of_loss(2.05).training_flops
     plan = answer(loss="2.05", inference_tokens="100T", flops=f"{1.5 * least:.6e}")
@@ -145,6 +153,14 @@ def test_more_tokens_than_table_1_has_is_said() -> None:
     assert "wikipedia" in few[0]
     assert "Muennighoff" not in few[0]
     assert "Muennighoff" in data_notes(2e13)[0]
+
+
+def test_ratios_beyond_those_that_were_fitted_are_said() -> None:
+    def doubted(inference: str) -> bool:
+        return any("overrate" in note for note in notes(answer(flops="1e23", inference_tokens=inference)))
+
+    assert doubted("10T")
+    assert not doubted("0")
 
 
 def test_what_the_rounded_constants_do_is_said_and_they_can_be_asked_for() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from llama_mcore.plan.table import Grid, compact, flops, show, whole
 
-GRID = Grid("Two sizes", ["", "small", "large"], [["parameters", "1", "1,000"], ["tokens [T]", "20", "2"]])
+GRID = Grid("Two sizes", ["", "small", "large"], [["parameters", "1", "1,000"], ["tokens [b]", "20", "2"]])
 
 
 class Terminal(io.StringIO):
@@ -22,7 +22,7 @@ def test_plain_columns_are_aligned_without_lines_or_escapes() -> None:
     assert "Two sizes" in lines[2]
     assert lines[3].split() == ["small", "large"]
     assert lines[4].split() == ["parameters", "1", "1,000"]
-    assert lines[5].split()[:2] == ["tokens", "[T]"]  # no markup
+    assert lines[5].split()[:2] == ["tokens", "[b]"]  # no markup
     assert lines[4].rindex("0") == lines[5].rindex("2")
     assert file.getvalue().isascii()
     assert all(line == line.rstrip() for line in lines)
