@@ -62,7 +62,7 @@ def test_a_loss_alone_is_reached_at_the_least_lifetime_cost() -> None:
 
 
 def test_a_shape_too_small_for_the_loss_is_passed_over() -> None:
-    """For endless inference the optimum is hardly larger than a model that never gets there, as the 7B is here."""
+    """For endless inference the optimum is hardly larger than a model that never gets there: here the 7B."""
     plan = answer(loss="2.0", inference_tokens="1e20")
     assert LAW.tokens_for(2.0, 6_738_415_616) is None
     assert plan.shape.preset is None
