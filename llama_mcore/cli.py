@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 
 from llama_mcore import __version__
 from llama_mcore.errors import report_errors
+from llama_mcore.plan.cli import app as plan_app
 
 if TYPE_CHECKING:
     from llama_mcore.config import RunConfig
@@ -24,6 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.add_typer(plan_app)
 
 Debug = Annotated[bool, typer.Option("--debug", help="Print a traceback with an error.")]
 

@@ -6,18 +6,17 @@ Every key is known to one section, an unknown one is refused with the nearest na
 problems are reported together. Nothing here imports torch.
 """
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from llama_mcore.checkpoint.config import CheckpointConfig
-from llama_mcore.data.config import DataConfig
-from llama_mcore.errors import ConfigError, MissingInputError, Problem, shown
+from llama_mcore.data.config import DataConfig, SourceConfig
+from llama_mcore.errors import ConfigError, MissingInputError, Problem, nearest, shown
 from llama_mcore.launch.config import WatchdogConfig
 from llama_mcore.model.config import PRESETS, ModelConfig, RopeScaling
 from llama_mcore.observe.config import ObserveConfig
@@ -86,6 +85,25 @@ def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError([_problem(details) for details in error.errors()]) from None
 
 
+def load_mixture(mixture: str, field: str) -> dict[str, SourceConfig]:
+    """The sources of a mixture's file (a path, or the name of a shipped one), for an option `field`.
+
+    Raises as `load_run` does.
+    """
+    content = _read_yaml(_find_config(mixture, field), field)
+    try:
+        sources = DataConfig.model_validate({"sources": content}).sources
+    except ValidationError as error:
+        located = [{**details, "loc": ("data", *details["loc"])} for details in error.errors()]
+        raise ConfigError([_problem(cast(ErrorDetails, details)) for details in located]) from None
+    problems = _check_sources(sources)
+    if not sources:
+        problems.append(Problem(field, mixture, "names no source"))
+    if problems:
+        raise ConfigError(problems)
+    return sources
+
+
 def dump_run(run: RunConfig) -> str:
     """The resolved configuration as YAML; `load_run` reads it back to an equal RunConfig."""
     return yaml.safe_dump(run.model_dump(), sort_keys=False)
@@ -108,7 +126,7 @@ def _find_config(config: str, field: str = "--config") -> Path:
     for path in (Path(config), CONFIG_DIR / f"{config}.yaml"):
         if path.is_file():
             return path
-    mixtures = field == "data.mixture"
+    mixtures = "mixture" in field
     names = (path.stem for path in CONFIG_DIR.glob("*.yaml"))
     shipped = sorted(name for name in names if name.startswith("mixture") == mixtures)
     raise MissingInputError(
@@ -170,7 +188,7 @@ def _expand_preset(data: dict[str, Any]) -> None:
         return
     preset = model.pop("preset")
     if preset not in PRESETS:
-        raise ConfigError(Problem("model.preset", preset, "is no preset", _nearest(str(preset), PRESETS)))
+        raise ConfigError(Problem("model.preset", preset, "is no preset", nearest(str(preset), PRESETS)))
     data["model"] = {**PRESETS[preset], **model}
 
 
@@ -193,7 +211,7 @@ def _problem(details: ErrorDetails) -> Problem:
     field = ".".join(location)
     if details["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
-        return Problem(field, details["input"], "is not a known key", _nearest(location[-1], known))
+        return Problem(field, details["input"], "is not a known key", nearest(location[-1], known))
     if details["type"] == "missing":
         return Problem(field, "(not given)", "is required", f"add it to the file or as {field}=VALUE")
     return Problem(field, details["input"], details["msg"][0].lower() + details["msg"][1:])
@@ -209,11 +227,6 @@ def _known_keys(location: Sequence[str]) -> list[str]:
                 fields = kind.model_fields
     stand_ins = {"model": ["preset"], "data": ["mixture"]}
     return [*fields, *(stand_ins.get(location[0], []) if len(location) == 1 else [])]
-
-
-def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {matches[0]}?" if matches else f"known: {', '.join(known)}"
 
 
 def _check_model(run: RunConfig) -> list[Problem]:
@@ -307,16 +320,21 @@ def _check_data(run: RunConfig) -> list[Problem]:
         if data.sources and getattr(data, setting) != type(data).model_fields[setting].default:
             bound = "belongs to data.train; each of data.sources has its own"
             problems.append(Problem(f"data.{setting}", getattr(data, setting), bound, "drop it"))
+    return problems + _check_sources(data.sources)
+
+
+def _check_sources(sources: dict[str, SourceConfig]) -> list[Problem]:
+    problems = []
     planned_by = {
         name: "epochs" if source.epochs else "weight" if source.weight else "neither"
-        for name, source in data.sources.items()
+        for name, source in sources.items()
     }
-    if data.sources and set(planned_by.values()) not in ({"epochs"}, {"weight"}):
+    if sources and set(planned_by.values()) not in ({"epochs"}, {"weight"}):
         bound = "all must give epochs, or all weight"
         problems.append(Problem("data.sources", ", ".join(f"{n}: {p}" for n, p in planned_by.items()), bound))
     problems += [
         Problem(f"data.sources.{name}", "epochs and weight", "exclude each other", "weight has max_epochs")
-        for name, source in data.sources.items()
+        for name, source in sources.items()
         if source.epochs and source.weight
     ]
     return problems

@@ -5,11 +5,12 @@ A command turns an error into one message and its exit code (`report_errors`); a
 printed only with `--debug`.
 """
 
+import difflib
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -45,6 +46,13 @@ def shown(found: object, limit: int = 200) -> str:
     """What a file says, for a message about it: in ASCII, which steers no terminal, and not endless."""
     text = str(found)
     return ascii(text[:limit])[1:-1] + ("..." if len(text) > limit else "")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The remedy for a name that is not known."""
+    names = list(known)
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {matches[0]}?" if matches else f"known: {', '.join(names)}"
 
 
 class UserError(Exception):

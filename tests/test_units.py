@@ -1,7 +1,7 @@
 import pytest
 
 from llama_mcore.errors import ConfigError
-from llama_mcore.units import parse_bytes
+from llama_mcore.units import parse_bytes, parse_count
 
 
 @pytest.mark.parametrize(
@@ -15,3 +15,33 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--max-shard-size = .*is not a size"):
         parse_bytes("--max-shard-size", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("1.4T", 1.4e12),
+        ("65B", 65e9),
+        ("65b", 65e9),
+        ("350M", 3.5e8),
+        ("2k", 2e3),
+        ("5.6e23", 5.6e23),
+        (" 7 ", 7),
+    ],
+)
+def test_counts(text: str, count: float) -> None:
+    assert parse_count("--tokens", text, 1, 1e30) == pytest.approx(count)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "many", "-1T", "0", "nan", "inf", "1e400", "1e31", "1.4TB", "1_000", "1.", "9" * 500]
+)
+def test_what_is_no_count_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--tokens = .*must be a number from 1 to 1e\+30"):
+        parse_count("--tokens", text, 1, 1e30)
+
+
+def test_a_part_of_a_thing_that_has_none_is_refused() -> None:
+    assert parse_count("--gpus", "1.5k", 1, 1e6, whole=True) == 1500
+    with pytest.raises(ConfigError, match="must be a whole number"):
+        parse_count("--gpus", "1.5", 1, 1e6, whole=True)

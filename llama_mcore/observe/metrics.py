@@ -74,6 +74,10 @@ class StepReport:
     """At the end of a window, the ranks that were slower than the others: rank, host, times_median."""
     damaged_checkpoints: list[str] = field(default_factory=list)
     """At the first step after a resume: newer checkpoints that were damaged and passed over."""
+    mfu_causal: float | None = None
+    """Share of the GPU's bf16 peak, with causal attention counted; None where no peak is known."""
+    mfu_full: float | None = None
+    """The same, with full attention counted."""
 
     @property
     def valid_loss(self) -> float | None:
@@ -86,6 +90,8 @@ class StepReport:
         """Keys of a line of metrics.jsonl: those of every step, and the others where they say something."""
         row = asdict(self)
         del row["valid"]
+        if self.mfu_causal is None:
+            del row["mfu_causal"], row["mfu_full"]
         if self.valid:
             row["valid_loss"] = self.valid_loss
             row["valid"] = {name: evaluation.to_dict() for name, evaluation in self.valid.items()}
@@ -103,6 +109,8 @@ def describe_step(report: StepReport) -> str:
         f"lr {report.lr:.2e}",
         f"{report.tokens_per_s:,.0f} tokens/s",
     ]
+    if report.mfu_causal is not None:
+        parts.append(describe_mfu(report))
     if report.valid_loss is not None:
         parts.append(f"held-out loss {report.valid_loss:.4f}")
     if report.evaluation_stopped:
@@ -112,6 +120,11 @@ def describe_step(report: StepReport) -> str:
     if report.decision:
         parts.append(report.decision)
     return "  ".join(parts)
+
+
+def describe_mfu(report: StepReport) -> str:
+    """Both counts, of a report that has them."""
+    return f"MFU {report.mfu_causal:.1%} causal {report.mfu_full:.1%} full"
 
 
 def describe_duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from llama_mcore.errors import OutputError, Problem
 from llama_mcore.observe.config import ObserveConfig
-from llama_mcore.observe.metrics import StepReport, describe_duration, describe_step
+from llama_mcore.observe.metrics import StepReport, describe_duration, describe_mfu, describe_step
 
 METRICS_FILE = "metrics.jsonl"
 GIVEN_UP_METRICS = "metrics-given-up.jsonl"
@@ -162,6 +162,8 @@ class _TensorBoard:
             "speed/step_time_s": report.step_time_s,
             "speed/memory_bytes": report.memory_bytes,
         }
+        if report.mfu_causal is not None and report.mfu_full is not None:
+            scalars |= {"speed/mfu_causal": report.mfu_causal, "speed/mfu_full": report.mfu_full}
         scalars |= {f"data/{source}_windows": count for source, count in report.windows.items()}
         if report.valid_loss is not None:
             scalars["valid/loss"] = report.valid_loss
@@ -229,9 +231,10 @@ class _ProgressLine:
         self._progress.start()
 
     def write(self, report: StepReport) -> None:
+        mfu = "" if report.mfu_causal is None else f" {describe_mfu(report)}"
         line = (
             f"loss {report.loss:.3f} norm {report.grad_norm:.2f} lr {report.lr:.1e} "
-            f"{report.tokens_per_s:,.0f} tok/s ETA {self._eta.update(report)}"
+            f"{report.tokens_per_s:,.0f} tok/s{mfu} ETA {self._eta.update(report)}"
         )
         self._progress.update(self._task, completed=report.step, description=line)
         if report.valid_loss is not None or report.skipped or report.decision:

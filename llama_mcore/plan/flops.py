@@ -1,7 +1,8 @@
 """Floating-point operations of training, and the share of a device's peak that they make (MFU). Pure Python.
 
-A multiply-add counts as two, the backward as twice the forward. What is recomputed does not count, nor do
-norms, rotations, the SwiGLU product, the loss and the optimizer.
+A multiply-add counts as two, the backward as twice the forward. What is recomputed does not count towards
+MFU, but towards the share that the hardware executes (HFU); norms, rotations, the SwiGLU product, the loss
+and the optimizer count towards neither.
 
     L layers, n query heads, d head width, s sequence, Nmm weights that are multiplied with
 
@@ -15,7 +16,7 @@ Published figures differ in which attention they count, by 7 points of MFU at s 
 
 from dataclasses import dataclass
 
-from llama_mcore.model.config import ModelConfig
+from llama_mcore.model.config import ModelConfig, Recompute
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,23 @@ def token_flops(model: ModelConfig) -> TokenFlops:
         matmul=6 * (model.num_params() - norms - looked_up),
         full_attention=12 * model.num_layers * width * model.seq_length,
     )
+
+
+def executed_flops(model: ModelConfig, recompute: Recompute) -> TokenFlops:
+    """What the hardware executes per token: HFU is `mfu` of this.
+
+    The backward of a fused attention kernel computes the scores again: 7 products for the 6 that count.
+
+    none        nothing else
+    selective   nothing else: our backward repeats no matrix product (model/layer_function.py)
+    full        the forward of every layer, not that of the output layer
+    """
+    counted = token_flops(model)
+    product = counted.full_attention // 6
+    if recompute != "full":
+        return TokenFlops(counted.matmul, 7 * product)
+    output_layer = 6 * model.vocab_size * model.hidden_size
+    return TokenFlops(counted.matmul + (counted.matmul - output_layer) // 3, 9 * product)
 
 
 def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float) -> float:

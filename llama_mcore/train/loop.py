@@ -30,7 +30,7 @@ from llama_mcore.observe.metrics import HeldOut, StepReport
 from llama_mcore.observe.phases import Phase, Phases
 from llama_mcore.observe.sinks import MetricSinks
 from llama_mcore.observe.timeline import Timeline
-from llama_mcore.parallel.device import peak_memory_bytes, pinned, synchronize
+from llama_mcore.parallel.device import device_name, peak_memory_bytes, pinned, synchronize
 from llama_mcore.parallel.groups import Groups, process_groups
 from llama_mcore.parallel.replicas import check_replicas
 from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of
@@ -42,6 +42,7 @@ from llama_mcore.train.signals import StopRequest
 from llama_mcore.train.state import TrainState
 from llama_mcore.train.step import StepResult, evaluate, train_step
 from llama_mcore.train.stragglers import Stragglers
+from llama_mcore.train.utilization import step_mfu
 
 T = TypeVar("T")
 
@@ -233,13 +234,17 @@ def _report(
     """`valid`: None where the evaluation was stopped."""
     run, rollbacks = job.run, job.state.health.rollbacks
     acted = judgement.action is not Action.GO_ON
+    tokens_per_s = run.tokens_per_step / seconds
+    mfu_causal, mfu_full = step_mfu(run, tokens_per_s / job.groups.world_size, device_name())
     return StepReport(
         step=job.state.step,
         loss=result.loss,
         grad_norm=result.grad_norm,
         lr=lr,
         tokens=job.state.consumed_samples * run.model.seq_length,
-        tokens_per_s=run.tokens_per_step / seconds,
+        tokens_per_s=tokens_per_s,
+        mfu_causal=mfu_causal,
+        mfu_full=mfu_full,
         step_time_s=seconds,
         memory_bytes=peak_memory_bytes(),
         windows=job.state.segments[-1].used(job.state.consumed_samples),

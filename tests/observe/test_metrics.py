@@ -32,6 +32,12 @@ def test_held_out_loss_and_skipped_appear_only_when_they_say_something() -> None
     assert list(changed(evaluation_stopped=True).to_dict()) == [*KEYS, "evaluation_stopped"]
 
 
+def test_mfu_appears_in_both_counts_where_it_is_known() -> None:
+    known = changed(mfu_causal=0.485, mfu_full=0.495)
+    assert list(known.to_dict()) == [*KEYS, "mfu_causal", "mfu_full"]
+    assert describe_step(known).endswith("tokens/s  MFU 48.5% causal 49.5% full")
+
+
 def test_a_step_as_text() -> None:
     assert describe_step(REPORT) == "loss 3.2500  grad norm 0.500  lr 3.00e-04  12,346 tokens/s"
     assert describe_step(changed(valid={"prose": HeldOut(3.5, 5)})).endswith("held-out loss 3.5000")

@@ -81,6 +81,12 @@ def test_every_step_is_a_line(tmp_path: Path) -> None:
     assert second["valid_loss"] == 2.5
 
 
+def test_mfu_is_on_the_line_of_a_terminal_where_it_is_known(tmp_path: Path) -> None:
+    known = replace(report(1), mfu_causal=0.485, mfu_full=0.495)
+    assert "MFU 48.5% causal 49.5% full" in write(tmp_path, [known], terminal=True)
+    assert "MFU" not in write(tmp_path, [report(1)], terminal=True)
+
+
 def test_a_line_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
     with MetricSinks(QUIET, tmp_path, 40, 0, Console(file=io.StringIO())) as sinks:
         sinks.write(report(1))

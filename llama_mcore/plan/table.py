@@ -1,0 +1,83 @@
+"""Answers as text: tables with lines in a terminal, plain aligned columns in a pipe or a file."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TextIO
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+_PIPE_WIDTH = 200
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table; its first column holds names, the others figures."""
+
+    title: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def show(parts: Sequence[str | Grid], file: TextIO | None = None) -> None:
+    """Print paragraphs and tables, an empty line between them."""
+    file = file or sys.stdout
+    console = Console(file=file, highlight=False, markup=False, soft_wrap=True)
+    width = console.width if console.is_terminal else _PIPE_WIDTH
+    for number, part in enumerate(parts):
+        if number:
+            console.print()
+        if isinstance(part, str):
+            console.print(part)
+        elif console.is_terminal:
+            console.print(_drawn(part, lines=True), width=width, soft_wrap=False)
+        else:
+            print(_plain(part), file=file)
+
+
+def compact(number: float) -> str:
+    """Three digits: 6.74B, 1.40T, 950M; below a thousand as it is."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(number) >= 0.9995 * size:
+            return f"{_three_digits(number / size)}{unit}"
+    return _three_digits(number)
+
+
+def flops(number: float) -> str:
+    """5.76e23; the unit stands in the header."""
+    mantissa, _, exponent = f"{number:.2e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def whole(number: float) -> str:
+    """12,345; one digit more below ten."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
+def _three_digits(number: float) -> str:
+    size = abs(number)
+    return f"{number:.2f}" if size < 9.995 else f"{number:.1f}" if size < 99.95 else f"{number:,.0f}"
+
+
+def _drawn(grid: Grid, lines: bool) -> Table:
+    table = Table(
+        title=grid.title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD if lines else None,
+        pad_edge=False,
+    )
+    for number, header in enumerate(grid.headers):
+        table.add_column(header, justify="right" if number else "left", overflow="fold")
+    for row in grid.rows:
+        table.add_row(*row)
+    return table
+
+
+def _plain(grid: Grid) -> str:
+    console = Console(width=_PIPE_WIDTH, no_color=True, highlight=False, markup=False)
+    with console.capture() as captured:
+        console.print(_drawn(grid, lines=False))
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())

@@ -1,0 +1,132 @@
+"""`llama-mcore plan`: the commands as a user calls them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from llama_mcore.cli import app
+
+ROOT = Path(__file__).parents[2]
+QUESTION = ["size", "--gpus", "64", "--gpu", "h100", "--days", "30", "--inference-tokens", "10T"]
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    return result.exit_code, result.output
+
+
+def test_the_conclusion_comes_first_and_the_next_command_last() -> None:
+    code, output = run(*QUESTION)
+    lines = output.splitlines()
+    assert code == 0
+    assert lines[0].startswith("Train ")
+    assert "64 h100" in lines[0]
+    assert lines[-1].strip().startswith("llama-mcore plan layout ")
+    for word in (
+        "tokens/parameter",
+        "GPU-hours",
+        "MWh",
+        "CO2",
+        "FLOPs",
+        "65b",
+        "1,022,362",
+        "causal",
+        "full",
+    ):
+        assert word in output
+
+
+def test_data_begins_with_its_conclusion() -> None:
+    code, output = run("data", "--tokens", "2.8T")
+    assert code == 0
+    assert output.splitlines()[0].startswith("2.80T tokens: 2 of 7 sources are short")
+    assert "common_crawl" in output
+
+
+def test_keys_of_json_are_those_of_the_docs() -> None:
+    """Each key, of the records inside too, stands in docs/planner.md."""
+    docs = (ROOT / "docs" / "planner.md").read_text()
+    for arguments in (QUESTION, ["data", "--tokens", "1T"]):
+        code, output = run(*arguments, "--json")
+        assert code == 0
+        missing = {key for key in keys(json.loads(output)) if f"`{key}`" not in docs}
+        assert not missing
+
+
+def keys(value: object) -> set[str]:
+    if isinstance(value, list):
+        return {key for item in value for key in keys(item)}
+    return (
+        set(value) | {key for item in value.values() for key in keys(item)}
+        if isinstance(value, dict)
+        else set()
+    )
+
+
+def test_the_examples_of_the_docs_answer() -> None:
+    docs = (ROOT / "docs" / "planner.md").read_text()
+    examples = [
+        line.split()[2:]
+        for line in docs.splitlines()
+        if line.startswith(("    llama-mcore plan size", "    llama-mcore plan data"))
+    ]
+    assert len(examples) >= 3
+    for example in examples:
+        if "--picture" not in example:
+            assert run(*example)[0] == 0, example
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("size", "--flops", "0"),
+        ("size",),
+        ("size", "--flops", "1e23", "--gpu", "h10"),
+        ("data", "--tokens", "-1"),
+    ],
+)
+def test_wrong_arguments_end_with_64(arguments: tuple[str, ...]) -> None:
+    code, output = run(*arguments)
+    assert code == 64
+    assert "configuration error" in output
+    assert "Traceback" not in output
+
+
+def test_the_picture_is_drawn_and_kept(tmp_path: Path) -> None:
+    picture = tmp_path / "size.png"
+    assert run(*QUESTION, "--picture", str(picture))[0] == 0
+    assert run(*QUESTION, "--picture", str(picture))[0] == 73
+
+
+def test_the_script_is_the_command() -> None:
+    script = ROOT / "tools" / "plan.py"
+    result = subprocess.run(
+        [sys.executable, script, *QUESTION, "--json"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        cwd=ROOT,
+    )
+    assert json.loads(result.stdout) == json.loads(run(*QUESTION, "--json")[1])
+
+
+def test_an_answer_takes_less_than_two_seconds_of_cpu() -> None:
+    """Processor time of the whole process, which another load does not lengthen as it does the clock's."""
+    code = (
+        "import sys, resource\nfrom llama_mcore.cli import app\n"
+        f"try: app({['plan', *QUESTION]!r})\nexcept SystemExit: pass\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "loaded = [name in sys.modules for name in ('torch', 'matplotlib')]\n"
+        "print(used.ru_utime + used.ru_stime, *loaded, file=sys.stderr)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    seconds, torch, matplotlib = result.stderr.split()
+    assert (torch, matplotlib) == ("False", "False")
+    assert float(seconds) < 2

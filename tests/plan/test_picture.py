@@ -1,0 +1,87 @@
+"""llama_mcore.plan.picture: what it shows, and that it is written whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from llama_mcore.errors import OutputError
+from llama_mcore.plan.picture import _figure, draw_size
+from llama_mcore.plan.size import SizePlan, plan_size, request
+
+
+@pytest.fixture(scope="module")
+def plan() -> SizePlan:
+    return plan_size(request(gpus="64", gpu="h100", days="30", inference_tokens="10T"))
+
+
+def test_a_png_is_written(plan: SizePlan, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "size.png"
+    draw_size(plan, output)
+    assert output.read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in output.parent.iterdir()] == ["size.png"]
+
+
+def test_optimum_llama_and_units_are_on_it(plan: SizePlan) -> None:
+    cost, iso = _figure(plan).axes
+    for axes, place in (
+        (cost, (plan.optimum.lifetime_flops, plan.optimum.loss)),
+        (iso, (plan.optimum.allocation.params, plan.optimum.allocation.tokens)),
+    ):
+        marks = {line.get_label(): line for line in axes.lines}
+        assert (marks["optimum"].get_xdata()[0], marks["optimum"].get_ydata()[0]) == place
+        assert len(marks["LLaMA"].get_xdata()) == 4
+        assert {"7B", "13B", "33B", "65B"} <= {text.get_text() for text in axes.texts}
+    assert "FLOPs" in cost.get_xlabel()
+    assert "nats" in cost.get_ylabel()
+    assert (iso.get_xlabel(), iso.get_ylabel()) == ("parameters", "training tokens")
+
+
+def test_nothing_undercuts_the_line_of_the_cheapest(plan: SizePlan) -> None:
+    """The grey lines of single sizes lie above it, and touch it."""
+    cost, _ = _figure(plan).axes
+    best = next(line for line in cost.lines if line.get_label() == "cheapest for each loss")
+    frontier = sorted(zip(best.get_xdata(), best.get_ydata(), strict=True))
+    for line in cost.lines:
+        if line.get_color() == "#8a8a8a":
+            for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True):
+                dearer = [loss for found, loss in frontier if found >= x]
+                assert not dearer or y >= dearer[0]  # the next dearer one of the line has less loss
+
+
+def test_iso_loss_curves_hold_their_loss(plan: SizePlan) -> None:
+    _, iso = _figure(plan).axes
+    curves = [line for line in iso.lines if line.get_color() == "#8a8a8a"]
+    assert len(curves) == 5
+    for line in curves:
+        losses = [
+            plan.request.law.loss(n, d) for n, d in zip(line.get_xdata(), line.get_ydata(), strict=True)
+        ]
+        assert max(losses) - min(losses) < 1e-9
+
+
+def test_nothing_is_overwritten(plan: SizePlan, tmp_path: Path) -> None:
+    output = tmp_path / "mine.png"
+    output.write_text("mine")
+    with pytest.raises(OutputError, match="is already there"):
+        draw_size(plan, output)
+    assert output.read_text() == "mine"
+
+
+def test_a_folder_that_is_a_file_is_refused(plan: SizePlan, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"--picture = .*cannot be written"):
+        draw_size(plan, tmp_path / "file" / "size.png")
+
+
+def test_what_was_half_written_goes_away(
+    plan: SizePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full when the picture gets its name."""
+
+    def full(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OutputError, match="No space left"):
+        draw_size(plan, tmp_path / "size.png")
+    assert not list(tmp_path.iterdir())

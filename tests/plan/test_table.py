@@ -1,0 +1,64 @@
+"""llama_mcore.plan.table: plain in a pipe, with lines in a terminal."""
+
+import io
+
+import pytest
+
+from llama_mcore.plan.table import Grid, compact, flops, show, whole
+
+GRID = Grid("Two sizes", ["", "small", "large"], [["parameters", "1", "1,000"], ["tokens [b]", "20", "2"]])
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_plain_columns_are_aligned_without_lines_or_escapes() -> None:
+    file = io.StringIO()
+    show(["First.", GRID], file)
+    lines = file.getvalue().splitlines()
+    assert lines[0] == "First."
+    assert "Two sizes" in lines[2]
+    assert lines[3].split() == ["small", "large"]
+    assert lines[4].split() == ["parameters", "1", "1,000"]
+    assert lines[5].split()[:2] == ["tokens", "[b]"]  # no markup
+    assert lines[4].rindex("0") == lines[5].rindex("2")
+    assert file.getvalue().isascii()
+    assert all(line == line.rstrip() for line in lines)
+
+
+def test_a_long_line_is_not_wrapped_in_a_pipe() -> None:
+    file = io.StringIO()
+    show(["word " * 100], file)
+    assert len(file.getvalue().splitlines()) == 1
+
+
+def test_a_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    file = Terminal()
+    show([GRID], file)
+    assert "\u2500" in file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (6_738_415_616, "6.74B"),
+        (1.4e12, "1.40T"),
+        (65.2857e9, "65.3B"),
+        (999.6e9, "1.00T"),
+        (123.4e12, "123T"),
+        (20, "20.0"),
+        (0, "0.00"),
+        (-3e9, "-3.00B"),
+    ],
+)
+def test_three_digits_and_a_unit(number: float, text: str) -> None:
+    assert compact(number) == text
+
+
+def test_operations_and_whole_numbers() -> None:
+    assert flops(5.756e23) == "5.76e23"
+    assert [whole(n) for n in (1_022_362, 14.2, 6.94, 0.0123)] == ["1,022,362", "14", "6.9", "0.012"]
