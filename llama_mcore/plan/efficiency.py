@@ -16,9 +16,9 @@ from llama_mcore.plan.hardware import Gpu
 class Efficiency:
     """Shares are between 0 and 1."""
 
-    gemm_share: float = 0.863
+    gemm_share: float = 0.845
     """Fitted. Of a GPU's best matrix product, what one with endless sides reaches between other kernels."""
-    gemm_half_side: float = 76.2
+    gemm_half_side: float = 43.6
     """Fitted. Smallest side of a product at which it reaches half of that, on an A100; in proportion to
     operations per byte of memory on others, as the same side feeds their units for a shorter time."""
     stream_share: float = 0.75
@@ -28,7 +28,10 @@ class Efficiency:
     """Of NVLink's bandwidth, in collectives of a node. NVIDIA nccl-tests: 230 of an A100's 300 GB/s."""
     network_share: float = 0.90
     """Of the network's bandwidth. calculon, systems/a100_80g.json."""
-    overlap_cost: float = 0.494
+    hop_s: float = 14e-6
+    """Seconds from node to node, of which a ring has as many as there are nodes. NCCL, src/graph/tuning.cc:
+    latency of a ring over the network under its protocol for large messages."""
+    overlap_cost: float = 0.399
     """Fitted. Of a transfer hidden behind computation, what it still costs: it takes units and memory."""
     layer_gap_s: float = 1e-3
     """Fitted. Seconds between the kernels of one layer, forward and backward of one micro-batch: a few

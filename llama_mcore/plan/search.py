@@ -19,6 +19,7 @@ from llama_mcore.plan.throughput import Predictor, StepTime, Work, shape_of
 STAGES = (1, 2, 3)
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 DAY_S = 86_400
+NEAR_BATCH = 0.05
 MOST_DOUBLINGS = 10
 """Of the number of GPUs, in the search for the smallest change after which something fits."""
 
@@ -107,14 +108,24 @@ def search(base: RunConfig, cluster: Cluster) -> Found:
 
 
 def with_tokens(base: RunConfig, tokens: float, batch_tokens: float, cluster: Cluster) -> RunConfig:
-    """`base` with so many steps of so large a batch: the nearest that nodes of tensor-parallel groups share evenly."""
-    sequences = batch_tokens / base.model.seq_length
-    groups = max(1, cluster.gpus // min(cluster.gpus, cluster.gpus_per_node))
-    batch = groups * max(1, round(sequences / groups))
+    """`base` with so many steps of about so large a batch."""
+    batch = _even_batch(batch_tokens / base.model.seq_length, cluster)
     steps = ceil(tokens / (batch * base.model.seq_length))
     train = base.train.model_copy(update={"steps": steps, "global_batch_size": batch, "precision": "bf16"})
     optim = base.optim.model_copy(update={"warmup_steps": min(base.optim.warmup_steps, steps)})
     return base.model_copy(update={"train": train, "optim": optim})
+
+
+def _even_batch(sequences: float, cluster: Cluster) -> int:
+    """Sequences near that number which the GPUs share evenly, in as large powers of two each as 5 % allow; else
+    which the nodes share."""
+    powers = (2**power for power in range(5, -1, -1))
+    for unit in (cluster.gpus * power for power in powers):
+        batch = unit * round(sequences / unit)
+        if abs(batch - sequences) <= NEAR_BATCH * sequences:
+            return batch
+    nodes = ceil(cluster.gpus / cluster.gpus_per_node)
+    return nodes * max(1, round(sequences / nodes))
 
 
 def memory_of(run: RunConfig, world_size: int) -> Footprint:

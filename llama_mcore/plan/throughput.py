@@ -11,7 +11,7 @@ Our own layouts have no pipeline; it is here to check the prediction against pub
 """
 
 from dataclasses import dataclass, replace
-from math import prod
+from math import ceil, prod
 from typing import Literal
 
 from llama_mcore.model.config import ModelConfig
@@ -22,6 +22,8 @@ BF16, FP32 = 2, 4  # bytes per value
 # Reads master, two moments and gradient in fp32; writes the first three and the bf16 weight; one more
 # reading of the gradient for its norm.
 OPTIMIZER_BYTES = 4 * FP32 + 3 * FP32 + BF16 + FP32
+BUCKET_VALUES = 200_000_000
+"""ds_configs, reduce_bucket_size."""
 
 Recomputed = Literal["none", "selective", "attention", "full"]
 
@@ -70,6 +72,8 @@ class Work:
     other (PyTorch's hybrid sharding); 0: all."""
     overlaps_backward_entry: bool = True
     """Whether the gather of the output gradient runs beside other work, as in model/layer_function.py."""
+    overlaps_gather: bool = False
+    """Stage 2: whether updated weights are gathered beside the next forward; DeepSpeed does it in its step."""
     gpus_per_node: int = 8
 
     @property
@@ -213,24 +217,30 @@ class Predictor:
         """`forward`, `backward`: seconds of one micro-batch, behind which transfers may hide."""
         ranks = work.shard_ranks or work.dp
         params, m = rank_params(shape, work), work.micro_batches
-        gather = self._transfer(BF16 * params, ranks, work)
-        reduce = self._transfer(work.reduce_bytes * params, ranks, work)
+        # stage 3 moves a layer at a time, the others a bucket
+        parts = shape.layers / work.pp if work.stage == 3 else ceil(params / BUCKET_VALUES)
+        gather = self._transfer(BF16 * params, ranks, parts, work)
+        reduce = self._transfer(work.reduce_bytes * params, ranks, parts, work)
         if work.stage <= 1:
             return 2 * reduce + (gather if work.stage == 1 else 0.0)
         copies = work.dp // ranks
         across = 2 * work.reduce_bytes * params / ranks * (copies - 1) / copies
         reduce += across / (self.network.bytes_per_gpu * self.efficiency.network_share)
         if work.stage == 2:
-            return m * self._hidden(reduce, backward) + gather
+            waited = self._hidden(gather, forward) if work.overlaps_gather else gather
+            return m * self._hidden(reduce, backward) + waited
         return m * (self._hidden(gather, forward) + self._hidden(gather + reduce, backward))
 
-    def _transfer(self, count: float, ranks: int, work: Work) -> float:
-        """A gather or reduce-scatter of `count` bytes: within a node, or over all its links at once."""
+    def _transfer(self, count: float, ranks: int, parts: float, work: Work) -> float:
+        """A gather or reduce-scatter of `count` bytes in so many rings: within a node, or over all its links
+        at once."""
         in_node = work.gpus_per_node // work.tp
         speed = self.gpu.nvlink * self.efficiency.nvlink_share
+        hops = 0.0
         if ranks > in_node:
             speed = min(speed, in_node * self.network.bytes_per_gpu * self.efficiency.network_share)
-        return count * (ranks - 1) / ranks / speed
+            hops = (ranks / in_node - 1) * self.efficiency.hop_s
+        return count * (ranks - 1) / ranks / speed + parts * hops
 
     def _hidden(self, transfer: float, computation: float) -> float:
         """What a transfer costs that runs beside computation."""
