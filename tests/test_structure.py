@@ -73,7 +73,9 @@ WITHOUT_TORCH = (
     "cli",
     "plan.memory",
     "plan.summary",
-    "plan.activations",
+    *(f"plan.{module}" for module in ("activations", "calibration", "efficiency", "flops", "footprint")),
+    *(f"plan.{module}" for module in ("hardware", "layout_cli", "layout_report", "layout_run", "published")),
+    *(f"plan.{module}" for module in ("search", "throughput", "validation")),
 )
 
 # What runs code that it reads, or reads more than it was told. (Ranks of a job send each other Python

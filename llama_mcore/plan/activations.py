@@ -59,7 +59,9 @@ def _plain_swiglu(model: ModelConfig, tp: int) -> int:
     return _fc1_output(model, tp) + BF16 * 2 * model.ffn_hidden_size // tp
 
 
-def saved_bytes_besides_layers(model: ModelConfig, tp: int, sequence_parallel: bool, micro_batch_size: int) -> int:
+def saved_bytes_besides_layers(
+    model: ModelConfig, tp: int, sequence_parallel: bool, micro_batch_size: int
+) -> int:
     """What embedding, final norm and loss keep. The embedding keeps its indices, and with tensor parallelism
     which of them were another rank's; the norm what _plain_norm says but its output; the loss (model/loss.py)
     no logits but the gradients of the whole hidden states and, in fp32, of the output layer."""

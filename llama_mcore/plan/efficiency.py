@@ -1,4 +1,5 @@
-"""How much of the hardware's best training reaches: one set of constants for all systems and sizes. Pure Python.
+"""How much of the hardware's best training reaches: one set of constants for all systems and sizes. Pure
+Python.
 
 `llama-mcore plan validate --fit` finds those marked "fitted" from one half of the published runs in
 plan/validation.py; the other half is not looked at. A calibration file replaces any of them.
@@ -6,9 +7,9 @@ plan/validation.py; the other half is not looked at. A calibration file replaces
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from typing import Any
 
-from llama_mcore.errors import ConfigError, MissingInputError, Problem, shown
+from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.plan.hardware import Gpu
 
 
@@ -68,38 +69,35 @@ def attention_flops(gpu: Gpu, kernel: str, sequence: int) -> float:
 
 def gemm_flops(gpu: Gpu, efficiency: Efficiency, smallest_side: float) -> float:
     """Operations per second of matrix products whose smallest side is this."""
-    half = efficiency.gemm_half_side * (gpu.peak.bf16_flops / gpu.memory_bandwidth) / _A100_OPERATIONS_PER_BYTE
+    half = (
+        efficiency.gemm_half_side * (gpu.peak.bf16_flops / gpu.memory_bandwidth) / _A100_OPERATIONS_PER_BYTE
+    )
     return gpu.best_gemm_flops * efficiency.gemm_share * smallest_side / (smallest_side + half)
 
 
 _A100_OPERATIONS_PER_BYTE = 312e12 / 2.039e12
 
 
-def load_efficiency(path: Path) -> Efficiency:
-    """The defaults with what a calibration file holds in their place: a JSON object whose keys are
-    fields of Efficiency. Raises MissingInputError, or ConfigError with all that is wrong with it."""
-    if not path.is_file():
-        raise MissingInputError(Problem("--calibration", path, "no such file"))
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(Problem("--calibration", path, f"is not JSON ({shown(error)})")) from None
-    if not isinstance(found, dict):
-        raise ConfigError(Problem("--calibration", path, "must hold one JSON object"))
+def parse_efficiency(found: dict[str, Any]) -> Efficiency:
+    """The defaults with these fields in their place. ConfigError with all that is wrong with them."""
     known = {field.name for field in fields(Efficiency)}
     problems = []
     for key, value in found.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
         if key not in known:
-            problems.append(Problem(f"--calibration: {key}", value, "is not known", f"known: {', '.join(sorted(known))}"))
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            problems.append(Problem(f"--calibration: {key}", value, "must be a number, not negative"))
+            bound, remedy = "is not known", f"known: {', '.join(sorted(known))}"
+        elif not number or not 0 <= value < float("inf"):
+            bound, remedy = "must be a number, not negative", ""
         elif key.endswith("_share") and not 0 < value <= 1:
-            problems.append(Problem(f"--calibration: {key}", value, "must be above 0 and at most 1"))
+            bound, remedy = "must be above 0 and at most 1", ""
+        else:
+            continue
+        problems.append(Problem(f"--calibration: {key}", value, bound, remedy))
     if problems:
         raise ConfigError(problems)
     return replace(Efficiency(), **found)
 
 
 def dump_efficiency(efficiency: Efficiency) -> str:
-    """A calibration file, as load_efficiency reads it."""
+    """A calibration file, as parse_efficiency reads it."""
     return json.dumps(asdict(efficiency), indent=2) + "\n"

@@ -56,8 +56,9 @@ def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float) -> float
 
 
 def recomputed_flops(model: ModelConfig) -> int:
-    """Operations per token that a backward repeats under model.recompute, for the HFU: the forward of all layers
-    under full; under selective and none no matrix product. What flash attention repeats is not counted."""
+    """Operations per token that a backward repeats under model.recompute, for the HFU: the forward of all
+    layers under full; under selective and none no matrix product. What flash attention repeats is not
+    counted."""
     if model.recompute != "full":
         return 0
     flops = token_flops(model)

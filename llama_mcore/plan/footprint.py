@@ -1,7 +1,7 @@
 """Memory of one rank, line by line, and whether a GPU has it. Pure Python.
 
-Model states and what the forward keeps are exact (plan/memory.py, plan/activations.py). Buffers follow from the
-settings of DeepSpeed's file; working memory and the margin are estimates that no GPU has confirmed.
+Model states and what the forward keeps are exact (plan/memory.py, plan/activations.py). Buffers follow from
+the settings of DeepSpeed's file; working memory and the margin are estimates that no GPU has confirmed.
 """
 
 import json
@@ -71,13 +71,15 @@ def footprint(
     micro_batch_size: int,
     world_size: int,
 ) -> Footprint:
-    """Of the fullest rank. In fp32 activations are taken for twice those of bf16, which is at least what they are."""
+    """Of the fullest rank. In fp32 activations are taken for twice those of bf16, which is at least what they
+    are."""
     settings = zero_settings(zero)
     state = model_state(model, parallel, zero, precision, world_size)
     wide = FP32 // BF16 if precision == "fp32" else 1
     weight_bytes = BF16 * wide
     layers = {
-        policy: wide * _layer_kept(model, parallel, micro_batch_size, policy) for policy in get_args(Recompute)
+        policy: wide * _layer_kept(model, parallel, micro_batch_size, policy)
+        for policy in get_args(Recompute)
     }
     rest = saved_bytes_besides_layers(model, parallel.tp, _splits(parallel), micro_batch_size)
     layer_weights = weight_bytes * _largest_module(model, parallel.tp)
@@ -88,14 +90,15 @@ def footprint(
         buckets=_buckets(settings, zero, precision, params_per_rank(model, parallel.tp)),
         gathered_weights=0
         if zero.stage < 3
-        else layer_weights + weight_bytes * min(
-            settings.get("stage3_prefetch_bucket_size", 50_000_000), params_per_rank(model, parallel.tp)
-        ),
+        else layer_weights
+        + weight_bytes
+        * min(settings.get("stage3_prefetch_bucket_size", 50_000_000), params_per_rank(model, parallel.tp)),
         gradients_in_flight=layer_weights,
         layer_activations=layers,
         saved_layers=model.num_layers * layers[model.recompute],
         saved_rest=wide * rest + rotary_tables(model),
-        workspace=wide * max(_layer_workspace(model, parallel, tokens, layers), _loss_workspace(model, parallel.tp, tokens)),
+        workspace=wide
+        * max(_layer_workspace(model, parallel, tokens, layers), _loss_workspace(model, parallel.tp, tokens)),
         step_copy=state.gradients if zero.stage == 2 else 0,
         margin=0,
     )
@@ -115,7 +118,9 @@ def _splits(parallel: ParallelConfig) -> bool:
     return parallel.sequence_parallel and parallel.tp > 1
 
 
-def _layer_kept(model: ModelConfig, parallel: ParallelConfig, micro_batch_size: int, policy: Recompute) -> int:
+def _layer_kept(
+    model: ModelConfig, parallel: ParallelConfig, micro_batch_size: int, policy: Recompute
+) -> int:
     return saved_bytes_per_layer(model, parallel.tp, _splits(parallel), micro_batch_size, policy)
 
 
@@ -137,7 +142,9 @@ def _buckets(settings: dict[str, Any], zero: ZeroConfig, precision: str, params:
     return alive * value * settings.get("reduce_bucket_size", 500_000_000)
 
 
-def _layer_workspace(model: ModelConfig, parallel: ParallelConfig, tokens: int, layers: dict[str, int]) -> int:
+def _layer_workspace(
+    model: ModelConfig, parallel: ParallelConfig, tokens: int, layers: dict[str, int]
+) -> int:
     """The backward of the MLP: SwiGLU product and its gradient, gradient of gate and up, gathered input and
     gradient of the output; under full recomputation also what the layer keeps meanwhile."""
     again = layers["selective"] if model.recompute == "full" else 0

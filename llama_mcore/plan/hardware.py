@@ -63,23 +63,19 @@ _MAMF = "stas00/ml-engineering, maximum achievable matmul FLOPS"
 # with 0.62, from the figure in the paper (Dao, 2023), read off by eye.
 _FLASH2_A100, _FLASH2_HOPPER = 0.62, 0.335
 
+_SXM = "NVIDIA data sheet, SXM"
+# fmt: off
 GPUS: dict[str, Gpu] = {
-    "a100-40gb": Gpu(
-        "a100-40gb", _A100, 271.2e12, _MAMF, 40 * GIB, 1.555e12, 300e9, "NVIDIA A100 data sheet, SXM", _FLASH2_A100
-    ),
-    "a100-80gb": Gpu(
-        "a100-80gb", _A100, 271.2e12, _MAMF, 80 * GIB, 2.039e12, 300e9, "NVIDIA A100 data sheet, SXM", _FLASH2_A100
-    ),
-    "h100": Gpu(
-        "h100", _H100_SXM, 794.5e12, _MAMF, 80 * GIB, 3.35e12, 450e9, "NVIDIA H100 data sheet, SXM", _FLASH2_HOPPER
-    ),
-    "h200": Gpu(
-        "h200", _H200, 788e12, "measured, 8192^3", 139 * GIB, 4.8e12, 450e9, "NVIDIA H200 data sheet, SXM", _FLASH2_HOPPER
-    ),
-    "b200": Gpu(
-        "b200", _B200, 1745e12, _MAMF, 178 * GIB, 8.0e12, 900e9, "NVIDIA DGX B200 data sheet", _FLASH2_HOPPER
-    ),
-}  # fmt: skip
+    found.name: found
+    for found in (
+        Gpu("a100-40gb", _A100, 271.2e12, _MAMF, 40 * GIB, 1.555e12, 300e9, _SXM, _FLASH2_A100),
+        Gpu("a100-80gb", _A100, 271.2e12, _MAMF, 80 * GIB, 2.039e12, 300e9, _SXM, _FLASH2_A100),
+        Gpu("h100", _H100_SXM, 794.5e12, _MAMF, 80 * GIB, 3.35e12, 450e9, _SXM, _FLASH2_HOPPER),
+        Gpu("h200", _H200, 788e12, "8192^3, measured", 139 * GIB, 4.8e12, 450e9, _SXM, _FLASH2_HOPPER),
+        Gpu("b200", _B200, 1745e12, _MAMF, 178 * GIB, 8.0e12, 900e9, "DGX B200 data sheet", _FLASH2_HOPPER),
+    )
+}
+# fmt: on
 ALIASES = {
     "a100": "a100-80gb",
     "a100-sxm-40gb": "a100-40gb",
@@ -123,6 +119,20 @@ _PEAKS = {
     "NVIDIA H200": _H200,
     "NVIDIA B200": _B200,
 }
+
+
+_BY_DRIVER = {
+    "NVIDIA A100-SXM4-40GB": "a100-40gb",
+    "NVIDIA A100-SXM4-80GB": "a100-80gb",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+}
+
+
+def gpu_of_driver(device_name: str) -> Gpu | None:
+    """The GPU by the driver's name for it; None if it is not known."""
+    return GPUS.get(_BY_DRIVER.get(device_name, ""))
 
 
 def peak_of(device_name: str) -> Peak | None:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Option(help="7b, 13b, 33b, 65b, llama2-70b, llama3-8b or llama3-70b.")]
 SeqLength = Annotated[int | None, typer.Option(min=1, help="Tokens in a sequence; default: the model's.")]
 Calibration = Annotated[
-    Path | None, typer.Option(help="JSON with efficiency constants that replace the defaults.")
+    Path | None,
+    typer.Option(help="JSON of `tools/benchmark.py step --json`, or of constants that replace the defaults."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Print a traceback with an error.")]
@@ -77,7 +78,8 @@ def layout(
     gpu: Annotated[str, typer.Option(help="a100-40gb, a100-80gb, h100, h200 or b200.")],
     tokens: Annotated[str, typer.Option(help="To train on, e.g. 1.4T or 300B.")],
     network: Annotated[
-        str, typer.Option(help="Between nodes, e.g. ib-200x8: 8 links of 200 Gbit/s; default: the GPU's usual.")
+        str,
+        typer.Option(help="Between nodes, e.g. ib-200x8: 8 links of 200 Gbit/s; default: the GPU's usual."),
     ] = "",
     global_batch_tokens: Annotated[
         str, typer.Option(help="Tokens of a step; K and M are 1,024 and its square here.")
@@ -101,7 +103,9 @@ def layout(
 
         cluster = _cluster(gpu, gpus, network, gpus_per_node, calibration)
         batch = _count("--global-batch-tokens", global_batch_tokens, _BINARY)
-        wanted = with_tokens(base_run(model, seq_length), _count("--tokens", tokens, _DECIMAL), batch, cluster)
+        wanted = with_tokens(
+            base_run(model, seq_length), _count("--tokens", tokens, _DECIMAL), batch, cluster
+        )
         found = search(wanted, cluster)
         if not found.options:
             raise nothing_fits(wanted, cluster, found.rejected)
@@ -110,7 +114,9 @@ def layout(
         command = launch_command(found.options[0], write_config) if write_config else ""
         if json:
             written = {"config": str(write_config), "slurm_command": command} if write_config else {}
-            typer.echo(json_module.dumps(found_json(found, cluster, top) | {"model": model} | written, indent=2))
+            typer.echo(
+                json_module.dumps(found_json(found, cluster, top) | {"model": model} | written, indent=2)
+            )
             return
         show_layouts(model, found, cluster, top)
         if write_config:
@@ -119,7 +125,10 @@ def layout(
 
 def validate(
     fit: Annotated[
-        bool, typer.Option("--fit", help="Print the constants that fit the first half best, as a calibration file.")
+        bool,
+        typer.Option(
+            "--fit", help="Print the constants that fit the first half best, as a calibration file."
+        ),
     ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of docs/planner.md.")] = False,
     calibration: Calibration = None,
@@ -129,12 +138,13 @@ def validate(
     """The prediction against published training speeds."""
     with report_errors(debug):
         from llama_mcore.plan import layout_report, validation
-        from llama_mcore.plan.efficiency import Efficiency, dump_efficiency, load_efficiency
+        from llama_mcore.plan.calibration import load_calibration
+        from llama_mcore.plan.efficiency import Efficiency, dump_efficiency
 
         if fit:
             typer.echo(dump_efficiency(validation.fit()), nl=False)
             return
-        rows = validation.validate(load_efficiency(calibration) if calibration else Efficiency())
+        rows = validation.validate(load_calibration(calibration) if calibration else Efficiency())
         if json:
             typer.echo(json_module.dumps(layout_report.validation_json(rows), indent=2))
         elif markdown:
@@ -167,7 +177,11 @@ def _laid_out(
         "model": {"recompute": recompute},
         "parallel": {"tp": tp, "sequence_parallel": sp},
         "zero": {"stage": stage},
-        "train": {"micro_batch_size": micro_batch, "global_batch_size": micro_batch * dp, "precision": precision},
+        "train": {
+            "micro_batch_size": micro_batch,
+            "global_batch_size": micro_batch * dp,
+            "precision": precision,
+        },
     }
     return run.model_copy(
         update={name: getattr(run, name).model_copy(update=fields) for name, fields in sections.items()}
@@ -176,12 +190,15 @@ def _laid_out(
 
 def _cluster(gpu: str, gpus: int, network: str, gpus_per_node: int, calibration: Path | None) -> "Cluster":
     from llama_mcore.plan import hardware
-    from llama_mcore.plan.efficiency import Efficiency, load_efficiency
+    from llama_mcore.plan.calibration import load_calibration
+    from llama_mcore.plan.efficiency import Efficiency
     from llama_mcore.plan.search import Cluster
 
     kind = hardware.gpu(gpu)
     between = hardware.network(network or hardware.DEFAULT_NETWORK[kind.name])
-    return Cluster(kind, gpus, between, load_efficiency(calibration) if calibration else Efficiency(), gpus_per_node)
+    return Cluster(
+        kind, gpus, between, load_calibration(calibration) if calibration else Efficiency(), gpus_per_node
+    )
 
 
 def _count(field: str, text: str, units: dict[str, float]) -> float:

@@ -1,4 +1,5 @@
-"""What `plan memory`, `plan layout` and `plan validate` print: the conclusion, then tables; or JSON. Pure Python."""
+"""What `plan memory`, `plan layout` and `plan validate` print: the conclusion, then tables; or JSON. Pure
+Python."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,9 +15,13 @@ from llama_mcore.plan.search import Cluster, Found, Option
 from llama_mcore.plan.summary import human_bytes, human_count
 from llama_mcore.plan.validation import LARGEST_BAR, MEDIAN_BAR, Row, largest_error, median_error
 
+WIDTH = 132
+"""Of the widest table; in a narrower terminal its lines wrap, and no column is lost."""
+
 
 def show(conclusion: str, tables: Iterable[Table | str]) -> None:
     console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, WIDTH)
     console.print(conclusion, markup=False)
     for item in tables:
         console.print()
@@ -71,10 +76,14 @@ def memory_json(found: Footprint) -> dict[str, Any]:
 
 
 def show_memory(run: RunConfig, world_size: int, found: Footprint, gpu: Gpu | None) -> None:
-    fits = "" if gpu is None else f"; {'fits' if found.total <= gpu.memory_bytes else 'does not fit'} {gpu.name}"
+    fits = (
+        "" if gpu is None else f"; {'fits' if found.total <= gpu.memory_bytes else 'does not fit'} {gpu.name}"
+    )
     conclusion = f"{human_bytes(found.total)} per rank on {world_size:,} ranks{fits}."
     lines = [(name, human_bytes(count), f"{count:,}") for name, count in memory_lines(found) if count > 0]
-    lines += [(name, f"-{human_bytes(-count)}", f"{count:,}") for name, count in memory_lines(found) if count < 0]
+    lines += [
+        (name, f"-{human_bytes(-count)}", f"{count:,}") for name, count in memory_lines(found) if count < 0
+    ]
     layers = [
         (f"{policy}{' *' if policy == run.model.recompute else ''}", human_bytes(count), f"{count:,}")
         for policy, count in found.layer_activations.items()
@@ -93,8 +102,8 @@ def show_memory(run: RunConfig, world_size: int, found: Footprint, gpu: Gpu | No
 # --- layout
 
 _LAYOUT_COLUMNS = (
-    "", "tp", "dp", "ZeRO", "micro", "accum", "recompute", "tokens/s/GPU", "step s", "MFU causal", "MFU full", "HFU",
-    "days", "GPU-hours", "GiB",
+    "", "tp", "dp", "ZeRO", "micro", "accum", "recompute", "tokens/s/GPU", "step s", "MFU causal",
+    "MFU full", "HFU", "days", "GPU-hours", "GiB",
 )  # fmt: skip
 
 
@@ -149,7 +158,8 @@ def show_layouts(name: str, found: Found, cluster: Cluster, top: int) -> None:
     batch = best.run.train.global_batch_size
     notes = (
         f"Batch {batch:,} sequences of {best.run.model.seq_length:,} tokens, {best.run.train.steps:,} steps; "
-        f"network {cluster.network.name}: {cluster.network.bytes_per_gpu / 1e9:.1f} GB/s a GPU.\n{_mfu_note(best)}"
+        f"network {cluster.network.name}: {cluster.network.bytes_per_gpu / 1e9:.1f} GB/s a GPU.\n"
+        f"{_mfu_note(best)}"
     )
     tables: list[Table | str] = [
         _table(f"Fastest of {len(found.options)} layouts that run and fit", _LAYOUT_COLUMNS, rows),
@@ -164,7 +174,10 @@ def _layout_row(rank: int, option: Option) -> list[str]:
     layout = option.layout
     return [
         f"{rank}",
-        *(f"{layout[key]}" for key in ("tp", "dp", "zero_stage", "micro_batch_size", "accumulation_steps", "recompute")),
+        *(
+            f"{layout[key]}"
+            for key in ("tp", "dp", "zero_stage", "micro_batch_size", "accumulation_steps", "recompute")
+        ),
         f"{option.tokens_per_s_per_gpu:,.0f}",
         f"{option.step.total:.2f}",
         f"{option.mfu_causal:.1%}",
@@ -179,8 +192,8 @@ def _layout_row(rank: int, option: Option) -> list[str]:
 def _mfu_note(option: Option) -> str:
     flops, peak = token_flops(option.run.model), option.cluster.gpu.peak
     return (
-        f"MFU = tokens/s * flops per token / peak; causal: 6 Nmm + 6 L n d s = {flops.causal / 1e9:.2f} G, full: "
-        f"6 Nmm + 12 L n d s = {flops.full / 1e9:.2f} G;\nHFU: causal and what is recomputed; "
+        f"MFU = tokens/s * flops per token / peak; causal: 6 Nmm + 6 L n d s = {flops.causal / 1e9:.2f} G, "
+        f"full: 6 Nmm + 12 L n d s = {flops.full / 1e9:.2f} G;\nHFU: causal and what is recomputed; "
         f"peak {peak.bf16_flops / 1e12:g} TFLOP/s ({peak.source})."
     )
 
@@ -193,8 +206,8 @@ def conclude_validation(rows: Sequence[Row]) -> str:
     median, largest = median_error(rows), largest_error(rows)
     verdict = "holds" if median <= MEDIAN_BAR and largest <= LARGEST_BAR else "does not hold"
     return (
-        f"{len(rows)} published runs: median error {median:.1%}, largest {largest:.1%}; the {len(held_out)} that the "
-        f"constants were not fitted on: {median_error(held_out):.1%}, {largest_error(held_out):.1%}. "
+        f"{len(rows)} published runs: median error {median:.1%}, largest {largest:.1%}; the {len(held_out)} that "
+        f"the constants were not fitted on: {median_error(held_out):.1%}, {largest_error(held_out):.1%}. "
         f"The bar of {MEDIAN_BAR:.0%} and {LARGEST_BAR:.0%} {verdict}."
     )
 
@@ -223,7 +236,13 @@ def validation_markdown(rows: Sequence[Row]) -> str:
 
 def show_validation(rows: Sequence[Row]) -> None:
     lines = [
-        (row.name, f"{row.predicted:,.0f}", f"{row.published:,.0f}", f"{row.error:+.1%}", "yes" if row.fitted else "")
+        (
+            row.name,
+            f"{row.predicted:,.0f}",
+            f"{row.published:,.0f}",
+            f"{row.error:+.1%}",
+            "yes" if row.fitted else "",
+        )
         for row in rows
     ]
     columns = ("tokens/s/GPU", "predicted", "published", "error", "fitted")

@@ -1,4 +1,5 @@
-"""From the words of the command line to a run's configuration, and from a chosen layout to a file. Pure Python."""
+"""From the words of the command line to a run's configuration, and from a chosen layout to a file. Pure
+Python."""
 
 import difflib
 import os
@@ -34,16 +35,21 @@ def write_config(option: Option, path: Path) -> None:
     """The run of a layout as `load_run` reads it. OutputError if the file is there or cannot be written."""
     cluster, layout = option.cluster, option.layout
     head = (
-        f"# Written by `llama-mcore plan layout` for {cluster.gpus} x {cluster.gpu.name}: tp {layout['tp']} x dp "
-        f"{layout['dp']}.\n# Predicted: {option.tokens_per_s_per_gpu:,.0f} tokens/s/GPU, {option.days:,.1f} days.\n"
+        f"# Written by `llama-mcore plan layout` for {cluster.gpus} x {cluster.gpu.name}: "
+        f"tp {layout['tp']} x dp {layout['dp']}.\n"
+        f"# Predicted: {option.tokens_per_s_per_gpu:,.0f} tokens/s/GPU, {option.days:,.1f} days.\n"
     )
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(head + dump_run(option.run))
     except FileExistsError:
-        raise OutputError(Problem("--write-config", path, "is there already", "choose another name")) from None
+        raise OutputError(
+            Problem("--write-config", path, "is there already", "choose another name")
+        ) from None
     except OSError as error:
-        raise OutputError(Problem("--write-config", path, f"cannot be written ({os.strerror(error.errno or 0)})")) from None
+        raise OutputError(
+            Problem("--write-config", path, f"cannot be written ({os.strerror(error.errno or 0)})")
+        ) from None
 
 
 def launch_command(option: Option, config: Path) -> str:

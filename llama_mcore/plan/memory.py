@@ -32,8 +32,8 @@ class ModelState:
 
 @dataclass(frozen=True)
 class _Parameters:
-    """Values of each parameter of one tensor-parallel shard, in the optimizer's two groups (train/optimizer.py)
-    and the module's order."""
+    """Values of each parameter of one tensor-parallel shard, in the optimizer's two groups
+    (train/optimizer.py) and the module's order."""
 
     matrices: list[int]
     norms: list[int]
@@ -91,8 +91,8 @@ def model_state(
 
 
 def _stage_3(parameters: _Parameters, dp: int, weight_bytes: int) -> ModelState:
-    """Each parameter is padded to a multiple of dp and cut by itself; a small one is there as a whole besides,
-    with its padding."""
+    """Each parameter is padded to a multiple of dp and cut by itself; a small one is there as a whole
+    besides, with its padding."""
     owned = sum(-(-values // dp) for values in parameters.all)
     persistent = sum(-(-values // dp) * dp for values in parameters.all if values <= PERSISTENT_VALUES)
     return ModelState(

@@ -1,8 +1,10 @@
-"""Published training speeds of dense bf16 models whose layout is known: what the predictor is checked against.
+"""Published training speeds of dense bf16 models whose layout is known: what the predictor is checked
+against.
 
-Pure Python. Rows at even places fit the constants, the others only check them: the order decides, and it is that of
-the sources. Left out are rows whose micro-batch or layout is not published with them (Llama 2, dgxc-benchmarking's
-8B, fms-fsdp on H100), context parallelism, fp8 and GPUs with a lowered power limit (torchtitan).
+Pure Python. Rows at even places fit the constants, the others only check them: the order decides, and it is
+that of the sources. Left out are rows whose micro-batch or layout is not published with them (Llama 2,
+dgxc-benchmarking's 8B, fms-fsdp on H100), context parallelism, fp8 and GPUs with a lowered power limit
+(torchtitan).
 """
 
 from dataclasses import dataclass
@@ -32,8 +34,9 @@ def _llama2(layers: int, hidden: int, heads: int, groups: int, ffn: int) -> Shap
 
 
 def _paper(name: str, tp: int, speed: float) -> Published:
-    """The paper names no layout. Assumed: tensor parallelism as in the released files (1, 2, 4, 8), 4M tokens a
-    step, so that each tensor-parallel group has all its sequences in one micro-batch, and ZeRO 2 as we ship it, with all of its communication beside computation, which the paper says."""
+    """The paper names no layout. Assumed: tensor parallelism as in the released files (1, 2, 4, 8), 4M tokens
+    a step, so that each tensor-parallel group has all its sequences in one micro-batch, and ZeRO 2 as we ship
+    it, with all of its communication beside computation, which the paper says."""
     work = Work(
         gpus=2048,
         tp=tp,
@@ -79,9 +82,7 @@ def _foundry(
     return Published(f"MPT {model}, {gpus} x {gpu}", gpu, network, _MPT[model], work, speed, _FOUNDRY)
 
 
-def _fms(
-    name: str, shape: Shape, micro_batch: int, full: bool, hybrid: bool, speed: float
-) -> Published:
+def _fms(name: str, shape: Shape, micro_batch: int, full: bool, hybrid: bool, speed: float) -> Published:
     """PyTorch FSDP, gradients in bf16; 400 Gbit/s a node."""
     work = Work(
         gpus=128,
@@ -97,7 +98,14 @@ def _fms(
 
 
 def _korthikanti(
-    name: str, shape: Shape, pp: int, interleaved: int, micro_batch: int, batch: int, full: bool, seconds: float
+    name: str,
+    shape: Shape,
+    pp: int,
+    interleaved: int,
+    micro_batch: int,
+    batch: int,
+    full: bool,
+    seconds: float,
 ) -> Published:
     """Megatron-LM, no data parallelism, attention's scores in memory. Full recomputation was without sequence
     parallelism, as in its column "full recompute"."""

@@ -1,4 +1,5 @@
-"""`plan layout`: every layout that N GPUs allow, what rules one out, and how fast the others are. Pure Python."""
+"""`plan layout`: every layout that N GPUs allow, what rules one out, and how fast the others are. Pure
+Python."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ class Cluster:
     gpu: Gpu
     gpus: int
     network: Network
-    efficiency: Efficiency = Efficiency()
+    efficiency: Efficiency
     gpus_per_node: int = 8
 
 
@@ -100,7 +101,9 @@ def search(base: RunConfig, cluster: Cluster) -> Found:
             continue
         memory = memory_of(run, cluster.gpus)
         if memory.total > cluster.gpu.memory_bytes:
-            rejected[f"memory: needs more than the {cluster.gpu.memory_bytes / GIB:.0f} GiB of {cluster.gpu.name}"] += 1
+            rejected[
+                f"memory: needs more than the {cluster.gpu.memory_bytes / GIB:.0f} GiB of {cluster.gpu.name}"
+            ] += 1
             continue
         options.append(Option(run, memory, step_time(run, cluster), cluster))
     options.sort(key=lambda option: (-option.tokens_per_s_per_gpu, option.footprint.total))
@@ -117,8 +120,8 @@ def with_tokens(base: RunConfig, tokens: float, batch_tokens: float, cluster: Cl
 
 
 def _even_batch(sequences: float, cluster: Cluster) -> int:
-    """Sequences near that number which the GPUs share evenly, in as large powers of two each as 5 % allow; else
-    which the nodes share."""
+    """Sequences near that number which the GPUs share evenly, in as large powers of two each as 5 % allow;
+    else which the nodes share."""
     powers = (2**power for power in range(5, -1, -1))
     for unit in (cluster.gpus * power for power in powers):
         batch = unit * round(sequences / unit)
@@ -130,9 +133,7 @@ def _even_batch(sequences: float, cluster: Cluster) -> int:
 
 def memory_of(run: RunConfig, world_size: int) -> Footprint:
     train = run.train
-    return footprint(
-        run.model, run.parallel, run.zero, train.precision, train.micro_batch_size, world_size
-    )
+    return footprint(run.model, run.parallel, run.zero, train.precision, train.micro_batch_size, world_size)
 
 
 def step_time(run: RunConfig, cluster: Cluster) -> StepTime:
@@ -180,7 +181,10 @@ def _cannot_run(run: RunConfig, cluster: Cluster) -> str:
 def nothing_fits(base: RunConfig, cluster: Cluster, rejected: dict[str, int]) -> ConfigError:
     """What rules layouts out, and the smallest change after which one fits."""
     remedies = [*_more_gpus(base, cluster), *_other_gpu(base, cluster)]
-    remedy = " or ".join(remedies) or "no number of GPUs of a known kind changes that: choose another model or batch"
+    remedy = (
+        " or ".join(remedies)
+        or "no number of GPUs of a known kind changes that: choose another model or batch"
+    )
     problems = [Problem("layout", f"{count} layouts", reason) for reason, count in rejected.items()]
     asked = f"{cluster.gpus} x {cluster.gpu.name}"
     return ConfigError([Problem("--gpus", asked, "no layout runs and fits", remedy), *problems])
@@ -203,4 +207,4 @@ def _other_gpu(base: RunConfig, cluster: Cluster) -> Iterator[str]:
 
 
 def _changed(cluster: Cluster, **fields: object) -> Cluster:
-    return Cluster(**(vars(cluster) | fields))  # type: ignore[arg-type]
+    return Cluster(**(vars(cluster) | fields))

@@ -73,7 +73,8 @@ class Work:
     overlaps_backward_entry: bool = True
     """Whether the gather of the output gradient runs beside other work, as in model/layer_function.py."""
     overlaps_gather: bool = False
-    """Stage 2: whether updated weights are gathered beside the next forward; DeepSpeed does it in its step."""
+    """Stage 2: whether updated weights are gathered beside the next forward; DeepSpeed does it in its
+    step."""
     gpus_per_node: int = 8
 
     @property
@@ -181,7 +182,9 @@ class Predictor:
         scores = tokens * shape.sequence * shape.heads / work.tp
         # Written by the product; softmax reads and writes; dropout too, and writes its mask of 1 byte.
         moved = scores * (BF16 + 2 * BF16 + 2 * BF16 + 1)
-        return 2 * self._product(shape.head_dim, shape.sequence, scores / shape.sequence) + self._stream(moved)
+        return 2 * self._product(shape.head_dim, shape.sequence, scores / shape.sequence) + self._stream(
+            moved
+        )
 
     def _layer_stream(self, shape: Shape, work: Work) -> float:
         """Forward of two norms, two residual sums, rotation and activation: what each reads and writes."""

@@ -2,7 +2,8 @@
 
     python tests/plan/allocated.py TP DP OUTPUT
 
-OUTPUT is JSON: of each case the model state of every rank before the optimizer's step, and what a forward keeps.
+OUTPUT is JSON: of each case the model state of every rank before the optimizer's step, and what a forward
+keeps.
 """
 
 import itertools
@@ -47,7 +48,12 @@ STATES = [
 SAVED = [
     f"{layout}/{recompute}/{tied}"
     for layout in ("sp-off", "sp-on")
-    for recompute, tied in (("none", "untied"), ("selective", "tied"), ("selective", "untied"), ("full", "untied"))
+    for recompute, tied in (
+        ("none", "untied"),
+        ("selective", "tied"),
+        ("selective", "untied"),
+        ("full", "untied"),
+    )
 ]
 
 
@@ -135,7 +141,11 @@ def _accumulated(optimizer: object) -> Iterator[list]:
 
 def _masters(engine: DeepSpeedEngine) -> Iterator[Tensor]:
     optimizer = engine.optimizer
-    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+    for name in (
+        "fp32_partitioned_groups_flat",
+        "single_partition_of_fp32_groups",
+        "fp32_groups_flat_partition",
+    ):
         if hasattr(optimizer, name):
             yield from getattr(optimizer, name)
             return
@@ -179,4 +189,6 @@ def rank_main(tp: int, dp: int, output: Path) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    run_ranks(int(sys.argv[1]) * int(sys.argv[2]), rank_main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])))
+    run_ranks(
+        int(sys.argv[1]) * int(sys.argv[2]), rank_main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    )
