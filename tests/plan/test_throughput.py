@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from llama_mcore.model.config import PRESETS, ModelConfig
-from llama_mcore.plan.efficiency import Efficiency
+from llama_mcore.plan.efficiency import Efficiency, gemm_flops
 from llama_mcore.plan.flops import token_flops
 from llama_mcore.plan.hardware import gpu, network
 from llama_mcore.plan.throughput import Predictor, StepTime, Work, rank_params, shape_of
@@ -44,11 +44,13 @@ def test_attention_is_causal_and_its_backward_two_and_a_half_forwards() -> None:
 
 
 def test_a_small_side_makes_a_product_slow() -> None:
-    """At the side that is named half of it."""
-    half = replace(IDEAL, gemm_half_side=1024.0)  # 8192 / 8: the smallest side of all but the loss
-    narrow = Predictor(GPU, NETWORK, half)
-    assert narrow._product(16384, 8192, 1024) == pytest.approx(2 * narrow._product(16384, 8192, 1024) / 2)
-    assert narrow._product(16384, 8192, 1024) == pytest.approx(2 * 2 * 16384 * 8192 * 1024 / 271.2e12)
+    """Half as fast where its smallest side is that constant; on a GPU with more operations per byte the side
+    is larger in proportion."""
+    half = replace(IDEAL, gemm_half_side=1024.0)
+    assert gemm_flops(GPU, half, 1024) == pytest.approx(271.2e12 / 2)
+    side = 1024 * (989.4e12 / 3.35e12) / (312e12 / 2.039e12)
+    assert gemm_flops(gpu("h100"), half, side) == pytest.approx(794.5e12 / 2)
+    assert step(half).gemm > 1.2 * step().gemm
 
 
 def test_zero_1_all_reduces_fp32_gradients_when_all_is_done() -> None:
