@@ -206,9 +206,9 @@ def conclude_validation(rows: Sequence[Row]) -> str:
     median, largest = median_error(rows), largest_error(rows)
     verdict = "holds" if median <= MEDIAN_BAR and largest <= LARGEST_BAR else "does not hold"
     return (
-        f"{len(rows)} published runs: median error {median:.1%}, largest {largest:.1%}; the {len(held_out)} that "
-        f"the constants were not fitted on: {median_error(held_out):.1%}, {largest_error(held_out):.1%}. "
-        f"The bar of {MEDIAN_BAR:.0%} and {LARGEST_BAR:.0%} {verdict}."
+        f"{len(rows)} published runs: median error {median:.1%}, largest {largest:.1%}; "
+        f"{len(held_out)} of them held out from the fit: {median_error(held_out):.1%}, "
+        f"{largest_error(held_out):.1%}. The bar of {MEDIAN_BAR:.0%} and {LARGEST_BAR:.0%} {verdict}."
     )
 
 

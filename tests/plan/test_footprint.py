@@ -48,8 +48,8 @@ def test_activations_are_those_that_are_counted_to_the_byte() -> None:
 
 
 def test_buckets_are_those_of_the_shipped_files() -> None:
-    """2e8 values in fp32: two alive under stage 2's overlap, one under stage 3; stage 1 reduces a buffer of this
-    size where it lies."""
+    """2e8 values in fp32: two alive under stage 2's overlap, one under stage 3; stage 1 reduces a
+    buffer of this size where it lies."""
     assert of(1).buckets == 0
     assert of(2).buckets == 2 * 4 * 200_000_000
     assert of(3).buckets == 4 * 200_000_000

@@ -19,7 +19,9 @@ from llama_mcore.plan.hardware import (
 def test_a_known_gpu(name: str) -> None:
     found = gpu(name)
     assert found.name in GPUS
-    assert found.peak.source and found.gemm_source and found.source
+    assert found.peak.source
+    assert found.gemm_source
+    assert found.source
     # no matrix product beats the peak, and none of these GPUs reaches less than three quarters of it
     assert 0.75 < found.best_gemm_flops / found.peak.bf16_flops < 1
 
@@ -41,7 +43,8 @@ def test_peaks_are_those_of_the_data_sheets(name: str, flops: float) -> None:
 def test_a_driver_s_name_leads_to_the_same_peak() -> None:
     for device in ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200"):
         found = gpu_of_driver(device)
-        assert found is not None and found.peak == peak_of(device)
+        assert found is not None
+        assert found.peak == peak_of(device)
     assert gpu_of_driver("Tesla T4") is None
 
 

@@ -107,7 +107,8 @@ def test_where_nothing_fits_the_smallest_change_is_named() -> None:
     assert not result.options
     error = nothing_fits(wanted, where, result.rejected)
     assert error.exit_code == 64
-    assert "--gpus 32" in error.message() and "--gpu b200" in error.message()
+    assert "--gpus 32" in error.message()
+    assert "--gpu b200" in error.message()
     assert "more than the 40 GiB" in error.message()
     # it is the smallest: what it names fits, half of it does not
     assert search(wanted, cluster("a100-40gb", 32)).options
