@@ -201,7 +201,7 @@ def _more_gpus(base: RunConfig, cluster: Cluster) -> Iterator[str]:
 def _other_gpu(base: RunConfig, cluster: Cluster) -> Iterator[str]:
     for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.memory_bytes):
         other = _changed(cluster, gpu=gpu, network=network(DEFAULT_NETWORK[gpu.name]))
-        if gpu.memory_bytes > cluster.gpu.memory_bytes and search(base, other).options:
+        if search(base, other).options:
             yield f"--gpu {gpu.name}"
             return
 

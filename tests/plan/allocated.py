@@ -1,8 +1,8 @@
 """Worker: bytes that training really allocates on the CPU, for every layout of a number of ranks.
 
-    python tests/plan/allocated.py TP DP OUTPUT
+    python tests/plan/allocated.py FOLDER
 
-OUTPUT is JSON: of each case the model state of every rank before the optimizer's step, and what a forward
+FOLDER/TP.json holds of each case the model state of every rank before the optimizer's step, or what a forward
 keeps.
 """
 
@@ -28,6 +28,7 @@ from llama_mcore.train.engine import build_engine, dtype_of
 from llama_mcore.train.step import mean_loss
 from tests.forked import run_ranks
 
+DP = {1: 3, 2: 2}  # tp -> data-parallel ranks
 SEQUENCES = 2
 # No size is a multiple of another, so that every group and every parameter needs padding at 3 ranks.
 SHAPE = {
@@ -58,7 +59,7 @@ SAVED = [
 
 
 def states(tp: int) -> list[str]:
-    return [name for name in STATES if tp == 1 or name.endswith("/untied")]
+    return [name for name in STATES if name.endswith("/untied") or (tp == 1 and "/bf16/" in name)]
 
 
 def savings(tp: int) -> list[str]:
@@ -189,6 +190,5 @@ def rank_main(tp: int, dp: int, output: Path) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    run_ranks(
-        int(sys.argv[1]) * int(sys.argv[2]), rank_main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
-    )
+    for tp, dp in DP.items():
+        run_ranks(tp * dp, rank_main(tp, dp, Path(sys.argv[1]) / f"{tp}.json"))
