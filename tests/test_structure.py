@@ -90,14 +90,8 @@ WITHOUT_TORCH = (
     "cli",
     "parallel.rank",
     "launch.slurm",
-    "plan.memory",
-    "plan.summary",
-    "plan.activations",
     "launch.supervisor",
-    "plan.cli",
-    "plan.data",
-    "plan.size",
-    "plan.picture",
+    *sorted(f"plan.{path.stem}" for path in (PACKAGE / "plan").glob("[!_]*.py")),
 )
 
 # What runs code that it reads, or reads more than it was told. (Ranks of a job send each other Python

@@ -1,14 +1,14 @@
-"""Bytes that autograd keeps from a layer's forward for its backward, on one rank in bf16. Pure Python.
+"""Bytes that autograd keeps from a forward for its backward, on one rank in bf16. Pure Python.
 
     h hidden, n query heads, g key/value heads, d head width, f ffn; n, g and f of this rank
     token: one of the sequence; local token: one of this rank's part of it under sequence parallelism
 
-tests/model/test_activation_memory.py measures the same on the model, to the byte.
+tests/model/test_activation_memory.py and tests/plan/test_allocated.py measure the same, to the byte.
 """
 
 from llama_mcore.model.config import ModelConfig, Recompute
 
-FP32, BF16 = 4, 2  # bytes per value
+FP32, BF16, INT64 = 4, 2, 8  # bytes per value
 
 
 def saved_bytes_per_layer(
@@ -57,3 +57,32 @@ def _plain_norm(model: ModelConfig) -> int:
 def _plain_swiglu(model: ModelConfig, tp: int) -> int:
     """Gate and up, silu(gate), the product (which fc2 keeps): 4f values a token."""
     return _fc1_output(model, tp) + BF16 * 2 * model.ffn_hidden_size // tp
+
+
+def saved_bytes_besides_layers(
+    model: ModelConfig, tp: int, sequence_parallel: bool, micro_batch_size: int
+) -> int:
+    """What embedding, final norm and loss keep. The embedding keeps its indices, and with tensor parallelism
+    which of them were another rank's; the norm what _plain_norm says but its output; the loss (model/loss.py)
+    no logits but the gradients of the whole hidden states and, in fp32, of the output layer."""
+    tokens = model.seq_length * micro_batch_size
+    local_tokens = tokens // tp if sequence_parallel else tokens
+    embedding = (INT64 + (1 if tp > 1 else 0)) * tokens
+    norm = (_plain_norm(model) - BF16 * model.hidden_size) * local_tokens
+    loss = BF16 * model.hidden_size * tokens + FP32 * model.vocab_size // tp * model.hidden_size
+    return embedding + norm + loss
+
+
+def rotary_tables(model: ModelConfig) -> int:
+    """Cosine and sine in fp32, which all layers share and plain autograd keeps too."""
+    return 2 * FP32 * model.seq_length * model.head_dim
+
+
+def saved_bytes(
+    model: ModelConfig, tp: int, sequence_parallel: bool, micro_batch_size: int, recompute: Recompute
+) -> int:
+    """All that the forward of one micro-batch keeps on one rank."""
+    layer = saved_bytes_per_layer(model, tp, sequence_parallel, micro_batch_size, recompute)
+    tables = rotary_tables(model) if recompute == "none" else 0
+    rest = saved_bytes_besides_layers(model, tp, sequence_parallel, micro_batch_size)
+    return model.num_layers * layer + rest + tables

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from llama_mcore.errors import report_errors
+from llama_mcore.plan.layout_cli import add_commands
 
 app = typer.Typer(
     name="plan",
@@ -105,3 +106,6 @@ def data(
             from llama_mcore.plan.table import show
 
             show(plan.parts())
+
+
+add_commands(app)

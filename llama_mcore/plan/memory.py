@@ -1,6 +1,7 @@
 """Bytes of model state on one rank: weights, gradients, fp32 masters, Adam moments. Pure Python.
 
-Activations, communication buckets and the allocator's slack are not counted.
+As DeepSpeed 0.19 allocates them, with the padding of its flat buffers: tests/plan/test_allocated.py compares
+with what its engine holds, to the byte. plan/footprint.py adds what comes on top.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from llama_mcore.parallel.config import ParallelConfig, ZeroConfig
 
 FP32, BF16 = 4, 2  # bytes per value
 ADAM_MOMENTS = 2
+PERSISTENT_VALUES = 100_000
+"""ds_configs/zero3.json, stage3_param_persistence_threshold: smaller parameters stay whole on each rank."""
 
 
 @dataclass(frozen=True)
@@ -27,31 +30,97 @@ class ModelState:
         return self.weights + self.gradients + self.masters + self.moments
 
 
+@dataclass(frozen=True)
+class _Parameters:
+    """Values of each parameter of one tensor-parallel shard, in the optimizer's two groups
+    (train/optimizer.py) and the module's order."""
+
+    matrices: list[int]
+    norms: list[int]
+
+    @property
+    def groups(self) -> tuple[list[int], list[int]]:
+        return self.matrices, self.norms
+
+    @property
+    def all(self) -> list[int]:
+        return self.matrices + self.norms
+
+
+def _parameters(model: ModelConfig, tp: int) -> _Parameters:
+    hidden, embedding = model.hidden_size, model.vocab_size // tp * model.hidden_size
+    qkv = (model.num_attention_heads + 2 * model.num_query_groups) // tp * model.head_dim * hidden
+    proj = model.num_attention_heads // tp * model.head_dim * hidden
+    fc1, fc2 = 2 * model.ffn_hidden_size // tp * hidden, model.ffn_hidden_size // tp * hidden
+    output = [] if model.tie_embeddings else [embedding]
+    return _Parameters(
+        matrices=[embedding, *model.num_layers * [qkv, proj, fc1, fc2], *output],
+        norms=(2 * model.num_layers + 1) * [hidden],
+    )
+
+
 def params_per_rank(model: ModelConfig, tp: int) -> int:
     """Parameters of one tensor-parallel shard: norm weights are replicated, all others are split."""
-    norms = (2 * model.num_layers + 1) * model.hidden_size
-    return (model.num_params() - norms) // tp + norms
+    return sum(_parameters(model, tp).all)
 
 
 def model_state(
     model: ModelConfig, parallel: ParallelConfig, zero: ZeroConfig, precision: str, world_size: int
 ) -> ModelState:
-    """Model state per rank, as DeepSpeed 0.19 allocates it with fp32 gradient accumulation.
-
-    ZeRO-1 in bf16 keeps a whole fp32 gradient buffer (BF16_Optimizer); stages 2 and 3 accumulate
-    in the rank's own partition.
-    """
-    params = params_per_rank(model, parallel.tp)
-    dp = world_size // parallel.tp
-    shard = -(-params // dp)
-    optimizer_params = shard if zero.stage >= 1 else params
-    gradient_params = shard if zero.stage >= 2 else params
-    weight_params = shard if zero.stage >= 3 else params
+    """Model state on the fullest rank, with fp32 gradient accumulation, before the optimizer's step."""
+    parameters, dp = _parameters(model, parallel.tp), world_size // parallel.tp
     weight_bytes = BF16 if precision == "bf16" else FP32
-    weights_are_masters = precision == "fp32" and zero.stage == 0
+    if zero.stage == 0:
+        values = sum(parameters.all)
+        return ModelState(weight_bytes * values, FP32 * values, 0, ADAM_MOMENTS * FP32 * values)
+    if zero.stage == 3:
+        return _stage_3(parameters, dp, weight_bytes)
+    whole = sum(_padded(group, dp) for group in parameters.groups)
+    owned = whole // dp
+    if zero.stage == 2:
+        gradients = owned if precision == "bf16" else _touched(parameters, dp)
+    else:
+        # bf16 accumulates in a flat buffer; fp32 in the parameters' own gradients, without padding
+        gradients = whole if precision == "bf16" else sum(parameters.all)
     return ModelState(
-        weights=weight_bytes * weight_params,
-        gradients=FP32 * gradient_params,
-        masters=0 if weights_are_masters else FP32 * optimizer_params,
-        moments=ADAM_MOMENTS * FP32 * optimizer_params,
+        weights=weight_bytes * whole,
+        gradients=FP32 * gradients,
+        masters=FP32 * owned,
+        moments=ADAM_MOMENTS * FP32 * owned,
     )
+
+
+def _stage_3(parameters: _Parameters, dp: int, weight_bytes: int) -> ModelState:
+    """Each parameter is padded to a multiple of dp and cut by itself; a small one is there as a whole
+    besides, with its padding."""
+    owned = sum(-(-values // dp) for values in parameters.all)
+    persistent = sum(-(-values // dp) * dp for values in parameters.all if values <= PERSISTENT_VALUES)
+    return ModelState(
+        weights=weight_bytes * (owned + persistent),
+        gradients=FP32 * owned,
+        masters=FP32 * owned,
+        moments=ADAM_MOMENTS * FP32 * owned,
+    )
+
+
+def _padded(group: list[int], dp: int) -> int:
+    """DeepSpeed pads each group's flat buffer to a multiple of 2 * dp values: 4 bytes of bf16 a rank
+    (`nccl_start_alignment_factor` in stage_1_and_2.py and bf16_optimizer.py)."""
+    alignment = 2 * dp
+    return -(-sum(group) // alignment) * alignment
+
+
+def _touched(parameters: _Parameters, dp: int) -> int:
+    """Values of the parameters of which a rank owns a part, on the rank where they are most: in fp32, stage 2
+    keeps these gradients whole (`copy_grads_in_partition` in stage_1_and_2.py)."""
+    most = 0
+    for rank in range(dp):
+        touched = 0
+        for group in parameters.groups:
+            size, start = _padded(group, dp) // dp, 0
+            for values in group:
+                if start < (rank + 1) * size and start + values > rank * size:
+                    touched += values
+                start += values
+        most = max(most, touched)
+    return most

@@ -1,12 +1,11 @@
 """What a run would be, in one screen: `--dry-run` prints it. Reads file sizes and loads no torch."""
 
-import json
 from pathlib import Path
 
 from llama_mcore.config import RunConfig
+from llama_mcore.plan.footprint import zero_settings
 from llama_mcore.plan.memory import ModelState, model_state
 
-CHECKOUT = Path(__file__).parents[2]
 COLUMN = 16
 
 
@@ -148,11 +147,7 @@ def _total_tokens(run: RunConfig) -> int:
 
 def _offloads_optimizer(run: RunConfig) -> bool:
     """Whether the run's DeepSpeed file keeps the optimizer in host memory; none that is a default does."""
-    for path in (Path(run.zero.config or ""), CHECKOUT / (run.zero.config or "")):
-        if path.is_file():
-            zero = json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {})
-            return "offload_optimizer" in zero
-    return False
+    return "offload_optimizer" in zero_settings(run.zero)
 
 
 def _line(name: str, text: str) -> str:

@@ -25,11 +25,11 @@ def test_every_weight_but_the_norms_is_split() -> None:
     [
         (1, "bf16", ModelState(2 * P, 4 * P, P, 2 * P)),
         (2, "bf16", ModelState(2 * P, P, P, 2 * P)),
-        (3, "bf16", ModelState(P // 2, P, P, 2 * P)),
+        # every parameter of so small a model is also there as a whole
+        (3, "bf16", ModelState(2 * P // 4 + 2 * P, P, P, 2 * P)),
         (0, "fp32", ModelState(4 * P, 4 * P, 0, 8 * P)),
         (1, "fp32", ModelState(4 * P, 4 * P, P, 2 * P)),
-        (2, "fp32", ModelState(4 * P, P, P, 2 * P)),
-        (3, "fp32", ModelState(P, P, P, 2 * P)),
+        (3, "fp32", ModelState(P + 4 * P, P, P, 2 * P)),
     ],
 )
 def test_bytes_on_four_data_parallel_ranks(stage: int, precision: str, expected: ModelState) -> None:
@@ -41,8 +41,11 @@ def test_total_is_the_sum() -> None:
     assert state(1, "bf16", dp=1).total == 18 * P
 
 
-def test_a_shard_that_does_not_divide_is_rounded_up() -> None:
-    assert state(1, "bf16", dp=3).masters == 4 * -(-P // 3)
+def test_each_group_is_padded_to_two_values_a_rank() -> None:
+    norms = 5 * 64
+    padded = sum(6 * -(-values // 6) for values in (P - norms, norms))
+    assert padded > P
+    assert state(1, "bf16", dp=3) == ModelState(2 * padded, 4 * padded, 4 * padded // 3, 8 * padded // 3)
 
 
 def test_65b_as_the_paper_trained_it_fits_one_gpu() -> None:

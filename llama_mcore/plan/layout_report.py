@@ -1,0 +1,249 @@
+"""What `plan memory`, `plan layout` and `plan validate` print: the conclusion, then tables; or JSON. Pure
+Python."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from llama_mcore.config import RunConfig
+from llama_mcore.plan.flops import token_flops
+from llama_mcore.plan.footprint import Footprint
+from llama_mcore.plan.hardware import GIB, Gpu
+from llama_mcore.plan.search import Cluster, Found, Option
+from llama_mcore.plan.summary import human_bytes, human_count
+from llama_mcore.plan.validation import LARGEST_BAR, MEDIAN_BAR, Row, largest_error, median_error
+
+WIDTH = 132
+"""Of the widest table; in a narrower terminal its lines wrap, and no column is lost."""
+
+
+def show(conclusion: str, tables: Iterable[Table | str]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, WIDTH)
+    console.print(conclusion, markup=False)
+    for item in tables:
+        console.print()
+        console.print(item)
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """The first column is text, the others are numbers."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="right" if position else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+# --- memory
+
+
+def memory_lines(found: Footprint) -> list[tuple[str, int]]:
+    """Name and bytes; they sum to the total. Of backward and optimizer step the larger counts."""
+    backward = found.gradients_in_flight + found.saved_layers + found.saved_rest + found.workspace
+    return [
+        ("weights", found.state.weights),
+        ("gradients", found.state.gradients),
+        ("fp32 masters", found.state.masters),
+        ("Adam moments", found.state.moments),
+        ("in host memory (offload)", -found.host_state),
+        ("communication buckets", found.buckets),
+        ("gathered weights (ZeRO 3)", found.gathered_weights),
+        ("gradients of the layer at work", found.gradients_in_flight),
+        ("activations of the layers", found.saved_layers),
+        ("embedding, final norm, loss, rotary tables", found.saved_rest),
+        ("working memory of a layer or the loss (estimate)", found.workspace),
+        ("optimizer step beyond that", max(0, found.step_copy - backward)),
+        ("fragmentation margin (estimate)", found.margin),
+        ("device context and libraries (estimate)", found.libraries),
+    ]
+
+
+def memory_json(found: Footprint) -> dict[str, Any]:
+    return {
+        "total_bytes": found.total,
+        "weights": found.state.weights,
+        "gradients": found.state.gradients,
+        "masters": found.state.masters,
+        "moments": found.state.moments,
+        "model_state_bytes": found.state.total,
+        **{name: value for name, value in vars(found).items() if name not in ("state", "layer_activations")},
+        "activations_per_layer": found.layer_activations,
+    }
+
+
+def show_memory(run: RunConfig, world_size: int, found: Footprint, gpu: Gpu | None) -> None:
+    fits = (
+        "" if gpu is None else f"; {'fits' if found.total <= gpu.memory_bytes else 'does not fit'} {gpu.name}"
+    )
+    conclusion = f"{human_bytes(found.total)} per rank on {world_size:,} ranks{fits}."
+    lines = [(name, human_bytes(count), f"{count:,}") for name, count in memory_lines(found) if count > 0]
+    lines += [
+        (name, f"-{human_bytes(-count)}", f"{count:,}") for name, count in memory_lines(found) if count < 0
+    ]
+    layers = [
+        (f"{policy}{' *' if policy == run.model.recompute else ''}", human_bytes(count), f"{count:,}")
+        for policy, count in found.layer_activations.items()
+    ]
+    note = "Model state and activations are exact; no GPU has confirmed the estimates."
+    show(
+        conclusion,
+        [
+            _table("Memory per rank", ("", "", "bytes"), lines),
+            _table("Activations of one layer, by recompute", ("", "", "bytes"), layers),
+            note,
+        ],
+    )
+
+
+# --- layout
+
+_LAYOUT_COLUMNS = (
+    "", "tp", "dp", "ZeRO", "micro", "accum", "recompute", "tokens/s/GPU", "step s", "MFU causal",
+    "MFU full", "HFU", "days", "GPU-hours", "GiB",
+)  # fmt: skip
+
+
+def layout_json(option: Option) -> dict[str, Any]:
+    return {
+        "layout": option.layout,
+        "tokens_per_s_per_gpu": option.tokens_per_s_per_gpu,
+        "step_s": option.step.total,
+        "step_breakdown_s": vars(option.step),
+        "mfu_causal": option.mfu_causal,
+        "mfu_full": option.mfu_full,
+        "hfu_causal": option.hfu_causal,
+        "days": option.days,
+        "gpu_hours": option.gpu_hours,
+        "memory_bytes": option.footprint.total,
+    }
+
+
+def found_json(found: Found, cluster: Cluster, top: int) -> dict[str, Any]:
+    best = found.options[0]
+    return {
+        **layout_json(best),
+        "gpu": cluster.gpu.name,
+        "gpus": cluster.gpus,
+        "network": cluster.network.name,
+        "peak_flops": cluster.gpu.peak.bf16_flops,
+        "peak_source": cluster.gpu.peak.source,
+        "global_batch_size": best.run.train.global_batch_size,
+        "tokens": best.run.train.steps * best.run.tokens_per_step,
+        "steps": best.run.train.steps,
+        "options": [layout_json(option) for option in found.options[:top]],
+        "rejected": found.rejected,
+    }
+
+
+def conclude(best: Option, name: str) -> str:
+    cluster, layout = best.cluster, best.layout
+    tokens = human_count(best.run.train.steps * best.run.tokens_per_step)
+    return (
+        f"{name} on {cluster.gpus:,} x {cluster.gpu.name}: tp {layout['tp']} x dp {layout['dp']:,}, ZeRO "
+        f"{layout['zero_stage']}, micro-batch {layout['micro_batch_size']}, recompute {layout['recompute']}: "
+        f"{best.tokens_per_s_per_gpu:,.0f} tokens/s/GPU, {tokens} tokens in {best.days:,.1f} days."
+    )
+
+
+def show_layouts(name: str, found: Found, cluster: Cluster, top: int) -> None:
+    best = found.options[0]
+    rows = [_layout_row(rank, option) for rank, option in enumerate(found.options[:top], start=1)]
+    total = best.step.total
+    parts = [(part, f"{s:.3f}", f"{s / total:.1%}") for part, s in vars(best.step).items() if s]
+    rejected = [(reason, f"{count}") for reason, count in found.rejected.items()]
+    batch = best.run.train.global_batch_size
+    notes = (
+        f"Batch {batch:,} sequences of {best.run.model.seq_length:,} tokens, {best.run.train.steps:,} steps; "
+        f"network {cluster.network.name}: {cluster.network.bytes_per_gpu / 1e9:.1f} GB/s a GPU.\n"
+        f"{_mfu_note(best)}"
+    )
+    tables: list[Table | str] = [
+        _table(f"Fastest of {len(found.options)} layouts that run and fit", _LAYOUT_COLUMNS, rows),
+        _table("One step of the first", ("", "seconds", "share"), parts),
+    ]
+    if rejected:
+        tables.append(_table("Ruled out", ("", "layouts"), rejected))
+    show(conclude(best, name), [*tables, notes])
+
+
+def _layout_row(rank: int, option: Option) -> list[str]:
+    layout = option.layout
+    return [
+        f"{rank}",
+        *(
+            f"{layout[key]}"
+            for key in ("tp", "dp", "zero_stage", "micro_batch_size", "accumulation_steps", "recompute")
+        ),
+        f"{option.tokens_per_s_per_gpu:,.0f}",
+        f"{option.step.total:.2f}",
+        f"{option.mfu_causal:.1%}",
+        f"{option.mfu_full:.1%}",
+        f"{option.hfu_causal:.1%}",
+        f"{option.days:,.1f}",
+        f"{option.gpu_hours:,.0f}",
+        f"{option.footprint.total / GIB:.1f}",
+    ]
+
+
+def _mfu_note(option: Option) -> str:
+    flops, peak = token_flops(option.run.model), option.cluster.gpu.peak
+    return (
+        f"MFU = tokens/s * flops per token / peak; causal: 6 Nmm + 6 L n d s = {flops.causal / 1e9:.2f} G, "
+        f"full: 6 Nmm + 12 L n d s = {flops.full / 1e9:.2f} G;\nHFU: causal and what is recomputed; "
+        f"peak {peak.bf16_flops / 1e12:g} TFLOP/s ({peak.source})."
+    )
+
+
+# --- validation
+
+
+def conclude_validation(rows: Sequence[Row]) -> str:
+    held_out = [row for row in rows if not row.fitted]
+    median, largest = median_error(rows), largest_error(rows)
+    verdict = "holds" if median <= MEDIAN_BAR and largest <= LARGEST_BAR else "does not hold"
+    return (
+        f"{len(rows)} published runs: median error {median:.1%}, largest {largest:.1%}; "
+        f"{len(held_out)} of them held out from the fit: {median_error(held_out):.1%}, "
+        f"{largest_error(held_out):.1%}. The bar of {MEDIAN_BAR:.0%} and {LARGEST_BAR:.0%} {verdict}."
+    )
+
+
+def validation_json(rows: Sequence[Row]) -> dict[str, Any]:
+    held_out = [row for row in rows if not row.fitted]
+    return {
+        "median_error": median_error(rows),
+        "largest_error": largest_error(rows),
+        "held_out_median_error": median_error(held_out),
+        "held_out_largest_error": largest_error(held_out),
+        "rows": [vars(row) | {"error": row.error} for row in rows],
+    }
+
+
+def validation_markdown(rows: Sequence[Row]) -> str:
+    """For docs/planner.md."""
+    head = ["| run | predicted | published | error | constants | source |", "|---|---:|---:|---:|---|---|"]
+    body = [
+        f"| {row.name} | {row.predicted:,.0f} | {row.published:,.0f} | {row.error:+.1%} | "
+        f"{'fitted on it' if row.fitted else 'held out'} | {row.source} |"
+        for row in rows
+    ]
+    return "\n".join([*head, *body])
+
+
+def show_validation(rows: Sequence[Row]) -> None:
+    lines = [
+        (
+            row.name,
+            f"{row.predicted:,.0f}",
+            f"{row.published:,.0f}",
+            f"{row.error:+.1%}",
+            "yes" if row.fitted else "",
+        )
+        for row in rows
+    ]
+    columns = ("tokens/s/GPU", "predicted", "published", "error", "fitted")
+    show(conclude_validation(rows), [_table("Predicted against published", columns, lines)])
