@@ -81,11 +81,12 @@ def test_a_dry_run_without_a_world_plans_for_one_tensor_parallel_group() -> None
     assert "2 ranks = tp 2 x dp 1" in run("train", "--config", "tiny", "--dry-run")[1]
 
 
-def test_a_dry_run_plans_for_the_ranks_that_its_launcher_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_checks_for_the_ranks_that_its_launcher_started(monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place(rank=3, world_size=4, local_rank=0, master_address="n1", master_port=29500)
     for name, value in place.variables().items():
         monkeypatch.setenv(name, value)
-    assert "4 ranks = tp 2 x dp 2" in run("train", "--config", "tiny", "--dry-run")[1]
+    code, output = run("train", "--config", "tiny", "--dry-run", "parallel.tp=3")
+    assert (code, "world size = 4: must be divisible" in output) == (64, True)
     assert "2 ranks" in run("train", "--config", "tiny", "--dry-run", "--world-size", "2")[1]
 
 
