@@ -75,7 +75,7 @@ def test_through_a_launcher_it_is_the_same_one_message(refused: Path, small: Sma
 
 
 def test_debug_prints_a_traceback(small: Small, tmp_path: Path) -> None:
-    found = train([*small.overrides(tmp_path), "model.hidden_size=66", "--debug"])
+    found = train([*small.overrides(tmp_path), "parallel.tp=1", "model.hidden_size=66", "--debug"])
     assert found.exit_code == 64
     assert found.lines[0].startswith("Traceback")
     assert "model.hidden_size = 66" in found.lines[-1]

@@ -1,0 +1,205 @@
+"""What a rank needs to train, opened in order: what can fail for the user's reasons comes first."""
+
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from uuid import uuid4
+
+import psutil
+import torch.distributed as dist
+
+from llama_mcore.checkpoint.layout import checkpoints_dir
+from llama_mcore.checkpoint.lease import Lease, held_lease
+from llama_mcore.checkpoint.load import load_checkpoint
+from llama_mcore.checkpoint.save import Saver
+from llama_mcore.config import RunConfig, dump_run
+from llama_mcore.data.ledger import Segment, check_caps, continued
+from llama_mcore.data.loader import MicroBatches, Samples
+from llama_mcore.data.sources import OpenSource, open_sources, plan_run
+from llama_mcore.errors import OutputError, Problem
+from llama_mcore.model.build import build_model
+from llama_mcore.observe.log import get_logger
+from llama_mcore.observe.phases import Phase, Phases
+from llama_mcore.observe.sinks import MetricSinks
+from llama_mcore.observe.timeline import Timeline
+from llama_mcore.parallel.device import pinned
+from llama_mcore.parallel.groups import Groups
+from llama_mcore.train.agreement import any_rank, together
+from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of
+from llama_mcore.train.resume import Found, Start, find_start
+from llama_mcore.train.signals import StopRequest
+from llama_mcore.train.state import TrainState
+from llama_mcore.train.stragglers import Stragglers
+
+
+@dataclass
+class Job:
+    """One rank's part of a run."""
+
+    run: RunConfig
+    groups: Groups
+    stop: StopRequest
+    phases: Phases
+    timeline: Timeline | None
+    """Rank 0's."""
+    engine: DeepSpeedEngine
+    sources: list[OpenSource]
+    batches: MicroBatches
+    sinks: MetricSinks | None
+    """Rank 0's: the others have nothing to report."""
+    saver: Saver
+    stragglers: Stragglers
+    state: TrainState
+    saved: TrainState
+    """The state that the newest checkpoint holds, or the one being written."""
+    passed_over: list[str]
+    """Damaged checkpoints that the run did not resume from; empty once they are reported."""
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether any rank is; all ranks ask together."""
+        return any_rank(self.stop.received is not None, self.groups)
+
+
+def open_job(
+    run: RunConfig, groups: Groups, stop: StopRequest, start: Start, phases: Phases, stack: ExitStack
+) -> Job:
+    """Open the data, build model and engine, resume from the newest checkpoint if there is one.
+
+    All ranks call it together. What is opened is closed when the stack unwinds.
+    """
+    phases.enter(Phase.SETUP, 0)
+    lease = together(groups, lambda: _hold(run, stack) if groups.rank == 0 else None)
+    timeline = stack.enter_context(_timeline(run, groups, lease, phases))
+    sources = together(groups, lambda: open_sources(run.data, run.model.seq_length, run.model.vocab_size))
+    found = find_start(run, start, groups, lambda action: together(groups, action))
+    saved = found.reader.state if found.reader else TrainState(run_id=_drawn_by_rank_0())
+    segments = together(groups, lambda: _plan_data(run, sources, saved, start.accept_data_change))
+    together(groups, lambda: _prepare_run_dir(run) if groups.rank == 0 else None)
+    phases.settled()
+    phases.beat()
+    engine = _loaded_engine(run, groups, phases, found)
+    state = _going_on(saved, segments)
+    _announce(run, groups)
+    return Job(
+        run=run,
+        groups=groups,
+        stop=stop,
+        phases=phases,
+        timeline=timeline,
+        engine=engine,
+        sources=sources,
+        sinks=together(groups, lambda: stack.enter_context(_sinks(run, groups, state))),
+        batches=stack.enter_context(_batches(run, groups, sources, state)),
+        saver=stack.enter_context(closing(Saver(engine, run, groups, lease))),
+        stragglers=Stragglers(run.observe.straggler_window, groups),
+        state=state,
+        saved=saved,
+        passed_over=found.passed_over,
+    )
+
+
+def _loaded_engine(run: RunConfig, groups: Groups, phases: Phases, found: Found) -> DeepSpeedEngine:
+    reader = found.reader
+    model = build_model(run.model, run.parallel, groups, dtype_of(run), None if reader else run.run.seed)
+    engine = build_engine(model, run, groups)
+    phases.beat()
+    if reader:
+        together(groups, lambda: load_checkpoint(engine, reader, groups))
+        get_logger().info("resuming at step %d from %s", reader.state.step, reader.path)
+    return engine
+
+
+def _going_on(saved: TrainState, segments: tuple[Segment, ...]) -> TrainState:
+    """The state to go on from: losses on other data say nothing of those to come."""
+    if segments == saved.segments:
+        return saved
+    return replace(saved, segments=segments, health=saved.health.model_copy(update={"losses": ()}))
+
+
+def _hold(run: RunConfig, stack: ExitStack) -> Lease:
+    """Keep other jobs out of the run's folder until the stack unwinds."""
+    try:
+        return stack.enter_context(held_lease(Path(run.run.dir)))
+    except OSError as error:
+        raise _unwritable(run, error) from None
+
+
+def _timeline(
+    run: RunConfig, groups: Groups, lease: Lease | None, phases: Phases
+) -> AbstractContextManager[Timeline | None]:
+    """Rank 0, which holds the lease, writes down where its time goes."""
+    if lease is None:
+        return nullcontext()
+    began = psutil.Process().create_time()
+    timeline = Timeline(Path(run.run.dir), lease.number, groups.world_size, began)
+    phases.add(timeline)
+    timeline.enter(Phase.SETUP, 0)
+    return timeline
+
+
+def _sinks(run: RunConfig, groups: Groups, state: TrainState) -> AbstractContextManager[MetricSinks | None]:
+    if groups.rank > 0:
+        return nullcontext()
+    return MetricSinks(run.observe, Path(run.run.dir), run.train.steps, state.step)
+
+
+def _batches(run: RunConfig, groups: Groups, sources: list[OpenSource], state: TrainState) -> MicroBatches:
+    return MicroBatches(
+        Samples(state.segments[-1], tuple(source.train for source in sources)),
+        micro_batch_size=run.train.micro_batch_size,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        start_sample=state.consumed_samples,
+        prefetch=run.data.prefetch,
+        masked_token=run.data.masked_token,
+        pin=pinned,
+    )
+
+
+def _prepare_run_dir(run: RunConfig) -> None:
+    """Create the run's folder and write down what runs there."""
+    run_dir = Path(run.run.dir)
+    try:
+        checkpoints_dir(run_dir).mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(dump_run(run), encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(run, error) from None
+
+
+def _unwritable(run: RunConfig, error: OSError) -> OutputError:
+    reason = f"cannot be written ({error.strerror})"
+    return OutputError(Problem("run.dir", run.run.dir, reason, "choose another folder"))
+
+
+def _plan_data(
+    run: RunConfig, sources: list[OpenSource], state: TrainState, accept_change: bool
+) -> tuple[Segment, ...]:
+    """What the run reads to its last step. Raises DataError where that is more than the plan allows, or where
+    it resumes with other data."""
+    planned = plan_run(run.data, sources, run.run.seed, run.model.seq_length)
+    segments: tuple[Segment, ...] = (planned,)
+    if state.segments:
+        segments = continued(state.segments, planned, state.consumed_samples, accept_change)
+    remaining = max(0, run.train.steps - state.step) * run.train.global_batch_size
+    check_caps(segments[-1], state.consumed_samples + remaining)
+    return segments
+
+
+def _drawn_by_rank_0() -> str:
+    """The id of a new run, the same on all ranks."""
+    box = [uuid4().hex]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _announce(run: RunConfig, groups: Groups) -> None:
+    get_logger().info(
+        "%.1fM parameters on %d ranks: tp %d, dp %d, ZeRO %d, %s; %s tokens a step",
+        run.model.num_params() / 1e6,
+        groups.world_size,
+        groups.tp_size,
+        groups.dp_size,
+        run.zero.stage,
+        run.train.precision,
+        f"{run.tokens_per_step:,}",
+    )
