@@ -3,7 +3,8 @@
     python tests/checkpoint/hostile.py FOLDER
 
 Case NAME lies in FOLDER/NAME/, what the command printed in FOLDER/NAME.txt; FOLDER/exit_codes.json has the
-exit codes of all. A process may take `MEMORY` beyond what it has when it begins, and `SECONDS` of a processor.
+exit codes of all. A process may take `MEMORY` beyond what it has when it begins, and `SECONDS` of a
+processor.
 """
 
 import gzip
