@@ -3,11 +3,9 @@
 A GPU that is not listed has no peak, and what depends on one is not reported rather than guessed.
 """
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from llama_mcore.errors import ConfigError, Problem
+from llama_mcore.errors import ConfigError, Problem, nearest
 
 GIB = 2**30
 
@@ -144,18 +142,12 @@ def gpu(name: str) -> Gpu:
     """The GPU of that name or alias. ConfigError with the nearest name if there is none."""
     key = name.lower()
     if (found := GPUS.get(ALIASES.get(key, key))) is None:
-        raise ConfigError(_unknown("--gpu", name, [*GPUS, *ALIASES], GPUS))
+        raise ConfigError(Problem("--gpu", name, "is not known", nearest(key, GPUS, ALIASES)))
     return found
 
 
 def network(name: str) -> Network:
     """The network of that name. ConfigError with the nearest name if there is none."""
     if (found := NETWORKS.get(name.lower())) is None:
-        raise ConfigError(_unknown("--network", name, list(NETWORKS), NETWORKS))
+        raise ConfigError(Problem("--network", name, "is not known", nearest(name.lower(), NETWORKS)))
     return found
-
-
-def _unknown(field: str, name: str, names: list[str], shown: Iterable[str]) -> Problem:
-    nearest = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-    remedy = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(shown)}"
-    return Problem(field, name, "is not known", remedy)

@@ -1,13 +1,12 @@
 """From the words of the command line to a run's configuration, and from a chosen layout to a file. Pure
 Python."""
 
-import difflib
 import os
 import shlex
 from pathlib import Path
 
 from llama_mcore.config import CONFIG_DIR, RunConfig, dump_run, load_run
-from llama_mcore.errors import ConfigError, OutputError, Problem
+from llama_mcore.errors import ConfigError, OutputError, Problem, nearest
 from llama_mcore.model.config import PRESETS
 from llama_mcore.plan.search import Option
 
@@ -20,9 +19,7 @@ PATTERN = "65b"
 def base_run(model: str, seq_length: int | None = None) -> RunConfig:
     """A shipped size, or a preset with the settings of the paper. ConfigError with the nearest name."""
     if model not in PRESETS:
-        nearest = difflib.get_close_matches(model.lower(), PRESETS, n=1, cutoff=0.4)
-        remedy = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(PRESETS)}"
-        raise ConfigError(Problem("--model", model, "is not known", remedy))
+        raise ConfigError(Problem("--model", model, "is not known", nearest(model.lower(), PRESETS)))
     length = [f"model.seq_length={seq_length}"] if seq_length else []
     if (CONFIG_DIR / f"{model}.yaml").is_file():
         return load_run(model, length)
