@@ -76,7 +76,7 @@ def show_memory(run: RunConfig, world_size: int, found: Footprint, gpu: Gpu | No
 
 # --- layout
 
-_LAYOUT_COLUMNS = (
+LAYOUT_COLUMNS = (
     "tp", "dp", "ZeRO", "micro", "recompute", "tokens/s per GPU", "MFU causal", "MFU full", "HFU causal",
     "days", "GiB",
 )  # fmt: skip
@@ -140,7 +140,7 @@ def show_layouts(name: str, found: Found, cluster: Cluster, top: int) -> None:
         f"{_mfu_note(best)}"
     )
     tables: list[str | Grid] = [
-        Grid(f"Fastest of {len(found.options)} layouts that run and fit", _LAYOUT_COLUMNS, rows),
+        Grid(f"Fastest of {len(found.options)} layouts that run and fit", LAYOUT_COLUMNS, rows),
         Grid("One step of the first", ("", "seconds", "share"), parts),
     ]
     if rejected:

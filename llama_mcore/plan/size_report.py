@@ -8,6 +8,7 @@ from typing import Any, get_args
 from llama_mcore.model.config import Recompute
 from llama_mcore.plan.data import PAPER_TOKENS, WORTHWHILE_EPOCHS
 from llama_mcore.plan.energy import CO2_T_PER_MWH, GPU_WATTS, PAPER_65B_TOKENS_PER_S, PAPER_GPU_WATTS, PUE
+from llama_mcore.plan.how import How, how_dict, how_parts
 from llama_mcore.plan.scaling import LAWS, ROUNDING, Allocation, ParametricLaw, kaplan_loss
 from llama_mcore.plan.size import Costed, PaperModel, SizePlan
 from llama_mcore.plan.table import Grid, compact, flops, whole
@@ -15,7 +16,7 @@ from llama_mcore.plan.table import Grid, compact, flops, whole
 _USUAL_TOKENS_PER_PARAM = 100
 
 
-def size_dict(plan: SizePlan) -> dict[str, Any]:
+def size_dict(plan: SizePlan, how: How | None = None) -> dict[str, Any]:
     """The keys that docs/planner.md describes."""
     asked = plan.request
     return {
@@ -46,11 +47,12 @@ def size_dict(plan: SizePlan) -> dict[str, Any]:
         "llama": {model.name: _paper_model(model) for model in plan.paper},
         "data": plan.data.to_dict(),
         "notes": notes(plan),
+        "layout": how_dict(how),
         "next_command": shlex.join(plan.layout_command),
     }
 
 
-def size_parts(plan: SizePlan) -> list[str | Grid]:
+def size_parts(plan: SizePlan, how: How | None = None) -> list[str | Grid]:
     """What `plan size` prints."""
     return [
         conclusion(plan),
@@ -58,7 +60,8 @@ def size_parts(plan: SizePlan) -> list[str | Grid]:
         _laws(plan),
         _paper(plan.paper, plan.request.inference_tokens),
         "\n".join(f"- {note}" for note in notes(plan)),
-        f"How to train it:\n    {shlex.join(plan.layout_command)}",
+        *(how_parts(how) if how else []),
+        f"{'Other layouts' if how else 'How to train it'}:\n    {shlex.join(plan.layout_command)}",
     ]
 
 

@@ -32,9 +32,11 @@ def show(parts: Sequence[str | Grid], file: TextIO | None = None) -> None:
         if isinstance(part, str):
             console.print(part)
         elif console.is_terminal:
+            # Apart from the table, which would fold a title to its own width.
+            console.print(part.title, style="bold")
             console.print(_drawn(part, lines=True), width=width, soft_wrap=False)
         else:
-            print(_plain(part), file=file)
+            print(f"{part.title}\n{_plain(part)}", file=file)
 
 
 def compact(number: float) -> str:
@@ -63,9 +65,6 @@ def _three_digits(number: float) -> str:
 
 def _drawn(grid: Grid, lines: bool) -> Table:
     table = Table(
-        title=grid.title,
-        title_justify="left",
-        title_style="bold",
         box=SIMPLE_HEAD if lines else None,
         pad_edge=False,
     )
