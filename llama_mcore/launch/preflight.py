@@ -101,7 +101,7 @@ def _gathered(mine: T, groups: Groups) -> list[T]:
 
 
 def _merged(reports: Sequence[Report]) -> list[Finding]:
-    """A finding once, however many ranks have it: those of rank 0, and before them what others miss or should know."""
+    """A finding once, however many ranks have it: before those of rank 0 what others miss or should know."""
     ranks_of: dict[Finding, list[int]] = defaultdict(list)
     for rank, report in enumerate(reports):
         for finding in report.findings:

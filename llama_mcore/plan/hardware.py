@@ -58,7 +58,7 @@ _B200 = Peak(2250e12, "NVIDIA DGX B200 data sheet: 36 PFLOP/s with sparsity on 8
 _MAMF = "stas00/ml-engineering, maximum achievable matmul FLOPS"
 # flash-attention, assets/flash2_h100_fwd_bwd_benchmark.png (causal, head 128): 163, 221, 265, 294, 308, 328
 # TFLOP/s at 512 to 16,384 tokens; within 4 % that is 0.335 * peak * s / (s + 500). On the A100 the same form
-# with 0.62, from the figure in the paper (Dao, 2023), read off by eye.
+# with 0.62, an estimate within what the paper states for it: 50 to 73 % of the peak (Dao, 2023, 2307.08691).
 _FLASH2_A100, _FLASH2_HOPPER = 0.62, 0.335
 
 _SXM = "NVIDIA data sheet, SXM"
