@@ -1,5 +1,8 @@
 """Arguments of `llama-mcore plan`, all that is wrong with them told at once. Pure Python."""
 
+from collections.abc import Callable
+from typing import Any
+
 from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.plan.hardware import Gpu
 from llama_mcore.plan.hardware import gpu as gpu_named
@@ -24,3 +27,16 @@ def listed_gpu(problems: list[Problem], name: str) -> Gpu | None:
     except ConfigError as error:
         problems += error.problems
         return None
+
+
+def all_of(*parts: Callable[[], Any]) -> tuple[Any, ...]:
+    """What each of `parts` returns. Raises one ConfigError with what is wrong in any of them."""
+    found, problems = [], list[Problem]()
+    for part in parts:
+        try:
+            found.append(part())
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return tuple(found)

@@ -110,6 +110,7 @@ def layout(
 ) -> None:
     """The fastest layouts for so many GPUs that run and fit; how long they take."""
     with report_errors(debug):
+        from llama_mcore.plan.arguments import all_of
         from llama_mcore.plan.layout_report import found_json, show_layouts
         from llama_mcore.plan.layout_run import base_run, launch_command, write_run
         from llama_mcore.plan.search import nothing_fits, search, with_tokens
@@ -126,10 +127,13 @@ def layout(
             "num_query_groups": num_query_groups,
             "vocab_size": vocab_size,
         }
-        cluster = _cluster(gpu, gpus, network, gpus_per_node, calibration)
-        run = base_run(model, seq_length, shape)
-        batch = _batch_tokens(global_batch_tokens)
-        wanted = with_tokens(run, parse_count("--tokens", tokens, 1, MOST_TOKENS), batch, cluster)
+        cluster, run, batch, count = all_of(
+            lambda: _cluster(gpu, gpus, network, gpus_per_node, calibration),
+            lambda: base_run(model, seq_length, shape),
+            lambda: _batch_tokens(global_batch_tokens),
+            lambda: parse_count("--tokens", tokens, 1, MOST_TOKENS),
+        )
+        wanted = with_tokens(run, count, batch, cluster)
         name = model or f"{compact(run.model.num_params())} parameters"
         found = search(wanted, cluster)
         if not found.options:

@@ -182,10 +182,11 @@ def nothing_fits(base: RunConfig, cluster: Cluster, rejected: dict[str, int]) ->
     """What rules layouts out, and the smallest change after which one fits."""
     remedies = [*_more_gpus(base, cluster), *_other_gpu(base, cluster)]
     remedy = (
-        " or ".join(remedies)
-        or "no number of GPUs of a known kind changes that: choose another model or batch"
+        f"the smallest change: {' or '.join(remedies)}"
+        if remedies
+        else "no number of GPUs of a known kind changes that: choose another model or batch"
     )
-    problems = [Problem("layout", f"{count} layouts", reason) for reason, count in rejected.items()]
+    problems = [Problem("ruled out", f"{count} layouts", reason) for reason, count in rejected.items()]
     asked = f"{cluster.gpus} x {cluster.gpu.name}"
     return ConfigError([Problem("--gpus", asked, "no layout runs and fits", remedy), *problems])
 

@@ -180,6 +180,24 @@ def test_no_file_is_overwritten(tmp_path: Path) -> None:
     refusal(*SMALL, "--write-config", missing, exit_code=73)
 
 
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    wrong = [
+        "--model",
+        "66b",
+        "--gpu",
+        "a10",
+        "--tokens",
+        "-1",
+        "--global-batch-tokens",
+        "none",
+        "--gpus",
+        "4",
+    ]
+    said = refusal("layout", *wrong)
+    for field in ("--gpu = a10", "--model = 66b", "--tokens = -1", "--global-batch-tokens = none"):
+        assert f"- {field}:" in said
+
+
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
