@@ -22,7 +22,7 @@ DEAD = ["killed", "crashed", "stalled"]
 @pytest.fixture(scope="module")
 def lives(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("no-progress")
-    settings = ["parallel.tp=1", "train.steps=3", "eval.interval=0", "checkpoint.interval=100"]
+    settings = ["parallel.tp=1", "train.steps=3", "optim.warmup_steps=0", "eval.interval=0"]
     run = {"overrides": small.overrides(folder / "run") + settings, "job": "7"}
     impatient = run | {"overrides": [*run["overrides"], "watchdog.start_s=4"]}
     start = {"phase": "start", "step": 0}
