@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from llama_mcore.launch.progress import LIVES
 from llama_mcore.observe.goodput import read_lives, spans_of
-from llama_mcore.observe.lives import read_ended_lives
+from llama_mcore.observe.lives import EndedLife, add_life, read_ended_lives
 from tests.conftest import Small
 from tests.forked import run_worker
 from tests.train.product import metrics
 
 WORKER = Path(__file__).with_name("lives.py")
+DEAD_LIFE = EndedLife(
+    began=1.0, ended=2.0, job="7", host="n1", ranks=2, exit_code=1, asked=False, saved=False, step=0
+)
 DEAD = ["killed", "crashed", "stalled"]
 
 
@@ -25,6 +29,9 @@ def lives(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = ["parallel.tp=1", "train.steps=3", "optim.warmup_steps=0", "eval.interval=0"]
     run = {"overrides": small.overrides(folder / "run") + settings, "job": "7"}
     impatient = run | {"overrides": [*run["overrides"], "watchdog.start_s=4"]}
+    for _ in range(LIVES):
+        add_life(folder / "anew", DEAD_LIFE)
+    anew = {"overrides": [*small.overrides(folder / "anew"), *settings], "job": "7"}
     start = {"phase": "start", "step": 0}
     todo = {
         "killed": run | start | {"fault": "killed", "ranks": [1]},
@@ -35,6 +42,8 @@ def lives(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "refused-again": run,
         "retried": run | {"overrides": [*run["overrides"], "--retry"]},
         "again": run,
+        "not-anew": anew,
+        "anew": anew | {"overrides": [*anew["overrides"], "--fresh"]},
     }
     (folder / "lives.json").write_text(json.dumps(todo))
     run_worker(WORKER, folder, folder / "lives.json")
@@ -67,6 +76,14 @@ def test_it_is_retried_where_that_is_asked_for_and_then_goes_on(lives: Path) -> 
     assert life(lives, "retried")["codes"] == [0, 0], life(lives, "retried")["output"]
     assert [row["step"] for row in metrics(lives / "run")] == [1, 2, 3]
     assert life(lives, "again")["codes"] == [0, 0]
+
+
+def test_a_fresh_run_starts_and_has_no_past(lives: Path) -> None:
+    assert life(lives, "not-anew")["codes"] == [93, 93]
+    assert life(lives, "anew")["codes"] == [0, 0], life(lives, "anew")["output"]
+    assert [one.exit_code for one in read_ended_lives(lives / "anew")] == [0]
+    (aside,) = lives.glob("anew.before-*")
+    assert read_ended_lives(aside) == [DEAD_LIFE] * LIVES
 
 
 def test_every_life_is_written_down_once(lives: Path) -> None:
