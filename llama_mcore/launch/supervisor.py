@@ -47,7 +47,7 @@ class Supervisor:
         """`save_timeout_s`: after which a save fails by itself."""
         self._watchdog, self._save_timeout_s = watchdog, save_timeout_s
         self._run_dir, self._place = run_dir, this_rank()
-        self.began = psutil.Process().create_time()
+        self.began = _process_began()
         self._clock_offset = time.time() - time.monotonic()
         self._stall = StallReport(run_dir, self._place)
         self._heartbeat, self._stacks = Heartbeat(watchdog.start_s), Stacks()
@@ -183,3 +183,10 @@ class Supervisor:
 
     def _say(self, text: str) -> None:
         print(f"{self._place}: {text}", file=sys.stderr, flush=True)
+
+
+def _process_began() -> float:
+    """In seconds since 1970. What psutil says may be a second early: the kernel tells when it was booted in
+    whole seconds."""
+    since_boot = psutil.Process().create_time() - psutil.boot_time()
+    return round(time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot, 3)

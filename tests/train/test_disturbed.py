@@ -150,9 +150,9 @@ def test_goodput_accounts_for_every_second(disturbed: Disturbed) -> None:
     seconds = seconds_by_kind(spans)
     first, last = spans[0].began, spans[-1].ended
     assert sum(seconds.values()) == pytest.approx(last - first, rel=1e-9)
-    # Seconds: the kernel's clock of process starts counts from a whole one.
-    assert disturbed.began - 1 <= first
-    assert last <= disturbed.ended + 1
+    tick = 0.02  # the kernel's clock of process starts has steps of 0.01 s
+    assert disturbed.began - tick <= first
+    assert last <= disturbed.ended + tick
     kinds = ("productive", "lost", "saving", "evaluation", "restarting", "ending", "down")
     assert [kind for kind in kinds if seconds[kind] == 0] == []
     assert first == lives[0].began

@@ -102,5 +102,5 @@ def test_goodput_has_those_that_never_trained(lives: Path) -> None:
     found = read_lives(lives / "run")
     spans = spans_of(found)
     assert len(found) == 6
-    assert [span.kind for span in spans if span.life in (1, 3)][::2] == ["restarting", "restarting"]
+    assert {span.kind for span in spans if span.life in (1, 3)} - {"down"} == {"restarting"}
     assert sum(span.seconds for span in spans) == pytest.approx(spans[-1].ended - spans[0].began, rel=1e-9)
