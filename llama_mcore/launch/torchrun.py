@@ -10,11 +10,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 
 import psutil
+from torch.distributed import DistError, TCPStore
 from torch.distributed import run as torch_run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -23,6 +26,9 @@ from llama_mcore.parallel.store import store_port
 from llama_mcore.train.signals import STOP_SIGNALS
 
 _POLL_S = 0.2
+_LEFT = "llama_mcore/left"
+_LEAVE_LIMIT = timedelta(seconds=10)
+_LEAVE_POLL_S = 0.05
 
 
 def run(args: Sequence[str]) -> int:
@@ -58,6 +64,17 @@ def _free_port(parsed: Namespace) -> Iterator[None]:
     with store_port(parsed.master_addr, parsed.master_port, parsed.rdzv_id, is_host=is_host) as port:
         parsed.master_port = port
         yield
+        with suppress(DistError, RuntimeError):
+            _leave_together(TCPStore(parsed.master_addr, port, timeout=_LEAVE_LIMIT), parsed)
+
+
+def _leave_together(store: TCPStore, parsed: Namespace) -> None:
+    """The node with the store leaves last: others may still wait for its answer to their last question."""
+    left = store.add(_LEFT, int(parsed.node_rank > 0))
+    until = time.monotonic() + _LEAVE_LIMIT.total_seconds()
+    while parsed.node_rank == 0 and left < int(parsed.nnodes) - 1 and time.monotonic() < until:
+        time.sleep(_LEAVE_POLL_S)
+        left = store.add(_LEFT, 0)
 
 
 def _silence_agent() -> None:

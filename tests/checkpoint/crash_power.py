@@ -400,7 +400,7 @@ WRITE_MANIFEST = "    write_file(temporary / MANIFEST, [manifest_bytes(manifest)
 WRITE_IT_LATE = "    write_file(final / MANIFEST, [manifest_bytes(manifest)])\n    sync_folder(final)\n"
 RENAME, SYNC_NAMES = "    rename(temporary, final)\n", "    sync_names(final)\n"
 PUBLISH = "        _publish(writing.final, manifest, self._lease)\n"
-TIDY = "        _tidy(writing.final, self._run.checkpoint.keep)\n"
+TIDY = "        _tidy(writing.final, self._run.checkpoint.keep, anchor)\n"
 ORDERS: dict[str, tuple[int, Callable[[], None]]] = {
     "manifest after the rename": (
         1,
