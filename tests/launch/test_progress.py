@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_mcore.errors import NoProgressError
@@ -38,6 +38,7 @@ def test_a_request_explains_75_alone() -> None:
     assert is_fruitless(life(143, asked=True))
 
 
+@settings(deadline=None)
 @given(st.lists(any_life, max_size=12), JOBS)
 def test_the_rule(lives: list[EndedLife], job: str) -> None:
     """The last three of the job, and nothing else, decide."""
@@ -45,11 +46,13 @@ def test_the_rule(lives: list[EndedLife], job: str) -> None:
     assert refuses(lives, job) == (len(own) >= LIVES and all(is_fruitless(one) for one in own[-LIVES:]))
 
 
+@settings(deadline=None)
 @given(st.lists(any_life, max_size=8))
 def test_a_new_job_starts_whatever_was(lives: list[EndedLife]) -> None:
     assert not refuses(lives, "3")
 
 
+@settings(deadline=None)
 @given(st.lists(any_life, max_size=8), JOBS)
 def test_a_checkpoint_breaks_the_row(lives: list[EndedLife], job: str) -> None:
     assert not refuses([*lives, life(137, job, saved=True), life(1, job), life(1, job)], job)
