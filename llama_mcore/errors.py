@@ -48,10 +48,10 @@ def shown(found: object, limit: int = 200) -> str:
     return ascii(text[:limit])[1:-1] + ("..." if len(text) > limit else "")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The remedy for a name that is not known."""
+def nearest(name: str, known: Iterable[str], aliases: Iterable[str] = ()) -> str:
+    """The remedy for a name that is not known. Aliases are suggested, and left out of the list of all."""
     names = list(known)
-    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name, [*names, *aliases], n=1, cutoff=0.5)
     return f"did you mean {matches[0]}?" if matches else f"known: {', '.join(names)}"
 
 

@@ -36,6 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Decides by numbers alone: no tensor, no clock, no file.
     "train.health": {"train.config", "train.state"},
     "plan": BASE | CONFIGS | {"plan", "config", "units"},
+    # A plan ends in the job script of `llama-mcore slurm`.
+    "plan.layout_run": BASE | CONFIGS | {"plan", "config", "launch.slurm", "data.files"},
     "train.utilization": {"config", "plan.flops", "plan.hardware"},
     "launch": BASE | CONFIGS | {"launch", "plan", "observe", "config"},
     # What the doctor says of backends and devices it asks them.

@@ -15,7 +15,8 @@ from llama_mcore.errors import UserError
 from llama_mcore.launch.cgroup import memory_limit
 from llama_mcore.launch.finding import Finding
 from llama_mcore.parallel.device import gpu_memory_bytes
-from llama_mcore.plan.memory import FP32, model_state
+from llama_mcore.plan.memory import FP32
+from llama_mcore.plan.search import memory_of
 from llama_mcore.plan.summary import human_bytes, human_count
 
 CHECKPOINTS = 2
@@ -119,15 +120,29 @@ def free_space(run: RunConfig) -> Finding:
 
 
 def memory(run: RunConfig, ranks: int, ranks_here: int) -> Finding:
-    """Model state, which is certain, against the memory of this rank's GPU, or its share of the machine's."""
-    state = model_state(run.model, run.parallel, run.zero, run.train.precision, ranks).total
-    total = gpu_memory_bytes() or _machine_memory() // ranks_here
-    value = f"{human_bytes(state)} of model state"
-    where = f"of {human_bytes(total)} that a rank has here"
-    if state > total:
-        remedy = "more ranks, a higher zero.stage or parallel.tp; llama-mcore plan layout finds what fits"
-        return _problem("memory", "model state", value, f"must be less than the {where[3:]}", remedy)
-    return _ok("memory", "model state", f"{value} {where}")
+    """What training allocates against the memory of this rank's GPU, or its share of the machine's.
+
+    Model state is certain, and in bf16 so is what the forward keeps: without room for these nothing runs.
+    Buffers, working memory and the allocator's margin are estimates: without room for them too it may not.
+    """
+    found = memory_of(run, ranks)
+    gpu = gpu_memory_bytes()
+    total = gpu or _machine_memory() // ranks_here
+    # Without a GPU, offloaded state lies in the same memory, and there is no device's context.
+    elsewhere, libraries = (found.host_state, 0) if gpu else (0, found.libraries)
+    kept = found.saved_layers + found.saved_rest if run.train.precision == "bf16" else 0
+    certain = found.state.total - elsewhere + kept
+    estimate = found.total + (0 if gpu else found.host_state) - libraries
+    name = "model state and activations" if kept else "model state"
+    value = f"{human_bytes(certain)}, about {human_bytes(estimate)} with all that comes and goes"
+    has = f"{human_bytes(total)} that a rank has here"
+    remedy = "more ranks, a higher zero.stage or parallel.tp; llama-mcore plan layout finds what fits"
+    if certain > total:
+        return _problem("memory", name, value, f"must be less than the {has}", remedy)
+    if estimate > total:
+        meaning = f"the second figure, an estimate, is more than the {has}: it may run out of memory"
+        return Finding("memory", name, "note", value, meaning, remedy, required=True)
+    return _ok("memory", name, f"{value}, of {has}")
 
 
 def _machine_memory() -> int:

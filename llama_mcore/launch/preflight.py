@@ -101,7 +101,7 @@ def _gathered(mine: T, groups: Groups) -> list[T]:
 
 
 def _merged(reports: Sequence[Report]) -> list[Finding]:
-    """A finding once, however many ranks have it: those of rank 0, and before them what others miss."""
+    """A finding once, however many ranks have it: before those of rank 0 what others miss or should know."""
     ranks_of: dict[Finding, list[int]] = defaultdict(list)
     for rank, report in enumerate(reports):
         for finding in report.findings:
@@ -109,7 +109,7 @@ def _merged(reports: Sequence[Report]) -> list[Finding]:
     problems = [
         replace(finding, value=f"{finding.value} ({_where(ranks, reports)})")
         for finding, ranks in ranks_of.items()
-        if finding.status == "problem"
+        if finding.status != "ok"
     ]
     failed = {(finding.group, finding.name) for finding in problems}
     sound = [one for one in reports[0].findings if one.status == "ok" and (one.group, one.name) not in failed]

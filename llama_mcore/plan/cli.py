@@ -54,6 +54,7 @@ def size(
     """What should I train: how many parameters on how many tokens, for a budget, an expected amount of
     inference and optionally a loss; and where LLaMA stands."""
     with report_errors(debug):
+        from llama_mcore.plan.how import how_to_train
         from llama_mcore.plan.size import plan_size, request
         from llama_mcore.plan.size_report import size_dict, size_parts
 
@@ -69,16 +70,17 @@ def size(
                 law=law,
             )
         )
+        how = how_to_train(plan)
         if picture:
             from llama_mcore.plan.picture import draw_size
 
             draw_size(plan, picture)
         if json:
-            typer.echo(json_format.dumps(size_dict(plan), indent=2))
+            typer.echo(json_format.dumps(size_dict(plan, how), indent=2))
         else:
             from llama_mcore.plan.table import show
 
-            show(size_parts(plan))
+            show(size_parts(plan, how))
 
 
 @app.command("data")

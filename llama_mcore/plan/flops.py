@@ -71,14 +71,3 @@ def executed_flops(model: ModelConfig, recompute: Recompute) -> TokenFlops:
 def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float) -> float:
     """Share of `peak_flops` (operations per second) that `tokens_per_s` need; both of one device."""
     return tokens_per_s * flops_per_token / peak_flops
-
-
-def recomputed_flops(model: ModelConfig) -> int:
-    """Operations per token that a backward repeats under model.recompute, for the HFU: the forward of all
-    layers under full; under selective and none no matrix product. What flash attention repeats is not
-    counted."""
-    if model.recompute != "full":
-        return 0
-    flops = token_flops(model)
-    output_layer = 2 * model.vocab_size * model.hidden_size
-    return flops.causal // 3 - output_layer

@@ -73,10 +73,20 @@ def memory(
 
 
 def layout(
-    model: Model,
     gpus: Annotated[int, typer.Option(min=1, help="How many GPUs.")],
     gpu: Annotated[str, typer.Option(help="a100-40gb, a100-80gb, h100, h200 or b200.")],
     tokens: Annotated[str, typer.Option(help="To train on, e.g. 1.4T or 300B.")],
+    model: Model = "",
+    num_layers: Annotated[
+        int | None, typer.Option(min=1, help="With the next two: instead of --model.")
+    ] = None,
+    hidden_size: Annotated[int | None, typer.Option(min=1)] = None,
+    num_attention_heads: Annotated[int | None, typer.Option(min=1)] = None,
+    ffn_hidden_size: Annotated[
+        int | None, typer.Option(min=1, help="Default: 8/3 of the width, in steps of 256.")
+    ] = None,
+    num_query_groups: Annotated[int | None, typer.Option(min=1, help="Default: the heads.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(min=2, help="Default: 32000.")] = None,
     network: Annotated[
         str,
         typer.Option(help="Between nodes, e.g. ib-200x8: 8 links of 200 Gbit/s; default: the GPU's usual."),
@@ -91,35 +101,54 @@ def layout(
     write_config: Annotated[
         Path | None, typer.Option(help="Write the run of the first layout to this YAML file.")
     ] = None,
+    write_script: Annotated[
+        Path | None, typer.Option(help="With --write-config: also the sbatch script that trains it.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """The fastest layouts for so many GPUs that run and fit; how long they take."""
     with report_errors(debug):
         from llama_mcore.plan.layout_report import found_json, show_layouts
-        from llama_mcore.plan.layout_run import base_run, launch_command
-        from llama_mcore.plan.layout_run import write_config as write
+        from llama_mcore.plan.layout_run import base_run, launch_command, write_run
         from llama_mcore.plan.search import nothing_fits, search, with_tokens
+        from llama_mcore.plan.table import compact
+        from llama_mcore.units import parse_count
 
+        if write_script and not write_config:
+            raise ConfigError(Problem("--write-script", write_script, "needs --write-config", "add it"))
+        shape = {
+            "num_layers": num_layers,
+            "hidden_size": hidden_size,
+            "num_attention_heads": num_attention_heads,
+            "ffn_hidden_size": ffn_hidden_size,
+            "num_query_groups": num_query_groups,
+            "vocab_size": vocab_size,
+        }
         cluster = _cluster(gpu, gpus, network, gpus_per_node, calibration)
-        batch = _count("--global-batch-tokens", global_batch_tokens, _BINARY)
-        wanted = with_tokens(
-            base_run(model, seq_length), _count("--tokens", tokens, _DECIMAL), batch, cluster
-        )
+        run = base_run(model, seq_length, shape)
+        batch = _batch_tokens(global_batch_tokens)
+        wanted = with_tokens(run, parse_count("--tokens", tokens, 1, MOST_TOKENS), batch, cluster)
+        name = model or f"{compact(run.model.num_params())} parameters"
         found = search(wanted, cluster)
         if not found.options:
             raise nothing_fits(wanted, cluster, found.rejected)
         if write_config:
-            write(found.options[0], write_config)
+            write_run(found.options[0], write_config, write_script, force=force)
         command = launch_command(found.options[0], write_config) if write_config else ""
         if json:
             written = {"config": str(write_config), "slurm_command": command} if write_config else {}
+            if write_script:
+                written["script"] = str(write_script)
             typer.echo(
-                json_module.dumps(found_json(found, cluster, top) | {"model": model} | written, indent=2)
+                json_module.dumps(found_json(found, cluster, top) | {"model": name} | written, indent=2)
             )
             return
-        show_layouts(model, found, cluster, top)
-        if write_config:
+        show_layouts(name, found, cluster, top)
+        if write_script:
+            typer.echo(f"\n{write_config} and {write_script} are written; start it: sbatch {write_script}")
+        elif write_config:
             typer.echo(f"\n{write_config} is written; its job script: {command}")
 
 
@@ -155,7 +184,7 @@ def validate(
 
 _RECOMPUTE = ("none", "selective", "full")
 _PRECISIONS = ("bf16", "fp32")
-_DECIMAL = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+MOST_TOKENS = 1e18
 _BINARY = {"": 1.0, "K": 2.0**10, "M": 2.0**20}
 
 
@@ -201,14 +230,14 @@ def _cluster(gpu: str, gpus: int, network: str, gpus_per_node: int, calibration:
     )
 
 
-def _count(field: str, text: str, units: dict[str, float]) -> float:
-    """1.4T -> 1.4e12. ConfigError for what is no positive number."""
+def _batch_tokens(text: str) -> float:
+    """4M -> 4 * 2^20. ConfigError for what is no positive number."""
     unit = text[-1:].upper() if text[-1:].isalpha() else ""
     try:
-        value = float(text[: len(text) - len(unit)]) * units[unit]
+        value = float(text[: len(text) - len(unit)]) * _BINARY[unit]
     except (ValueError, KeyError):
         value = 0.0
-    if not 0 < value < 1e18:
-        known = ", ".join(name for name in units if name)
-        raise ConfigError(Problem(field, text, "must be a number above 0 and below 1e18", f"units: {known}"))
+    if not 0 < value < MOST_TOKENS:
+        bound = f"must be a number above 0 and below {MOST_TOKENS:g}"
+        raise ConfigError(Problem("--global-batch-tokens", text, bound, "units: K, M"))
     return value

@@ -1,42 +1,17 @@
 """What `plan memory`, `plan layout` and `plan validate` print: the conclusion, then tables; or JSON. Pure
 Python."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from llama_mcore.config import RunConfig
 from llama_mcore.plan.flops import token_flops
 from llama_mcore.plan.footprint import Footprint
 from llama_mcore.plan.hardware import GIB, Gpu
 from llama_mcore.plan.search import Cluster, Found, Option
-from llama_mcore.plan.summary import human_bytes, human_count
+from llama_mcore.plan.summary import human_bytes
+from llama_mcore.plan.table import Grid, compact, show
 from llama_mcore.plan.validation import LARGEST_BAR, MEDIAN_BAR, Row, largest_error, median_error
-
-WIDTH = 132
-"""Of the widest table; in a narrower terminal its lines wrap, and no column is lost."""
-
-
-def show(conclusion: str, tables: Iterable[Table | str]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    console.width = max(console.width, WIDTH)
-    console.print(conclusion, markup=False)
-    for item in tables:
-        console.print()
-        console.print(item)
-
-
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """The first column is text, the others are numbers."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for position, column in enumerate(columns):
-        table.add_column(column, justify="right" if position else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
 
 # --- memory
 
@@ -90,20 +65,20 @@ def show_memory(run: RunConfig, world_size: int, found: Footprint, gpu: Gpu | No
     ]
     note = "Model state and activations are exact; no GPU has confirmed the estimates."
     show(
-        conclusion,
         [
-            _table("Memory per rank", ("", "", "bytes"), lines),
-            _table("Activations of one layer, by recompute", ("", "", "bytes"), layers),
+            conclusion,
+            Grid("Memory per rank", ("", "", "bytes"), lines),
+            Grid("Activations of one layer, by recompute", ("", "", "bytes"), layers),
             note,
-        ],
+        ]
     )
 
 
 # --- layout
 
-_LAYOUT_COLUMNS = (
-    "", "tp", "dp", "ZeRO", "micro", "accum", "recompute", "tokens/s/GPU", "step s", "MFU causal",
-    "MFU full", "HFU", "days", "GPU-hours", "GiB",
+LAYOUT_COLUMNS = (
+    "tp", "dp", "ZeRO", "micro", "recompute", "tokens/s per GPU", "MFU causal", "MFU full", "HFU causal",
+    "days", "GiB",
 )  # fmt: skip
 
 
@@ -141,19 +116,22 @@ def found_json(found: Found, cluster: Cluster, top: int) -> dict[str, Any]:
 
 def conclude(best: Option, name: str) -> str:
     cluster, layout = best.cluster, best.layout
-    tokens = human_count(best.run.train.steps * best.run.tokens_per_step)
+    tokens = compact(best.run.train.steps * best.run.tokens_per_step)
     return (
         f"{name} on {cluster.gpus:,} x {cluster.gpu.name}: tp {layout['tp']} x dp {layout['dp']:,}, ZeRO "
         f"{layout['zero_stage']}, micro-batch {layout['micro_batch_size']}, recompute {layout['recompute']}: "
-        f"{best.tokens_per_s_per_gpu:,.0f} tokens/s/GPU, {tokens} tokens in {best.days:,.1f} days."
+        f"{best.tokens_per_s_per_gpu:,.0f} tokens/s/GPU, {tokens} tokens in {best.days:,.1f} days, "
+        f"{best.gpu_hours:,.0f} GPU-hours."
     )
 
 
 def show_layouts(name: str, found: Found, cluster: Cluster, top: int) -> None:
     best = found.options[0]
-    rows = [_layout_row(rank, option) for rank, option in enumerate(found.options[:top], start=1)]
+    rows = [layout_row(option) for option in found.options[:top]]
     total = best.step.total
-    parts = [(part, f"{s:.3f}", f"{s / total:.1%}") for part, s in vars(best.step).items() if s]
+    parts = [
+        (part.replace("_", " "), f"{s:.3f}", f"{s / total:.1%}") for part, s in vars(best.step).items() if s
+    ]
     rejected = [(reason, f"{count}") for reason, count in found.rejected.items()]
     batch = best.run.train.global_batch_size
     notes = (
@@ -161,30 +139,24 @@ def show_layouts(name: str, found: Found, cluster: Cluster, top: int) -> None:
         f"network {cluster.network.name}: {cluster.network.bytes_per_gpu / 1e9:.1f} GB/s a GPU.\n"
         f"{_mfu_note(best)}"
     )
-    tables: list[Table | str] = [
-        _table(f"Fastest of {len(found.options)} layouts that run and fit", _LAYOUT_COLUMNS, rows),
-        _table("One step of the first", ("", "seconds", "share"), parts),
+    tables: list[str | Grid] = [
+        Grid(f"Fastest of {len(found.options)} layouts that run and fit", LAYOUT_COLUMNS, rows),
+        Grid("One step of the first", ("", "seconds", "share"), parts),
     ]
     if rejected:
-        tables.append(_table("Ruled out", ("", "layouts"), rejected))
-    show(conclude(best, name), [*tables, notes])
+        tables.append(Grid("Ruled out", ("", "layouts"), rejected))
+    show([conclude(best, name), *tables, notes])
 
 
-def _layout_row(rank: int, option: Option) -> list[str]:
+def layout_row(option: Option) -> list[str]:
     layout = option.layout
     return [
-        f"{rank}",
-        *(
-            f"{layout[key]}"
-            for key in ("tp", "dp", "zero_stage", "micro_batch_size", "accumulation_steps", "recompute")
-        ),
+        *(f"{layout[key]}" for key in ("tp", "dp", "zero_stage", "micro_batch_size", "recompute")),
         f"{option.tokens_per_s_per_gpu:,.0f}",
-        f"{option.step.total:.2f}",
         f"{option.mfu_causal:.1%}",
         f"{option.mfu_full:.1%}",
         f"{option.hfu_causal:.1%}",
         f"{option.days:,.1f}",
-        f"{option.gpu_hours:,.0f}",
         f"{option.footprint.total / GIB:.1f}",
     ]
 
@@ -193,7 +165,7 @@ def _mfu_note(option: Option) -> str:
     flops, peak = token_flops(option.run.model), option.cluster.gpu.peak
     return (
         f"MFU = tokens/s * flops per token / peak; causal: 6 Nmm + 6 L n d s = {flops.causal / 1e9:.2f} G, "
-        f"full: 6 Nmm + 12 L n d s = {flops.full / 1e9:.2f} G;\nHFU: causal and what is recomputed; "
+        f"full: 6 Nmm + 12 L n d s = {flops.full / 1e9:.2f} G;\nHFU: what is executed, causal; "
         f"peak {peak.bf16_flops / 1e12:g} TFLOP/s ({peak.source})."
     )
 
@@ -246,4 +218,4 @@ def show_validation(rows: Sequence[Row]) -> None:
         for row in rows
     ]
     columns = ("tokens/s/GPU", "predicted", "published", "error", "fitted")
-    show(conclude_validation(rows), [_table("Predicted against published", columns, lines)])
+    show([conclude_validation(rows), Grid("Predicted against published", columns, lines)])

@@ -12,7 +12,7 @@ from llama_mcore.config import RunConfig, check_run
 from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.model.config import Recompute
 from llama_mcore.plan.efficiency import Efficiency
-from llama_mcore.plan.flops import mfu, recomputed_flops, token_flops
+from llama_mcore.plan.flops import executed_flops, mfu, token_flops
 from llama_mcore.plan.footprint import Footprint, footprint
 from llama_mcore.plan.hardware import DEFAULT_NETWORK, GIB, GPUS, Gpu, Network, network
 from llama_mcore.plan.throughput import Predictor, StepTime, Work, shape_of
@@ -65,7 +65,7 @@ class Option:
 
     @property
     def hfu_causal(self) -> float:
-        return self._share(token_flops(self.run.model).causal + recomputed_flops(self.run.model))
+        return self._share(executed_flops(self.run.model, self.run.model.recompute).causal)
 
     def _share(self, flops: float) -> float:
         return mfu(self.tokens_per_s_per_gpu, flops, self.cluster.gpu.peak.bf16_flops)

@@ -28,14 +28,24 @@ class Shape:
         return self.model.num_params()
 
     @property
+    def fields(self) -> dict[str, int]:
+        """What tells it from the others of LLaMA's proportions."""
+        model = self.model
+        return {
+            "num_layers": model.num_layers,
+            "hidden_size": model.hidden_size,
+            "num_attention_heads": model.num_attention_heads,
+        }
+
+    @property
     def arguments(self) -> list[str]:
         """What names it on the command line of `plan layout` and of `benchmark step`."""
         if self.preset:
             return ["--model", self.preset]
-        model = self.model
-        fields = ("num_layers", "hidden_size", "num_attention_heads")
         return [
-            part for name in fields for part in ("--" + name.replace("_", "-"), str(getattr(model, name)))
+            part
+            for name, value in self.fields.items()
+            for part in ("--" + name.replace("_", "-"), str(value))
         ]
 
     def describe(self) -> str:

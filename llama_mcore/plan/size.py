@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from llama_mcore.errors import ConfigError, Problem, nearest
 from llama_mcore.model.config import PRESETS, ModelConfig, Recompute
-from llama_mcore.plan.arguments import PlanGpu, known_gpu, number
+from llama_mcore.plan.arguments import listed_gpu, number
 from llama_mcore.plan.data import DataPlan, table_1_plan
 from llama_mcore.plan.energy import (
+    GPU_WATTS,
     PAPER_GPU_WATTS,
     PAPER_RUNS,
     co2_t,
@@ -20,6 +21,7 @@ from llama_mcore.plan.energy import (
     gpu_hours_of_flops,
 )
 from llama_mcore.plan.flops import executed_flops, token_flops
+from llama_mcore.plan.hardware import Gpu
 from llama_mcore.plan.scaling import DEFAULT_LAW, LAWS, PARAMETRIC_LAWS, Allocation, ParametricLaw
 from llama_mcore.plan.shape import Shape, nearest_shape
 
@@ -33,7 +35,7 @@ class Request:
     """What was asked; `flops`, `gpus`, `days` and `loss` are None where nothing was said of them."""
 
     law_name: str
-    gpu: PlanGpu
+    gpu: Gpu
     mfu: float
     """Share of the GPU's peak, 6 N operations a token."""
     inference_tokens: float
@@ -152,7 +154,7 @@ def request(
     Raises ConfigError with every problem.
     """
     problems: list[Problem] = []
-    found_gpu = known_gpu(problems, gpu)
+    found_gpu = listed_gpu(problems, gpu)
     share = number(problems, "--mfu", mfu, 0.001, 1)
     served = number(problems, "--inference-tokens", inference_tokens, 0, 1e20)
     count = int(number(problems, "--gpus", gpus, 1, 1e7, whole=True)) if gpus else None
@@ -163,7 +165,7 @@ def request(
     if problems or not found_gpu:
         raise ConfigError(problems)
     if count and length:
-        budget = count * length * 86400 * found_gpu.bf16_flops * share
+        budget = count * length * 86400 * found_gpu.peak.bf16_flops * share
     asked = Request(law, found_gpu, share, served, budget, count, length, target)
     if asked_too_much := _check_reachable(asked):
         raise ConfigError(asked_too_much)
@@ -262,8 +264,8 @@ def _shaped(asked: Request, optimum: Allocation) -> tuple[Shape, Allocation]:
 
 
 def _cost(asked: Request, allocation: Allocation) -> Costed:
-    hours = gpu_hours_of_flops(allocation.training_flops, asked.gpu.bf16_flops, asked.mfu)
-    return _costed(allocation, asked.law, asked.inference_tokens, hours, asked.gpu.watts)
+    hours = gpu_hours_of_flops(allocation.training_flops, asked.gpu.peak.bf16_flops, asked.mfu)
+    return _costed(allocation, asked.law, asked.inference_tokens, hours, GPU_WATTS[asked.gpu.name])
 
 
 def _costed(

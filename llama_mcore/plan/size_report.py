@@ -7,7 +7,8 @@ from typing import Any, get_args
 
 from llama_mcore.model.config import Recompute
 from llama_mcore.plan.data import PAPER_TOKENS, WORTHWHILE_EPOCHS
-from llama_mcore.plan.energy import CO2_T_PER_MWH, PAPER_65B_TOKENS_PER_S, PAPER_GPU_WATTS, PUE
+from llama_mcore.plan.energy import CO2_T_PER_MWH, GPU_WATTS, PAPER_65B_TOKENS_PER_S, PAPER_GPU_WATTS, PUE
+from llama_mcore.plan.how import How, how_dict, how_parts
 from llama_mcore.plan.scaling import LAWS, ROUNDING, Allocation, ParametricLaw, kaplan_loss
 from llama_mcore.plan.size import Costed, PaperModel, SizePlan
 from llama_mcore.plan.table import Grid, compact, flops, whole
@@ -15,7 +16,7 @@ from llama_mcore.plan.table import Grid, compact, flops, whole
 _USUAL_TOKENS_PER_PARAM = 100
 
 
-def size_dict(plan: SizePlan) -> dict[str, Any]:
+def size_dict(plan: SizePlan, how: How | None = None) -> dict[str, Any]:
     """The keys that docs/planner.md describes."""
     asked = plan.request
     return {
@@ -25,7 +26,7 @@ def size_dict(plan: SizePlan) -> dict[str, Any]:
         "target_loss": asked.loss,
         "inference_tokens": asked.inference_tokens,
         "gpu": asked.gpu.name,
-        "gpu_peak_flops": asked.gpu.bf16_flops,
+        "gpu_peak_flops": asked.gpu.peak.bf16_flops,
         "gpus": plan.gpus,
         "days": plan.days,
         "mfu": asked.mfu,
@@ -46,11 +47,12 @@ def size_dict(plan: SizePlan) -> dict[str, Any]:
         "llama": {model.name: _paper_model(model) for model in plan.paper},
         "data": plan.data.to_dict(),
         "notes": notes(plan),
+        "layout": how_dict(how),
         "next_command": shlex.join(plan.layout_command),
     }
 
 
-def size_parts(plan: SizePlan) -> list[str | Grid]:
+def size_parts(plan: SizePlan, how: How | None = None) -> list[str | Grid]:
     """What `plan size` prints."""
     return [
         conclusion(plan),
@@ -58,7 +60,8 @@ def size_parts(plan: SizePlan) -> list[str | Grid]:
         _laws(plan),
         _paper(plan.paper, plan.request.inference_tokens),
         "\n".join(f"- {note}" for note in notes(plan)),
-        f"How to train it:\n    {shlex.join(plan.layout_command)}",
+        *(how_parts(how) if how else []),
+        f"{'Other layouts' if how else 'How to train it'}:\n    {shlex.join(plan.layout_command)}",
     ]
 
 
@@ -91,8 +94,8 @@ def notes(plan: SizePlan) -> list[str]:
         f"{plan.shape.model.seq_length:,} tokens it is {plan.mfu_causal:.3g} with causal and "
         f"{plan.mfu_full:.3g} with full attention counted (HFU {_hfu(plan, 'selective')} with our backward, "
         f"{_hfu(plan, 'full')} with full recompute), {plan.tokens_per_s_per_gpu:,.0f} tokens/s/GPU. "
-        f"Peak: {asked.gpu.source}. Inference is counted at the same MFU; serving often reaches less.",
-        f"energy: GPU-hours x {asked.gpu.watts:g} W x PUE {PUE:g}; CO2: {CO2_T_PER_MWH:g} t a MWh "
+        f"Peak: {asked.gpu.peak.source}. Inference is counted at the same MFU; serving often reaches less.",
+        f"energy: GPU-hours x {GPU_WATTS[asked.gpu.name]:g} W x PUE {PUE:g}; CO2: {CO2_T_PER_MWH:g} t a MWh "
         f"(LLaMA paper, section 6, with {PAPER_GPU_WATTS:g} W for its A100).",
         *_data_notes(plan),
     ]

@@ -30,11 +30,13 @@ def show(parts: Sequence[str | Grid], file: TextIO | None = None) -> None:
         if number:
             console.print()
         if isinstance(part, str):
-            console.print(part)
+            _print_text(part, console)
         elif console.is_terminal:
+            # Apart from the table, which would fold a title to its own width.
+            console.print(part.title, style="bold")
             console.print(_drawn(part, lines=True), width=width, soft_wrap=False)
         else:
-            print(_plain(part), file=file)
+            print(f"{part.title}\n{_plain(part)}", file=file)
 
 
 def compact(number: float) -> str:
@@ -61,16 +63,23 @@ def _three_digits(number: float) -> str:
     return f"{number:.2f}" if size < 9.995 else f"{number:.1f}" if size < 99.95 else f"{number:,.0f}"
 
 
+def _print_text(text: str, console: Console) -> None:
+    """A terminal gets lines broken between words, but a command, which is indented, in one piece."""
+    for line in text.splitlines():
+        console.print(line, soft_wrap=not console.is_terminal or line.startswith("    "))
+
+
 def _drawn(grid: Grid, lines: bool) -> Table:
     table = Table(
-        title=grid.title,
-        title_justify="left",
-        title_style="bold",
         box=SIMPLE_HEAD if lines else None,
         pad_edge=False,
+        show_edge=False,
+        padding=(0, 1 if lines else 2, 0, 0),
     )
     for number, header in enumerate(grid.headers):
-        table.add_column(header, justify="right" if number else "left", overflow="fold")
+        # A word a line in a terminal, where columns must be narrow; names may fold, figures may not.
+        text = header.replace(" ", "\n") if lines else header
+        table.add_column(text, justify="right" if number else "left", overflow="fold", no_wrap=number > 0)
     for row in grid.rows:
         table.add_row(*row)
     return table

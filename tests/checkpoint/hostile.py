@@ -3,7 +3,8 @@
     python tests/checkpoint/hostile.py FOLDER
 
 Case NAME lies in FOLDER/NAME/, what the command printed in FOLDER/NAME.txt; FOLDER/exit_codes.json has the
-exit codes of all. A process may take `MEMORY` beyond what it has when it begins, and `SECONDS`.
+exit codes of all. A process may take `MEMORY` beyond what it has when it begins, and `SECONDS` of a
+processor.
 """
 
 import gzip
@@ -415,7 +416,7 @@ def main() -> None:
     for name, prepare in CASES.items():
         (root / name).mkdir()
         words = prepare(root / name)
-        (found[name],) = exit_codes_of(1, partial(run, root / f"{name}.txt", words), SECONDS)
+        (found[name],) = exit_codes_of(1, partial(run, root / f"{name}.txt", words), 4 * SECONDS)
     (root / "exit_codes.json").write_text(json.dumps(found))
 
 

@@ -21,12 +21,16 @@ import torch.distributed as dist
 from llama_mcore.config import load_run
 from llama_mcore.errors import UserError
 from llama_mcore.launch import all_reduce, node_checks, preflight, versions
+from llama_mcore.plan.search import memory_of
 from tests.forked import run_ranks, write_output_to
 
 
 def main() -> None:
     folder, settings = Path(sys.argv[1]), sys.argv[2:]
     elsewhere = [f"run.dir={folder / 'elsewhere' / 'run'}"]
+    run = load_run("tiny", settings)
+    memory = memory_of(run, 2)
+    certain = memory.state.total + memory.saved_layers + memory.saved_rest
     # What differs on rank 1, which is the second node.
     cases: dict[str, Callable[[], object]] = {
         "sound": partial(look, folder, settings, []),
@@ -38,7 +42,8 @@ def main() -> None:
         "checkout": partial(look, folder, settings, [], sources=folder / "checkout"),
         "clock": partial(look, folder, settings, [], clock_ahead=60.0),
         "full": partial(look, folder, settings, [], free=1000),
-        "memory": partial(look, folder, settings, [], memory=1000),
+        "memory": partial(look, folder, settings, [], memory=memory.state.total + 1),
+        "tight": partial(look, folder, settings, [], memory=certain + 1),
         "wrong-sum": partial(look, folder, settings, [], wrong_sum=True),
         "json": partial(look, folder, settings, [], as_json=True),
     }

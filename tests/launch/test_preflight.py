@@ -60,6 +60,15 @@ def test_a_fault_of_one_rank_stops_all_and_is_named(folder: Path, case: str) -> 
         assert problem["remedy"]
 
 
+def test_room_for_what_is_certain_and_not_for_the_estimate_is_a_note(folder: Path) -> None:
+    report = found(folder, "tight")
+    assert report["exit_code"] == 0
+    (note,) = [finding for finding in report["findings"] if finding["status"] != "ok"]
+    assert (note["group"], note["name"], note["status"]) == ("memory", "model state and activations", "note")
+    assert "an estimate, is more than" in note["meaning"]
+    assert "1 of 2 ranks: n2" in note["value"]
+
+
 def test_a_wrong_sum_stops_all(folder: Path) -> None:
     for rank in range(2):
         report = found(folder, "wrong-sum", rank)

@@ -1,6 +1,7 @@
 """`llama-mcore plan`: the commands as a user calls them."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,48 @@ def test_the_conclusion_comes_first_and_the_next_command_last() -> None:
         assert word in output
 
 
+@pytest.mark.parametrize(
+    "budget", [QUESTION[1:], ["--flops", "4e22", "--gpu", "b200"], ["--flops", "5.5e23"]]
+)
+def test_the_command_to_go_on_with_runs(budget: list[str]) -> None:
+    code, output = run("size", *budget, "--json")
+    assert code == 0
+    command = shlex.split(json.loads(output)["next_command"])
+    assert command[:2] == ["llama-mcore", "plan"]
+    code, output = run(*command[2:], "--json")
+    assert code == 0, output
+
+
+def test_one_command_says_what_to_train_and_how() -> None:
+    sized = json.loads(run(*QUESTION, "--json")[1])
+    laid_out = json.loads(run(*shlex.split(sized["next_command"])[2:], "--json")[1])
+    layout = sized["layout"]
+    assert {name: layout[name] for name in laid_out["layout"]} == laid_out["layout"]
+    assert layout["tokens_per_s_per_gpu"] == pytest.approx(laid_out["tokens_per_s_per_gpu"])
+    # Whole steps, and a command that writes five digits of the tokens.
+    assert layout["days"] == pytest.approx(laid_out["days"], rel=1e-4)
+    printed = run(*QUESTION)[1]
+    assert "How to train it" in printed
+    assert f"predicted to take {layout['days']:.1f} days, not the 30.0 of --mfu 0.4" in printed
+
+
+def test_an_mfu_that_agrees_with_the_prediction_is_said_to() -> None:
+    printed = run("size", "--gpus", "64", "--gpu", "h100", "--days", "20", "--mfu", "0.48")[1]
+    assert "The prediction agrees with --mfu 0.48" in printed
+
+
+def test_without_gpus_there_is_the_command_alone() -> None:
+    arguments = ("size", "--flops", "1e23")
+    assert json.loads(run(*arguments, "--json")[1])["layout"] is None
+    assert "How to train it:\n    llama-mcore plan layout" in run(*arguments)[1]
+
+
+def test_a_model_that_fits_nowhere_is_said_to() -> None:
+    arguments = ("size", "--gpus", "1", "--gpu", "a100-40gb", "--flops", "5e23")
+    assert json.loads(run(*arguments, "--json")[1])["layout"] is None
+    assert "on 1 a100-40gb no layout runs and fits" in run(*arguments)[1]
+
+
 def test_data_begins_with_its_conclusion() -> None:
     code, output = run("data", "--tokens", "2.8T")
     assert code == 0
@@ -72,7 +115,7 @@ def test_the_examples_of_the_docs_answer() -> None:
     examples = [
         line.split()[2:]
         for line in docs.splitlines()
-        if line.startswith(("    llama-mcore plan size", "    llama-mcore plan data"))
+        if line.startswith("    llama-mcore plan ") and "--write" not in line and not line.endswith("\\")
     ]
     assert len(examples) >= 3
     for example in examples:

@@ -18,6 +18,7 @@ APP = typer.Typer(pretty_exceptions_enable=False)
 add_commands(APP)
 LAYOUT = ["layout", "--model", "65b", "--gpus", "2048", "--gpu", "a100-80gb", "--tokens", "1.4T"]
 SMALL = ["layout", "--model", "7b", "--gpus", "64", "--gpu", "h100", "--tokens", "1T"]
+SHAPED = ["layout", "--num-layers=36", "--hidden-size=3584", "--num-attention-heads=28", *SMALL[3:]]
 
 
 def invoke(*arguments: str) -> Result:
@@ -53,8 +54,9 @@ def test_the_conclusion_comes_first() -> None:
     assert first.startswith("7b on 64 x h100: tp ")
     assert "tokens/s/GPU" in first
     assert "days" in first
+    assert "GPU-hours" in first
     printed = "\n".join(rest)
-    for word in ("MFU causal", "MFU full", "GPU-hours", "GiB", "seconds", "989.4 TFLOP/s", "Ruled out"):
+    for word in ("MFU causal", "MFU full", "GiB", "seconds", "989.4 TFLOP/s", "Ruled out"):
         assert word in printed
     assert "\u2026" not in printed  # no column is cut off
 
@@ -91,6 +93,58 @@ def test_a_written_layout_loads_and_passes_the_checks(tmp_path: Path) -> None:
     assert found["slurm_command"] == f"llama-mcore slurm --config '{path}' --nodes 8"
 
 
+def test_a_written_script_starts_the_written_run(tmp_path: Path) -> None:
+    config, script = tmp_path / "run.yaml", tmp_path / "job.sh"
+    found = answer(*SHAPED, "--write-config", str(config), "--write-script", str(script))
+    assert found["script"] == str(script)
+    run = load_run(str(config))
+    check_run(run, 64)
+    assert (run.model.num_layers, run.model.hidden_size, run.model.num_attention_heads) == (36, 3584, 28)
+    assert run.run.dir == "runs/llama-5.84b"
+    subprocess.run(["bash", "-n", script], check=True)
+    text = script.read_text()
+    assert f"train --config {config} " in text
+    assert "#SBATCH --nodes=8\n" in text
+    assert "#SBATCH --gpus-per-node=8\n" in text
+
+
+def test_a_part_of_a_node_is_a_job_and_a_ragged_number_of_nodes_is_none(tmp_path: Path) -> None:
+    small = ["layout", "--model", "7b", "--gpu", "h200", "--tokens", "1B", "--gpus"]
+    files = ["--write-config", str(tmp_path / "run.yaml"), "--write-script", str(tmp_path / "job.sh")]
+    found = answer(*small, "4", *files)
+    assert found["slurm_command"].endswith(" --nodes 1 --gpus-per-node 4")
+    assert "#SBATCH --gpus-per-node=4\n" in (tmp_path / "job.sh").read_text()
+    assert "do not fill nodes of 8" in refusal(*small, "12", *files, "--force")
+
+
+def test_a_preset_and_its_shape_are_answered_alike() -> None:
+    shape = ["--num-layers=80", "--hidden-size=8192", "--num-attention-heads=64", "--vocab-size=32000"]
+    named, shaped = answer(*LAYOUT), answer("layout", *shape, *LAYOUT[3:])
+    assert shaped.pop("model") == "65.3B parameters"
+    assert named.pop("model") == "65b"
+    assert named == shaped
+
+
+def test_a_shape_has_grouped_queries_and_its_own_ffn() -> None:
+    shape = ["--num-layers=80", "--hidden-size=8192", "--num-attention-heads=64", "--seq-length=4096"]
+    grouped = ["--num-query-groups=8", "--ffn-hidden-size=28672"]
+    found = answer("layout", *shape, *grouped, *LAYOUT[3:])
+    assert found["days"] == pytest.approx(answer("layout", "--model=llama2-70b", *LAYOUT[3:])["days"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ([], "--model = (not given): is required"),
+        (["--num-layers=2"], "--hidden-size = (not given): is required"),
+        (["--model=7b", "--num-layers=2"], "--model = 7b"),
+        (["--num-layers=2", "--hidden-size=100", "--num-attention-heads=3"], "must be divisible by 3 heads"),
+    ],
+)
+def test_half_a_shape_is_none(shape: list[str], said: str) -> None:
+    assert said in refusal("layout", *shape, *SMALL[3:])
+
+
 @pytest.mark.parametrize("model", ["13b", "33b", "65b", "llama2-70b", "llama3-8b", "llama3-70b"])
 def test_a_layout_of_every_model_can_be_written(tmp_path: Path, model: str) -> None:
     path = tmp_path / "run.yaml"
@@ -115,8 +169,15 @@ def test_no_file_is_overwritten(tmp_path: Path) -> None:
     path.write_text("mine")
     assert "is there already" in refusal(*SMALL, "--write-config", str(path), exit_code=73)
     assert path.read_text() == "mine"
-    missing = str(tmp_path / "none" / "run.yaml")
-    assert "cannot be written" in refusal(*SMALL, "--write-config", missing, exit_code=73)
+    script = tmp_path / "job.sh"
+    files = ["--write-config", str(tmp_path / "new.yaml"), "--write-script", str(script)]
+    script.write_text("mine")
+    assert "--write-script" in refusal(*SMALL, *files, exit_code=73)
+    assert not (tmp_path / "new.yaml").exists()
+    answer(*SMALL, *files, "--force")
+    assert script.read_text().startswith("#!")
+    missing = str(path / "run.yaml")  # under a file
+    refusal(*SMALL, "--write-config", missing, exit_code=73)
 
 
 @pytest.mark.parametrize(
@@ -125,10 +186,11 @@ def test_no_file_is_overwritten(tmp_path: Path) -> None:
         ("--model", "66b", "did you mean 65b?"),
         ("--gpu", "h1000", "did you mean h100?"),
         ("--network", "ib-100x8", "did you mean ib-"),
-        ("--tokens", "many", "must be a number above 0"),
-        ("--tokens", "-1T", "must be a number above 0"),
-        ("--tokens", "nan", "must be a number above 0"),
-        ("--tokens", "infT", "must be a number above 0"),
+        ("--tokens", "many", "must be a number from 1 to 1e+18"),
+        ("--tokens", "-1T", "must be a number from 1 to 1e+18"),
+        ("--tokens", "nan", "must be a number from 1 to 1e+18"),
+        ("--tokens", "1e30", "must be a number from 1 to 1e+18"),
+        ("--write-script", "job.sh", "needs --write-config"),
         ("--global-batch-tokens", "4T", "units: K, M"),
     ],
 )

@@ -6,7 +6,9 @@ import pytest
 
 from llama_mcore.errors import ConfigError
 from llama_mcore.model.config import PRESETS, ModelConfig
+from llama_mcore.plan.energy import GPU_WATTS
 from llama_mcore.plan.flops import token_flops
+from llama_mcore.plan.hardware import GPUS
 from llama_mcore.plan.scaling import PARAMETRIC_LAWS
 from llama_mcore.plan.size import SizePlan, plan_size, request
 from llama_mcore.plan.size_report import notes, size_dict
@@ -206,6 +208,15 @@ def test_impossible_arguments_are_refused_by_name(field: str, value: str) -> Non
 @pytest.mark.parametrize(("field", "bad", "meant"), [("gpu", "h10", "h100"), ("law", "epoc", "epoch")])
 def test_the_nearest_name_is_suggested(field: str, bad: str, meant: str) -> None:
     assert f"did you mean {meant}?" in problems(**{"flops": "1e23", field: bad})[0]
+
+
+@pytest.mark.parametrize(("name", "listed"), [("b200", "b200"), ("a100", "a100-80gb"), ("H100-SXM", "h100")])
+def test_every_gpu_of_the_table_and_its_other_names(name: str, listed: str) -> None:
+    plan = answer(flops="1e23", gpu=name)
+    assert plan.request.gpu is GPUS[listed]
+    assert plan.recommended.training_mwh == pytest.approx(
+        plan.recommended.training_gpu_hours * GPU_WATTS[listed] * 1.1 / 1e6
+    )
 
 
 def test_all_problems_are_told_at_once() -> None:

@@ -1,6 +1,7 @@
 """llama_mcore.plan.table: plain in a pipe, with lines in a terminal."""
 
 import io
+import re
 
 import pytest
 
@@ -40,6 +41,28 @@ def test_a_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     file = Terminal()
     show([GRID], file)
     assert "\u2500" in file.getvalue()
+
+
+def test_a_terminal_breaks_sentences_between_words_and_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    command = "    " + "--option value " * 10
+    file = Terminal()
+    show(["word " * 40 + "\n" + command], file)
+    *sentence, last = file.getvalue().rstrip("\n").splitlines()
+    assert last == command
+    assert len(sentence) == 3
+    assert {word for line in sentence for word in line.split()} == {"word"}
+
+
+def test_figures_are_whole_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    file = Terminal()
+    show([Grid("Long", ["", *["figures of a kind"] * 4], [["a name " * 9, *["1,234,567"] * 4]])], file)
+    assert file.getvalue().count("1,234,567") == 4
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue())
+    assert max(map(len, plain.splitlines())) <= 60
 
 
 @pytest.mark.parametrize(
