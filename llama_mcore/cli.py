@@ -267,6 +267,9 @@ def train(
         bool,
         typer.Option("--accept-data-change", help="Resume with other data than before, and record that."),
     ] = False,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Start although the last lives of the run saved nothing.")
+    ] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Set by deepspeed.")] = 0,
     debug: Debug = False,
 ) -> None:
@@ -285,6 +288,8 @@ def train(
             ranks = world_size or run.parallel.tp
         check_run(run, ranks)
         if not dry_run:
+            if not (retry or fresh):
+                _check_progress(run)
             raise typer.Exit(_train(run, resume, fresh, accept_data_change))
         from llama_mcore.plan.summary import describe_run, missing_inputs
         from llama_mcore.train.ds_config import deepspeed_config
@@ -296,6 +301,15 @@ def train(
         typer.echo(describe_run(run, ranks))
         if not missing_inputs(run):
             typer.echo(_data_plan(run))
+
+
+def _check_progress(run: "RunConfig") -> None:
+    """Each rank for itself, before anything slow."""
+    import os
+
+    from llama_mcore.launch.progress import check_progress
+
+    check_progress(Path(run.run.dir), os.environ.get("SLURM_JOB_ID", ""))
 
 
 def _train(run: "RunConfig", resume: str, fresh: bool, accept_data_change: bool) -> int:
@@ -320,7 +334,7 @@ def _train(run: "RunConfig", resume: str, fresh: bool, accept_data_change: bool)
         from llama_mcore.train.loop import train
         from llama_mcore.train.resume import Start
 
-        return train(run, stop, Start(resume, fresh, accept_data_change), Phases([pulse]))
+        return train(run, stop, Start(resume, fresh, accept_data_change), Phases([pulse], supervisor.began))
 
 
 @app.command(

@@ -27,6 +27,7 @@ from llama_mcore.train.config import EvalConfig, HealthConfig, OptimConfig, Trai
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 LARGEST_CONFIG = 256 << 10
+_LARGEST_DP = 1 << 20  # where the search for a number of ranks ends
 
 
 class RunSection(Section):
@@ -289,11 +290,12 @@ def _check_batch(run: RunConfig, world_size: int) -> list[Problem]:
                 "world size",
                 world_size,
                 f"must be divisible by parallel.tp = {tp}",
-                f"start {tp * max(1, world_size // tp)} ranks or change parallel.tp",
+                f"start {_worlds_that_fit(run, world_size) or tp} ranks or change parallel.tp",
             )
         ]
     per_pass = train.micro_batch_size * (world_size // tp)
     if train.global_batch_size % per_pass:
+        worlds = _worlds_that_fit(run, world_size)
         nearest = per_pass * max(1, round(train.global_batch_size / per_pass))
         return [
             Problem(
@@ -301,10 +303,24 @@ def _check_batch(run: RunConfig, world_size: int) -> list[Problem]:
                 train.global_batch_size,
                 f"must be divisible by train.micro_batch_size * dp = {train.micro_batch_size} * "
                 f"{world_size // tp} = {per_pass}",
-                f"nearest that fits: {nearest}",
+                f"nearest that fits: {nearest}{f'; or start {worlds} ranks' if worlds else ''}",
             )
         ]
     return []
+
+
+def _worlds_that_fit(run: RunConfig, world_size: int) -> str:
+    """The nearest numbers of ranks that divide the global batch, one below and one above if there are."""
+    tp, train = run.parallel.tp, run.train
+    passes, rest = divmod(train.global_batch_size, train.micro_batch_size)
+    if rest:
+        return ""
+    dp = world_size // tp
+    fewer = (n for n in range(min(dp, passes), 0, -1) if passes % n == 0 and n * tp < world_size)
+    larger = range(max(dp, 1), min(passes, _LARGEST_DP) + 1)
+    more = (n for n in larger if passes % n == 0 and n * tp > world_size)
+    nearest = [next(fewer, 0), next(more, 0)]
+    return " or ".join(str(n * tp) for n in nearest if n)
 
 
 def _check_data(run: RunConfig) -> list[Problem]:

@@ -124,6 +124,13 @@ class OutputError(UserError):
     title = "output error"
 
 
+class NoProgressError(UserError):
+    """A run ended again and again before it had saved anything."""
+
+    exit_code = 93
+    title = "no progress"
+
+
 @contextmanager
 def report_errors(debug: bool = False) -> Iterator[None]:
     """Turn a `UserError` into one message on stderr and its exit code.

@@ -220,7 +220,7 @@ def test_the_sequence_must_divide_only_under_sequence_parallelism(config: str) -
 
 def test_the_world_must_divide_by_tp(config: str) -> None:
     message = unfit(config, "parallel.tp=2", world_size=3)
-    assert "world size = 3: must be divisible by parallel.tp = 2; start 2 ranks" in message
+    assert "world size = 3: must be divisible by parallel.tp = 2; start 2 or 4 ranks" in message
 
 
 def test_a_negative_world_is_refused(config: str) -> None:
@@ -230,6 +230,28 @@ def test_a_negative_world_is_refused(config: str) -> None:
 def test_the_batch_must_divide_by_what_one_pass_takes(config: str) -> None:
     message = unfit(config, "train.global_batch_size=9", world_size=2)
     assert "train.micro_batch_size * dp = 2 * 2 = 4; nearest that fits: 8" in message
+    assert "start" not in message  # nothing divides 9 into batches of 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "worlds"),
+    [
+        ([], 5, "4 or 6"),
+        ([], 7, "6 or 12"),
+        (["parallel.tp=2"], 7, "6 or 8"),  # does not divide by tp
+        (["parallel.tp=2"], 10, "8 or 12"),
+        ([], 99, "12"),
+    ],
+)
+def test_the_nearest_worlds_that_fit_are_named(
+    config: str, overrides: list[str], world_size: int, worlds: str
+) -> None:
+    fits = [n for n in range(1, 100) if 24 % (2 * n) == 0]
+    assert fits == [1, 2, 3, 4, 6, 12]
+    message = unfit(
+        config, "train.global_batch_size=24", "train.micro_batch_size=2", *overrides, world_size=world_size
+    )
+    assert f"start {worlds} ranks" in message
 
 
 def test_bf16_without_zero_is_refused_with_the_reason(config: str) -> None:

@@ -47,7 +47,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     # What they say to the process that trains, in words of its own.
     "launch.patience": {"launch.config", "observe.phases"},
     "launch.heartbeat": {"launch.patience", "observe.phases"},
-    "launch.supervisor": {"errors", "launch", "observe.phases", "train.signals"},
+    "launch.supervisor": {
+        *("errors", "launch", "observe.lives", "observe.phases", "parallel.rank", "train.signals"),
+    },
+    "launch.progress": {"errors", "observe.lives"},
     "launch.torchrun": {"errors", "parallel.store", "train.signals"},
     "launch.rank_on_host": {"parallel.rank"},
     "launch.doctor": {"errors", "launch", "parallel.device"},
@@ -91,8 +94,10 @@ WITHOUT_TORCH = (
     "config",
     "cli",
     "parallel.rank",
+    "launch.progress",
     "launch.slurm",
     "launch.supervisor",
+    "observe.lives",
     *sorted(f"plan.{path.stem}" for path in (PACKAGE / "plan").glob("[!_]*.py")),
 )
 

@@ -9,7 +9,7 @@ import mmap
 import threading
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from struct import Struct
 
 from llama_mcore.launch.patience import Patience
@@ -39,6 +39,16 @@ class Beat:
         return now - self.at > self.allowed_s
 
 
+@dataclass(frozen=True)
+class Reached:
+    """What a life has come to: it stays reached."""
+
+    settled: bool = False
+    """The run's folder is there, and is this run's."""
+    saved: bool = False
+    """A checkpoint is on the disk."""
+
+
 class Heartbeat:
     """Made before the fork: the process that trains writes it, the other reads it."""
 
@@ -47,17 +57,23 @@ class Heartbeat:
         memory = mmap.mmap(-1, mmap.PAGESIZE)
         self._main = _Record(memory, 0, "<BqQdd")
         self._alive = _Record(memory, 64, "<d")
+        self._reached = _Record(memory, 128, "<??")
         now = time.monotonic()
         self._last = Beat(Phase.START, 0, 0, now, start_s)
         self._last_alive = now
+        self._last_reached = Reached()
         self.write(self._last)
         self.write_alive(now)
+        self.write_reached(self._last_reached)
 
     def write(self, beat: Beat) -> None:
         self._main.write(_PHASES.index(beat.phase), beat.step, beat.count, beat.at, beat.allowed_s)
 
     def write_alive(self, now: float) -> None:
         self._alive.write(now)
+
+    def write_reached(self, reached: Reached) -> None:
+        self._reached.write(reached.settled, reached.saved)
 
     def read(self) -> Beat:
         values = self._main.read()
@@ -71,6 +87,12 @@ class Heartbeat:
         if values:
             (self._last_alive,) = values
         return self._last_alive
+
+    def reached(self) -> Reached:
+        values = self._reached.read()
+        if values:
+            self._last_reached = Reached(*values)
+        return self._last_reached
 
 
 class Pulse(Listener):
@@ -90,6 +112,12 @@ class Pulse(Listener):
     def beat(self) -> None:
         last = self._beat
         self._write(Beat(last.phase, last.step, last.count + 1, time.monotonic(), last.allowed_s))
+
+    def settled(self) -> None:
+        self._heartbeat.write_reached(replace(self._heartbeat.reached(), settled=True))
+
+    def saved(self, step: int) -> None:
+        self._heartbeat.write_reached(replace(self._heartbeat.reached(), saved=True))
 
     def _write(self, beat: Beat) -> None:
         self._beat = beat

@@ -1,8 +1,8 @@
 """The process that a launcher starts for a rank: it forks the one that trains and answers for it.
 
 It passes requests to stop on, ends a process that shows no sign of life, and sees to it that a process that
-ends too early never looks like success. It imports little and holds no lock that the other could hold, so
-what hangs the one does not hang it.
+ends too early never looks like success. Rank 0's writes down how the life ended. It imports little and holds
+no lock that the other could hold, so what hangs the one does not hang it.
 """
 
 import os
@@ -10,24 +10,34 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from llama_mcore.errors import EXIT_SAVED, EXIT_SOFTWARE
 from llama_mcore.launch.config import WatchdogConfig
 from llama_mcore.launch.heartbeat import Heartbeat, Pulse
 from llama_mcore.launch.parent import die_with_parent
 from llama_mcore.launch.patience import Patience
+from llama_mcore.launch.progress import was_explained
 from llama_mcore.launch.rank_on_host import this_rank
 from llama_mcore.launch.stacks import Stacks
 from llama_mcore.launch.stall import StallReport, take_report
+from llama_mcore.observe.lives import EndedLife, add_life
 from llama_mcore.observe.phases import Phase
+from llama_mcore.parallel.rank import started_by_torchrun
 from llama_mcore.train.signals import ECHO_S, STOP_SIGNALS
 
 POLL_S = 0.5
 LAST_WORDS_S = 5.0
 """What a process has to end by itself after a second request, before it is killed."""
+ALONE_S = 25.0
+"""What a process has to end by itself after another rank has ended; torchrun kills after 30 s."""
 LONGEST_REPORT_S = 25.0
 """A stalled file system may keep a report for ever, and torchrun kills 30 s after the first rank ended."""
+LONGEST_NOTE_S = 3.0
+"""The same, for the line of lives.jsonl."""
 
 
 class Supervisor:
@@ -36,13 +46,16 @@ class Supervisor:
     def __init__(self, watchdog: WatchdogConfig, run_dir: Path, save_timeout_s: float) -> None:
         """`save_timeout_s`: after which a save fails by itself."""
         self._watchdog, self._save_timeout_s = watchdog, save_timeout_s
-        self._place = this_rank()
+        self._run_dir, self._place = run_dir, this_rank()
+        self.began = _process_began()
+        self._clock_offset = time.time() - time.monotonic()
         self._stall = StallReport(run_dir, self._place)
         self._heartbeat, self._stacks = Heartbeat(watchdog.start_s), Stacks()
         self._pid = 0
         self._asked_at: float | None = None
         self._kill_at: float | None = None
         self._last_request = 0
+        self._asked = False
 
     def fork(self) -> Pulse | None:
         """In the new process, what its phases are told to; None in this one, which has to `watch` then."""
@@ -58,6 +71,12 @@ class Supervisor:
 
     def watch(self) -> int:
         """Wait for the end of the process that trains and return the exit code of the rank."""
+        exit_code = self._watch()
+        if self._place.rank == 0:
+            self._note_life(exit_code)
+        return exit_code
+
+    def _watch(self) -> int:
         waited = {*STOP_SIGNALS, signal.SIGCHLD}
         signal.pthread_sigmask(signal.SIG_BLOCK, waited)
         while True:
@@ -70,9 +89,19 @@ class Supervisor:
                 return self._end_stalled()
             got = signal.sigtimedwait(waited, POLL_S)
             if got and got.si_signo in STOP_SIGNALS:
+                if self._is_request(got):
+                    self._asked = True
+                elif self._kill_at is None:
+                    self._kill_at = time.monotonic() + ALONE_S
                 if self._heartbeat.read().phase is Phase.START:
                     return self._end_before_training()
                 self._pass_on(got.si_signo)
+
+    def _is_request(self, got: signal.struct_siginfo) -> bool:
+        """Not where another rank has ended, and so torchrun ends this one. (A request that reaches our
+        torchrun it passes on as USR1.)"""
+        by_launcher = got.si_signo == signal.SIGTERM and got.si_pid == os.getppid()
+        return not (by_launcher and started_by_torchrun(os.environ))
 
     def _pass_on(self, number: int) -> None:
         now = time.monotonic()
@@ -85,11 +114,12 @@ class Supervisor:
 
     def _end_before_training(self) -> int:
         """The process may be waiting for ranks that never come, and has nothing to save."""
-        if self._place.rank == 0:
+        if self._place.rank == 0 and self._asked:
             self._say("asked to stop before all ranks had joined; nothing to save")
         return self._killed(EXIT_SAVED)
 
     def _end_stalled(self) -> int:
+        self._asked = False  # it did not end because of that
         report = take_report(self._place, self._pid, self._heartbeat)
         stacks = "" if report.state == "stopped" else self._stacks.ask(self._pid)
         # Else it would see the others die while this rank still reports, and add its own error to theirs.
@@ -121,9 +151,42 @@ class Supervisor:
             return EXIT_SOFTWARE
         return code
 
+    def _note_life(self, exit_code: int) -> None:
+        """What cannot be written is left out. An error of the user's that came before the folder was known to
+        be this run's leaves nothing there."""
+        reached = self._heartbeat.reached()
+        if was_explained(exit_code) and not reached.settled:
+            return
+        life = EndedLife(
+            began=self.began,
+            ended=round(time.monotonic() + self._clock_offset, 3),
+            job=os.environ.get("SLURM_JOB_ID", ""),
+            host=self._place.host,
+            ranks=self._place.world_size,
+            exit_code=exit_code,
+            asked=self._asked,
+            saved=reached.saved,
+            step=self._heartbeat.read().step,
+        )
+
+        def write() -> None:
+            with suppress(OSError):
+                add_life(self._run_dir, life)
+
+        writing = threading.Thread(target=write, daemon=True)
+        writing.start()
+        writing.join(LONGEST_NOTE_S)
+
     def _where(self) -> str:
         beat = self._heartbeat.read()
         return f" in {beat.phase.value} of step {beat.step}"
 
     def _say(self, text: str) -> None:
         print(f"{self._place}: {text}", file=sys.stderr, flush=True)
+
+
+def _process_began() -> float:
+    """In seconds since 1970. What psutil says may be a second early: the kernel tells when it was booted in
+    whole seconds."""
+    since_boot = psutil.Process().create_time() - psutil.boot_time()
+    return round(time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot, 3)

@@ -88,7 +88,8 @@ def _silence_agent() -> None:
 def _forward() -> None:
     """Pass every request to stop on to the workers; before there are any, leave: nothing is to be saved.
 
-    A node may wait for the others for long before it starts its workers.
+    A node may wait for the others for long before it starts its workers. TERM goes on as USR1: a worker takes
+    torchrun's own TERM for the end of another worker.
     """
     launcher, started = psutil.Process(), False
     while True:
@@ -101,7 +102,7 @@ def _forward() -> None:
             os._exit(EXIT_SAVED)
         for worker in workers:
             with suppress(psutil.NoSuchProcess):
-                worker.send_signal(got.si_signo)
+                worker.send_signal(signal.SIGUSR1 if got.si_signo == signal.SIGTERM else got.si_signo)
 
 
 def _default_threads(processes: str) -> None:

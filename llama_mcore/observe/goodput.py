@@ -1,5 +1,6 @@
 """Where the time of a run went, second by second: productive steps, lost steps, saving, evaluating,
-restarting, and the time between its lives. Read from RUN_DIR/timeline.jsonl."""
+restarting, and the time between its lives. Read from RUN_DIR/timeline.jsonl, and from lives.jsonl how lives
+ended."""
 
 import json
 import sys
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llama_mcore.errors import DataError, MissingInputError, Problem
+from llama_mcore.observe.lives import EndedLife, read_ended_lives
 from llama_mcore.observe.metrics import describe_duration
 from llama_mcore.observe.phases import Phase
 from llama_mcore.observe.timeline import TIMELINE_FILE
@@ -52,7 +54,8 @@ class Span:
 class Life:
     """One start of the run."""
 
-    number: int
+    lease: int
+    """What it was written under; 0 if it ended before it held one."""
     began: float
     job: str
     ranks: int
@@ -63,6 +66,8 @@ class Life:
     left: int | None = None
     """Exit code; None if it was killed, or runs."""
     ended: float = 0.0
+    number: int = 0
+    """Of the life among all, from 1."""
 
 
 def goodput(run_dir: Path, *, as_json: bool = False, picture: Path | None = None) -> None:
@@ -85,17 +90,19 @@ def goodput(run_dir: Path, *, as_json: bool = False, picture: Path | None = None
 
 def read_lives(run_dir: Path) -> list[Life]:
     """All lives in the order of their beginnings. Lines that a kill or a full disk cut are passed over."""
-    path = run_dir / TIMELINE_FILE
-    if not path.is_file():
+    path, noted = run_dir / TIMELINE_FILE, read_ended_lives(run_dir)
+    if not path.is_file() and not noted:
         raise MissingInputError(Problem("RUN_DIR", run_dir, f"has no {TIMELINE_FILE}", "give a run's folder"))
     lives: list[Life] = []
-    for row in _rows(path):
+    for row in _rows(path) if path.is_file() else ():
         with suppress(KeyError, TypeError, ValueError):
             if "life" in row:
                 lives.append(Life(int(row["life"]), float(row["began"]), str(row["job"]), int(row["ranks"])))
             elif lives:
                 _add(lives[-1], row)
-    for life in lives:
+    _add_ends(lives, noted)
+    for number, life in enumerate(lives, start=1):
+        life.number = number
         life.ended = max(life.ended, life.began)
         if life.left is None:
             life.ended = max(life.ended, _last_sign(run_dir, life))
@@ -123,10 +130,26 @@ def _add(life: Life, row: dict[str, Any]) -> None:
     life.ended = when
 
 
+def _add_ends(lives: list[Life], noted: Sequence[EndedLife]) -> None:
+    """Give lives the ends that their supervisors noted, and put those in that never came to a timeline."""
+    place = 0
+    for end in noted:
+        found = next((i for i in range(place, len(lives)) if lives[i].began == end.began), None)
+        if found is None:
+            while place < len(lives) and lives[place].began < end.began:
+                place += 1
+            lives.insert(place, Life(0, end.began, end.job, end.ranks))
+        else:
+            place = found
+        lives[place].left = end.exit_code
+        lives[place].ended = max(lives[place].ended, end.ended)
+        place += 1
+
+
 def _last_sign(run_dir: Path, life: Life) -> float:
     """When a killed life was seen last: its lease is touched every few seconds, and stays behind."""
     try:
-        return (run_dir / "lease" / f"{life.number:08d}.json").stat().st_mtime
+        return (run_dir / "lease" / f"{life.lease:08d}.json").stat().st_mtime
     except OSError:
         return 0.0
 

@@ -1,5 +1,6 @@
 """What this rank is doing, told to those who want to know: the watchdog, and the ledger of time."""
 
+import time
 from collections.abc import Sequence
 from enum import StrEnum
 
@@ -39,8 +40,10 @@ class Listener:
 class Phases:
     """Every rank has one and tells it the same things."""
 
-    def __init__(self, listeners: Sequence[Listener] = ()) -> None:
+    def __init__(self, listeners: Sequence[Listener] = (), began: float | None = None) -> None:
+        """`began`: when this life of the run did, in seconds since 1970; now, if left out."""
         self._listeners = list(listeners)
+        self.began = time.time() if began is None else began
 
     def add(self, listener: Listener) -> None:
         self._listeners.append(listener)

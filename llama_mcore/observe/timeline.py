@@ -8,7 +8,7 @@ follow the monotonic clock, so that a clock that is set in between does not bend
     {"t": 1763920031.5, "saved": 1200}
     {"t": 1763920099.9, "left": 75}
 
-A life without "left" was killed.
+A life without "left" was killed: lives.jsonl says when, with the same "began".
 """
 
 import os
@@ -35,7 +35,8 @@ class Timeline(Listener):
     """
 
     def __init__(self, run_dir: Path, life: int, ranks: int, began: float) -> None:
-        """`life`: the number of the lease that the run is held by. `began`: when this process did."""
+        """`life`: the number of the lease that the run is held by. `began`: when
+        the process did that the launcher started."""
         self._path = run_dir / TIMELINE_FILE
         self._clock_offset = time.time() - time.monotonic()
         self._held_back: list[bytes] = []

@@ -84,6 +84,11 @@ def place_in(variables: Mapping[str, str]) -> Place:
     return Place()
 
 
+def started_by_torchrun(variables: Mapping[str, str]) -> bool:
+    """And not by a launcher that sets some of the same names, nor announced by `take_place`."""
+    return "TORCHELASTIC_RESTART_COUNT" in variables
+
+
 def first_host(nodes: str) -> str:
     """`n1` of "n[1-3,7],m2": Slurm writes lists of nodes like that. Raises ValueError for any other form."""
     numbers = r"\d+(?:-\d+)?"

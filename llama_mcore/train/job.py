@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
-import psutil
 import torch.distributed as dist
 
 from llama_mcore.checkpoint.layout import checkpoints_dir
@@ -130,8 +129,7 @@ def _timeline(
     """Rank 0, which holds the lease, writes down where its time goes."""
     if lease is None:
         return nullcontext()
-    began = psutil.Process().create_time()
-    timeline = Timeline(Path(run.run.dir), lease.number, groups.world_size, began)
+    timeline = Timeline(Path(run.run.dir), lease.number, groups.world_size, phases.began)
     phases.add(timeline)
     timeline.enter(Phase.SETUP, 0)
     return timeline

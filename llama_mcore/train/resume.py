@@ -15,13 +15,14 @@ from llama_mcore.checkpoint.load import check_same_model
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.config import LARGEST_CONFIG, RunConfig
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, Problem
+from llama_mcore.observe.lives import LIVES_FILE
 from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.sinks import GIVEN_UP_METRICS, METRICS_FILE
 from llama_mcore.observe.timeline import TIMELINE_FILE
 from llama_mcore.parallel.groups import Groups
 from llama_mcore.small_file import parse_yaml, read_small_file
 
-KNOWN = {"config.yaml", METRICS_FILE, GIVEN_UP_METRICS, TIMELINE_FILE, LEASE} | {
+KNOWN = {"config.yaml", METRICS_FILE, GIVEN_UP_METRICS, TIMELINE_FILE, LIVES_FILE, LEASE} | {
     "tensorboard",
     "checkpoints",
     "deepspeed",
@@ -116,6 +117,8 @@ def _begin_anew(run: RunConfig, start: Start) -> None:
         aside.mkdir()
         for path in there:
             path.rename(aside / path.name)
+        return
+    if [path.name for path in there] == [LIVES_FILE]:
         return
     if start.resume == "auto" and not step_folders(run_dir) and _is_same_run(run_dir, run):
         return

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from llama_mcore.launch import supervisor as supervisor_module
 from llama_mcore.launch.config import WatchdogConfig
 from llama_mcore.launch.supervisor import Supervisor
 from llama_mcore.observe.phases import Phase
@@ -24,6 +25,10 @@ OFF = QUICK.model_copy(update={"enabled": False})
 LONGER = WatchdogConfig(first_step_s=4.0, min_step_s=1.0)  # than what makes a process silent
 CONFIGS = {"hangs": QUICK, "gil": LONGER, "stopped": LONGER, "never-ready": QUICK, "slow-but-off": OFF}
 
+if what == "alone":
+    supervisor_module.ALONE_S = 1.0
+if what == "disk-hangs":
+    supervisor_module.add_life = lambda *_: time.sleep(600)
 with held_stop_signals():
     if what == "early":
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -35,6 +40,10 @@ with held_stop_signals():
         if what in ("early", "never-ready", "waits"):
             print("ready", os.getpid(), flush=True)
             time.sleep(600)
+        if what == "settled":
+            pulse.settled()
+            pulse.saved(6)
+            sys.exit(65)
         pulse.enter(Phase.TRAIN, 7)
         print("ready", os.getpid(), flush=True)
         if what.startswith("exit"):
@@ -48,7 +57,7 @@ with held_stop_signals():
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
-        if what in ("gil", "stuck"):
+        if what in ("gil", "stuck", "alone"):
             re.match("(a|aa)+$", "a" * 90 + "b")  # tries 2^90 ways, and keeps the lock meanwhile
         if what == "hangs":
             time.sleep(600)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from llama_mcore.observe.lives import read_ended_lives
 from tests.distributed import ROOT
 from tests.train.product import left_over
 
@@ -17,10 +19,10 @@ WORKER = Path(__file__).with_name("supervised.py")
 PAUSE_S = 3.5  # after which a request is a second one: more than signals.ECHO_S
 
 
-def start(what: str, run_dir: Path) -> subprocess.Popen[str]:
+def start(what: str, run_dir: Path, **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(WORKER), what, str(run_dir)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -134,3 +136,85 @@ def test_a_stall_ends_where_nothing_can_be_written(tmp_path: Path) -> None:
 
 def test_the_watchdog_can_be_switched_off(tmp_path: Path) -> None:
     assert finish(start("slow-but-off", tmp_path)) == (0, "")
+
+
+def ends(run_dir: Path) -> list[tuple[int, bool, bool, int]]:
+    """What lives.jsonl says of each life."""
+    return [(life.exit_code, life.asked, life.saved, life.step) for life in read_ended_lives(run_dir)]
+
+
+def test_a_life_is_written_down_with_what_came_of_it(tmp_path: Path) -> None:
+    before = time.time()
+    finish(start("killed", tmp_path / "not/there", SLURM_JOB_ID="4711"))
+    (life,) = read_ended_lives(tmp_path / "not/there")
+    assert (life.exit_code, life.asked, life.saved, life.step) == (137, False, False, 7)
+    assert (life.job, life.host, life.ranks) == ("4711", socket.gethostname(), 1)
+    tick = 0.02  # the kernel's clock of process starts has steps of 0.01 s
+    assert before - tick < life.began < life.ended < time.time() + tick
+
+
+def test_a_request_is_written_down(tmp_path: Path) -> None:
+    job = start("obeys", tmp_path)
+    ready(job)
+    job.send_signal(signal.SIGTERM)
+    finish(job)
+    assert ends(tmp_path) == [(75, True, False, 7)]
+
+
+def test_a_stall_after_a_request_is_a_stall(tmp_path: Path) -> None:
+    job = start("gil", tmp_path)
+    ready(job)
+    job.send_signal(signal.SIGTERM)
+    assert finish(job)[0] == 75
+    assert ends(tmp_path) == [(75, False, False, 7)]
+
+
+def test_only_rank_0_writes(tmp_path: Path) -> None:
+    place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    assert finish(start("killed", tmp_path, MASTER_PORT="29500", **place))[0] == 137
+    assert ends(tmp_path) == []
+
+
+def test_an_error_of_the_users_marks_no_folder_that_is_not_the_runs(tmp_path: Path) -> None:
+    assert finish(start("exit64", tmp_path))[0] == 64
+    assert list(tmp_path.iterdir()) == []
+    assert finish(start("settled", tmp_path))[0] == 65
+    assert ends(tmp_path) == [(65, False, True, 0)]
+
+
+@pytest.mark.parametrize("in_the_way", ["file", "dead link"])
+def test_what_cannot_be_written_changes_nothing(tmp_path: Path, in_the_way: str) -> None:
+    if in_the_way == "file":
+        (tmp_path / "run").touch()
+    else:
+        (tmp_path / "run").symlink_to(tmp_path / "nowhere/at/all")
+    assert finish(start("exit75", tmp_path / "run")) == (75, "")
+
+
+def test_a_file_system_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
+    started = time.monotonic()
+    assert finish(start("disk-hangs", tmp_path)) == (0, "")
+    assert time.monotonic() - started < 30
+
+
+UNDER_TORCHRUN = {"TORCHELASTIC_RESTART_COUNT": "0"}
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "step"), [("waits", 75, 0), ("alone", 128 + 15, 7)], ids=["starting", "training"]
+)
+def test_the_end_of_another_rank_is_no_request(tmp_path: Path, what: str, code: int, step: int) -> None:
+    """Torchrun, the parent, then sends TERM; a rank that is stuck is not left to torchrun's SIGKILL."""
+    job = start(what, tmp_path, **UNDER_TORCHRUN)
+    ready(job)
+    job.send_signal(signal.SIGTERM)
+    assert finish(job) == (code, "")
+    assert ends(tmp_path) == [(code, False, False, step)]
+
+
+def test_under_torchrun_too_others_can_ask(tmp_path: Path) -> None:
+    job = start("obeys", tmp_path, **UNDER_TORCHRUN)
+    ready(job)
+    subprocess.run(["kill", "-TERM", str(job.pid)], check=True)
+    assert finish(job) == (75, "")
+    assert ends(tmp_path) == [(75, True, False, 7)]

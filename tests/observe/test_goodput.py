@@ -13,6 +13,7 @@ from PIL import Image
 
 from llama_mcore.errors import DataError, MissingInputError, OutputError, Problem
 from llama_mcore.observe.goodput import goodput, read_lives, seconds_by_kind, spans_of, to_dict
+from llama_mcore.observe.lives import EndedLife, add_life
 from llama_mcore.observe.phases import Phase, Phases
 from llama_mcore.observe.timeline import TIMELINE_FILE, Timeline
 
@@ -126,7 +127,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         phases.saved(1)
         timeline.exit_code = 75
     (life,) = read_lives(tmp_path)
-    assert (life.number, life.began, life.ranks, life.left, life.saved) == (4, 0.0, 2, 75, [1])
+    assert (life.lease, life.began, life.ranks, life.left, life.saved) == (4, 0.0, 2, 75, [1])
     assert [(kind, step) for _, kind, step in life.entries] == [("restarting", 0), ("productive", 1)]
 
 
@@ -182,6 +183,45 @@ def test_a_life_whose_lease_is_touched_runs(tmp_path: Path, capsys: pytest.Captu
 def test_a_life_without_time_is_no_run_yet(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no time"):
         goodput(write(tmp_path, KILLED[:1]))
+
+
+def note(run_dir: Path, began: float, ended: float, exit_code: int) -> None:
+    facts = {"job": "7", "host": "n1", "ranks": 2, "asked": False, "saved": False, "step": 0}
+    add_life(run_dir, EndedLife(began=began, ended=ended, exit_code=exit_code, **facts))
+
+
+def test_a_killed_life_ends_when_its_supervisor_said_so(tmp_path: Path) -> None:
+    write(tmp_path, KILLED + FINISHED)
+    note(tmp_path, 1000.0, 1033.25, 137)
+    lives = read_lives(tmp_path)
+    seconds = seconds_by_kind(spans_of(lives))
+    assert [life.left for life in lives] == [137, 0]
+    assert seconds["lost"] == 2 + 1 + 12.25  # step 3, its evaluation, and step 4 until the kill
+    assert seconds["down"] == 66.75
+    assert sum(seconds.values()) == 112
+
+
+def test_a_life_that_never_came_to_a_timeline_was_restarting(tmp_path: Path) -> None:
+    """One before all others, one between, one after."""
+    write(tmp_path, KILLED + FINISHED)
+    note(tmp_path, 990.0, 998.0, 1)
+    note(tmp_path, 1060.0, 1075.0, 75)
+    note(tmp_path, 1100.0, 1112.5, 0)
+    note(tmp_path, 1120.0, 1121.0, 139)
+    lives = read_lives(tmp_path)
+    spans = spans_of(lives)
+    assert [(life.number, life.left) for life in lives] == [(1, 1), (2, None), (3, 75), (4, 0), (5, 139)]
+    assert [life.lease for life in lives] == [0, 1, 0, 2, 0]
+    by_life = {life.number: seconds_by_kind(s for s in spans if s.life == life.number) for life in lives}
+    assert [by_life[number]["restarting"] for number in by_life] == [8, 10, 15, 8, 1]
+    assert [by_life[number]["down"] for number in by_life] == [0, 2, 39, 25, 7.5]
+    assert by_life[4]["ending"] == 1.0  # its supervisor left half a second after it
+    assert sum(span.seconds for span in spans) == 1121 - 990
+
+
+def test_without_a_timeline_lives_are_accounted_for(tmp_path: Path) -> None:
+    note(tmp_path, 990.0, 998.0, 1)
+    assert [(span.kind, span.seconds) for span in spans_of(read_lives(tmp_path))] == [("restarting", 8.0)]
 
 
 def test_a_folder_without_a_timeline_is_refused(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ class Life:
     world_size: int = 2
     """As the ranks are told."""
     started: int = 2
+    job: str = ""
+    """SLURM_JOB_ID."""
 
 
 def keep_the_interpreter() -> None:
@@ -133,6 +135,7 @@ def rank_main(life: Life, rank: int, port: int, output: Path) -> None:
     write_output_to(output)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(life.world_size)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_RESTART_COUNT": "0", "SLURM_JOB_ID": life.job}
     sys.argv = ["train.py", "--config", "tiny", *life.overrides]
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
     prepare(life, rank)

@@ -32,11 +32,15 @@ def train(overrides: list[str], *, ranks: int = 1, launcher: tuple[str, ...] = L
 
 
 def start(
-    overrides: list[str], *, ranks: int = 1, launcher: tuple[str, ...] = LLAMA_MCORE
+    overrides: list[str],
+    *,
+    ranks: int = 1,
+    launcher: tuple[str, ...] = LLAMA_MCORE,
+    script: tuple[str, ...] = ("tools/train.py",),
 ) -> subprocess.Popen[str]:
     started_by = [*launcher, "--nproc-per-node", str(ranks)] if ranks > 1 else []
     return subprocess.Popen(
-        [sys.executable, *started_by, "tools/train.py", "--config", "tiny", *overrides],
+        [sys.executable, *started_by, *script, "--config", "tiny", *overrides],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

@@ -1,0 +1,52 @@
+"""llama_mcore.observe.lives: what is added is read back, whatever a kill or a full disk left between."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from llama_mcore.observe.lives import LIVES_FILE, EndedLife, add_life, read_ended_lives
+
+
+def life(exit_code: int, began: float = 1763920000.123) -> EndedLife:
+    facts = {"job": "4711", "host": "n1", "ranks": 2, "asked": False, "saved": True, "step": 7}
+    return EndedLife(began=began, ended=began + 1.5, exit_code=exit_code, **facts)
+
+
+def test_what_is_added_is_read_back_in_order(tmp_path: Path) -> None:
+    run_dir = tmp_path / "not/there"
+    lives = [life(137), life(0, began=1.1e9 + 0.1)]
+    for one in lives:
+        add_life(run_dir, one)
+    assert read_ended_lives(run_dir) == lives
+
+
+DAMAGE = [b'{"began": 1.0, "ended"', b"\x00\xff\n", b"[1]\n", b"\n", b'{"began": 1.0}\n']
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_line_costs_itself_alone(tmp_path: Path, damage: bytes) -> None:
+    add_life(tmp_path, life(1))
+    with (tmp_path / LIVES_FILE).open("ab") as file:
+        file.write(damage)
+    add_life(tmp_path, life(2))
+    assert [one.exit_code for one in read_ended_lives(tmp_path)] == [1, 2]
+
+
+def test_no_file_is_no_life(tmp_path: Path) -> None:
+    assert read_ended_lives(tmp_path / "nowhere") == []
+    (tmp_path / LIVES_FILE).mkdir()
+    assert read_ended_lives(tmp_path) == []
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / LIVES_FILE)
+    assert read_ended_lives(tmp_path) == []
+
+
+def test_a_full_disk_is_an_oserror(tmp_path: Path) -> None:
+    (tmp_path / LIVES_FILE).symlink_to("/dev/full")
+    with pytest.raises(OSError) as caught:
+        add_life(tmp_path, life(1))
+    assert caught.value.errno == errno.ENOSPC
