@@ -1,7 +1,7 @@
 """The shipped scripts on a real Slurm of virtual nodes on this machine: `make test-slurm`, as root.
 
-What can happen to a job happens to several at a time: most of it is waiting. A case waits for what it sees of a job,
-never for a time; a job whose end is of no interest has steps without end and is cancelled.
+What can happen to a job happens to several at a time: most of it is waiting. A case waits for what it sees of a
+job, never for a time; a job whose end is of no interest has steps without end and is cancelled.
 """
 
 import os
@@ -205,7 +205,7 @@ def _case(folder: Path, case: Callable[[Case], Outcome], slurm: dict[str, str], 
     return Case(slurm, small, own)
 
 
-type Outcomes = dict[str, Future[Outcome]]
+Outcomes = dict[str, Future[Outcome]]
 
 
 def outcome(outcomes: Outcomes, case: Callable[[Case], Outcome]) -> Outcome:
