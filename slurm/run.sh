@@ -35,10 +35,18 @@ train() {
         wait "$step" || true
     done
     wait "$step" && status=0 || status=$?
-    if [[ " $REQUEUE_ON " == *" $status "* ]] && ! scontrol requeue "$SLURM_JOB_ID"; then
+    if [[ " $REQUEUE_ON " == *" $status "* ]] && may_come_back && ! scontrol requeue "$SLURM_JOB_ID"; then
         how_to_resubmit "$status" >&2
     fi
     exit "$status"
+}
+
+# Unless Slurm has ended the job itself: one that was cancelled is to stay away, and after a lost node or preemption
+# Slurm puts it back without being asked. A time limit is no such wish.
+may_come_back() {
+    local job
+    job=$(scontrol show job "$SLURM_JOB_ID") || return 0
+    [[ $job == *" JobState=RUNNING "* || $job == *" Reason=TimeLimit "* ]]
 }
 
 # For one whose job could not be put back into the queue.

@@ -50,7 +50,8 @@ sys.exit(int(os.environ["EXIT"]))
     "scontrol": f"""
 {RECORD}
 if sys.argv[1:] == ["show", "job", "123456"]:
-    print("JobId=123456 JobName=x\\n   Command=" + os.environ["COMMAND"] + "\\n   WorkDir=/w")
+    print("JobId=123456 JobName=x\\n   JobState=" + os.environ.get("STATE", "RUNNING Reason=None") + " x")
+    print("   Command=" + os.environ.get("COMMAND", "") + "\\n   WorkDir=/w")
 elif os.environ.get("NO_REQUEUE"):
     sys.exit("Requested operation is presently disabled")
 """,
@@ -169,6 +170,21 @@ def test_a_site_chooses_after_which_exit_codes_it_goes_on(start: Callable, tmp_p
         assert (["scontrol", "requeue", "123456"] in calls(tmp_path)) == requeues, code
 
 
+@pytest.mark.parametrize(
+    ("state", "requeues"),
+    [
+        ("RUNNING Reason=None", True),
+        ("COMPLETING Reason=TimeLimit", True),
+        ("COMPLETING Reason=None", False),  # cancelled, or Slurm requeues it without being asked
+    ],
+)
+def test_only_a_job_that_nobody_cancelled_is_requeued(
+    state: str, requeues: bool, start: Callable, tmp_path: Path
+) -> None:
+    assert start("7b.sh", code=75, STATE=state).wait(SECONDS) == 75
+    assert (["scontrol", "requeue", "123456"] in calls(tmp_path)) == requeues
+
+
 @pytest.mark.parametrize("arguments", [[], ["--config", "tiny", "run.dir=a b/$(x)'"]])
 def test_a_job_that_cannot_be_requeued_says_how_to_submit_it(
     arguments: list[str], start: Callable, tmp_path: Path
@@ -197,7 +213,7 @@ def test_signals_go_on_to_the_step_which_is_waited_for(
     script.send_signal(number)
     assert script.wait(SECONDS) == 75
     order = [call if call[0] == "got" else call[0] for call in calls(tmp_path)]
-    assert order == ["srun", ["got", number.name], "scontrol"]
+    assert order == ["srun", ["got", number.name], "scontrol", "scontrol"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -5,14 +5,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from tests.train.product import ROOT, metrics
 
 LOCAL = Path(__file__).with_name("slurm-local.sh")
 SECONDS = 500
 """For anything to happen, on a crowded machine."""
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
 
 @contextmanager
@@ -41,9 +44,13 @@ class Job:
         self.id = self.call("sbatch", "--parsable", f"--output={self._output}", *words).strip()
 
     def ended(self) -> str:
-        """Its exit code, as Slurm says it, once it is over. What waits to be requeued waits no longer."""
-        self.wait_until(self._is_over)
+        """Its exit code, as Slurm says it, once it is over."""
+        self.wait_until(lambda: self._released() in OVER)
         return self.field("ExitCode")
+
+    def comes_back(self) -> None:
+        """Wait until it has been requeued once, and runs."""
+        self.wait_until(lambda: self.restarts() == 1 and self._released() == "RUNNING")
 
     def state(self) -> str:
         return self.field("JobState")
@@ -53,6 +60,16 @@ class Job:
 
     def nodes(self) -> list[str]:
         return self.call("scontrol", "show", "hostnames", self.field("NodeList")).split()
+
+    def processes(self, node: str) -> list[psutil.Process]:
+        """Of its step on this node: Slurm's own, and all below, in the order of their start."""
+        for own in psutil.process_iter():
+            with suppress(psutil.NoSuchProcess):
+                if f"slurmstepd: [{self.id}.0]" in " ".join(own.cmdline()):
+                    below = own.children(recursive=True)
+                    if below and below[0].environ().get("SLURMD_NODENAME") == node:
+                        return [own, *below]
+        raise AssertionError(f"job {self.id} has no step on {node}")
 
     def signal(self, name: str) -> None:
         """As Slurm does ahead of a time limit: to the script alone."""
@@ -81,9 +98,8 @@ class Job:
         assert done.returncode == 0, f"{words}: {done.stderr}"
         return done.stdout
 
-    def _is_over(self) -> bool:
-        state = self.state()
-        if state == "PENDING" and self.field("Reason") == "BeginTime":
-            # Slurm lets what was requeued wait for two minutes.
+    def _released(self) -> str:
+        """Its state; Slurm lets what was requeued wait for two minutes, which this ends."""
+        if self.state() == "PENDING" and self.field("Reason") == "BeginTime":
             self.call("scontrol", "update", f"JobId={self.id}", "StartTime=now")
-        return state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "SPECIAL_EXIT")
+        return self.state()

@@ -18,6 +18,10 @@ from tests.train.product import ROOT
 
 pytestmark = [
     pytest.mark.slurm,
+    pytest.mark.skipif(
+        "TEST_256_NODES" not in os.environ,
+        reason="256 nodes do not meet within minutes on two cores; TEST_256_NODES=1 tries",
+    ),
     pytest.mark.skipif(shutil.which("sbatch") is None, reason="needs Slurm"),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to start Slurm"),
 ]

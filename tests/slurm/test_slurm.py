@@ -1,181 +1,281 @@
-"""The shipped scripts on a real Slurm of two virtual nodes on this machine: `make test-slurm`, as root."""
+"""The shipped scripts on a real Slurm of virtual nodes on this machine: `make test-slurm`, as root.
+
+What can happen to a job happens to several at a time: most of it is waiting. A case waits for what it sees of
+a job, never for a time; a job whose end is of no interest has steps without end and is cancelled.
+"""
 
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Small
-from tests.train.product import ROOT, metrics
+from tests.slurm.cluster import Job, cluster
+from tests.train.product import ROOT, checkpoints, metrics
 
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.skipif(shutil.which("sbatch") is None, reason="needs Slurm"),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to start Slurm"),
 ]
-LOCAL = Path(__file__).with_name("slurm-local.sh")
-SECONDS = 400  # a job that was requeued waits for two minutes
+JOBS_AT_A_TIME, NODES_OF_A_JOB = 3, 2
+OPTIONS = [f"--nodes={NODES_OF_A_JOB}", "--gpus-per-node=1"]
 SETTINGS = ["--config", "tiny", "eval.interval=0", "checkpoint.interval=1000", "checkpoint.keep=9"]
+WITHOUT_END = ["train.steps=100000", "data.epochs=9000"]
+FEW, SOME = 5, 15
+"""Steps."""
+
+
+@dataclass
+class Outcome:
+    job: Job
+    exit_code: str
+    run_dir: Path
+    seconds: float = 0.0
+    """From what happened to it to its end."""
+
+    def steps(self) -> list[int]:
+        return [row["step"] for row in metrics(self.run_dir)]
+
+    def steps_of(self, said: str) -> list[str]:
+        """The numbers of the lines that say `INFO ... at step N`."""
+        lines = [line for line in self.job.said().splitlines() if line.startswith(f"INFO {said} at step ")]
+        return [line.split()[4].rstrip(":,;") for line in lines]
+
+
+@dataclass
+class Case:
+    slurm: dict[str, str]
+    small: Small
+    folder: Path
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "run"
+
+    def submit(
+        self, *settings: str, options: tuple[str, ...] = (), checkout: Path = ROOT, until: int = 0
+    ) -> Job:
+        """Goes on for ever if `settings` do not say otherwise; returns after step `until`."""
+        overrides = [*SETTINGS, *self.small.overrides(self.run_dir), *WITHOUT_END, *settings]
+        job = Job(self.slurm, self.folder, *OPTIONS, *options, "slurm/65b.sh", *overrides, cwd=checkout)
+        if until:
+            job.wait_for_steps(self.run_dir, until)
+        return job
+
+    def until_the_end(self, job: Job) -> Outcome:
+        began = time.monotonic()
+        return Outcome(job, job.ended(), self.run_dir, time.monotonic() - began)
+
+    def comes_back(self, job: Job) -> Outcome:
+        """Until it has done a step in its second life; then it has done enough."""
+        job.comes_back()
+        job.wait_until(lambda: "INFO resuming at step" in job.said())
+        resumed = len(metrics(self.run_dir))
+        job.wait_for_steps(self.run_dir, resumed + FEW)
+        job.call("scancel", job.id)
+        return self.until_the_end(job)
+
+
+def finishes(case: Case) -> Outcome:
+    return case.until_the_end(case.submit("train.steps=30", "data.epochs=9"))
+
+
+def wrong_setting(case: Case) -> Outcome:
+    return case.until_the_end(case.submit("optim.warmup_steps=999999"))
+
+
+def signalled(case: Case) -> Outcome:
+    job = case.submit("train.steps=150", "data.epochs=20", until=FEW)
+    job.signal("USR1")
+    return case.until_the_end(job)
+
+
+def preempted(case: Case) -> Outcome:
+    """A job of the high partition takes its nodes."""
+    job = case.submit(until=FEW)
+    folder = case.folder / "high"
+    folder.mkdir()
+    nodes = f"--nodelist={','.join(job.nodes())}"
+    options = ["--partition=high", "--exclusive", f"--nodes={NODES_OF_A_JOB}", nodes]
+    assert Job(case.slurm, folder, *options, "--wrap=sleep 1").ended() == "0:0"
+    return case.comes_back(job)
+
+
+def soon_out_of_time(case: Case) -> Outcome:
+    """Less is left than the script's --signal says: USR1."""
+    job = case.submit(until=FEW)
+    _limit(job, minutes=2)
+    return case.comes_back(job)
+
+
+def out_of_time(case: Case) -> Outcome:
+    """No signal before Slurm ends it."""
+    job = case.submit(options=("--signal=B:CONT@1",), until=FEW)
+    _limit(job, minutes=1)
+    return case.comes_back(job)
+
+
+def _limit(job: Job, minutes: int) -> None:
+    """At most so many minutes from now, at least one less; and none for its next life."""
+    for node in job.nodes():
+        for process in job.processes(node):
+            process.nice(5)  # it only waits, for a minute or two
+    hours, ran, _ = (int(part) for part in job.field("RunTime").split(":"))
+    job.call("scontrol", "update", f"JobId={job.id}", f"TimeLimit={60 * hours + ran + minutes}")
+    job.wait_until(lambda: job.restarts() == 1)
+    job.call("scontrol", "update", f"JobId={job.id}", "TimeLimit=UNLIMITED")
+
+
+def cancelled(case: Case) -> Outcome:
+    job = case.submit(until=FEW)
+    job.call("scancel", job.id)
+    return case.until_the_end(job)
+
+
+def node_down(case: Case) -> Outcome:
+    job = case.submit("checkpoint.interval=10", until=SOME)
+    job.call("scontrol", "update", f"NodeName={job.nodes()[1]}", "State=DOWN", "Reason=test")
+    return case.comes_back(job)
+
+
+def rank_killed(case: Case) -> Outcome:
+    job = case.submit("checkpoint.interval=10", until=SOME)
+    job.processes(job.nodes()[1])[-1].kill()
+    return case.until_the_end(job)
+
+
+def step_killed(case: Case) -> Outcome:
+    """All that runs on one of its nodes is gone, at a site that lets jobs come back after a crash."""
+    checkout = case.folder / "checkout"
+    shutil.copytree(ROOT / "slurm", checkout / "slurm")
+    (checkout / "tools").symlink_to(ROOT / "tools")
+    with (checkout / "slurm" / "env.sh").open("a") as settings:
+        settings.write('REQUEUE_ON="75 1 137"\n')
+    job = case.submit("checkpoint.interval=10", checkout=checkout, until=SOME)
+    for process in job.processes(job.nodes()[1]):
+        process.kill()
+    return case.comes_back(job)
+
+
+def no_progress(case: Case) -> Outcome:
+    """In place of training a program that ends with 93."""
+    stub = case.folder / "llama-mcore"
+    stub.write_text("#!/bin/sh\nexit 93\n")
+    stub.chmod(0o755)
+    slurm = case.slurm | {"PATH": f"{case.folder}:{case.slurm['PATH']}"}
+    job = Job(slurm, case.folder, *OPTIONS, "slurm/65b.sh")
+    job.wait_until(lambda: job.state() in ("SPECIAL_EXIT", "FAILED"))
+    return Outcome(job, job.field("ExitCode"), case.run_dir)
+
+
+CASES: list[Callable[[Case], Outcome]] = [
+    out_of_time,
+    soon_out_of_time,
+    signalled,
+    preempted,
+    step_killed,
+    node_down,
+    cancelled,
+    rank_killed,
+    finishes,
+    wrong_setting,
+    no_progress,
+]
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of one who may submit."""
+def outcomes(tmp_path_factory: pytest.TempPathFactory, small: Small) -> Iterator[dict[str, Future[Outcome]]]:
     folder = tmp_path_factory.mktemp("slurm")
-    subprocess.run(["bash", str(LOCAL), "start", str(folder), "2"], check=True, timeout=120)
-    commands = Path(sys.executable).parent
-    yield {
-        **os.environ,
-        "SLURM_CONF": str(folder / "slurm.conf"),
-        "PATH": f"{commands}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    subprocess.run(["bash", str(LOCAL), "stop", str(folder)], check=True, timeout=60)
+    with (
+        cluster(folder / "slurm", JOBS_AT_A_TIME * NODES_OF_A_JOB) as slurm,
+        ThreadPoolExecutor(JOBS_AT_A_TIME) as at_a_time,
+    ):
+        yield {case.__name__: at_a_time.submit(case, _case(folder, case, slurm, small)) for case in CASES}
 
 
-class Job:
-    def __init__(self, slurm: dict[str, str], folder: Path, *settings: str) -> None:
-        self._slurm, self._output = slurm, folder / "output.txt"
-        options = ["--parsable", "--nodes=2", "--gpus-per-node=1", f"--output={self._output}"]
-        self._id = self._call("sbatch", *options, "slurm/65b.sh", *settings).strip()
-
-    def ended(self) -> str:
-        """Its exit code, as Slurm says it, once it has left the queue."""
-        return self._wait_for(lambda: self._call("squeue", "--noheader", f"--jobs={self._id}") == "") and (
-            self._field("ExitCode")
-        )
-
-    def restarts(self) -> int:
-        return int(self._field("Restarts"))
-
-    def signal(self, name: str) -> None:
-        """As Slurm does ahead of a time limit: to the script alone."""
-        self._call("scancel", f"--signal={name}", "--batch", self._id)
-
-    def wait_for_steps(self, run_dir: Path, count: int) -> None:
-        self._wait_for(lambda: run_dir.is_dir() and len(metrics(run_dir)) >= count)
-
-    def said(self) -> str:
-        return self._output.read_text()
-
-    def _wait_for(self, holds) -> bool:  # type: ignore[no-untyped-def]
-        until = time.monotonic() + SECONDS
-        while not holds():
-            assert time.monotonic() < until, self.said()
-            time.sleep(0.2)
-        return True
-
-    def _field(self, name: str) -> str:
-        shown = self._call("scontrol", "show", "job", self._id)
-        return next(word.partition("=")[2] for word in shown.split() if word.startswith(f"{name}="))
-
-    def _call(self, *words: str) -> str:
-        done = subprocess.run(words, cwd=ROOT, env=self._slurm, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+def _case(folder: Path, case: Callable[[Case], Outcome], slurm: dict[str, str], small: Small) -> Case:
+    own = folder / case.__name__
+    own.mkdir()
+    return Case(slurm, small, own)
 
 
-def test_a_job_on_two_nodes_finishes(slurm: dict[str, str], small: Small, tmp_path: Path) -> None:
-    job = Job(slurm, tmp_path, *SETTINGS, *small.overrides(tmp_path / "run"))
-    assert job.ended() == "0:0", job.said()
-    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 31))
-    assert "Traceback" not in job.said()
+Outcomes = dict[str, Future[Outcome]]
 
 
-def test_a_wrong_setting_ends_it_with_64(slurm: dict[str, str], small: Small, tmp_path: Path) -> None:
-    job = Job(slurm, tmp_path, *SETTINGS, *small.overrides(tmp_path / "run"), "optim.warmup_steps=99")
-    assert job.ended() == "64:0"
-    assert "optim.warmup_steps = 99" in job.said()
-    assert job.restarts() == 0
+def outcome(outcomes: Outcomes, case: Callable[[Case], Outcome]) -> Outcome:
+    return outcomes[case.__name__].result()
 
 
-def test_a_signal_saves_and_requeues_and_it_goes_on(
-    slurm: dict[str, str], small: Small, tmp_path: Path
+def test_a_job_on_two_nodes_finishes(outcomes: Outcomes) -> None:
+    found = outcome(outcomes, finishes)
+    assert found.exit_code == "0:0", found.job.said()
+    assert found.steps() == list(range(1, 31))
+    assert "Traceback" not in found.job.said()
+
+
+def test_a_wrong_setting_ends_it_with_64(outcomes: Outcomes) -> None:
+    found = outcome(outcomes, wrong_setting)
+    assert found.exit_code == "64:0"
+    assert "optim.warmup_steps = 999999" in found.job.said()
+    assert found.job.restarts() == 0
+
+
+def test_a_signal_saves_and_requeues_and_it_goes_on_to_the_end(outcomes: Outcomes) -> None:
+    found = outcome(outcomes, signalled)
+    assert found.exit_code == "0:0", found.job.said()
+    assert found.steps() == list(range(1, 151))
+    assert found.job.restarts() == 1
+    assert found.steps_of("resuming") == found.steps_of("stopped")
+    assert "Traceback" not in found.job.said()
+
+
+@pytest.mark.parametrize("case", [preempted, soon_out_of_time, out_of_time])
+def test_who_is_asked_to_stop_saves_and_goes_on_where_it_was(
+    outcomes: Outcomes, case: Callable[[Case], Outcome]
 ) -> None:
-    run_dir = tmp_path / "run"
-    settings = [*SETTINGS, *small.overrides(run_dir), "train.steps=400", "data.epochs=20"]
-    job = Job(slurm, tmp_path, *settings)
-    job.wait_for_steps(run_dir, 5)
-    job.signal("USR1")
-    assert job.ended() == "0:0", job.said()
-    assert job.restarts() == 1
-    assert [row["step"] for row in metrics(run_dir)] == list(range(1, 401))
-    assert "resuming at step" in job.said()
-    assert "Traceback" not in job.said()
+    found = outcome(outcomes, case)
+    stopped, _ = found.steps_of("stopped")  # the second time it was cancelled
+    assert found.steps_of("resuming") == [stopped]
+    assert found.steps() == list(range(1, len(found.steps()) + 1))
+    assert "could NOT be put back" not in found.job.said()
+    assert "Traceback" not in found.job.said()
 
 
-class Step:
-    """`srun python tools/train.py`, two ranks."""
-
-    def __init__(self, slurm: dict[str, str], *words: str) -> None:
-        # the names of the virtual nodes resolve to nothing
-        environ = {"MASTER_ADDR": "127.0.0.1"} | slurm
-        of_train = words.index("--")
-        train = [sys.executable, "tools/train.py", *words[of_train + 1 :]]
-        command = ["srun", *words[:of_train], *train]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-
-    def ended(self) -> tuple[int, str]:
-        said, _ = self.process.communicate(timeout=SECONDS)
-        return self.process.returncode, said
+def test_a_cancelled_job_saves_and_does_not_come_back(outcomes: Outcomes) -> None:
+    found = outcome(outcomes, cancelled)
+    assert found.job.state() == "CANCELLED"
+    assert found.job.restarts() == 0
+    assert len(checkpoints(found.run_dir)) == 1
+    assert "could NOT be put back" not in found.job.said()
 
 
-ON_TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1"]
-ON_ONE_NODE = ["--nodes=1", "--ntasks=2", "--gpus-per-node=2"]
-
-
-@pytest.mark.parametrize("where", [ON_TWO_NODES, ON_ONE_NODE], ids=["two-nodes", "one-node"])
-def test_srun_starts_the_ranks_itself(
-    slurm: dict[str, str], small: Small, tmp_path: Path, where: list[str]
+@pytest.mark.parametrize("case", [node_down, step_killed])
+def test_a_job_that_lost_a_node_goes_on_from_its_checkpoint(
+    outcomes: Outcomes, case: Callable[[Case], Outcome]
 ) -> None:
-    code, said = Step(slurm, *where, "--", *SETTINGS, *small.overrides(tmp_path / "run")).ended()
-    assert code == 0, said
-    assert "on 2 ranks: tp 2, dp 1" in said
-    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 31))
-    assert "Traceback" not in said
+    found = outcome(outcomes, case)
+    assert found.job.restarts() == 1
+    (resumed,) = found.steps_of("resuming")
+    assert int(resumed) >= 10
+    assert found.steps() == list(range(1, len(found.steps()) + 1))
+    assert "could NOT be put back" not in found.job.said()
 
 
-def test_a_signal_to_srun_saves_and_its_75_comes_through(
-    slurm: dict[str, str], small: Small, tmp_path: Path
-) -> None:
-    run_dir = tmp_path / "run"
-    settings = [*SETTINGS, *small.overrides(run_dir), "train.steps=4000", "data.epochs=200"]
-    step = Step(slurm, *ON_TWO_NODES, "--", *settings)
-    until = time.monotonic() + SECONDS
-    while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < 3:
-        assert time.monotonic() < until
-        assert step.process.poll() is None, step.ended()
-        time.sleep(0.2)
-    step.process.send_signal(signal.SIGUSR1)
-    code, said = step.ended()
-    assert code == 75, said
-    assert "the same command goes on" in said
+def test_a_killed_rank_ends_the_job_and_it_fails(outcomes: Outcomes) -> None:
+    found = outcome(outcomes, rank_killed)
+    assert found.job.state() == "FAILED"
+    assert found.exit_code == "137:0", found.job.said()
+    assert found.seconds < 30
+    assert found.job.restarts() == 0
 
 
-def test_a_wrong_setting_comes_through_srun(slurm: dict[str, str], small: Small, tmp_path: Path) -> None:
-    settings = [*SETTINGS, *small.overrides(tmp_path / "run"), "optim.warmup_steps=99"]
-    code, said = Step(slurm, *ON_ONE_NODE, "--", *settings).ended()
-    assert code == 64, said
-    assert said.count("configuration error: optim.warmup_steps = 99") == 1
-
-
-def test_an_address_that_means_nothing_is_said_and_nobody_waits(
-    slurm: dict[str, str], small: Small, tmp_path: Path
-) -> None:
-    """The names of the virtual nodes resolve to nothing, as here where no address is given."""
-    step = Step(
-        slurm | {"MASTER_ADDR": ""}, *ON_TWO_NODES, "--", *SETTINGS, *small.overrides(tmp_path / "run")
-    )
-    code, said = step.ended()
-    assert code == 69, said
-    assert "MASTER_ADDR = n1" in said
+def test_a_job_without_progress_is_held(outcomes: Outcomes) -> None:
+    found = outcome(outcomes, no_progress)
+    assert found.exit_code == "93:0"
+    assert found.job.state() == "SPECIAL_EXIT"
