@@ -35,7 +35,7 @@ train() {
         wait "$step" || true
     done
     wait "$step" && status=0 || status=$?
-    if [[ " $REQUEUE_ON " == *" $status "* ]] && may_come_back && ! scontrol requeue "$SLURM_JOB_ID"; then
+    if [[ $status -ne 93 && " $REQUEUE_ON " == *" $status "* ]] && may_come_back && ! scontrol requeue "$SLURM_JOB_ID"; then
         how_to_resubmit "$status" >&2
     fi
     exit "$status"

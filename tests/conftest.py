@@ -4,12 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from llama_mcore.data.indexed import IndexedWriter
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # a shell's background job ignores Ctrl-C, and so would the programs that tests interrupt
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A crowded machine is no reason to fail.
+settings.register_profile("llama_mcore", deadline=None)
+settings.load_profile("llama_mcore")
 
 PACKAGE = Path(__file__).parents[1] / "llama_mcore"
 SOURCES = ("cli.py", "config.py", "errors.py", "generate.py")

@@ -155,14 +155,14 @@ def test_a_site_chooses_after_which_exit_codes_it_goes_on(start: Callable, tmp_p
     checkout = tmp_path / "checkout"
     shutil.copytree(ROOT / "slurm", checkout / "slurm")
     with (checkout / "slurm" / "env.sh").open("a") as settings:
-        settings.write('REQUEUE_ON="75 137 1"\n')
+        settings.write('REQUEUE_ON="75 137 1 93"\n')
     for code, requeues in (
         (75, True),
         (137, True),
         (1, True),
         (37, False),
         (7, False),
-        (93, False),
+        (93, False),  # never, whatever the site says
         (0, False),
     ):
         (tmp_path / "calls").unlink(missing_ok=True)
