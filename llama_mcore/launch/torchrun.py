@@ -33,46 +33,51 @@ _LEAVE_POLL_S = 0.05
 
 def run(args: Sequence[str]) -> int:
     """Run torchrun with these arguments and return the first failed worker's exit code, 0 if none failed."""
-    # Where torchrun looks for the default of --node-rank.
-    os.environ.setdefault("PET_NODE_RANK", os.environ.get("SLURM_NODEID", "0"))
-    parsed = torch_run.parse_args(list(args))
-    parsed.signals_to_handle = "SIGHUP,SIGQUIT"
-    _default_threads(parsed.nproc_per_node)
+    settings = parsed(args)
+    _default_threads(settings.nproc_per_node)
     _silence_agent()
     # Held, and so held in the workers too until these are ready: a signal kills nobody who is just starting.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     threading.Thread(target=_forward, name="signals", daemon=True).start()
     try:
-        with report_errors(), _free_port(parsed):
-            torch_run.run(parsed)
+        with report_errors(), _free_port(settings):
+            torch_run.run(settings)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return _exit_code(rank, failure.exitcode)
     return 0
 
 
+def parsed(args: Sequence[str]) -> Namespace:
+    """torchrun's arguments; under srun the node's number in the job is the default of --node-rank."""
+    os.environ.setdefault("PET_NODE_RANK", os.environ.get("SLURM_NODEID", "0"))
+    settings = torch_run.parse_args(list(args))
+    settings.signals_to_handle = "SIGHUP,SIGQUIT"
+    return settings
+
+
 @contextmanager
-def _free_port(parsed: Namespace) -> Iterator[None]:
+def _free_port(settings: Namespace) -> Iterator[None]:
     """Where a port was given for several nodes to meet at: have them meet also if it is taken.
 
     Without one, torchrun lets the system choose it for a single node.
     """
-    if parsed.rdzv_backend != "static" or parsed.rdzv_endpoint or parsed.master_port is None:
+    if settings.rdzv_backend != "static" or settings.rdzv_endpoint or settings.master_port is None:
         yield
         return
-    is_host = parsed.node_rank == 0
-    with store_port(parsed.master_addr, parsed.master_port, parsed.rdzv_id, is_host=is_host) as port:
-        parsed.master_port = port
+    is_host = settings.node_rank == 0
+    with store_port(settings.master_addr, settings.master_port, settings.rdzv_id, is_host=is_host) as port:
+        settings.master_port = port
         yield
         with suppress(DistError, RuntimeError):
-            _leave_together(TCPStore(parsed.master_addr, port, timeout=_LEAVE_LIMIT), parsed)
+            _leave_together(TCPStore(settings.master_addr, port, timeout=_LEAVE_LIMIT), settings)
 
 
-def _leave_together(store: TCPStore, parsed: Namespace) -> None:
+def _leave_together(store: TCPStore, settings: Namespace) -> None:
     """The node with the store leaves last: others may still wait for its answer to their last question."""
-    left = store.add(_LEFT, int(parsed.node_rank > 0))
+    left = store.add(_LEFT, int(settings.node_rank > 0))
     until = time.monotonic() + _LEAVE_LIMIT.total_seconds()
-    while parsed.node_rank == 0 and left < int(parsed.nnodes) - 1 and time.monotonic() < until:
+    while settings.node_rank == 0 and left < int(settings.nnodes) - 1 and time.monotonic() < until:
         time.sleep(_LEAVE_POLL_S)
         left = store.add(_LEFT, 0)
 

@@ -1,90 +1,93 @@
 """The unmodified 65b.sh on 256 virtual nodes of a real Slurm: every one of 2,048 ranks gets its place.
 
-In place of training each rank writes down what it was given.
+In place of the launcher each node writes down what it was given, and torchrun's own code says which ranks that
+makes. (256 launchers of eight ranks do not fit two cores; tests/launch/test_torchrun.py starts two for real.)
 """
 
 import os
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from torch.distributed import run as torch_run
+from torch.distributed.launcher.api import LaunchConfig
 
-from tests.slurm.cluster import SECONDS, Job, cluster
+from llama_mcore.launch import torchrun
+from tests.slurm.cluster import Job, cluster
 from tests.train.product import ROOT
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.skipif(
-        "TEST_256_NODES" not in os.environ,
-        reason="256 nodes do not meet within minutes on two cores; TEST_256_NODES=1 tries",
-    ),
     pytest.mark.skipif(shutil.which("sbatch") is None, reason="needs Slurm"),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to start Slurm"),
 ]
 NODES, GPUS = 256, 8
-NAMES = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURMD_NODENAME", "CUDA_VISIBLE_DEVICES")
-PLACE = f"""
-import os, sys
-names = {(*NAMES, "MASTER_ADDR", "MASTER_PORT")!r}
-line = "\\t".join([*(os.environ.get(name, "") for name in names), *sys.argv[1:]])
-open(os.path.join("ranks", os.environ["RANK"]), "w").write(line)
-"""
+BIN = Path(__file__).with_name("bin")
+
+
+@dataclass(frozen=True)
+class Node:
+    environment: dict[str, str]
+    arguments: list[str]
+
+    def launch(self, monkeypatch: pytest.MonkeyPatch) -> tuple[LaunchConfig, list[str]]:
+        """What torchrun makes of it: its settings, and the command of every rank."""
+        monkeypatch.delenv("PET_NODE_RANK", raising=False)
+        monkeypatch.setenv("SLURM_NODEID", self.environment["SLURM_NODEID"])
+        config, _, command = torch_run.config_from_args(torchrun.parsed(self.arguments[1:]))
+        return config, command
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, list[str]]]:
-    """Rank -> what it was given, in the order of NAMES, then address, port and arguments."""
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Node]:
     folder = tmp_path_factory.mktemp("nodes")
-    checkout = folder / "checkout"
-    shutil.copytree(ROOT / "slurm", checkout / "slurm")
-    for name in ("tools", "ranks"):
-        (checkout / name).mkdir()
-    (checkout / "tools" / "train.py").write_text(PLACE)
-    launcher = folder / "launcher"
-    serving = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("warm_launcher.py")), str(launcher)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    try:
-        while not launcher.exists():
-            assert serving.poll() is None
-            time.sleep(0.1)
-        with cluster(folder / "slurm", NODES) as slurm:
-            commands = f"{Path(__file__).with_name('bin')}:{slurm['PATH']}"
-            slurm |= {"PATH": commands, "WARM_LAUNCHER": str(launcher)}
-            job = Job(slurm, folder, "slurm/65b.sh", cwd=checkout)
-            assert job.ended() == "0:0", job.said()
-            places = {int(path.name): path.read_text().split("\t") for path in (checkout / "ranks").iterdir()}
-            yield places
-    finally:
-        serving.kill()
-        serving.wait(SECONDS)
+    places = folder / "places"
+    places.mkdir()
+    with cluster(folder / "slurm", NODES) as slurm:
+        slurm |= {"PATH": f"{BIN}:{slurm['PATH']}", "PLACES": str(places)}
+        job = Job(slurm, folder, "slurm/65b.sh", cwd=ROOT)
+        assert job.ended() == "0:0", job.said()
+    return {int(path.name): _read(path) for path in places.iterdir()}
 
 
-def test_every_rank_is_there_once(ranks: dict[int, list[str]]) -> None:
+def _read(path: Path) -> Node:
+    environment, _, arguments = path.read_bytes().decode().partition("\0\0")
+    pairs = (line.partition("=") for line in environment.split("\0"))
+    return Node({name: value for name, _, value in pairs}, arguments.split("\0")[:-1])
+
+
+def test_every_node_is_there_once(nodes: dict[int, Node]) -> None:
+    assert sorted(nodes) == list(range(NODES))
+    assert len({node.environment["SLURMD_NODENAME"] for node in nodes.values()}) == NODES
+
+
+def test_every_rank_is_there_once(nodes: dict[int, Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's agent gives a node's processes the ranks from its own rank times their number on."""
+    ranks = []
+    for number, node in nodes.items():
+        config, _ = node.launch(monkeypatch)
+        assert config.min_nodes == config.max_nodes == NODES
+        assert config.rdzv_configs["rank"] == number
+        ranks += range(number * config.nproc_per_node, (number + 1) * config.nproc_per_node)
     assert sorted(ranks) == list(range(NODES * GPUS))
 
 
-def test_ranks_of_a_tensor_parallel_group_share_a_node(ranks: dict[int, list[str]]) -> None:
-    for rank, (world_size, local_rank, local_world_size, node, devices, *_) in ranks.items():
-        assert (int(world_size), int(local_world_size)) == (NODES * GPUS, GPUS)
-        assert int(local_rank) == rank % GPUS
-        assert node == ranks[rank - rank % GPUS][3]
-        assert devices == ",".join(map(str, range(GPUS)))
-    assert len({place[3] for place in ranks.values()}) == NODES
+def test_every_rank_has_its_device(nodes: dict[int, Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    for node in nodes.values():
+        assert node.launch(monkeypatch)[0].nproc_per_node == GPUS
+        assert node.environment["CUDA_VISIBLE_DEVICES"] == ",".join(map(str, range(GPUS)))
 
 
-def test_all_meet_at_one_address(ranks: dict[int, list[str]]) -> None:
-    meeting = {tuple(place[len(NAMES) : len(NAMES) + 2]) for place in ranks.values()}
-    assert len(meeting) == 1
-    address, port = meeting.pop()
-    assert address
-    assert 0 < int(port) < 65536
+def test_all_meet_at_the_first_node(nodes: dict[int, Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = [node.launch(monkeypatch)[0] for node in nodes.values()]
+    assert {config.rdzv_backend for config in configs} == {"static"}
+    assert len({(config.rdzv_endpoint, config.run_id) for config in configs}) == 1
+    address, _, port = configs[0].rdzv_endpoint.rpartition(":")
+    assert address == os.uname().nodename  # of all virtual nodes
+    assert 0 < int(port) < 1 << 15
 
 
-def test_all_are_told_the_same(ranks: dict[int, list[str]]) -> None:
-    assert {tuple(place[len(NAMES) + 2 :]) for place in ranks.values()} == {("--config", "65b")}
+def test_all_are_told_the_same(nodes: dict[int, Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = {tuple(node.launch(monkeypatch)[1][-3:]) for node in nodes.values()}
+    assert commands == {("tools/train.py", "--config", "65b")}
