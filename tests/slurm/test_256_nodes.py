@@ -1,7 +1,8 @@
 """The unmodified 65b.sh on 256 virtual nodes of a real Slurm: every one of 2,048 ranks gets its place.
 
-In place of the launcher each node writes down what it was given, and torchrun's own code says which ranks that
-makes. (256 launchers of eight ranks do not fit two cores; tests/launch/test_torchrun.py starts two for real.)
+In place of the launcher each node writes down what it was given, and torchrun's own code says which ranks
+that makes. 256 launchers of eight ranks do not fit two cores: tests/launch/test_torchrun.py starts two for
+real.
 """
 
 import os
