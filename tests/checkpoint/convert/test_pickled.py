@@ -267,8 +267,8 @@ def test_what_a_pickle_names_again_and_again(
 
 
 def test_memory_is_bounded(tmp_path: Path, warm: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    # 450 MB of lists: more than the tests before have left free in this process, which the child is forked from
-    path = archive(tmp_path / "a.pt", b"\x80\x02]" + b"\x5d" * 8_000_000 + b".")
+    # 250 MB of lists: more than earlier tests have left free in this process, which the child is forked from
+    path = archive(tmp_path / "a.pt", b"\x80\x02]" + b"\x5d" * 4_000_000 + b".")
     assert read_pickled([path]) == [[]]
     monkeypatch.setattr(pickled_child, "MEMORY", 8 << 20)
     reason(path)
