@@ -3,6 +3,7 @@
 Commands import what they need when they run: `--help` and `--dry-run` load no torch.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from llama_mcore import __version__
-from llama_mcore.errors import report_errors
+from llama_mcore.errors import UserError, report_errors
 from llama_mcore.plan.cli import app as plan_app
 
 if TYPE_CHECKING:
@@ -374,7 +375,10 @@ def _preflight(run: "RunConfig", place: "Place", json: bool) -> None:
     from llama_mcore.launch.preflight import preflight
 
     if place.rank == 0 and not json:
-        typer.echo(f"{describe_run(run, place.world_size)}\n")
+        typer.echo(describe_run(run, place.world_size))
+        with suppress(UserError):  # preflight finds it, on every rank
+            typer.echo(_data_plan(run))
+        typer.echo()
     preflight(run, json)
 
 

@@ -92,8 +92,9 @@ def test_all_jobs_end_as_they_should(done: Done) -> None:
 
 
 def test_the_plan_is_shown_before_a_run(done: Done) -> None:
-    table = done.says("plan").splitlines()[-3:]
-    assert [line.split() for line in table] == [
+    lines = [line.split() for line in done.says("plan").splitlines()]
+    begin = next(number for number, words in enumerate(lines) if words[:2] == ["source", "tokens"])
+    assert lines[begin : begin + 3] == [
         ["source", "tokens", "share", "available", "epochs", "at", "most"],
         ["prose", "896", "58.33%", "960", "0.93", "2.00"],
         ["code", "640", "41.67%", "2,880", "0.22", "0.50"],
