@@ -50,8 +50,8 @@ def run(args: Sequence[str]) -> int:
 
 def parsed(args: Sequence[str]) -> Namespace:
     """torchrun's arguments; under srun the node's number in the job is the default of --node-rank."""
-    os.environ.setdefault("PET_NODE_RANK", os.environ.get("SLURM_NODEID", "0"))
-    settings = torch_run.parse_args(list(args))
+    node = os.environ.get("PET_NODE_RANK") or os.environ.get("SLURM_NODEID", "0")
+    settings = torch_run.parse_args(["--node-rank", node, *args])
     settings.signals_to_handle = "SIGHUP,SIGQUIT"
     return settings
 
