@@ -41,6 +41,7 @@ class Job:
 
     def __init__(self, slurm: dict[str, str], folder: Path, *words: str, cwd: Path = ROOT) -> None:
         self._slurm, self._cwd, self._output = slurm, cwd, folder / "output.txt"
+        self._released_restarts = 0
         self.id = self.call("sbatch", "--parsable", f"--output={self._output}", *words).strip()
 
     def ended(self) -> str:
@@ -99,7 +100,11 @@ class Job:
         return done.stdout
 
     def _released(self) -> str:
-        """Its state; Slurm lets what was requeued wait for two minutes, which this ends."""
+        """Its state. Slurm lets what was requeued wait for two minutes: a few seconds do. (Not fewer: in the
+        second in which a job's credential was revoked, its new one counts as revoked too.)"""
         if self.state() == "PENDING" and self.field("Reason") == "BeginTime":
-            self.call("scontrol", "update", f"JobId={self.id}", "StartTime=now")
+            restarts = self.restarts()
+            if restarts > self._released_restarts:
+                self.call("scontrol", "update", f"JobId={self.id}", "StartTime=now+5")
+                self._released_restarts = restarts
         return self.state()
