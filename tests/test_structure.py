@@ -28,14 +28,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": BASE | {"model", "parallel"},
     "parallel": BASE | {"parallel"},
     "data": BASE | {"data"},
-    "observe": BASE | {"observe"},
+    "picture": {"errors"},
+    "observe": BASE | {"observe", "picture"},
     # train.state is records without behaviour: what a checkpoint stores beside the tensors.
     "checkpoint": BASE | {"checkpoint", "model", "parallel", "data", "observe", "config", "train.state"},
     "train": BASE | {"train", "model", "parallel", "data", "checkpoint", "observe", "config"},
     "train.state": {"data.ledger", "section"},
     # Decides by numbers alone: no tensor, no clock, no file.
     "train.health": {"train.config", "train.state"},
-    "plan": BASE | CONFIGS | {"plan", "config", "units"},
+    "plan": BASE | CONFIGS | {"plan", "config", "units", "picture"},
     # A plan ends in the job script of `llama-mcore slurm`.
     "plan.layout_run": BASE | CONFIGS | {"plan", "config", "launch.slurm", "data.files"},
     "train.utilization": {"config", "plan.flops", "plan.hardware"},

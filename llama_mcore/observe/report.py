@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from llama_mcore.errors import DataError, MissingInputError, OutputError, Problem
+from llama_mcore.errors import DataError, MissingInputError, Problem
+from llama_mcore.picture import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 TRAIN_COLOR, VALID_COLOR, LR_COLOR = "#1f4e79", "#c8501e", "#8a8a8a"
 
@@ -48,22 +48,7 @@ def loss_curve(metrics: Path, output: Path, title: str | None = None) -> None:
     _draw_loss(loss_axes, rows)
     _draw_lr(lr_axes, rows)
     loss_axes.set_title(title or metrics.resolve().parent.name, loc="left", fontweight="bold")
-    save_figure(figure, output)
-
-
-def save_figure(figure: "Figure", output: Path) -> None:
-    """Write a PNG, whole or not at all. Raises OutputError."""
-    # Agg by object, not by matplotlib.use: drawing a report must not change the caller's backend.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
-    temporary = output.with_name(output.name + ".tmp")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, format="png")
-        temporary.replace(output)
-    except OSError as error:
-        raise OutputError(Problem("output", output, f"cannot be written ({error.strerror})")) from error
+    save_figure(figure, output, "output")
 
 
 def smoothed(values: list[float], window: int) -> list[float]:

@@ -3,11 +3,11 @@
 matplotlib is loaded when it draws.
 """
 
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_mcore.errors import OutputError, Problem
+from llama_mcore.picture import save_figure
 from llama_mcore.plan.scaling import Allocation
 from llama_mcore.plan.size import SizePlan
 from llama_mcore.plan.table import compact
@@ -25,20 +25,7 @@ def draw_size(plan: SizePlan, output: Path) -> None:
     """Write a PNG, whole or not at all. Raises OutputError where it is already there or cannot be written."""
     if output.exists():
         raise OutputError(Problem("--picture", output, "is already there", "move it away or name another"))
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure = _figure(plan)
-    FigureCanvasAgg(figure)
-    temporary = output.with_name(output.name + ".tmp")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, format="png")
-        temporary.rename(output)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        reason = f"cannot be written ({error.strerror})"
-        raise OutputError(Problem("--picture", output, reason, "choose another place")) from error
+    save_figure(_figure(plan), output, "--picture")
 
 
 def _figure(plan: SizePlan) -> "Figure":
