@@ -3,6 +3,7 @@
 Commands import what they need when they run: `--help` and `--dry-run` load no torch.
 """
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -306,8 +307,6 @@ def train(
 
 def _check_progress(run: "RunConfig") -> None:
     """Each rank for itself, before anything slow."""
-    import os
-
     from llama_mcore.launch.progress import check_progress
 
     check_progress(Path(run.run.dir), os.environ.get("SLURM_JOB_ID", ""))
@@ -315,8 +314,6 @@ def _check_progress(run: "RunConfig") -> None:
 
 def _train(run: "RunConfig", resume: str, fresh: bool, accept_data_change: bool) -> int:
     """Fork: this process watches the one that trains, and ends with its exit code."""
-    import os
-
     from llama_mcore.launch.supervisor import Supervisor
     from llama_mcore.train.signals import stop_signals
 
