@@ -493,6 +493,10 @@ def generate(
 ) -> None:
     """Continue a text with a trained checkpoint."""
     with report_errors(debug):
+        from llama_mcore.observe.log import silence_libraries
+        from llama_mcore.parallel.device import on_gpu
+
+        silence_libraries(cpu=not on_gpu())
         from llama_mcore.generate import generate
 
         typer.echo(

@@ -7,6 +7,7 @@ Every stage is a command of the product, printed before it runs. What it makes l
 
 import json
 import math
+import shlex
 import shutil
 import signal
 import subprocess
@@ -148,7 +149,7 @@ def execute(command: list[object]) -> None:
 def echo(command: list[object]) -> list[str]:
     """Print a command the way a person would type it."""
     words = [str(word) for word in command]
-    shown = " ".join(["python", *words[1:]]).replace("python -m llama_mcore.cli", "llama-mcore")
+    shown = shlex.join(["python", *words[1:]]).replace("python -m llama_mcore.cli", "llama-mcore")
     say(f"      $ {shown}")
     return words
 
