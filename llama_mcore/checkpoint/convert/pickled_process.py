@@ -6,15 +6,17 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from typing import IO
 
-_MODULE = "llama_mcore.checkpoint.convert.pickled_child"
+COMMAND = (sys.executable, "-m", "llama_mcore.checkpoint.convert.pickled_child")
 
 
 class PickledProcess:
     """Asked in a line of JSON, it answers in one. It ends with this process; one that failed is replaced."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: Sequence[str] = COMMAND) -> None:
+        self._command = command
         self._process: subprocess.Popen[str] | None = None
         self._errors: IO[str] | None = None
         self._owner = 0
@@ -43,7 +45,7 @@ class PickledProcess:
         if self._process is None or self._owner != os.getpid():  # a fork has its pipes, and is not its owner
             self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  as long as the process
             self._process = subprocess.Popen(
-                [sys.executable, "-m", _MODULE],
+                self._command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,

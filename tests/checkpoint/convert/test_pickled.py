@@ -11,6 +11,7 @@ import pickle
 import random
 import socket
 import subprocess
+import sys
 import time
 import zipfile
 from collections import OrderedDict
@@ -266,12 +267,26 @@ def test_what_a_pickle_names_again_and_again(
     assert "bytes of names and values" in reason(archive(tmp_path / "a.pt", content))
 
 
+# The first tensor imports more of torch, which has to come before the limit.
+LITTLE_MEMORY = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+with FakeTensorMode():
+    torch.empty(1)
+from llama_mcore.checkpoint.convert import pickled_child
+pickled_child.MEMORY = 64 << 20
+pickled_child.main()
+"""
+
+
 def test_memory_is_bounded(tmp_path: Path, warm: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    # 250 MB of lists: more than earlier tests have left free in this process, which the child is forked from
-    path = archive(tmp_path / "a.pt", b"\x80\x02]" + b"\x5d" * 4_000_000 + b".")
-    assert read_pickled([path]) == [[]]
-    monkeypatch.setattr(pickled_child, "MEMORY", 8 << 20)
-    reason(path)
+    """In a process started anew: a forked one has what earlier tests have left free, however much that is."""
+    large = archive(tmp_path / "large.pt", b"\x80\x02]" + b"\x5d" * 4_000_000 + b".")  # 250 MB of lists
+    small = archive(tmp_path / "small.pt", b"\x80\x02]" + b"\x5d" * 4 + b".")
+    assert read_pickled([large]) == [[]]
+    monkeypatch.setattr(pickled, "_process", PickledProcess([sys.executable, "-c", LITTLE_MEMORY]))
+    assert read_pickled([small]) == [[]]
+    assert "MemoryError" in reason(large)
 
 
 def test_files_that_end_too_early(tmp_path: Path, warm: None) -> None:
