@@ -71,18 +71,17 @@ def footprint(
     micro_batch_size: int,
     world_size: int,
 ) -> Footprint:
-    """Of the fullest rank. In fp32 activations are taken for twice those of bf16, which is at least what they
-    are."""
+    """Of the fullest rank."""
     settings = zero_settings(zero)
     state = model_state(model, parallel, zero, precision, world_size)
-    wide = FP32 // BF16 if precision == "fp32" else 1
-    weight_bytes = BF16 * wide
+    value = FP32 if precision == "fp32" else BF16
+    splits = parallel.sequence_parallel and parallel.tp > 1
     layers = {
-        policy: wide * _layer_kept(model, parallel, micro_batch_size, policy)
+        policy: saved_bytes_per_layer(model, parallel.tp, splits, micro_batch_size, policy, value)
         for policy in get_args(Recompute)
     }
-    rest = saved_bytes_besides_layers(model, parallel.tp, _splits(parallel), micro_batch_size)
-    layer_weights = weight_bytes * _largest_module(model, parallel.tp)
+    rest = saved_bytes_besides_layers(model, parallel.tp, splits, micro_batch_size, value)
+    layer_weights = value * _largest_module(model, parallel.tp)
     tokens = model.seq_length * micro_batch_size
     found = Footprint(
         state=state,
@@ -91,14 +90,16 @@ def footprint(
         gathered_weights=0
         if zero.stage < 3
         else layer_weights
-        + weight_bytes
+        + value
         * min(settings.get("stage3_prefetch_bucket_size", 50_000_000), params_per_rank(model, parallel.tp)),
         gradients_in_flight=layer_weights,
         layer_activations=layers,
         saved_layers=model.num_layers * layers[model.recompute],
-        saved_rest=wide * rest + rotary_tables(model),
-        workspace=wide
-        * max(_layer_workspace(model, parallel, tokens, layers), _loss_workspace(model, parallel.tp, tokens)),
+        saved_rest=rest + rotary_tables(model),
+        workspace=max(
+            _layer_workspace(model, parallel, tokens, layers, value),
+            _loss_workspace(model, parallel.tp, tokens, value),
+        ),
         step_copy=state.gradients if zero.stage == 2 else 0,
         margin=0,
     )
@@ -112,16 +113,6 @@ def zero_settings(zero: ZeroConfig) -> dict[str, Any]:
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {})
     return {}
-
-
-def _splits(parallel: ParallelConfig) -> bool:
-    return parallel.sequence_parallel and parallel.tp > 1
-
-
-def _layer_kept(
-    model: ModelConfig, parallel: ParallelConfig, micro_batch_size: int, policy: Recompute
-) -> int:
-    return saved_bytes_per_layer(model, parallel.tp, _splits(parallel), micro_batch_size, policy)
 
 
 def _largest_module(model: ModelConfig, tp: int) -> int:
@@ -143,17 +134,17 @@ def _buckets(settings: dict[str, Any], zero: ZeroConfig, precision: str, params:
 
 
 def _layer_workspace(
-    model: ModelConfig, parallel: ParallelConfig, tokens: int, layers: dict[str, int]
+    model: ModelConfig, parallel: ParallelConfig, tokens: int, layers: dict[str, int], value: int
 ) -> int:
     """The backward of the MLP: SwiGLU product and its gradient, gradient of gate and up, gathered input and
     gradient of the output; under full recomputation also what the layer keeps meanwhile."""
     again = layers["selective"] if model.recompute == "full" else 0
     inside = 4 * model.ffn_hidden_size // parallel.tp
-    return again + BF16 * tokens * (inside + 3 * model.hidden_size)
+    return again + value * tokens * (inside + 3 * model.hidden_size)
 
 
-def _loss_workspace(model: ModelConfig, tp: int, tokens: int) -> int:
-    """A chunk's logits in bf16 and probabilities in fp32, and its part of the output layer's gradient."""
+def _loss_workspace(model: ModelConfig, tp: int, tokens: int, value: int) -> int:
+    """A chunk's logits and probabilities in fp32, and its part of the output layer's gradient."""
     vocab = model.vocab_size // tp
     probabilities = min(LOSS_CHUNK, FP32 * tokens * vocab)
-    return probabilities + probabilities // 2 + BF16 * vocab * model.hidden_size
+    return probabilities + probabilities * value // FP32 + value * vocab * model.hidden_size

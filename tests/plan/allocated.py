@@ -47,13 +47,16 @@ STATES = [
     for tied in ("tied", "untied")
 ]
 SAVED = [
-    f"{layout}/{recompute}/{tied}"
+    f"{layout}/{recompute}/{precision}/{tied}"
     for layout in ("sp-off", "sp-on")
-    for recompute, tied in (
-        ("none", "untied"),
-        ("selective", "tied"),
-        ("selective", "untied"),
-        ("full", "untied"),
+    for recompute, precision, tied in (
+        ("none", "bf16", "untied"),
+        ("none", "fp32", "untied"),
+        ("selective", "bf16", "tied"),
+        ("selective", "bf16", "untied"),
+        ("selective", "fp32", "untied"),
+        ("full", "bf16", "untied"),
+        ("full", "fp32", "untied"),
     )
 ]
 
@@ -159,11 +162,12 @@ def _moments(engine: DeepSpeedEngine) -> Iterator[Tensor]:
 
 
 def saved(name: str, groups: Groups) -> int:
-    layout, recompute, tied = name.split("/")
+    layout, recompute, precision, tied = name.split("/")
     shape = model_of(recompute=recompute, tie_embeddings=tied == "tied")
     run = run_of("zero1/bf16/tied", groups.tp_size, groups.dp_size)
     parallel = run.parallel.model_copy(update={"sequence_parallel": layout == "sp-on"})
-    model = build_model(shape, parallel, groups, torch.bfloat16, 0)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = build_model(shape, parallel, groups, dtype, 0)
     tokens = torch.randint(shape.vocab_size, (SEQUENCES, shape.seq_length + 1))
     kept, _ = kept_bytes(
         lambda: model(tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous()), model.parameters()

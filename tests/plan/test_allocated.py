@@ -31,7 +31,8 @@ def test_model_state(found: dict[int, dict], tp: int, name: str) -> None:
 
 @pytest.mark.parametrize(("tp", "name"), [(tp, name) for tp in DP for name in allocated.savings(tp)])
 def test_what_a_forward_keeps(found: dict[int, dict], tp: int, name: str) -> None:
-    layout, recompute, tied = name.split("/")
+    layout, recompute, precision, tied = name.split("/")
     model = allocated.model_of(recompute=recompute, tie_embeddings=tied == "tied")
-    expected = saved_bytes(model, tp, layout == "sp-on", allocated.SEQUENCES, model.recompute)
+    value = {"bf16": 2, "fp32": 4}[precision]
+    expected = saved_bytes(model, tp, layout == "sp-on", allocated.SEQUENCES, model.recompute, value)
     assert found[tp][name] == [expected] * (tp * DP[tp])

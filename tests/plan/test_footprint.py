@@ -36,9 +36,10 @@ def test_lines_sum_to_the_total(stage: int) -> None:
     assert memory_json(found)["total_bytes"] == found.total
 
 
-def test_activations_are_those_that_are_counted_to_the_byte() -> None:
-    found = of()
-    expected = saved_bytes(MODEL, 8, True, 8, "selective")
+@pytest.mark.parametrize(("precision", "value"), [("bf16", 2), ("fp32", 4)])
+def test_activations_are_those_that_are_counted_to_the_byte(precision: str, value: int) -> None:
+    found = of(precision=precision)
+    expected = saved_bytes(MODEL, 8, True, 8, "selective", value)
     tables = 2 * 4 * 2048 * 128
     assert found.saved_layers + found.saved_rest == expected + tables
     assert found.saved_layers == 80 * found.layer_activations["selective"]
@@ -86,10 +87,6 @@ def test_the_optimizer_s_copy_counts_where_it_is_larger_than_a_backward() -> Non
     )
     assert lonely.step_copy == lonely.state.gradients
     assert lonely.coming_and_going == lonely.buckets + lonely.step_copy
-
-
-def test_fp32_doubles_what_is_kept() -> None:
-    assert of(1, precision="fp32").saved_layers == 2 * of(1).saved_layers
 
 
 def test_the_shipped_65b_fits_80_gb_as_its_script_says() -> None:
