@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes as people write and read them."""
 
 import re
 
@@ -40,3 +40,24 @@ def parse_count(field: str, text: str, at_least: float, at_most: float, whole: b
         bound = f"must be a {'whole ' if whole else ''}number from {at_least:g} to {at_most:g}"
         raise ConfigError(Problem(field, text, bound, "write it like 1.4T, 65B, 0.4 or 5.6e23"))
     return count
+
+
+def format_bytes(count: int) -> str:
+    """12.6 GiB; a GPU's `80 GB` are 80 of these."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if count >= 1024**power:
+            return f"{count / 1024**power:.1f} {unit}"
+    return f"{count} B"
+
+
+def format_count(number: float) -> str:
+    """Three digits, as parse_count reads them: 6.74B, 1.40T, 950M; below a thousand as it is."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(number) >= 0.9995 * size:
+            return f"{_three_digits(number / size)}{unit}"
+    return _three_digits(number)
+
+
+def _three_digits(number: float) -> str:
+    size = abs(number)
+    return f"{number:.2f}" if size < 9.995 else f"{number:.1f}" if size < 99.95 else f"{number:,.0f}"

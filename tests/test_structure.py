@@ -13,7 +13,7 @@ PACKAGE = ROOT / "llama_mcore"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((ROOT / "tools").glob("*.py"))
 
-BASE = {"errors", "section", "small_file"}
+BASE = {"errors", "section", "small_file", "units"}
 CONFIGURED = ("model", "parallel", "data", "train", "checkpoint", "observe", "launch")
 CONFIGS = {f"{package}.config" for package in CONFIGURED}
 
@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train.state": {"data.ledger", "section"},
     # Decides by numbers alone: no tensor, no clock, no file.
     "train.health": {"train.config", "train.state"},
-    "plan": BASE | CONFIGS | {"plan", "config", "units", "picture"},
+    "plan": BASE | CONFIGS | {"plan", "config", "picture"},
     # A plan ends in the job script of `llama-mcore slurm`.
     "plan.layout_run": BASE | CONFIGS | {"plan", "config", "launch.slurm", "data.files"},
     "train.utilization": {"config", "plan.flops", "plan.hardware"},
@@ -57,11 +57,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch.doctor": {"errors", "launch", "parallel.device"},
     "launch.all_reduce": {"parallel.device"},
     # It looks at what a run will look at, with the same functions.
-    "launch.node_checks": {"errors", "launch", "config", "data", "plan", "parallel.device"},
+    "launch.node_checks": {"errors", "units", "launch", "config", "data", "plan", "parallel.device"},
     "launch.versions": {"parallel.device"},
     "launch.preflight": {"errors", "launch", "config", "parallel"},
     # Checks a run as `train --dry-run` does, and writes a file whole or not at all.
-    "launch.slurm": {"errors", "config", "plan.summary", "train.ds_config", "data.files"},
+    "launch.slurm": {"errors", "units", "config", "plan.summary", "train.ds_config", "data.files"},
     "benchmark": BASE
     | {"benchmark", "train", "model", "parallel", "data", "checkpoint", "observe", "plan", "config"},
     "generate": BASE | {"model", "parallel", "data", "checkpoint", "observe", "config"},

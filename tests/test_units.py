@@ -1,7 +1,7 @@
 import pytest
 
 from llama_mcore.errors import ConfigError
-from llama_mcore.units import parse_bytes, parse_count
+from llama_mcore.units import format_bytes, format_count, parse_bytes, parse_count
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,28 @@ def test_a_part_of_a_thing_that_has_none_is_refused() -> None:
     assert parse_count("--gpus", "1.5k", 1, 1e6, whole=True) == 1500
     with pytest.raises(ConfigError, match="must be a whole number"):
         parse_count("--gpus", "1.5", 1, 1e6, whole=True)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (80 * 2**30, "80.0 GiB"), (2**41, "2.0 TiB")],
+)
+def test_bytes_as_text(count: int, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (6_738_415_616, "6.74B"),
+        (1.4e12, "1.40T"),
+        (65.2857e9, "65.3B"),
+        (999.6e9, "1.00T"),
+        (123.4e12, "123T"),
+        (20, "20.0"),
+        (0, "0.00"),
+        (-3e9, "-3.00B"),
+    ],
+)
+def test_three_digits_and_a_unit(number: float, text: str) -> None:
+    assert format_count(number) == text

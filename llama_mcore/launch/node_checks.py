@@ -15,9 +15,9 @@ from llama_mcore.errors import UserError
 from llama_mcore.launch.cgroup import memory_limit
 from llama_mcore.launch.finding import Finding
 from llama_mcore.parallel.device import gpu_memory_bytes
+from llama_mcore.plan.footprint import memory_of
 from llama_mcore.plan.memory import FP32
-from llama_mcore.plan.search import memory_of
-from llama_mcore.plan.summary import human_bytes, human_count
+from llama_mcore.units import format_bytes, format_count
 
 CHECKPOINTS = 2
 """The newest must not go before the next one is whole."""
@@ -33,7 +33,7 @@ def data(run: RunConfig) -> list[Finding]:
         check_caps(plan, run.train.steps * run.train.global_batch_size)
     except UserError as error:
         return [_problem("data", p.field, str(p.value), p.bound, p.remedy) for p in error.problems]
-    tokens = human_count(run.tokens_per_step * run.train.steps)
+    tokens = format_count(run.tokens_per_step * run.train.steps)
     return [_ok("data", "tokens", f"{tokens} are to be read, and are there")]
 
 
@@ -112,8 +112,8 @@ def free_space(run: RunConfig) -> Finding:
     )
     free = shutil.disk_usage(folder).free
     needed = CHECKPOINTS * _COPIES * FP32 * run.model.num_params()
-    value = f"{human_bytes(free)} are free"
-    need = f"{CHECKPOINTS} checkpoints need {human_bytes(needed)}"
+    value = f"{format_bytes(free)} are free"
+    need = f"{CHECKPOINTS} checkpoints need {format_bytes(needed)}"
     if free < needed:
         return _problem("run folder", "free space", value, need, "make room, or choose another run.dir")
     return _ok("run folder", "free space", f"{value}, {need}")
@@ -122,20 +122,19 @@ def free_space(run: RunConfig) -> Finding:
 def memory(run: RunConfig, ranks: int, ranks_here: int) -> Finding:
     """What training allocates against the memory of this rank's GPU, or its share of the machine's.
 
-    Model state is certain, and in bf16 so is what the forward keeps: without room for these nothing runs.
-    Buffers, working memory and the allocator's margin are estimates: without room for them too it may not.
+    Model state and what the forward keeps are certain: without room for these nothing runs. Buffers, working
+    memory and the allocator's margin are estimates: without room for them too it may not.
     """
     found = memory_of(run, ranks)
     gpu = gpu_memory_bytes()
     total = gpu or _machine_memory() // ranks_here
     # Without a GPU, offloaded state lies in the same memory, and there is no device's context.
     elsewhere, libraries = (found.host_state, 0) if gpu else (0, found.libraries)
-    kept = found.saved_layers + found.saved_rest if run.train.precision == "bf16" else 0
-    certain = found.state.total - elsewhere + kept
+    certain = found.state.total - elsewhere + found.saved_layers + found.saved_rest
     estimate = found.total + (0 if gpu else found.host_state) - libraries
-    name = "model state and activations" if kept else "model state"
-    value = f"{human_bytes(certain)}, about {human_bytes(estimate)} with all that comes and goes"
-    has = f"{human_bytes(total)} that a rank has here"
+    name = "model state and activations"
+    value = f"{format_bytes(certain)}, about {format_bytes(estimate)} with all that comes and goes"
+    has = f"{format_bytes(total)} that a rank has here"
     remedy = "more ranks, a higher zero.stage or parallel.tp; llama-mcore plan layout finds what fits"
     if certain > total:
         return _problem("memory", name, value, f"must be less than the {has}", remedy)

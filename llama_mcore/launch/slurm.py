@@ -14,8 +14,9 @@ from pathlib import Path
 from llama_mcore.config import RunConfig, check_run, load_run
 from llama_mcore.data.files import output_errors, published
 from llama_mcore.errors import ConfigError, MissingInputError, OutputError, Problem, UserError
-from llama_mcore.plan.summary import human_count, missing_inputs
+from llama_mcore.plan.summary import missing_inputs
 from llama_mcore.train.ds_config import deepspeed_config
+from llama_mcore.units import format_count
 
 # A name begins the name of the job's output file, and 255 bytes are the most for that.
 LONGEST_NAME = 200
@@ -124,9 +125,9 @@ def _render(config: str, overrides: Sequence[str], run: RunConfig, job: SlurmJob
         [
             "#!/usr/bin/env bash",
             *lines,
-            f"# {human_count(run.model.num_params())} parameters on {ranks:,} ranks: tensor parallel "
+            f"# {format_count(run.model.num_params())} parameters on {ranks:,} ranks: tensor parallel "
             f"{run.parallel.tp} x data parallel {run.data_parallel_size(ranks):,},",
-            f"# ZeRO-{run.zero.stage}; {human_count(run.tokens_per_step * run.train.steps)} tokens. "
+            f"# ZeRO-{run.zero.stage}; {format_count(run.tokens_per_step * run.train.steps)} tokens. "
             "Written by llama-mcore slurm.",
             "#",
             "# From the checkout, once slurm/env.sh has this site's settings: sbatch THIS_SCRIPT",

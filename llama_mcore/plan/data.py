@@ -15,7 +15,8 @@ from llama_mcore.config import load_mixture
 from llama_mcore.data.config import SourceConfig
 from llama_mcore.errors import ConfigError, Problem, nearest
 from llama_mcore.plan.arguments import number
-from llama_mcore.plan.table import Grid, compact, whole
+from llama_mcore.plan.table import Grid, whole
+from llama_mcore.units import format_count
 
 PAPER_TOKENS = 1.4e12
 WORTHWHILE_EPOCHS = 4.0
@@ -99,14 +100,14 @@ class DataPlan:
         if not short:
             most = max(self.sources, key=lambda source: source.epochs)
             return (
-                f"{compact(self.tokens)} tokens: nothing is short; "
+                f"{format_count(self.tokens)} tokens: nothing is short; "
                 f"{most.name} is read most often, {most.epochs:.2f} times (limit {limit})."
             )
         missing = sum(source.tokens_short for source in short)
         return (
-            f"{compact(self.tokens)} tokens: {len(short)} of {len(self.sources)} sources are short, by "
-            f"{compact(missing)} tokens together; without more text {compact(self.tokens_within_limit)} "
-            f"tokens stay within {limit}."
+            f"{format_count(self.tokens)} tokens: {len(short)} of {len(self.sources)} sources are short, by "
+            f"{format_count(missing)} tokens together; without more text "
+            f"{format_count(self.tokens_within_limit)} tokens stay within {limit}."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,10 +132,10 @@ class DataPlan:
             [
                 source.name,
                 f"{source.weight:.1%}",
-                compact(source.tokens_available),
-                compact(source.tokens_read),
+                format_count(source.tokens_available),
+                format_count(source.tokens_read),
                 f"{source.epochs:.2f}",
-                compact(source.tokens_short) if source.tokens_short else "-",
+                format_count(source.tokens_short) if source.tokens_short else "-",
                 f"{source.text_bytes / 1e9:,.0f}",
                 f"{2 * source.tokens_available / 1e9:,.0f}",
                 f"{4 * source.tokens_available / 1e9:,.0f}",
@@ -152,9 +153,10 @@ class DataPlan:
             ".bin GB",
             "at 4 bytes",
         ]
+        title = f"{format_count(self.tokens)} tokens from {format_count(self.tokens_available)}"
         return [
             self.conclusion,
-            Grid(f"{compact(self.tokens)} tokens from {compact(self.tokens_available)}", headers, rows),
+            Grid(title, headers, rows),
             "\n".join(
                 [
                     f"- disk: {self.text_bytes / 1e12:.2f} TB of text and "

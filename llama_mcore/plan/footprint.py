@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from llama_mcore.config import RunConfig
 from llama_mcore.model.config import ModelConfig, Recompute
 from llama_mcore.parallel.config import ParallelConfig, ZeroConfig
 from llama_mcore.plan.activations import (
@@ -61,6 +62,11 @@ class Footprint:
     @property
     def total(self) -> int:
         return self.state.total - self.host_state + self.coming_and_going + self.margin + self.libraries
+
+
+def memory_of(run: RunConfig, world_size: int) -> Footprint:
+    train = run.train
+    return footprint(run.model, run.parallel, run.zero, train.precision, train.micro_batch_size, world_size)
 
 
 def footprint(

@@ -48,10 +48,10 @@ def memory(
     """Memory of one rank, line by line."""
     with report_errors(debug):
         from llama_mcore.config import check_run, load_run
+        from llama_mcore.plan.footprint import memory_of
         from llama_mcore.plan.hardware import gpu as gpu_named
         from llama_mcore.plan.layout_report import memory_json, show_memory
         from llama_mcore.plan.layout_run import base_run
-        from llama_mcore.plan.search import memory_of
 
         if bool(model) == bool(config):
             raise ConfigError(Problem("--model, --config", model or "(neither)", "give one of the two"))
@@ -114,8 +114,7 @@ def layout(
         from llama_mcore.plan.layout_report import found_json, show_layouts
         from llama_mcore.plan.layout_run import base_run, launch_command, write_run
         from llama_mcore.plan.search import nothing_fits, search, with_tokens
-        from llama_mcore.plan.table import compact
-        from llama_mcore.units import parse_count
+        from llama_mcore.units import format_count, parse_count
 
         if write_script and not write_config:
             raise ConfigError(Problem("--write-script", write_script, "needs --write-config", "add it"))
@@ -134,7 +133,7 @@ def layout(
             lambda: parse_count("--tokens", tokens, 1, MOST_TOKENS),
         )
         wanted = with_tokens(run, count, batch, cluster)
-        name = model or f"{compact(run.model.num_params())} parameters"
+        name = model or f"{format_count(run.model.num_params())} parameters"
         found = search(wanted, cluster)
         if not found.options:
             raise nothing_fits(wanted, cluster, found.rejected)

@@ -9,9 +9,9 @@ from llama_mcore.plan.flops import token_flops
 from llama_mcore.plan.footprint import Footprint
 from llama_mcore.plan.hardware import GIB, Gpu
 from llama_mcore.plan.search import Cluster, Found, Option
-from llama_mcore.plan.summary import human_bytes
-from llama_mcore.plan.table import Grid, compact, show
+from llama_mcore.plan.table import Grid, show
 from llama_mcore.plan.validation import LARGEST_BAR, MEDIAN_BAR, Row, largest_error, median_error
+from llama_mcore.units import format_bytes, format_count
 
 # --- memory
 
@@ -54,13 +54,13 @@ def show_memory(run: RunConfig, world_size: int, found: Footprint, gpu: Gpu | No
     fits = (
         "" if gpu is None else f"; {'fits' if found.total <= gpu.memory_bytes else 'does not fit'} {gpu.name}"
     )
-    conclusion = f"{human_bytes(found.total)} per rank on {world_size:,} ranks{fits}."
-    lines = [(name, human_bytes(count), f"{count:,}") for name, count in memory_lines(found) if count > 0]
+    conclusion = f"{format_bytes(found.total)} per rank on {world_size:,} ranks{fits}."
+    lines = [(name, format_bytes(count), f"{count:,}") for name, count in memory_lines(found) if count > 0]
     lines += [
-        (name, f"-{human_bytes(-count)}", f"{count:,}") for name, count in memory_lines(found) if count < 0
+        (name, f"-{format_bytes(-count)}", f"{count:,}") for name, count in memory_lines(found) if count < 0
     ]
     layers = [
-        (f"{policy}{' *' if policy == run.model.recompute else ''}", human_bytes(count), f"{count:,}")
+        (f"{policy}{' *' if policy == run.model.recompute else ''}", format_bytes(count), f"{count:,}")
         for policy, count in found.layer_activations.items()
     ]
     note = "Model state and activations are exact; no GPU has confirmed the estimates."
@@ -116,7 +116,7 @@ def found_json(found: Found, cluster: Cluster, top: int) -> dict[str, Any]:
 
 def conclude(best: Option, name: str) -> str:
     cluster, layout = best.cluster, best.layout
-    tokens = compact(best.run.train.steps * best.run.tokens_per_step)
+    tokens = format_count(best.run.train.steps * best.run.tokens_per_step)
     return (
         f"{name} on {cluster.gpus:,} x {cluster.gpu.name}: tp {layout['tp']} x dp {layout['dp']:,}, ZeRO "
         f"{layout['zero_stage']}, micro-batch {layout['micro_batch_size']}, recompute {layout['recompute']}: "

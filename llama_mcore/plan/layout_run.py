@@ -11,7 +11,7 @@ from llama_mcore.errors import ConfigError, OutputError, Problem, nearest
 from llama_mcore.launch.slurm import SlurmJob, job_script, write_script
 from llama_mcore.model.config import PRESETS
 from llama_mcore.plan.search import Cluster, Option
-from llama_mcore.plan.table import compact
+from llama_mcore.units import format_count
 
 LARGE_PARAMS = 20e9
 """The paper trains larger models with half the learning rate (Table 2)."""
@@ -53,7 +53,7 @@ def _shaped(given: Mapping[str, int], length: list[str]) -> RunConfig:
         remedy = f"e.g. {heads * max(1, hidden // heads)}"
         raise ConfigError(Problem("--hidden-size", hidden, f"must be divisible by {heads} heads", remedy))
     run = load_run(PATTERN, [*(f"model.{name}={value}" for name, value in given.items()), *length])
-    folder = f"runs/llama-{compact(run.model.num_params()).lower()}"
+    folder = f"runs/llama-{format_count(run.model.num_params()).lower()}"
     return run.model_copy(update={"run": run.run.model_copy(update={"dir": folder})})
 
 

@@ -10,7 +10,7 @@ from llama_mcore.errors import OutputError, Problem
 from llama_mcore.picture import save_figure
 from llama_mcore.plan.scaling import Allocation
 from llama_mcore.plan.size import SizePlan
-from llama_mcore.plan.table import compact
+from llama_mcore.units import format_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,8 +37,9 @@ def _figure(plan: SizePlan) -> "Figure":
     _draw_iso_loss(iso_axes, plan)
     found = plan.optimum.allocation
     figure.suptitle(
-        f"{compact(found.params)} parameters on {compact(found.tokens)} tokens, "
-        f"for {compact(plan.request.inference_tokens)} tokens of inference; law: {plan.request.law_name}",
+        f"{format_count(found.params)} parameters on {format_count(found.tokens)} tokens, "
+        f"for {format_count(plan.request.inference_tokens)} tokens of inference; "
+        f"law: {plan.request.law_name}",
         fontweight="bold",
     )
     return figure
@@ -54,7 +55,7 @@ def _draw_cost(axes: "Axes", plan: SizePlan) -> None:
         costs = [model.lifetime_flops(served) for model in models]
         losses = [law.loss(model.params, model.tokens) for model in models]
         axes.plot(costs, losses, color=LINE_COLOR, linewidth=1)
-        axes.annotate(compact(params), (costs[0], losses[0]), fontsize=8, color=LINE_COLOR, ha="center")
+        axes.annotate(format_count(params), (costs[0], losses[0]), fontsize=8, color=LINE_COLOR, ha="center")
     best = [law.cheapest_of_budget(budget, served) for budget in _around(flops, 2.0)]
     axes.plot(
         [model.lifetime_flops(served) for model in best],

@@ -13,7 +13,7 @@ from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.model.config import Recompute
 from llama_mcore.plan.efficiency import Efficiency
 from llama_mcore.plan.flops import executed_flops, mfu, token_flops
-from llama_mcore.plan.footprint import Footprint, footprint
+from llama_mcore.plan.footprint import Footprint, memory_of
 from llama_mcore.plan.hardware import DEFAULT_NETWORK, GIB, GPUS, Gpu, Network, network
 from llama_mcore.plan.throughput import Predictor, StepTime, Work, shape_of
 
@@ -129,11 +129,6 @@ def _even_batch(sequences: float, cluster: Cluster) -> int:
             return batch
     nodes = ceil(cluster.gpus / cluster.gpus_per_node)
     return nodes * max(1, round(sequences / nodes))
-
-
-def memory_of(run: RunConfig, world_size: int) -> Footprint:
-    train = run.train
-    return footprint(run.model, run.parallel, run.zero, train.precision, train.micro_batch_size, world_size)
 
 
 def step_time(run: RunConfig, cluster: Cluster) -> StepTime:

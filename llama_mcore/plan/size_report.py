@@ -11,7 +11,8 @@ from llama_mcore.plan.energy import CO2_T_PER_MWH, GPU_WATTS, PAPER_65B_TOKENS_P
 from llama_mcore.plan.how import How, how_dict, how_parts
 from llama_mcore.plan.scaling import LAWS, ROUNDING, Allocation, ParametricLaw, kaplan_loss
 from llama_mcore.plan.size import Costed, PaperModel, SizePlan
-from llama_mcore.plan.table import Grid, compact, flops, whole
+from llama_mcore.plan.table import Grid, flops, whole
+from llama_mcore.units import format_count
 
 _USUAL_TOKENS_PER_PARAM = 100
 
@@ -68,14 +69,14 @@ def size_parts(plan: SizePlan, how: How | None = None) -> list[str | Grid]:
 def conclusion(plan: SizePlan) -> str:
     """One line."""
     found = plan.recommended
-    model = plan.shape.preset or f"{compact(plan.shape.params)} parameters ({plan.shape.describe()})"
+    model = plan.shape.preset or f"{format_count(plan.shape.params)} parameters ({plan.shape.describe()})"
     text = (
-        f"Train {model} on {compact(found.allocation.tokens)} tokens: loss {found.loss:.3f} expected, "
+        f"Train {model} on {format_count(found.allocation.tokens)} tokens: loss {found.loss:.3f} expected, "
         f"{plan.days:.1f} days on {plan.gpus:,} {plan.request.gpu.name} at {plan.request.mfu:.0%} MFU"
     )
     if not plan.request.inference_tokens:
         return text + "."
-    served = compact(plan.request.inference_tokens)
+    served = format_count(plan.request.inference_tokens)
     return (
         f"{text}; with {served} tokens of inference it costs {plan.saving:.0%} less over its life than the "
         "compute-optimal model of its loss."
@@ -123,13 +124,13 @@ def _data_notes(plan: SizePlan) -> list[str]:
         return []
     most = max(data.sources, key=lambda source: source.epochs)
     note = (
-        f"data: {compact(tokens)} tokens are more than the {compact(PAPER_TOKENS)} of the paper's Table 1; "
-        f"its mixture would be read {tokens / PAPER_TOKENS:.2f} times as often, "
+        f"data: {format_count(tokens)} tokens are more than the {format_count(PAPER_TOKENS)} of the paper's "
+        f"Table 1; its mixture would be read {tokens / PAPER_TOKENS:.2f} times as often, "
         f"{most.name} {most.epochs:.1f} times."
     )
     if tokens > data.tokens_within_limit:
         note += (
-            f" Beyond {compact(data.tokens_within_limit)} tokens a source repeats more than "
+            f" Beyond {format_count(data.tokens_within_limit)} tokens a source repeats more than "
             f"{WORTHWHILE_EPOCHS:g} times, which loses its value (Muennighoff et al. 2305.16264): "
             "find more text, or train a larger model on less."
         )
@@ -161,8 +162,8 @@ def _laws(plan: SizePlan) -> Grid:
     rows = [
         [
             LAWS[name].title,
-            compact(found.params),
-            compact(found.tokens),
+            format_count(found.params),
+            format_count(found.tokens),
             f"{found.tokens_per_param:.3g}",
             _own_loss(name, found),
         ]
@@ -197,12 +198,12 @@ def _paper(models: list[PaperModel], inference_tokens: float) -> Grid:
 
 
 def _served(inference_tokens: float) -> str:
-    return f"{compact(inference_tokens)} tokens of inference" if inference_tokens else "no inference"
+    return f"{format_count(inference_tokens)} tokens of inference" if inference_tokens else "no inference"
 
 
 def _best_for(inference_tokens: float) -> str:
     """A model larger than compute-optimal is the cheapest for none."""
-    return compact(inference_tokens) if inference_tokens >= 0 else "none"
+    return format_count(inference_tokens) if inference_tokens >= 0 else "none"
 
 
 def _of_costed(show: Callable[[Costed], str]) -> Callable[[PaperModel], str]:
@@ -210,8 +211,8 @@ def _of_costed(show: Callable[[Costed], str]) -> Callable[[PaperModel], str]:
 
 
 _MODEL_LINES: list[tuple[str, Callable[[Costed], str]]] = [
-    ("parameters", lambda c: compact(c.allocation.params)),
-    ("tokens", lambda c: compact(c.allocation.tokens)),
+    ("parameters", lambda c: format_count(c.allocation.params)),
+    ("tokens", lambda c: format_count(c.allocation.tokens)),
     ("tokens/parameter", lambda c: f"{c.allocation.tokens_per_param:.1f}"),
     ("loss (nats/token)", lambda c: f"{c.loss:.3f}"),
 ]

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from llama_mcore.config import RunConfig
-from llama_mcore.plan.footprint import zero_settings
-from llama_mcore.plan.memory import ModelState, model_state
+from llama_mcore.plan.footprint import memory_of, zero_settings
+from llama_mcore.units import format_bytes, format_count
 
 COLUMN = 16
 
@@ -21,22 +21,6 @@ def describe_run(run: RunConfig, world_size: int) -> str:
     return "\n".join([*sections, "", _conclude(run, world_size)])
 
 
-def human_bytes(count: int) -> str:
-    """12.6 GiB; a GPU's `80 GB` are 80 of these."""
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if count >= 1024**power:
-            return f"{count / 1024**power:.1f} {unit}"
-    return f"{count} B"
-
-
-def human_count(count: float) -> str:
-    """6.74 B for billions, 1.40 T for trillions."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:,.0f}"
-
-
 def _describe_model(run: RunConfig) -> str:
     model = run.model
     num_params = model.num_params()
@@ -47,7 +31,7 @@ def _describe_model(run: RunConfig) -> str:
     )
     return "\n".join(
         [
-            _line("model", f"{human_count(num_params)} parameters ({num_params:,})"),
+            _line("model", f"{format_count(num_params)} parameters ({num_params:,})"),
             _line(
                 "", f"{model.num_layers} layers, hidden {model.hidden_size:,}, ffn {model.ffn_hidden_size:,}"
             ),
@@ -75,12 +59,13 @@ def _describe_tokens(run: RunConfig, world_size: int) -> str:
         f"{train.global_batch_size:,} sequences = micro-batch {train.micro_batch_size} "
         f"x dp {run.data_parallel_size(world_size):,} x accumulation {steps}"
     )
-    tokens = f"{run.tokens_per_step:,} a step, {human_count(_total_tokens(run))} in {train.steps:,} steps"
+    tokens = f"{run.tokens_per_step:,} a step, {format_count(_total_tokens(run))} in {train.steps:,} steps"
     return "\n".join([_line("batch", batch), _line("tokens", tokens)])
 
 
 def _describe_memory(run: RunConfig, world_size: int) -> str:
-    state, stage, dp = _state(run, world_size), run.zero.stage, run.data_parallel_size(world_size)
+    found, stage, dp = memory_of(run, world_size), run.zero.stage, run.data_parallel_size(world_size)
+    state, kept = found.state, found.saved_layers + found.saved_rest
     host = ", host memory" if _offloads_optimizer(run) else ""
 
     def note(dtype: str, sharded_from: int) -> str:
@@ -91,23 +76,31 @@ def _describe_memory(run: RunConfig, world_size: int) -> str:
         ("gradients", state.gradients, note("fp32", 2) + host),
         ("masters", state.masters, note("fp32", 1) + host),
         ("Adam moments", state.moments, note("2 x fp32", 1) + host),
-        ("total", state.total, "activations and buffers come on top"),
+        ("activations", kept, f"of micro-batch {run.train.micro_batch_size}"),
+        (
+            "the rest",
+            found.total - (state.total - found.host_state) - kept,
+            "estimate: buckets, working memory, margin, a GPU's context",
+        ),
+        ("total", found.total, "on each GPU" + (", beside what is in host memory" if host else "")),
     ]
     lines = [_line("memory per rank" if i == 0 else "", _memory_row(*row)) for i, row in enumerate(rows)]
     return "\n".join(lines)
 
 
 def _memory_row(name: str, count: int, note: str) -> str:
-    return f"{name:<13}{human_bytes(count):>10}  {note}"
+    return f"{name:<13}{format_bytes(count):>10}  {note}"
 
 
 def _describe_files(run: RunConfig) -> str:
-    lines = []
-    for name, path in _inputs(run):
-        found = human_bytes(path.stat().st_size) if path.is_file() else "missing"
-        lines.append(_line(name, f"{path}  {found}"))
+    rows = [
+        (name, path, format_bytes(path.stat().st_size) if path.is_file() else "missing")
+        for name, path in _inputs(run)
+    ]
     state = "exists: continues from its newest checkpoint" if Path(run.run.dir).exists() else "new"
-    return "\n".join([*lines, _line("run.dir", f"{run.run.dir}  {state}")])
+    rows.append(("run.dir", Path(run.run.dir), state))
+    width = max(COLUMN, 2 + max(len(name) for name, _, _ in rows))
+    return "\n".join(_line(name, f"{path}  {found}", width) for name, path, found in rows)
 
 
 def _inputs(run: RunConfig) -> list[tuple[str, Path]]:
@@ -133,12 +126,8 @@ def _conclude(run: RunConfig, world_size: int) -> str:
     missing = missing_inputs(run)
     if missing:
         return f"Not ready: the settings fit together, {len(missing)} input files are missing."
-    tokens, state = human_count(_total_tokens(run)), human_bytes(_state(run, world_size).total)
-    return f"Ready: {tokens} tokens on {world_size:,} ranks, {state} of model state each."
-
-
-def _state(run: RunConfig, world_size: int) -> ModelState:
-    return model_state(run.model, run.parallel, run.zero, run.train.precision, world_size)
+    tokens, state = format_count(_total_tokens(run)), memory_of(run, world_size).state.total
+    return f"Ready: {tokens} tokens on {world_size:,} ranks, {format_bytes(state)} of model state each."
 
 
 def _total_tokens(run: RunConfig) -> int:
@@ -150,5 +139,5 @@ def _offloads_optimizer(run: RunConfig) -> bool:
     return "offload_optimizer" in zero_settings(run.zero)
 
 
-def _line(name: str, text: str) -> str:
-    return f"{name:<{COLUMN}}{text}"
+def _line(name: str, text: str, width: int = COLUMN) -> str:
+    return f"{name:<{width}}{text}"

@@ -39,14 +39,6 @@ def show(parts: Sequence[str | Grid], file: TextIO | None = None) -> None:
             print(f"{part.title}\n{_plain(part)}", file=file)
 
 
-def compact(number: float) -> str:
-    """Three digits: 6.74B, 1.40T, 950M; below a thousand as it is."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(number) >= 0.9995 * size:
-            return f"{_three_digits(number / size)}{unit}"
-    return _three_digits(number)
-
-
 def flops(number: float) -> str:
     """5.76e23; the unit stands in the header."""
     mantissa, _, exponent = f"{number:.2e}".partition("e")
@@ -56,11 +48,6 @@ def flops(number: float) -> str:
 def whole(number: float) -> str:
     """12,345; one digit more below ten."""
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
-
-
-def _three_digits(number: float) -> str:
-    size = abs(number)
-    return f"{number:.2f}" if size < 9.995 else f"{number:.1f}" if size < 99.95 else f"{number:,.0f}"
 
 
 def _print_text(text: str, console: Console) -> None:

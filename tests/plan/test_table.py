@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from llama_mcore.plan.table import Grid, compact, flops, show, whole
+from llama_mcore.plan.table import Grid, flops, show, whole
 
 GRID = Grid("Two sizes", ["", "small", "large"], [["parameters", "1", "1,000"], ["tokens [b]", "20", "2"]])
 
@@ -63,23 +63,6 @@ def test_figures_are_whole_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch)
     assert file.getvalue().count("1,234,567") == 4
     plain = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue())
     assert max(map(len, plain.splitlines())) <= 60
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (6_738_415_616, "6.74B"),
-        (1.4e12, "1.40T"),
-        (65.2857e9, "65.3B"),
-        (999.6e9, "1.00T"),
-        (123.4e12, "123T"),
-        (20, "20.0"),
-        (0, "0.00"),
-        (-3e9, "-3.00B"),
-    ],
-)
-def test_three_digits_and_a_unit(number: float, text: str) -> None:
-    assert compact(number) == text
 
 
 def test_operations_and_whole_numbers() -> None:
