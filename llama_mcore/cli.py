@@ -228,9 +228,9 @@ def goodput(
 ) -> None:
     """Say where the time of a run went: steps, lost steps, saving, evaluation, restarting, waiting."""
     with report_errors(debug):
-        from llama_mcore.observe.goodput import goodput
+        from llama_mcore.observe.goodput_report import show_goodput
 
-        goodput(run_dir, as_json=json, picture=picture)
+        show_goodput(run_dir, as_json=json, picture=picture)
 
 
 @app.command("audit-data")

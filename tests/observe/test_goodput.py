@@ -11,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from llama_mcore.checkpoint import lease
 from llama_mcore.errors import DataError, MissingInputError, OutputError, Problem
-from llama_mcore.observe.goodput import goodput, read_lives, seconds_by_kind, spans_of, to_dict
+from llama_mcore.observe import goodput_report
+from llama_mcore.observe.goodput import read_lives, seconds_by_kind, spans_of
+from llama_mcore.observe.goodput_report import show_goodput, to_dict
 from llama_mcore.observe.lives import EndedLife, add_life
 from llama_mcore.observe.phases import Phase, Phases
 from llama_mcore.observe.timeline import TIMELINE_FILE, Timeline
@@ -157,13 +160,13 @@ def test_the_command_prints_a_table_json_and_a_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path, KILLED + FINISHED)
-    goodput(tmp_path)
+    show_goodput(tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "goodput 5.4% of 1m52s; the most of the rest: down, 70.5%"
     assert [line.split()[0] for line in lines[1:]] == ["life", "1", "2", "total", "share"]
     assert lines[2].split()[-1] == "killed"
     assert lines[3].split()[-1] == "0"
-    goodput(tmp_path, as_json=True, picture=tmp_path / "goodput.png")
+    show_goodput(tmp_path, as_json=True, picture=tmp_path / "goodput.png")
     found = json.loads(capsys.readouterr().out)
     assert found["goodput"] == pytest.approx(6 / 112)
     assert found["lives"][1]["seconds_by_kind"]["down"] == 79
@@ -176,13 +179,13 @@ def test_a_life_whose_lease_is_touched_runs(tmp_path: Path, capsys: pytest.Captu
     write(tmp_path, KILLED)
     (tmp_path / "lease").mkdir()
     (tmp_path / "lease" / "00000001.json").touch()
-    goodput(tmp_path)
+    show_goodput(tmp_path)
     assert capsys.readouterr().out.splitlines()[2].split()[-1] == "runs"
 
 
 def test_a_life_without_time_is_no_run_yet(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no time"):
-        goodput(write(tmp_path, KILLED[:1]))
+        show_goodput(write(tmp_path, KILLED[:1]))
 
 
 def note(run_dir: Path, began: float, ended: float, exit_code: int) -> None:
@@ -226,4 +229,8 @@ def test_without_a_timeline_lives_are_accounted_for(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_timeline_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match=r"has no timeline\.jsonl"):
-        goodput(tmp_path)
+        show_goodput(tmp_path)
+
+
+def test_a_life_is_over_when_its_lease_can_be_taken() -> None:
+    assert goodput_report.STALE_S == lease.STALE_S
