@@ -48,6 +48,7 @@ def memory(
     """Memory of one rank, line by line."""
     with report_errors(debug):
         from llama_mcore.config import check_run, load_run
+        from llama_mcore.plan.arguments import all_of
         from llama_mcore.plan.footprint import memory_of
         from llama_mcore.plan.hardware import gpu as gpu_named
         from llama_mcore.plan.layout_report import memory_json, show_memory
@@ -55,16 +56,17 @@ def memory(
 
         if bool(model) == bool(config):
             raise ConfigError(Problem("--model, --config", model or "(neither)", "give one of the two"))
+        run, kind, _ = all_of(
+            lambda: load_run(config) if config else base_run(model, seq_length),
+            lambda: gpu_named(gpu) if gpu else None,
+            lambda: _check_choices(recompute=(recompute, _RECOMPUTE), precision=(precision, _PRECISIONS)),
+        )
         if config:
-            run = load_run(config)
             ranks = world_size or run.parallel.tp
         else:
-            _check_choices(recompute=(recompute, _RECOMPUTE), precision=(precision, _PRECISIONS))
-            run, ranks = base_run(model, seq_length), tp * dp
-            run = _laid_out(run, tp, sp, dp, zero, micro_batch, recompute, precision)
+            run, ranks = _laid_out(run, tp, sp, dp, zero, micro_batch, recompute, precision), tp * dp
         check_run(run, ranks)
         found = memory_of(run, ranks)
-        kind = gpu_named(gpu) if gpu else None
         if json:
             fits = {} if kind is None else {"gpu": kind.name, "fits": found.total <= kind.memory_bytes}
             typer.echo(json_module.dumps(memory_json(found) | {"world_size": ranks} | fits, indent=2))

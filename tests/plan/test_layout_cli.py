@@ -266,6 +266,11 @@ def test_memory_of_what_cannot_run(arguments: list[str], said: str) -> None:
     assert said in refusal("memory", *arguments)
 
 
+def test_memory_names_all_that_is_wrong() -> None:
+    found = refusal("memory", "--model", "9b", "--gpu", "v100", "--recompute", "some", "--precision", "fp8")
+    assert all(name in found for name in ("--model = 9b", "--gpu = v100", "--recompute", "--precision"))
+
+
 def test_validate() -> None:
     found = answer("validate")
     assert found["median_error"] <= 0.10
