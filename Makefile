@@ -21,7 +21,7 @@ help:
 	@echo "Also: make test-crash (every fault of saving, every layout, 25 kills; KILLS=1000 for more),"
 	@echo "make test-data (tokens of a whole corpus, by both encoders; TEST_CORPUS_MB=25),"
 	@echo "make test-slurm (the job scripts on a real Slurm of virtual nodes; root),"
-	@echo "make lint (ruff, mypy), make venv (environment only), make clean (remove it and the caches)."
+	@echo "make lint (ruff, mypy, shellcheck), make venv (environment only), make clean (remove it and the caches)."
 	@echo "PYTHON=/path/to/python picks another interpreter: 3.11, or 3.12."
 
 demo: $(STAMP)
@@ -46,6 +46,7 @@ lint: $(STAMP)
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
 	@$(VENV_PYTHON) -m mypy
+	@.venv/bin/shellcheck -x slurm/*.sh tests/slurm/*.sh .ci/run
 
 venv: $(STAMP)
 
