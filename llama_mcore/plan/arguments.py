@@ -1,6 +1,6 @@
 """Arguments of `llama-mcore plan`, all that is wrong with them told at once. Pure Python."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llama_mcore.errors import ConfigError, Problem
@@ -27,6 +27,13 @@ def listed_gpu(problems: list[Problem], name: str) -> Gpu | None:
     except ConfigError as error:
         problems += error.problems
         return None
+
+
+def one_of(options: Mapping[str, object]) -> None:
+    """Raises ConfigError where more than one was given of options that exclude each other."""
+    given = [option for option, value in options.items() if value]
+    if len(given) > 1:
+        raise ConfigError(Problem(given[1], "(given)", f"says nothing beside {given[0]}", "drop one of them"))
 
 
 def all_of(*parts: Callable[[], Any]) -> tuple[Any, ...]:

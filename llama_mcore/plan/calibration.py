@@ -1,16 +1,20 @@
 """A calibration file: constants by name, or what `tools/benchmark.py step --json` measured on one GPU. Pure
 Python."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
 
 from llama_mcore.errors import ConfigError, MissingInputError, Problem, shown
+from llama_mcore.model.config import Recompute
 from llama_mcore.plan.efficiency import Efficiency, parse_efficiency
 from llama_mcore.plan.hardware import DEFAULT_NETWORK, Gpu, gpu_of_driver, network
 from llama_mcore.plan.throughput import Predictor, Shape, Work
+from llama_mcore.small_file import read_json
 
+LARGEST_FILE = 1 << 20
 HALVINGS = 40  # of the interval from 0 to 1: far below what a measurement can tell
 
 
@@ -23,8 +27,8 @@ def load_calibration(path: Path) -> Efficiency:
     if not path.is_file():
         raise MissingInputError(Problem("--calibration", path, "no such file"))
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = read_json(path.resolve(), LARGEST_FILE)
+    except (OSError, ValueError) as error:
         raise ConfigError(Problem("--calibration", path, f"is not JSON ({shown(error)})")) from None
     if not isinstance(found, dict):
         raise ConfigError(Problem("--calibration", path, "must hold one JSON object"))
@@ -32,47 +36,87 @@ def load_calibration(path: Path) -> Efficiency:
 
 
 def _from_benchmark(found: dict[str, Any]) -> Efficiency:
-    name, device = found["benchmark"], found.get("environment", {}).get("device", "")
-    if name != "step":
-        raise ConfigError(Problem("--calibration: benchmark", name, "must be step"))
-    if (gpu := gpu_of_driver(device)) is None:
-        raise ConfigError(Problem("--calibration: device", device, "is not a GPU that the planner knows"))
     try:
-        speed = float(found["measured"]["tokens_per_s"]["ours"])
-        shape, work = _shape(found["settings"]), _work(found["settings"])
-    except (KeyError, TypeError, ValueError) as error:
-        bound = f"lacks what the step benchmark writes ({shown(error)})"
+        measured = _Measured.model_validate(found)
+    except ValidationError as error:
         raise ConfigError(
-            Problem("--calibration", name, bound, "measure with the contender `ours`")
+            [
+                Problem(
+                    f"--calibration: {'.'.join(map(str, problem['loc']))}",
+                    shown(problem["input"]),
+                    f"is not what the step benchmark writes ({problem['msg']})",
+                    "measure with the contender `ours`",
+                )
+                for problem in error.errors()
+            ]
         ) from None
-    return replace(Efficiency(), gemm_share=_gemm_share(gpu, shape, work, speed))
-
-
-def _shape(settings: dict[str, Any]) -> Shape:
-    counts, head_dim = settings["heads"].split(" x ")
-    heads, groups = counts.split("/")
-    return Shape(
-        layers=int(settings["layers"]),
-        hidden=int(settings["hidden"]),
-        heads=int(heads),
-        groups=int(groups),
-        head_dim=int(head_dim),
-        ffn=int(settings["ffn"]),
-        vocab=int(settings["vocabulary"]),
-        sequence=int(settings["sequence"]),
+    device = measured.environment.device
+    if (gpu := gpu_of_driver(device)) is None:
+        raise ConfigError(
+            Problem("--calibration: device", shown(device), "is not a GPU that the planner knows")
+        )
+    share = _gemm_share(
+        gpu, measured.settings.shape, measured.settings.work, measured.measured.tokens_per_s.ours
     )
+    return replace(Efficiency(), gemm_share=share)
 
 
-def _work(settings: dict[str, Any]) -> Work:
-    return Work(
-        gpus=1,
-        tp=1,
-        stage=1,
-        micro_batch=int(settings["batch"]),
-        micro_batches=1,
-        recompute=settings["recompute"],
-        sequence_parallel=False,
-    )
+_Count = Annotated[int, Field(ge=1, le=10**9)]
+
+
+class _Settings(BaseModel):
+    layers: _Count
+    hidden: _Count
+    heads: str = Field(pattern=r"^[1-9]\d{0,5}/[1-9]\d{0,5} x [1-9]\d{0,5}$")
+    """Query/key-value heads x their width."""
+    ffn: _Count
+    vocabulary: _Count
+    sequence: _Count
+    batch: _Count
+    recompute: Recompute
+
+    @property
+    def shape(self) -> Shape:
+        counts, head_dim = self.heads.split(" x ")
+        heads, groups = map(int, counts.split("/"))
+        return Shape(
+            self.layers, self.hidden, heads, groups, int(head_dim), self.ffn, self.vocabulary, self.sequence
+        )
+
+    @property
+    def work(self) -> Work:
+        return Work(
+            gpus=1,
+            tp=1,
+            stage=1,
+            micro_batch=self.batch,
+            micro_batches=1,
+            recompute=self.recompute,
+            sequence_parallel=False,
+            fused=self.recompute != "none",
+        )
+
+
+class _Speed(BaseModel):
+    ours: float = Field(ge=1e-3, le=1e12)
+    """Tokens a second."""
+
+
+class _Figures(BaseModel):
+    tokens_per_s: _Speed
+
+
+class _Environment(BaseModel):
+    device: str
+
+
+class _Measured(BaseModel):
+    """What is read of `tools/benchmark.py step --json`."""
+
+    benchmark: Literal["step"]
+    environment: _Environment
+    settings: _Settings
+    measured: _Figures
 
 
 def _gemm_share(gpu: Gpu, shape: Shape, work: Work, speed: float) -> float:

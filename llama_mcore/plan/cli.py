@@ -4,13 +4,13 @@ Numbers are text here, so that 1.4T is one, and what is none ends with the same 
 argument, all of them in one message.
 """
 
-import json as json_format
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from llama_mcore.errors import report_errors
+from llama_mcore.plan.as_json import print_json
 from llama_mcore.plan.layout_cli import add_commands
 
 app = typer.Typer(
@@ -37,7 +37,13 @@ def size(
     gpus: Annotated[str, typer.Option(help="With --days: the training budget instead of --flops.")] = "",
     gpu: Annotated[str, typer.Option(help="Kind of GPU: a100-80gb, h100 ...")] = "a100-80gb",
     days: Annotated[str, typer.Option(help="That all GPUs train.")] = "",
-    mfu: Annotated[str, typer.Option(help="Share of the GPU's peak, 6 N operations a token.")] = "0.4",
+    mfu: Annotated[
+        str,
+        typer.Option(
+            help="Share of the GPU's peak, 6 N operations a token; default: with --gpus what the fastest "
+            "layout is predicted to reach, else 0.4."
+        ),
+    ] = "",
     inference_tokens: Annotated[
         str, typer.Option(help="Tokens read and written over the model's life, e.g. 10T.")
     ] = "0",
@@ -54,11 +60,11 @@ def size(
     """What should I train: how many parameters on how many tokens, for a budget, an expected amount of
     inference and optionally a loss; and where LLaMA stands."""
     with report_errors(debug):
-        from llama_mcore.plan.how import how_to_train
-        from llama_mcore.plan.size import plan_size, request
+        from llama_mcore.plan.how import plan_with_layout
+        from llama_mcore.plan.size import request
         from llama_mcore.plan.size_report import size_dict, size_parts
 
-        plan = plan_size(
+        plan, how = plan_with_layout(
             request(
                 flops=flops,
                 gpus=gpus,
@@ -70,13 +76,12 @@ def size(
                 law=law,
             )
         )
-        how = how_to_train(plan)
         if picture:
             from llama_mcore.plan.picture import draw_size
 
             draw_size(plan, picture)
         if json:
-            typer.echo(json_format.dumps(size_dict(plan, how), indent=2))
+            print_json(size_dict(plan, how))
         else:
             from llama_mcore.plan.table import show
 
@@ -103,7 +108,7 @@ def data(
 
         plan = plan_data(tokens, mixture, tokens_available or (), max_epochs, preprocess_mb_per_s, cores)
         if json:
-            typer.echo(json_format.dumps(plan.to_dict(), indent=2))
+            print_json(plan.to_dict())
         else:
             from llama_mcore.plan.table import show
 

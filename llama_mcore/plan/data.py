@@ -258,6 +258,8 @@ def _available(
                     "--tokens-available", text, "must read NAME=TOKENS of a source", nearest(name, sources)
                 )
             )
+        elif name in found:
+            problems.append(Problem("--tokens-available", text, "says it again", "say it once for a source"))
         else:
             found[name] = number(problems, f"--tokens-available {name}", count, 1, 1e18)
     return found

@@ -39,6 +39,8 @@ class Efficiency:
     microseconds before each of about 200."""
 
 
+SMALLEST_SHARE, LARGEST_CONSTANT = 1e-3, 1e6
+"""Of a calibration: beyond them is no machine."""
 FITTED = ("gemm_share", "gemm_half_side", "overlap_cost", "layer_gap_s")
 
 
@@ -86,10 +88,10 @@ def parse_efficiency(found: dict[str, Any]) -> Efficiency:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if key not in known:
             bound, remedy = "is not known", f"known: {', '.join(sorted(known))}"
-        elif not number or not 0 <= value < float("inf"):
-            bound, remedy = "must be a number, not negative", ""
-        elif key.endswith("_share") and not 0 < value <= 1:
-            bound, remedy = "must be above 0 and at most 1", ""
+        elif key.endswith("_share") and not (number and SMALLEST_SHARE <= value <= 1):
+            bound, remedy = f"must be a number from {SMALLEST_SHARE:g} to 1", ""
+        elif not (number and 0 <= value <= LARGEST_CONSTANT):
+            bound, remedy = f"must be a number from 0 to {LARGEST_CONSTANT:g}", ""
         else:
             continue
         problems.append(Problem(f"--calibration: {key}", value, bound, remedy))

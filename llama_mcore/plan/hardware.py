@@ -27,7 +27,7 @@ class Gpu:
     """What the fastest of all bf16 matrix products reaches, operations per second."""
     gemm_source: str
     memory_bytes: int
-    """As torch sees them, within 1 %: a data sheet's 80 GB are 80 GiB, the 141 GB of an H200 are 139 GiB."""
+    """What torch names as its total capacity, rounded down: the driver keeps some of a data sheet's 80 GB."""
     memory_bandwidth: float
     """Bytes per second."""
     nvlink: float
@@ -66,9 +66,9 @@ _SXM = "NVIDIA data sheet, SXM"
 GPUS: dict[str, Gpu] = {
     found.name: found
     for found in (
-        Gpu("a100-40gb", _A100, 271.2e12, _MAMF, 40 * GIB, 1.555e12, 300e9, _SXM, _FLASH2_A100),
-        Gpu("a100-80gb", _A100, 271.2e12, _MAMF, 80 * GIB, 2.039e12, 300e9, _SXM, _FLASH2_A100),
-        Gpu("h100", _H100_SXM, 794.5e12, _MAMF, 80 * GIB, 3.35e12, 450e9, _SXM, _FLASH2_HOPPER),
+        Gpu("a100-40gb", _A100, 271.2e12, _MAMF, 39 * GIB, 1.555e12, 300e9, _SXM, _FLASH2_A100),
+        Gpu("a100-80gb", _A100, 271.2e12, _MAMF, 79 * GIB, 2.039e12, 300e9, _SXM, _FLASH2_A100),
+        Gpu("h100", _H100_SXM, 794.5e12, _MAMF, 79 * GIB, 3.35e12, 450e9, _SXM, _FLASH2_HOPPER),
         Gpu("h200", _H200, 788e12, "8192^3, measured", 139 * GIB, 4.8e12, 450e9, _SXM, _FLASH2_HOPPER),
         Gpu("b200", _B200, 1745e12, _MAMF, 178 * GIB, 8.0e12, 900e9, "DGX B200 data sheet", _FLASH2_HOPPER),
     )

@@ -7,20 +7,46 @@ from llama_mcore.plan.efficiency import Efficiency
 from llama_mcore.plan.hardware import DEFAULT_NETWORK, network
 from llama_mcore.plan.layout_report import LAYOUT_COLUMNS, layout_row
 from llama_mcore.plan.layout_run import base_run
-from llama_mcore.plan.search import Cluster, Found, search, with_tokens
-from llama_mcore.plan.size import SizePlan
+from llama_mcore.plan.search import Cluster, Found, Goal, search
+from llama_mcore.plan.size import Request, SizePlan, at_mfu, plan_size
 from llama_mcore.plan.table import Grid
+from llama_mcore.plan.validation import largest_error, validate
 
 BATCH_TOKENS = 4 * 2**20
 """Of a step, as in the LLaMA paper; `plan layout` takes others."""
 NOTED_DIFFERENCE = 0.05
 """Of the predicted days from those at the MFU that was given."""
+NEAR_MFU = 0.02
+"""Relative difference between the MFU of a plan and that of its layout at which they are one."""
+MOST_ROUNDS = 4
 
 
 @dataclass(frozen=True)
 class How:
     plan: SizePlan
     found: Found
+
+    @property
+    def mfu(self) -> float | None:
+        """Of the fastest layout, 6 N operations a token; None where there is none."""
+        if not self.found.options:
+            return None
+        speed = self.found.options[0].tokens_per_s_per_gpu
+        return speed * 6 * self.plan.shape.params / self.plan.request.gpu.peak.bf16_flops
+
+
+def plan_with_layout(asked: Request) -> tuple[SizePlan, How | None]:
+    """What to train, and how on the GPUs asked for. What they reach decides the size where no MFU was given:
+    the size, its layout and the MFU of that are found in turns. Raises ConfigError."""
+    plan = plan_size(asked)
+    how = how_to_train(plan)
+    for _ in range(MOST_ROUNDS):
+        reached = how.mfu if how else None
+        if asked.mfu_is_given or not reached or abs(reached / plan.request.mfu - 1) <= NEAR_MFU:
+            break
+        plan = plan_size(at_mfu(asked, reached))
+        how = how_to_train(plan)
+    return plan, how
 
 
 def how_to_train(plan: SizePlan) -> How | None:
@@ -31,8 +57,8 @@ def how_to_train(plan: SizePlan) -> How | None:
     between = network(DEFAULT_NETWORK[asked.gpu.name])
     cluster = Cluster(asked.gpu, asked.gpus, between, Efficiency())
     run = base_run(plan.shape.preset) if plan.shape.preset else base_run(shape=plan.shape.fields)
-    tokens = plan.recommended.allocation.tokens
-    return How(plan, search(with_tokens(run, tokens, BATCH_TOKENS, cluster), cluster))
+    goal = Goal(run, plan.recommended.allocation.tokens, BATCH_TOKENS / run.model.seq_length)
+    return How(plan, search(goal, cluster))
 
 
 def how_dict(how: How | None) -> dict[str, Any] | None:
@@ -71,16 +97,19 @@ def how_parts(how: How) -> list[str | Grid]:
 
 
 def _days(how: How) -> str:
-    """The prediction against the days at the MFU that was given."""
-    plan, best = how.plan, how.found.options[0]
-    predicted, given = best.days, plan.days
-    mfu = best.tokens_per_s_per_gpu * 6 * plan.shape.params / plan.request.gpu.peak.bf16_flops
+    """The prediction against the days at the MFU of the plan."""
+    plan, predicted = how.plan, how.found.options[0].days
+    given, mfu = plan.days, plan.request.mfu
+    doubt = (
+        "The prediction knows no restarts and no slow nodes, and was off by up to "
+        f"{largest_error(validate(Efficiency())):.0%} (plan validate): keep some days for both."
+    )
     if abs(predicted - given) <= NOTED_DIFFERENCE * given:
-        return f"The prediction agrees with --mfu {plan.request.mfu:g}: {predicted:.1f} days for {given:.1f}."
-    less = predicted < given
+        if not plan.request.mfu_is_given:
+            return f"The size follows from what this layout is predicted to reach. {doubt}"
+        return f"The prediction agrees with --mfu {mfu:g}: {predicted:.1f} days for {given:.1f}. {doubt}"
     return (
-        f"This layout is predicted to take {predicted:.1f} days, not the {given:.1f} of --mfu "
-        f"{plan.request.mfu:g}: it reaches {mfu:.2f} in the same count. With --mfu {mfu:.2f} the answer is "
-        f"{'a larger run' if less else 'a smaller run'} in the same days. The prediction knows no restarts "
-        "and no slow nodes, and was off by up to 17 % (plan validate): keep some days for both."
+        f"This layout is predicted to take {predicted:.1f} days, not {given:.1f}: it reaches an MFU of "
+        f"{how.mfu:.2f} in the count of --mfu, not {mfu:.2f}. With --mfu {how.mfu:.2f} the answer is "
+        f"{'a larger' if predicted < given else 'a smaller'} run in the same days. {doubt}"
     )

@@ -8,6 +8,7 @@ from llama_mcore.config import RunConfig
 from llama_mcore.plan.flops import token_flops
 from llama_mcore.plan.footprint import Footprint
 from llama_mcore.plan.hardware import GIB, Gpu
+from llama_mcore.plan.published import PUBLISHED
 from llama_mcore.plan.search import Cluster, Found, Option
 from llama_mcore.plan.table import Grid, show
 from llama_mcore.plan.validation import LARGEST_BAR, MEDIAN_BAR, Row, largest_error, median_error
@@ -77,14 +78,15 @@ def show_memory(run: RunConfig, world_size: int, found: Footprint, gpu: Gpu | No
 # --- layout
 
 LAYOUT_COLUMNS = (
-    "tp", "dp", "ZeRO", "micro", "recompute", "tokens/s per GPU", "MFU causal", "MFU full", "HFU causal",
-    "days", "GiB",
+    "tp", "dp", "ZeRO", "micro", "batch", "recompute", "tokens/s per GPU", "MFU causal", "MFU full",
+    "HFU causal", "days", "GiB",
 )  # fmt: skip
 
 
 def layout_json(option: Option) -> dict[str, Any]:
     return {
         "layout": option.layout,
+        "global_batch_size": option.run.train.global_batch_size,
         "tokens_per_s_per_gpu": option.tokens_per_s_per_gpu,
         "step_s": option.step.total,
         "step_breakdown_s": vars(option.step),
@@ -106,11 +108,10 @@ def found_json(found: Found, cluster: Cluster, top: int) -> dict[str, Any]:
         "network": cluster.network.name,
         "peak_flops": cluster.gpu.peak.bf16_flops,
         "peak_source": cluster.gpu.peak.source,
-        "global_batch_size": best.run.train.global_batch_size,
         "tokens": best.run.train.steps * best.run.tokens_per_step,
         "steps": best.run.train.steps,
         "options": [layout_json(option) for option in found.options[:top]],
-        "rejected": found.rejected,
+        "rejected": [{"reason": reason, "layouts": count} for reason, count in found.rejected.items()],
     }
 
 
@@ -135,10 +136,16 @@ def show_layouts(name: str, found: Found, cluster: Cluster, top: int) -> None:
     rejected = [(reason, f"{count}") for reason, count in found.rejected.items()]
     batch = best.run.train.global_batch_size
     notes = (
-        f"Batch {batch:,} sequences of {best.run.model.seq_length:,} tokens, {best.run.train.steps:,} steps; "
-        f"network {cluster.network.name}: {cluster.network.bytes_per_gpu / 1e9:.1f} GB/s a GPU.\n"
+        f"Batch of the first: {batch:,} sequences of {best.run.model.seq_length:,} tokens, "
+        f"{best.run.train.steps:,} steps; network {cluster.network.name}: "
+        f"{cluster.network.bytes_per_gpu / 1e9:.1f} GB/s a GPU.\n"
         f"{_mfu_note(best)}"
     )
+    longest = max(row.shape.sequence for row in PUBLISHED)
+    if best.run.model.seq_length > longest:
+        notes += (
+            f"\nNo run of more than {longest:,} tokens a sequence is among those checked (plan validate)."
+        )
     tables: list[str | Grid] = [
         Grid(f"Fastest of {len(found.options)} layouts that run and fit", LAYOUT_COLUMNS, rows),
         Grid("One step of the first", ("", "seconds", "share"), parts),
@@ -151,7 +158,9 @@ def show_layouts(name: str, found: Found, cluster: Cluster, top: int) -> None:
 def layout_row(option: Option) -> list[str]:
     layout = option.layout
     return [
-        *(f"{layout[key]}" for key in ("tp", "dp", "zero_stage", "micro_batch_size", "recompute")),
+        *(f"{layout[key]}" for key in ("tp", "dp", "zero_stage", "micro_batch_size")),
+        f"{option.run.train.global_batch_size}",
+        f"{layout['recompute']}",
         f"{option.tokens_per_s_per_gpu:,.0f}",
         f"{option.mfu_causal:.1%}",
         f"{option.mfu_full:.1%}",

@@ -27,14 +27,19 @@ def base_run(
     """A shipped size, a preset with the settings of the paper, or a model of that shape: fields of
     ModelConfig, None for those left to its defaults. Raises ConfigError."""
     given = {name: value for name, value in (shape or {}).items() if value}
-    if bool(model) == bool(given):
-        value, remedy = model or "(not given)", f"or {', '.join(map(_option, SHAPE))}"
-        raise ConfigError(Problem("--model", value, "is required, or a shape in its place", remedy))
+    model = model.lower()
+    if model and given:
+        options = ", ".join(map(_option, given))
+        bound = f"is a shape already, beside {options}"
+        raise ConfigError(Problem("--model", model, bound, "drop one of them"))
+    if not model and not given:
+        remedy = f"add it, or {', '.join(map(_option, SHAPE))}"
+        raise ConfigError(Problem("--model", "(not given)", "is required, or a shape in its place", remedy))
     length = [f"model.seq_length={seq_length}"] if seq_length else []
     if given:
         return _with_paper_lr(_shaped(given, length))
     if model not in PRESETS:
-        raise ConfigError(Problem("--model", model, "is not known", nearest(model.lower(), PRESETS)))
+        raise ConfigError(Problem("--model", model, "is not known", nearest(model, PRESETS)))
     if (CONFIG_DIR / f"{model}.yaml").is_file():
         return load_run(model, length)
     return _with_paper_lr(load_run(PATTERN, [f"model.preset={model}", f"run.dir=runs/{model}", *length]))
@@ -64,6 +69,14 @@ def _with_paper_lr(run: RunConfig) -> RunConfig:
 
 def _option(field: str) -> str:
     return "--" + field.replace("_", "-")
+
+
+def check_files(config: Path | None, script: Path | None) -> None:
+    """Raises ConfigError where the script has no configuration of its own to name."""
+    if script and not config:
+        raise ConfigError(Problem("--write-script", script, "needs --write-config", "add it"))
+    if script and config and script.resolve() == config.resolve():
+        raise ConfigError(Problem("--write-script", script, "is the file of --write-config", "name another"))
 
 
 def write_run(option: Option, config: Path, script: Path | None = None, *, force: bool = False) -> None:

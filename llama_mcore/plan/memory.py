@@ -5,6 +5,7 @@ with what its engine holds, to the byte. plan/footprint.py adds what comes on to
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.parallel.config import ParallelConfig, ZeroConfig
@@ -112,15 +113,23 @@ def _padded(group: list[int], dp: int) -> int:
 
 def _touched(parameters: _Parameters, dp: int) -> int:
     """Values of the parameters of which a rank owns a part, on the rank where they are most: in fp32, stage 2
-    keeps these gradients whole (`copy_grads_in_partition` in stage_1_and_2.py)."""
-    most = 0
-    for rank in range(dp):
-        touched = 0
-        for group in parameters.groups:
-            size, start = _padded(group, dp) // dp, 0
-            for values in group:
-                if start < (rank + 1) * size and start + values > rank * size:
-                    touched += values
-                start += values
-        most = max(most, touched)
-    return most
+    keeps these gradients whole (`copy_grads_in_partition` in stage_1_and_2.py).
+
+    From one rank to the next that changes only where a parameter begins or ends: these and their next
+    neighbours are all that are looked at."""
+    places = [_places(group, _padded(group, dp) // dp) for group in parameters.groups]
+    edges = {rank for group in places for first, last, _ in group for rank in (first, last, last + 1)}
+    return max(
+        sum(values for group in places for first, last, values in group if first <= rank <= last)
+        for rank in edges
+        if rank < dp
+    )
+
+
+def _places(group: list[int], size: int) -> list[tuple[int, int, int]]:
+    """First and last rank of each parameter, ranks owning `size` values each, and its values."""
+    starts = accumulate(group, initial=0)
+    return [
+        (start // size, (start + values - 1) // size, values)
+        for start, values in zip(starts, group, strict=False)
+    ]

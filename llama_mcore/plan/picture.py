@@ -35,10 +35,10 @@ def _figure(plan: SizePlan) -> "Figure":
     cost_axes, iso_axes = figure.subplots(1, 2)
     _draw_cost(cost_axes, plan)
     _draw_iso_loss(iso_axes, plan)
-    found = plan.optimum.allocation
+    found, served = plan.optimum.allocation, plan.request.inference_tokens
     figure.suptitle(
-        f"{format_count(found.params)} parameters on {format_count(found.tokens)} tokens, "
-        f"for {format_count(plan.request.inference_tokens)} tokens of inference; "
+        f"Optimum: {format_count(found.params)} parameters on {format_count(found.tokens)} tokens, "
+        f"{f'for {format_count(served)} tokens of' if served else 'without'} inference; "
         f"law: {plan.request.law_name}",
         fontweight="bold",
     )
@@ -55,7 +55,9 @@ def _draw_cost(axes: "Axes", plan: SizePlan) -> None:
         costs = [model.lifetime_flops(served) for model in models]
         losses = [law.loss(model.params, model.tokens) for model in models]
         axes.plot(costs, losses, color=LINE_COLOR, linewidth=1)
-        axes.annotate(format_count(params), (costs[0], losses[0]), fontsize=8, color=LINE_COLOR, ha="center")
+        # The lines of small models part at their right ends, those of large ones at their left ends.
+        end, side = (-1, "left") if factor < 1 else (0, "right")
+        _label(axes, format_count(params), (costs[end], losses[end]), side)
     best = [law.cheapest_of_budget(budget, served) for budget in _around(flops, 2.0)]
     axes.plot(
         [model.lifetime_flops(served) for model in best],
@@ -82,17 +84,10 @@ def _draw_iso_loss(axes: "Axes", plan: SizePlan) -> None:
         line = [(n, tokens) for n, tokens in line if tokens < 100 * centre.tokens]
         if line:
             axes.plot(*zip(*line, strict=True), color=LINE_COLOR, linewidth=1)
-            axes.annotate(
-                f"{loss:.2f}",
-                line[-1],
-                xytext=(4, 0),
-                textcoords="offset points",
-                fontsize=8,
-                color=LINE_COLOR,
-                va="center",
-            )
+            _label(axes, f"{loss:.2f}", line[-1], "left")
     budget = plan.compute_optimal_same_budget.training_flops
-    axes.plot(sizes, [budget / (6 * n) for n in sizes], "--", color=FRONTIER_COLOR, label="training budget")
+    name = "training budget" if plan.request.flops else "training FLOPs of the optimum"
+    axes.plot(sizes, [budget / (6 * n) for n in sizes], "--", color=FRONTIER_COLOR, label=name)
     same = plan.compute_optimal_same_loss.allocation
     axes.plot([same.params], [same.tokens], "s", color=FRONTIER_COLOR, label="compute-optimal, same loss")
     points = [
@@ -107,14 +102,29 @@ def _draw_iso_loss(axes: "Axes", plan: SizePlan) -> None:
     axes.legend(frameon=False)
 
 
+def _label(axes: "Axes", text: str, at: tuple[float, float], side: str) -> None:
+    """At the end of a line; `side` of the text that is there."""
+    axes.annotate(
+        text,
+        at,
+        xytext=(4 if side == "left" else -4, 0),
+        textcoords="offset points",
+        fontsize=8,
+        color=LINE_COLOR,
+        ha=side,
+        va="center",
+    )
+
+
 def _mark(axes: "Axes", points: list[tuple[str, float, float]], optimum: tuple[float, float]) -> None:
     """The paper's models, and the optimum."""
-    axes.plot([x for _, x, _ in points], [y for _, _, y in points], "o", color=PAPER_COLOR, label="LLaMA")
+    xs, ys = [x for _, x, _ in points], [y for _, _, y in points]
+    axes.plot(xs, ys, "o", color=PAPER_COLOR, label="LLaMA", zorder=5)
     for name, x, y in points:
         axes.annotate(
-            name.upper(), (x, y), xytext=(6, 6), textcoords="offset points", fontsize=9, color=PAPER_COLOR
+            name.upper(), (x, y), xytext=(8, 8), textcoords="offset points", fontsize=9, color=PAPER_COLOR
         )
-    axes.plot(*optimum, "*", color=OPTIMUM_COLOR, markersize=16, label="optimum", zorder=4)
+    axes.plot(*optimum, "*", color=OPTIMUM_COLOR, markersize=18, label="optimum", zorder=4)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -3,7 +3,7 @@ Python."""
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil
 from typing import get_args
@@ -17,12 +17,26 @@ from llama_mcore.plan.footprint import Footprint, memory_of
 from llama_mcore.plan.hardware import DEFAULT_NETWORK, GIB, GPUS, Gpu, Network, network
 from llama_mcore.plan.throughput import Predictor, StepTime, Work, shape_of
 
+TENSOR_PARALLEL = (1, 2, 4, 8, 16)
 STAGES = (1, 2, 3)
-MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
 DAY_S = 86_400
-NEAR_BATCH = 0.05
+NEAR_BATCH = 0.15
+"""By how much of itself the batch may be moved, so that the ranks share it evenly."""
+MOST_NODES_MORE = 64
 MOST_DOUBLINGS = 10
-"""Of the number of GPUs, in the search for the smallest change after which something fits."""
+"""Of the number of GPUs beyond that, in the search for the smallest change after which something fits."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is to be trained."""
+
+    run: RunConfig
+    """Model, and all that a layout leaves open."""
+    tokens: float
+    sequences: float
+    """Of a step; a layout moves it by at most NEAR_BATCH."""
 
 
 @dataclass(frozen=True)
@@ -92,43 +106,67 @@ class Found:
     """Reason -> layouts."""
 
 
-def search(base: RunConfig, cluster: Cluster) -> Found:
-    """`base` gives model, tokens, batch and all that a layout leaves open."""
+def search(goal: Goal, cluster: Cluster) -> Found:
+    """Every layout, taken or ruled out."""
     options, rejected = [], Counter[str]()
-    for run in _candidates(base, cluster):
-        if reason := _cannot_run(run, cluster):
-            rejected[reason] += 1
-            continue
-        memory = memory_of(run, cluster.gpus)
-        if memory.total > cluster.gpu.memory_bytes:
-            rejected[
-                f"memory: needs more than the {cluster.gpu.memory_bytes / GIB:.0f} GiB of {cluster.gpu.name}"
-            ] += 1
-            continue
-        options.append(Option(run, memory, step_time(run, cluster), cluster))
+    for tp, stage, micro_batch, recompute in product(
+        TENSOR_PARALLEL, STAGES, MICRO_BATCHES, get_args(Recompute)
+    ):
+        found = _option(goal, cluster, tp, stage, micro_batch, recompute)
+        if isinstance(found, str):
+            rejected[found] += 1
+        else:
+            run, memory = found
+            options.append(Option(run, memory, step_time(run, cluster), cluster))
     options.sort(key=lambda option: (-option.tokens_per_s_per_gpu, option.footprint.total))
     return Found(options, dict(rejected.most_common()))
 
 
-def with_tokens(base: RunConfig, tokens: float, batch_tokens: float, cluster: Cluster) -> RunConfig:
-    """`base` with so many steps of about so large a batch."""
-    batch = _even_batch(batch_tokens / base.model.seq_length, cluster)
-    steps = ceil(tokens / (batch * base.model.seq_length))
-    train = base.train.model_copy(update={"steps": steps, "global_batch_size": batch, "precision": "bf16"})
-    optim = base.optim.model_copy(update={"warmup_steps": min(base.optim.warmup_steps, steps)})
-    return base.model_copy(update={"train": train, "optim": optim})
+def _option(
+    goal: Goal, cluster: Cluster, tp: int, stage: int, micro_batch: int, recompute: Recompute
+) -> tuple[RunConfig, Footprint] | str:
+    """The run of a layout, or why there is none, in words that layouts share."""
+    if cluster.gpus_per_node % tp:
+        return f"tensor parallelism: tp must divide the {cluster.gpus_per_node} GPUs of a node"
+    if cluster.gpus % tp:
+        return f"tensor parallelism: tp must divide the {cluster.gpus:,} GPUs"
+    batch = _nearest_batch(goal, micro_batch * (cluster.gpus // tp))
+    if abs(batch - goal.sequences) > NEAR_BATCH * goal.sequences:
+        return f"batch: no multiple of micro-batch x dp is within {NEAR_BATCH:.0%} of {goal.sequences:,.0f}"
+    run = _run(goal, batch, tp, stage, micro_batch, recompute)
+    try:
+        check_run(run, cluster.gpus)
+    except ConfigError as error:
+        return f"{error.problems[0].field} = {error.problems[0].value}: {error.problems[0].bound}"
+    memory = memory_of(run, cluster.gpus)
+    if memory.total > cluster.gpu.memory_bytes:
+        return f"memory: needs more than the {cluster.gpu.memory_bytes / GIB:.0f} GiB of {cluster.gpu.name}"
+    return run, memory
 
 
-def _even_batch(sequences: float, cluster: Cluster) -> int:
-    """Sequences near that number which the GPUs share evenly, in as large powers of two each as 5 % allow;
-    else which the nodes share."""
-    powers = (2**power for power in range(5, -1, -1))
-    for unit in (cluster.gpus * power for power in powers):
-        batch = unit * round(sequences / unit)
-        if abs(batch - sequences) <= NEAR_BATCH * sequences:
-            return batch
-    nodes = ceil(cluster.gpus / cluster.gpus_per_node)
-    return nodes * max(1, round(sequences / nodes))
+def _nearest_batch(goal: Goal, unit: int) -> int:
+    return unit * max(1, round(goal.sequences / unit))
+
+
+def _run(goal: Goal, batch: int, tp: int, stage: int, micro_batch: int, recompute: Recompute) -> RunConfig:
+    base = goal.run
+    steps = ceil(goal.tokens / (batch * base.model.seq_length))
+    train = {
+        "steps": steps,
+        "global_batch_size": batch,
+        "micro_batch_size": micro_batch,
+        "precision": "bf16",
+    }
+    sections = {
+        "model": {"recompute": recompute},
+        "parallel": {"tp": tp, "sequence_parallel": tp > 1},
+        "zero": {"stage": stage},
+        "train": train,
+        "optim": {"warmup_steps": min(base.optim.warmup_steps, steps)},
+    }
+    return base.model_copy(
+        update={name: getattr(base, name).model_copy(update=fields) for name, fields in sections.items()}
+    )
 
 
 def step_time(run: RunConfig, cluster: Cluster) -> StepTime:
@@ -140,67 +178,65 @@ def step_time(run: RunConfig, cluster: Cluster) -> StepTime:
         micro_batches=run.accumulation_steps(cluster.gpus),
         recompute=run.model.recompute,
         sequence_parallel=run.parallel.sequence_parallel,
+        fused=run.model.recompute != "none",
         reduce_bytes=4 if run.zero.reduce_dtype == "fp32" else 2,
         gpus_per_node=cluster.gpus_per_node,
     )
     return Predictor(cluster.gpu, cluster.network, cluster.efficiency).step_time(shape_of(run.model), work)
 
 
-def _candidates(base: RunConfig, cluster: Cluster) -> Iterator[RunConfig]:
-    sizes = [2**power for power in range(5) if 2**power <= cluster.gpus]
-    for tp, stage, micro_batch, recompute in product(sizes, STAGES, MICRO_BATCHES, get_args(Recompute)):
-        yield base.model_copy(
-            update={
-                "model": base.model.model_copy(update={"recompute": recompute}),
-                "parallel": base.parallel.model_copy(update={"tp": tp, "sequence_parallel": tp > 1}),
-                "zero": base.zero.model_copy(update={"stage": stage}),
-                "train": base.train.model_copy(update={"micro_batch_size": micro_batch}),
-            }
-        )
+def check_model(goal: Goal) -> None:
+    """What no layout changes: raises ConfigError for a model that one rank cannot train either."""
+    check_run(_run(goal, 1, tp=1, stage=1, micro_batch=1, recompute="full"), world_size=1)
 
 
-def _cannot_run(run: RunConfig, cluster: Cluster) -> str:
-    """The first reason, in words that layouts share; empty if there is none."""
-    if run.parallel.tp > cluster.gpus_per_node or cluster.gpus_per_node % run.parallel.tp:
-        return f"tensor parallelism: tp must divide the {cluster.gpus_per_node} GPUs of a node"
-    try:
-        check_run(run, cluster.gpus)
-    except ConfigError as error:
-        problem = error.problems[0]
-        if problem.field == "train.global_batch_size":
-            return "batch: the global batch must be a multiple of micro-batch x dp"
-        return f"{problem.field} = {problem.value}: {problem.bound}"
-    return ""
-
-
-def nothing_fits(base: RunConfig, cluster: Cluster, rejected: dict[str, int]) -> ConfigError:
-    """What rules layouts out, and the smallest change after which one fits."""
-    remedies = [*_more_gpus(base, cluster), *_other_gpu(base, cluster)]
+def nothing_fits(goal: Goal, cluster: Cluster, rejected: dict[str, int]) -> ConfigError:
+    """What rules layouts out, and the smallest changes after which one fits."""
+    remedies = [*_other_batch(goal, cluster), *_more_gpus(goal, cluster), *_other_gpu(goal, cluster)]
     remedy = (
         f"the smallest change: {' or '.join(remedies)}"
         if remedies
-        else "no number of GPUs of a known kind changes that: choose another model or batch"
+        else "no number of GPUs of a known kind changes that: choose another model or sequence length"
     )
     problems = [Problem("ruled out", f"{count} layouts", reason) for reason, count in rejected.items()]
     asked = f"{cluster.gpus} x {cluster.gpu.name}"
     return ConfigError([Problem("--gpus", asked, "no layout runs and fits", remedy), *problems])
 
 
-def _more_gpus(base: RunConfig, cluster: Cluster) -> Iterator[str]:
-    for doublings in range(1, MOST_DOUBLINGS + 1):
-        gpus = cluster.gpus * 2**doublings
-        if search(base, _changed(cluster, gpus=gpus)).options:
+def _anything_fits(goal: Goal, cluster: Cluster) -> bool:
+    """Of all layouts those of micro-batch 1 and full recomputation need the least memory, and the batch can
+    be nearest to what is wanted."""
+    return any(
+        not isinstance(_option(goal, cluster, tp, stage, 1, "full"), str)
+        for tp, stage in product(TENSOR_PARALLEL, STAGES)
+    )
+
+
+def _other_batch(goal: Goal, cluster: Cluster) -> Iterator[str]:
+    sizes = sorted(
+        {_nearest_batch(goal, cluster.gpus // tp) for tp in TENSOR_PARALLEL if cluster.gpus % tp == 0},
+        key=lambda size: abs(size - goal.sequences),
+    )
+    for size in sizes:
+        if _anything_fits(replace(goal, sequences=size), cluster):
+            # in units of 1,024 tokens, as the option reads them; half a unit is far within NEAR_BATCH
+            yield f"--global-batch-tokens {ceil(size * goal.run.model.seq_length / 1024)}K"
+            return
+
+
+def _more_gpus(goal: Goal, cluster: Cluster) -> Iterator[str]:
+    node = cluster.gpus_per_node
+    part_of_node = range(cluster.gpus + 1, node)
+    nodes = [node * (cluster.gpus // node + more) for more in range(1, MOST_NODES_MORE + 1)]
+    doubled = [nodes[-1] * 2**doublings for doublings in range(1, MOST_DOUBLINGS + 1)]
+    for gpus in (*part_of_node, *nodes, *doubled):
+        if _anything_fits(goal, replace(cluster, gpus=gpus)):
             yield f"--gpus {gpus}"
             return
 
 
-def _other_gpu(base: RunConfig, cluster: Cluster) -> Iterator[str]:
+def _other_gpu(goal: Goal, cluster: Cluster) -> Iterator[str]:
     for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.memory_bytes):
-        other = _changed(cluster, gpu=gpu, network=network(DEFAULT_NETWORK[gpu.name]))
-        if search(base, other).options:
+        if _anything_fits(goal, replace(cluster, gpu=gpu, network=network(DEFAULT_NETWORK[gpu.name]))):
             yield f"--gpu {gpu.name}"
             return
-
-
-def _changed(cluster: Cluster, **fields: object) -> Cluster:
-    return Cluster(**(vars(cluster) | fields))

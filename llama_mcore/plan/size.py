@@ -6,7 +6,7 @@ both are given. Without inference both are the compute-optimal model. scaling.py
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llama_mcore.errors import ConfigError, Problem, nearest
 from llama_mcore.model.config import PRESETS, ModelConfig, Recompute
@@ -26,6 +26,9 @@ from llama_mcore.plan.scaling import DEFAULT_LAW, LAWS, PARAMETRIC_LAWS, Allocat
 from llama_mcore.plan.shape import Shape, nearest_shape
 
 SMALLEST_BUDGET, LARGEST_BUDGET = 1e15, 1e30  # FLOPs
+USUAL_MFU = 0.4
+_DEARER = 1.05
+"""Than the optimum, over its life: what a shape may be that has about its size."""
 _GPUS_PER_NODE = 8
 _USUAL_DAYS = 30
 
@@ -38,6 +41,8 @@ class Request:
     gpu: Gpu
     mfu: float
     """Share of the GPU's peak, 6 N operations a token."""
+    mfu_is_given: bool
+    """Else it is USUAL_MFU, until a layout is found that says better (how.py)."""
     inference_tokens: float
     flops: float | None = None
     gpus: int | None = None
@@ -97,16 +102,18 @@ class SizePlan:
 
     @property
     def saving(self) -> float:
-        """Share of the lifetime cost that the compute-optimal model of equal loss would cost more."""
-        return 1 - self.optimum.lifetime_flops / self.compute_optimal_same_loss.lifetime_flops
+        """How much less the recommended model costs over its life than the compute-optimal one of its loss."""
+        other = self.request.law.optimum_of_loss(self.recommended.loss)
+        return 1 - self.recommended.lifetime_flops / other.lifetime_flops(self.request.inference_tokens)
 
     @property
     def gpus(self) -> int:
-        """Those asked for, else whole nodes that train it in 30 days."""
+        """Those asked for, else a power of two of nodes that trains it in 30 days: most batches are shared
+        evenly by so many."""
         if self.request.gpus:
             return self.request.gpus
         nodes = self.recommended.training_gpu_hours / (24 * _USUAL_DAYS * _GPUS_PER_NODE)
-        return _GPUS_PER_NODE * max(1, math.ceil(nodes))
+        return _GPUS_PER_NODE * 2 ** max(0, math.ceil(math.log2(nodes)))
 
     @property
     def days(self) -> float:
@@ -144,7 +151,7 @@ def request(
     gpus: str = "",
     gpu: str = "a100-80gb",
     days: str = "",
-    mfu: str = "0.4",
+    mfu: str = "",
     inference_tokens: str = "0",
     loss: str = "",
     law: str = DEFAULT_LAW,
@@ -155,7 +162,7 @@ def request(
     """
     problems: list[Problem] = []
     found_gpu = listed_gpu(problems, gpu)
-    share = number(problems, "--mfu", mfu, 0.001, 1)
+    share = number(problems, "--mfu", mfu, 0.001, 1) if mfu else USUAL_MFU
     served = number(problems, "--inference-tokens", inference_tokens, 0, 1e20)
     count = int(number(problems, "--gpus", gpus, 1, 1e7, whole=True)) if gpus else None
     length = number(problems, "--days", days, 1e-3, 1e5) if days else None
@@ -164,12 +171,19 @@ def request(
     problems += _check_budget(flops, gpus, days, loss) + _check_law(law)
     if problems or not found_gpu:
         raise ConfigError(problems)
-    if count and length:
-        budget = count * length * 86400 * found_gpu.peak.bf16_flops * share
-    asked = Request(law, found_gpu, share, served, budget, count, length, target)
+    asked = Request(law, found_gpu, share, bool(mfu), served, budget, count, length, target)
+    asked = at_mfu(asked, share)
     if asked_too_much := _check_reachable(asked):
         raise ConfigError(asked_too_much)
     return asked
+
+
+def at_mfu(asked: Request, mfu: float) -> Request:
+    """The same at another MFU, which says what GPUs and days come to."""
+    flops = asked.flops
+    if asked.gpus and asked.days:
+        flops = asked.gpus * asked.days * 86400 * asked.gpu.peak.bf16_flops * mfu
+    return replace(asked, mfu=mfu, flops=flops)
 
 
 def plan_size(asked: Request) -> SizePlan:
@@ -246,15 +260,24 @@ def _optimum(asked: Request) -> tuple[Allocation, bool]:
 
 
 def _shaped(asked: Request, optimum: Allocation) -> tuple[Shape, Allocation]:
-    """The nearest shape, with the tokens that spend the budget, or reach the loss, at its own size."""
+    """The nearest shape, with the tokens that spend the budget, or reach the loss within it, at its own
+    size."""
     flops, loss, law = asked.flops, asked.loss, asked.law
+    dearest = _DEARER * optimum.lifetime_flops(asked.inference_tokens)
 
     def tokens(params: float) -> float | None:
         if loss is not None:
             return law.tokens_for(loss, params)
         return flops / (6 * params) if flops else None
 
-    shape = nearest_shape(optimum.params, fits=lambda params: tokens(params) is not None)
+    def fits(params: float) -> bool:
+        if not (count := tokens(params)):
+            return False
+        found = Allocation(params, count)
+        within = not flops or found.training_flops <= flops * (1 + 1e-9)
+        return within and found.lifetime_flops(asked.inference_tokens) <= dearest
+
+    shape = nearest_shape(optimum.params, fits)
     found = tokens(shape.params) if shape else None
     if not shape or not found:
         bound = f"asks for {optimum.params:.3g} parameters, and no LLaMA-like shape is near that"

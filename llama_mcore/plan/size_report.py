@@ -72,7 +72,8 @@ def conclusion(plan: SizePlan) -> str:
     model = plan.shape.preset or f"{format_count(plan.shape.params)} parameters ({plan.shape.describe()})"
     text = (
         f"Train {model} on {format_count(found.allocation.tokens)} tokens: loss {found.loss:.3f} expected, "
-        f"{plan.days:.1f} days on {plan.gpus:,} {plan.request.gpu.name} at {plan.request.mfu:.0%} MFU"
+        f"{plan.days:.1f} days on {plan.gpus:,} {plan.request.gpu.name} at an MFU of {plan.mfu_causal:.1%} "
+        f"(causal attention; full: {plan.mfu_full:.1%})"
     )
     if not plan.request.inference_tokens:
         return text + "."
@@ -91,8 +92,8 @@ def notes(plan: SizePlan) -> list[str]:
         "sizes and is not what a LLaMA's curve shows. Fitted on 70M to 16B parameters and 5B to 500B tokens; "
         "beyond that it extrapolates.",
         ROUNDING,
-        f"MFU {asked.mfu:.3g} counts 6 N operations a token, as the laws do; for this shape at "
-        f"{plan.shape.model.seq_length:,} tokens it is {plan.mfu_causal:.3g} with causal and "
+        f"MFU {asked.mfu:.3g}{_where_from(plan)} counts 6 N operations a token, as the laws do; for this "
+        f"shape at {plan.shape.model.seq_length:,} tokens it is {plan.mfu_causal:.3g} with causal and "
         f"{plan.mfu_full:.3g} with full attention counted (HFU {_hfu(plan, 'selective')} with our backward, "
         f"{_hfu(plan, 'full')} with full recompute), {plan.tokens_per_s_per_gpu:,.0f} tokens/s/GPU. "
         f"Peak: {asked.gpu.peak.source}. Inference is counted at the same MFU; serving often reaches less.",
@@ -111,6 +112,12 @@ def notes(plan: SizePlan) -> list[str]:
             "The budget binds: a smaller model trained longer would cost less over its life at this loss."
         )
     return found
+
+
+def _where_from(plan: SizePlan) -> str:
+    if plan.request.mfu_is_given or not plan.request.gpus:
+        return "" if plan.request.mfu_is_given else ", the default,"
+    return ", predicted for the layout below,"
 
 
 def _hfu(plan: SizePlan, recompute: Recompute) -> str:
@@ -191,8 +198,8 @@ def _paper(models: list[PaperModel], inference_tokens: float) -> Grid:
     ]
     rows = [[name, *(show(model) for model in models)] for name, show in shown]
     title = (
-        f"LLaMA as the paper trained it (GPU-hours on A100-80GB: Table 15; 65B ran at "
-        f"{PAPER_65B_TOKENS_PER_S:g} tokens/s/GPU), with {_served(inference_tokens)}"
+        f"LLaMA as the paper trained it (GPU-hours: Table 15, A100; 65B: {PAPER_65B_TOKENS_PER_S:g} "
+        f"tokens/s/GPU), with {_served(inference_tokens)}"
     )
     return Grid(title, ["", *(model.name for model in models)], rows)
 

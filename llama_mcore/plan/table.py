@@ -33,7 +33,7 @@ def show(parts: Sequence[str | Grid], file: TextIO | None = None) -> None:
             _print_text(part, console)
         elif console.is_terminal:
             # Apart from the table, which would fold a title to its own width.
-            console.print(part.title, style="bold")
+            console.print(part.title, style="bold", soft_wrap=False)
             console.print(_drawn(part, lines=True), width=width, soft_wrap=False)
         else:
             print(f"{part.title}\n{_plain(part)}", file=file)

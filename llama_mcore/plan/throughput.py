@@ -22,6 +22,12 @@ BF16, FP32 = 2, 4  # bytes per value
 # Reads master, two moments and gradient in fp32; writes the first three and the bf16 weight; one more
 # reading of the gradient for its norm.
 OPTIMIZER_BYTES = 4 * FP32 + 3 * FP32 + BF16 + FP32
+# bf16 values that norm, rotation and SwiGLU read and write for each of theirs (an fp32 value counts two).
+# Plain, norm: widened (1 read, 2 written), its norm (2), times 1/rms (2, 2), narrowed (2, 1), times weight
+# (1, 1). Rotation: halves swapped (1, 1) and widened (1, 2), widened (1, 2), times cosine (2, 2), times sine
+# added (4, 2), narrowed (2, 1). SwiGLU: silu (1, 1), times up (2, 1).
+FUSED_VALUES = (2, 2, 3)
+PLAIN_VALUES = (14, 21, 5)
 BUCKET_VALUES = 200_000_000
 """ds_configs, reduce_bucket_size."""
 
@@ -75,6 +81,9 @@ class Work:
     overlaps_gather: bool = False
     """Stage 2: whether updated weights are gathered beside the next forward; DeepSpeed does it in its
     step."""
+    fused: bool = True
+    """Norms, rotation and SwiGLU in one kernel each; else a kernel for each operation, as in the written-out
+    layer of `recompute: none`."""
     gpus_per_node: int = 8
 
     @property
@@ -190,9 +199,10 @@ class Predictor:
         """Forward of two norms, two residual sums, rotation and activation: what each reads and writes."""
         tokens = _tokens(shape, work)
         local = tokens / work.tp if work.sequence_parallel else tokens
-        outside = (2 * 2 + 2 * 3) * shape.hidden
-        rotated = 2 * (shape.heads + shape.groups) * shape.head_dim if shape.gated else 0
-        inside = rotated + (3 if shape.gated else 2) * shape.ffn
+        norm, rotation, swiglu = FUSED_VALUES if work.fused else PLAIN_VALUES
+        outside = (2 * norm + 2 * 3) * shape.hidden
+        rotated = rotation * (shape.heads + shape.groups) * shape.head_dim if shape.gated else 0
+        inside = rotated + (swiglu if shape.gated else 2) * shape.ffn
         return self._stream(BF16 * (outside * local + inside * tokens / work.tp))
 
     def _output_layer(self, shape: Shape, work: Work) -> tuple[float, float]:

@@ -32,6 +32,11 @@ def measured(seconds: float, device: str = "NVIDIA H200") -> dict[str, Any]:
     return result | {"environment": {"device": device}}
 
 
+def setting(**fields: object) -> dict[str, Any]:
+    found = measured(2.0)
+    return found | {"settings": found["settings"] | fields}
+
+
 def test_named_constants_replace_the_defaults(tmp_path: Path) -> None:
     path = write(tmp_path, {"gemm_share": 0.7, "layer_gap_s": 0})
     assert load_calibration(path) == replace(Efficiency(), gemm_share=0.7, layer_gap_s=0)
@@ -59,13 +64,24 @@ def test_a_measured_step_is_then_predicted(tmp_path: Path) -> None:
         ("{", "is not JSON"),
         ("[]", "must hold one JSON object"),
         ({"gem_share": 0.5}, "gem_share = 0.5: is not known"),
-        ({"gemm_share": 1.5}, "at most 1"),
-        ({"overlap_cost": -1}, "not negative"),
+        ("[" * 100_000, "is not JSON"),
+        ({"gemm_share": 1.5}, "gemm_share = 1.5: must be a number from 0.001 to 1"),
+        ({"stream_share": 1e-308}, "stream_share = 1e-308: must be a number"),
+        ({"overlap_cost": -1}, "must be a number from 0"),
+        ({"layer_gap_s": 1e308}, "must be a number from 0"),
+        ({"gemm_half_side": 10**400}, "is not JSON"),
         ({"overlap_cost": True}, "must be a number"),
-        ({"hop_s": float("inf")}, "must be a number"),
-        ({"benchmark": "loader"}, "must be step"),
+        ({"hop_s": float("inf")}, "is not JSON"),
+        ({"benchmark": "loader"}, "benchmark = loader: is not what the step benchmark writes"),
         (measured(2.0, "Tesla T4"), "not a GPU that the planner knows"),
-        ({"benchmark": "step", "environment": {"device": "NVIDIA H200"}}, "lacks"),
+        ({"benchmark": "step", "environment": {"device": "NVIDIA H200"}}, "settings"),
+        (measured(2.0) | {"environment": None}, "environment = None"),
+        (measured(2.0) | {"environment": {"device": ["x"]}}, "environment.device"),
+        (measured(2.0) | {"measured": {"tokens_per_s": {"ours": 0}}}, "measured.tokens_per_s.ours = 0"),
+        (setting(recompute="weird"), "settings.recompute = weird"),
+        (setting(recompute=[]), "settings.recompute"),
+        (setting(layers=0), "settings.layers = 0"),
+        (setting(heads="many"), "settings.heads = many"),
         (measured(0.1), "is faster"),
     ],
 )

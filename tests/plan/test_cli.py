@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llama_mcore.cli import app
+from llama_mcore.plan.how import NOTED_DIFFERENCE
 
 ROOT = Path(__file__).parents[2]
 QUESTION = ["size", "--gpus", "64", "--gpu", "h100", "--days", "30", "--inference-tokens", "10T"]
@@ -42,7 +43,17 @@ def test_the_conclusion_comes_first_and_the_next_command_last() -> None:
 
 
 @pytest.mark.parametrize(
-    "budget", [QUESTION[1:], ["--flops", "4e22", "--gpu", "b200"], ["--flops", "5.5e23"]]
+    "budget",
+    [
+        QUESTION[1:],
+        ["--flops", "4e22", "--gpu", "b200"],
+        ["--flops", "5.5e23"],
+        ["--flops", "5.76e23"],
+        ["--flops", "6e23"],
+        ["--flops", "1e24", "--inference-tokens", "5T"],
+        ["--gpus", "960", "--gpu", "h100", "--days", "30", "--inference-tokens", "10T"],
+        ["--loss", "2.0", "--inference-tokens", "10T"],
+    ],
 )
 def test_the_command_to_go_on_with_runs(budget: list[str]) -> None:
     code, output = run("size", *budget, "--json")
@@ -63,12 +74,27 @@ def test_one_command_says_what_to_train_and_how() -> None:
     assert layout["days"] == pytest.approx(laid_out["days"], rel=1e-4)
     printed = run(*QUESTION)[1]
     assert "How to train it" in printed
-    assert f"predicted to take {layout['days']:.1f} days, not the 30.0 of --mfu 0.4" in printed
+    assert "The size follows from what this layout is predicted to reach" in printed
+
+
+@pytest.mark.parametrize("gpus", ["8", "64", "960", "2048"])
+@pytest.mark.parametrize("gpu", ["a100-80gb", "h100"])
+def test_the_size_is_what_the_layout_trains_in_the_days(gpus: str, gpu: str) -> None:
+    sized = json.loads(run("size", "--gpus", gpus, "--gpu", gpu, "--days", "30", "--json")[1])
+    assert sized["days"] == pytest.approx(30)
+    assert sized["layout"]["days"] == pytest.approx(30, rel=NOTED_DIFFERENCE)
+    assert sized["mfu_causal"] == pytest.approx(sized["layout"]["mfu_causal"], rel=NOTED_DIFFERENCE)
+
+
+def test_an_mfu_that_is_given_stays() -> None:
+    printed = run(*QUESTION, "--mfu", "0.4")[1]
+    assert "days, not 30.0: it reaches an MFU of" in printed
+    assert "With --mfu 0." in printed
 
 
 def test_an_mfu_that_agrees_with_the_prediction_is_said_to() -> None:
-    printed = run("size", "--gpus", "64", "--gpu", "h100", "--days", "20", "--mfu", "0.48")[1]
-    assert "The prediction agrees with --mfu 0.48" in printed
+    printed = run("size", "--gpus", "64", "--gpu", "h100", "--days", "20", "--mfu", "0.5")[1]
+    assert "The prediction agrees with --mfu 0.5" in printed
 
 
 def test_without_gpus_there_is_the_command_alone() -> None:
@@ -90,10 +116,17 @@ def test_data_begins_with_its_conclusion() -> None:
     assert "common_crawl" in output
 
 
+OTHERS = (
+    shlex.split("layout --model 65b --gpus 2048 --gpu a100-80gb --tokens 1.4T"),
+    shlex.split("memory --model 65b --tp 8 --sp --dp 256 --zero 2 --micro-batch 8 --gpu a100-80gb"),
+    ["validate"],
+)
+
+
 def test_keys_of_json_are_those_of_the_docs() -> None:
     """Each key, of the records inside too, stands in docs/planner.md."""
     docs = (ROOT / "docs" / "planner.md").read_text()
-    for arguments in (QUESTION, ["data", "--tokens", "1T"]):
+    for arguments in (QUESTION, ["data", "--tokens", "1T"], *OTHERS):
         code, output = run(*arguments, "--json")
         assert code == 0
         missing = {key for key in keys(json.loads(output)) if f"`{key}`" not in docs}

@@ -254,8 +254,16 @@ def test_memory_is_printed_line_by_line() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "give one of the two"),
-        (["--model", "7b", "--config", "7b"], "give one of the two"),
+        ([], "--model = (not given): is required"),
+        (["--model", "7b", "--config", "7b", "--world-size", "8"], "is said by --config 7b"),
+        (
+            ["--config", "7b", "--world-size", "8", "--zero", "3", "--sp"],
+            "--zero = 3: is said by --config 7b",
+        ),
+        (["--config", "7b"], "--world-size = (not given): is required"),
+        (["--model", "7b", "--world-size", "8"], "goes with --config"),
+        (["--model", "7b", "--dp", "0"], "--dp = 0: must be a whole number from 1"),
+        (["--model", "7b", "--dp", "1e23"], "--dp = 1e23: must be a whole number from 1"),
         (["--model", "7b", "--recompute", "some"], "known: none, selective, full"),
         (["--model", "7b", "--precision", "fp8"], "known: bf16, fp32"),
         (["--model", "33b", "--tp", "8"], "must be divisible by parallel.tp = 8"),

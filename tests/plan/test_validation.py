@@ -23,10 +23,11 @@ def test_the_bar_holds_over_all_rows_and_over_those_held_out() -> None:
         assert largest_error(chosen) <= 0.25
 
 
-def test_half_of_the_rows_are_held_out() -> None:
+def test_half_of_the_rows_or_more_are_held_out() -> None:
     assert len(PUBLISHED) >= 12
     assert not set(FITTED_ON) & set(HELD_OUT)
-    assert abs(len(FITTED_ON) - len(HELD_OUT)) <= 1
+    assert len(FITTED_ON) <= len(HELD_OUT) + 1
+    assert set(FITTED_ON) | set(HELD_OUT) == set(PUBLISHED)
     assert len({row.name for row in PUBLISHED}) == len(PUBLISHED)
     assert {row.name for row in PUBLISHED} >= {f"LLaMA {size}" for size in ("7B", "13B", "33B", "65B")}
 
