@@ -102,7 +102,7 @@ class SizePlan:
 
     @property
     def saving(self) -> float:
-        """How much less the recommended model costs over its life than the compute-optimal one of its loss."""
+        """How much less the recommended model costs over its life than the compute-optimal of its loss."""
         other = self.request.law.optimum_of_loss(self.recommended.loss)
         return 1 - self.recommended.lifetime_flops / other.lifetime_flops(self.request.inference_tokens)
 
