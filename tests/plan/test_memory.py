@@ -1,10 +1,12 @@
 """llama_mcore.plan.memory: bytes per rank."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llama_mcore.model.config import PRESETS, ModelConfig
 from llama_mcore.parallel.config import ParallelConfig, ZeroConfig
-from llama_mcore.plan.memory import ModelState, model_state, params_per_rank
+from llama_mcore.plan.memory import ModelState, _padded, _Parameters, _touched, model_state, params_per_rank
 
 SMALL = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, ffn_hidden_size=176, vocab_size=512)
 P = SMALL.num_params()
@@ -46,6 +48,28 @@ def test_each_group_is_padded_to_two_values_a_rank() -> None:
     padded = sum(6 * -(-values // 6) for values in (P - norms, norms))
     assert padded > P
     assert state(1, "bf16", dp=3) == ModelState(2 * padded, 4 * padded, 4 * padded // 3, 8 * padded // 3)
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=9),
+    st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    st.integers(1, 40),
+)
+def test_gradients_that_fp32_stage_2_keeps_are_those_of_the_fullest_rank(
+    matrices: list[int], norms: list[int], dp: int
+) -> None:
+    """Against every rank looked at."""
+    most = 0
+    for rank in range(dp):
+        kept = 0
+        for group in (matrices, norms):
+            size, start = _padded(group, dp) // dp, 0
+            for values in group:
+                if start < (rank + 1) * size and start + values > rank * size:
+                    kept += values
+                start += values
+        most = max(most, kept)
+    assert _touched(_Parameters(matrices, norms), dp) == most
 
 
 def test_65b_as_the_paper_trained_it_fits_one_gpu() -> None:
