@@ -43,7 +43,7 @@ from llama_mcore.checkpoint.layout import (
 from llama_mcore.checkpoint.lease import Lease
 from llama_mcore.checkpoint.manifest import MANIFEST, Layout, Manifest, RankFile, manifest_bytes
 from llama_mcore.checkpoint.phase import agree, in_background
-from llama_mcore.checkpoint.snapshot import check_finite, snapshot
+from llama_mcore.checkpoint.snapshot import check_finite, not_finite, snapshot
 from llama_mcore.checkpoint.tensor_file import write_tensors
 from llama_mcore.config import RunConfig
 from llama_mcore.observe.log import get_logger
@@ -87,9 +87,9 @@ class Saver:
         Raises NumericalError, and writes nothing, where the state is not finite.
         """
         before = self.finish()
-        check_finite(self._engine, self._groups, state.step)
-        started = time.perf_counter()
         final = step_dir(Path(self._run.run.dir), state.step)
+        check_finite(agree(lambda: not_finite(self._engine, self._groups), final), state.step)
+        started = time.perf_counter()
         temporary = final.with_suffix(TEMPORARY)
         agree(lambda: self._prepare(temporary), final)
         metadata = {"run_id": state.run_id, "step": str(state.step), "rank": str(self._groups.rank)}

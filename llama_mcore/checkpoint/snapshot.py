@@ -1,9 +1,8 @@
 """What a save writes, as it was at one moment: copies in host memory, so that training can go on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
@@ -43,19 +42,21 @@ def snapshot(
     return copies
 
 
-def check_finite(engine: DeepSpeedEngine, groups: Groups, step: int) -> None:
-    """Raise NumericalError on all ranks where a snapshot of now would hold a NaN or an infinity on any.
+def not_finite(engine: DeepSpeedEngine, groups: Groups) -> list[str]:
+    """What of this rank's part of a snapshot of now would hold a NaN or an infinity, by name.
 
-    Looks at every element, on the device. All ranks call it together.
+    Looks at every element, on the device.
     """
-    spoilt = [
+    return [
         f"{kind} of {fragment.name}"
         for fragment in _saved_fragments(engine, groups)
         for kind in KINDS
         if not _is_finite(fragment.view(kind))
     ]
-    gathered: list[list[str]] = [[]] * groups.world_size
-    dist.all_gather_object(gathered, spoilt)
+
+
+def check_finite(found: Sequence[list[str]], step: int) -> None:
+    """Raise NumericalError where any rank has something; `found`: what `not_finite` gave, by rank."""
     remedy = "start the same command again: it goes on from the newest checkpoint, which is sound"
     problems = [
         Problem(
@@ -64,7 +65,7 @@ def check_finite(engine: DeepSpeedEngine, groups: Groups, step: int) -> None:
             f"are not finite after step {step:,}, so that it is not saved",
             remedy,
         )
-        for rank, names in enumerate(gathered)
+        for rank, names in enumerate(found)
         if names
     ]
     if problems:

@@ -183,8 +183,8 @@ def errors(folder: Path, operations: list[list[str]], count: int | None) -> list
             )
         for at in range(1, sum(name.startswith("write") for name in disks[victim]) + 1):
             todo.append((Case("short write", victim, f"write {at}"), partial(short_write, at)))
-    todo += [(Case("RuntimeError", rank, "snapshot"), broken_snapshot) for rank in range(RANKS)]
-    chosen = some(todo, count)
+    broken = [(Case("RuntimeError", rank, "snapshot"), broken_snapshot) for rank in range(RANKS)]
+    chosen = [*some(todo, count), *broken]
     folder.mkdir()
     lives = [chosen[start : start + CASES_A_LIFE] for start in range(0, len(chosen), CASES_A_LIFE)]
     return [case for number, part in enumerate(lives) for case in fail_all(part, folder / str(number))]
