@@ -8,7 +8,11 @@
 # The network that NCCL talks over, where it does not find it:
 #   export NCCL_SOCKET_IFNAME=ib0
 
-# More options of every srun: a container, binding, an account.
+# The first node's name for the others, where `hostname` does not say it, and the port that they meet at there:
+#   MASTER_ADDR=$(hostname -s)-ib
+#   MASTER_PORT=29500
+
+# More options of every srun: a container, binding. An account is sbatch's: export SBATCH_ACCOUNT where you submit.
 SRUN_OPTIONS=()
 #   SRUN_OPTIONS=(--container-image=/shared/llama_mcore.sqsh --container-mounts=/shared)
 

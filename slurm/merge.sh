@@ -10,6 +10,20 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 source slurm/env.sh
 
+if [[ $# -ne 1 ]]; then
+    echo "usage: sbatch slurm/merge.sh OUTPUT_PREFIX" >&2
+    exit 64
+fi
+marks=("$1".shards/done_*_of_*)
+if [[ ! -e ${marks[0]} ]]; then
+    echo "merge: no shard of $1.shards is done: give the prefix that preprocess.sh was given" >&2
+    exit 66
+fi
+count=${marks[0]##*_of_}
+if [[ ${#marks[@]} -ne $count ]]; then
+    echo "merge: ${#marks[@]} of $count shards in $1.shards are done: run the tasks that are missing again first" >&2
+    exit 66
+fi
 for split in document heldout; do
     shards=("$1".shards/part_*_text_"$split".bin)
     if [[ -e ${shards[0]} ]]; then

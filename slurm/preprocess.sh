@@ -13,17 +13,33 @@
 # tools/preprocess_data.py.
 #     sbatch slurm/preprocess.sh data/c4 --input c4/*.json.gz --tokenizer-model data/tokenizer.model --append-eod
 # makes data/c4_text_document, and data/c4_text_heldout with --held-out. A task that is requeued goes on where it was.
+# Tasks that failed are run again as part of the same whole, with the same arguments; then join the shards:
+#     sbatch --array=7 --export=ALL,SHARDS=32 slurm/preprocess.sh data/c4 ...
+#     sbatch slurm/merge.sh data/c4
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 source slurm/env.sh
 
+if [[ $# -eq 0 ]]; then
+    echo "usage: sbatch slurm/preprocess.sh OUTPUT_PREFIX --input FILES --tokenizer-model MODEL ..." >&2
+    exit 64
+fi
 output=$1
 shift
-if [[ $SLURM_ARRAY_TASK_ID -eq $SLURM_ARRAY_TASK_MIN && ${SLURM_RESTART_COUNT:-0} -eq 0 ]]; then
-    sbatch --dependency="afterok:$SLURM_ARRAY_JOB_ID" slurm/merge.sh "$output"
+if [[ -z ${SHARDS:-} && $SLURM_ARRAY_TASK_MAX -ne $((SLURM_ARRAY_TASK_COUNT - 1)) ]]; then
+    echo "preprocess: an array from 0 on without gaps is a whole; for a part of one of 32 tasks add --export=ALL,SHARDS=32" >&2
+    exit 64
 fi
+if [[ -z ${SHARDS:-} && $SLURM_ARRAY_TASK_ID -eq 0 && ${SLURM_RESTART_COUNT:-0} -eq 0 ]]; then
+    sbatch --dependency="afterok:$SLURM_ARRAY_JOB_ID" --kill-on-invalid-dep=yes slurm/merge.sh "$output"
+fi
+shards=${SHARDS:-$SLURM_ARRAY_TASK_COUNT}
 mkdir -p "$output.shards"
-exec llama-mcore preprocess-data "$@" \
+# A shard without documents writes nothing else. merge.sh counts these.
+done_mark="$output.shards/done_${SLURM_ARRAY_TASK_ID}_of_$shards"
+rm -f "$done_mark"
+llama-mcore preprocess-data "$@" \
     --output-prefix "$output.shards/part" \
-    --shard "$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))/$SLURM_ARRAY_TASK_COUNT" \
+    --shard "$SLURM_ARRAY_TASK_ID/$shards" \
     --workers "${SLURM_CPUS_PER_TASK:-1}"
+touch "$done_mark"

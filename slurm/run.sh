@@ -1,23 +1,35 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it: one training job from its rendezvous to its exit code.
 
-source slurm/env.sh
-
 # Of the script that sources this.
 SCRIPT_ARGUMENTS=("$@")
 
+# srun's process once there is one, and whether the job was asked to stop. srun passes USR1 on to all ranks; TERM it
+# does not, but kills them.
+STEP="" ASKED=""
+ask_to_stop() {
+    ASKED=1
+    [[ -z $STEP ]] || kill -USR1 "$STEP" 2> /dev/null || true
+}
+# Before env.sh, which may take its time.
+trap ask_to_stop USR1 TERM
+
+unset MASTER_ADDR MASTER_PORT  # of the shell that submitted; env.sh may set them
+source slurm/env.sh
+
 # train.py on all nodes of the job, with these arguments.
 #
-# USR1 and TERM, which Slurm sends ahead of a time limit and on preemption, go on to all ranks: they save and
-# end with 75, and the job goes back into the queue (REQUEUE_ON). Any other exit code becomes the job's.
+# USR1 and TERM, which Slurm sends ahead of a time limit and on preemption, reach all ranks as USR1: they save and end
+# with 75, and the job goes back into the queue (REQUEUE_ON). Any other exit code becomes the job's.
 #
 # srun can start the ranks itself, without torchrun: --ntasks-per-node="$GPUS_PER_NODE" and `python tools/train.py "$@"`
 # in place of `llama-mcore torchrun` and its options. Each rank then finds its place in Slurm's variables.
 train() {
-    local head port status step
-    head=$(hostname)  # a batch script runs on the first node
+    local head port status
+    head=${MASTER_ADDR:-$(hostname)}  # a batch script runs on the first node
     # Seldom another job's, and below the ports that the system gives to clients; if it is taken, the next free one.
-    port=$((20000 + SLURM_JOB_ID % 12000))
+    port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
+    [[ -z $ASKED ]] || end_with 75  # nothing was begun
     # Nodes that fail of one cause end with its exit code each; what still runs 20 s after the first is killed.
     srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=20 "${SRUN_OPTIONS[@]}" \
         llama-mcore torchrun \
@@ -27,14 +39,21 @@ train() {
         --master-port="$port" \
         --rdzv-id="$SLURM_JOB_ID" \
         tools/train.py "$@" &
-    step=$!
-    trap 'kill -USR1 "$step"' USR1
-    trap 'kill -TERM "$step"' TERM
+    STEP=$!
+    [[ -z $ASKED ]] || ask_to_stop  # between the two lines before
     # A trap ends `wait` before the step has ended.
-    while kill -0 "$step" 2> /dev/null; do
-        wait "$step" || true
+    while kill -0 "$STEP" 2> /dev/null; do
+        wait "$STEP" || true
     done
-    wait "$step" && status=0 || status=$?
+    wait "$STEP" && status=0 || status=$?
+    # A request that came before srun was ready for one ended srun itself, with 128 + 10.
+    [[ -z $ASKED || $status -ne 138 ]] || status=75
+    end_with "$status"
+}
+
+# End the job, or put it back into the queue.
+end_with() {
+    local status=$1
     if [[ $status -ne 93 && " $REQUEUE_ON " == *" $status "* ]] && may_come_back && ! scontrol requeue "$SLURM_JOB_ID"; then
         how_to_resubmit "$status" >&2
     fi

@@ -94,12 +94,14 @@ def _acquire(folder: Path) -> Lease:
 def _wait_until_dead(path: Path) -> None:
     """Return when the holder is known to be dead. Raises PreflightError when it is known to be alive."""
     holder = _holder(path)
-    if holder is None or (holder.job and holder.job == os.environ.get("SLURM_JOB_ID")):
+    if holder is None:
         return
     if holder.host == socket.gethostname():
         if _is_alive(holder):
             raise _refusal(path, holder)
         return
+    if holder.job and holder.job == os.environ.get("SLURM_JOB_ID"):
+        return  # it was put back into the queue, and began on another node
     seen = _touched(path)
     while time.time() - seen < STALE_S:
         time.sleep(min(1.0, BEAT_S))

@@ -25,3 +25,11 @@ class WatchdogConfig(Section):
     """Seconds for reading the held-out batches of a source, and for each of them."""
     end_s: float = Field(default=300.0, gt=0)
     """Seconds from the last save to the end of the process."""
+
+    @property
+    def longest_s(self) -> float:
+        """The longest of these; steps that take longer than a tenth of it by the median may exceed it."""
+        return max(
+            *(self.min_step_s, self.first_step_s, self.start_s, self.setup_s),
+            *(self.save_s, self.evaluate_s, self.end_s),
+        )

@@ -35,8 +35,9 @@ class Beat:
     allowed_s: float
     """Seconds until the next one is overdue."""
 
-    def is_overdue(self, now: float) -> bool:
-        return now - self.at > self.allowed_s
+    def is_overdue(self, now: float, awake_since: float = 0.0) -> bool:
+        """`awake_since`: when the processes of the job ran again, if they were suspended."""
+        return now - max(self.at, awake_since) > self.allowed_s
 
 
 @dataclass(frozen=True)

@@ -172,11 +172,27 @@ def _check_job(job: SlurmJob) -> list[Problem]:
     if not re.fullmatch(TIME, job.time, re.ASCII):
         remedy = "e.g. 90 (minutes), 12:00:00 or 2-12:00:00 (days-hours:minutes:seconds)"
         problems.append(Problem("--time", job.time, "is no time limit of Slurm", remedy))
+    elif (limit := _seconds(job.time)) and job.signal_seconds >= limit:
+        bound = (
+            f"must be below the {limit:,} s of --time {job.time}: the job would be asked to stop as it starts"
+        )
+        problems.append(Problem("--signal-seconds", job.signal_seconds, bound))
     for option, name in (("--partition", job.partition), ("--account", job.account), ("--qos", job.qos)):
         if name is not None and not re.fullmatch(SITE_NAME, name, re.ASCII):
             bound = "must be of letters, digits and _ . + @ : , / -"
             problems.append(Problem(option, name, bound, "see what the site's Slurm calls it"))
     return problems
+
+
+def _seconds(limit: str) -> int:
+    """Of a time limit in one of the forms of TIME; 0 for none, as Slurm has it."""
+    if not limit[0].isdigit():
+        return 0
+    days, dash, clock = limit.rpartition("-")
+    numbers = [int(number) for number in clock.split(":")]
+    # After days, hours come first; else minutes, but where there are three.
+    first = 3600 if dash or len(numbers) == 3 else 60
+    return int(days or 0) * 86_400 + sum(n * first // 60**i for i, n in enumerate(numbers))
 
 
 def _all(problems: list[Problem], error: UserError) -> UserError:

@@ -36,6 +36,10 @@ ALONE_S = 25.0
 """What a process has to end by itself after another rank has ended; torchrun kills after 30 s."""
 LONGEST_REPORT_S = 25.0
 """A stalled file system may keep a report for ever, and torchrun kills 30 s after the first rank ended."""
+UNKILLABLE_S = 10.0
+"""After SIGKILL: a process that waits in the kernel, say for a file server, ends when that answers."""
+PAUSED_S = 10.0
+"""Between two looks: then this process did not run either, as while a job is suspended."""
 LONGEST_NOTE_S = 3.0
 """The same, for the line of lives.jsonl."""
 
@@ -79,13 +83,16 @@ class Supervisor:
     def _watch(self) -> int:
         waited = {*STOP_SIGNALS, signal.SIGCHLD}
         signal.pthread_sigmask(signal.SIG_BLOCK, waited)
+        looked = awake_since = time.monotonic()
         while True:
+            now = time.monotonic()
+            awake_since, looked = now if now - looked > PAUSED_S else awake_since, now
             ended, status = os.waitpid(self._pid, os.WNOHANG)
             if ended:
                 return self._exit_code(os.waitstatus_to_exitcode(status))
-            if self._kill_at and time.monotonic() > self._kill_at:
+            if self._kill_at and now > self._kill_at:
                 return self._killed(128 + self._last_request)
-            if self._watchdog.enabled and self._heartbeat.read().is_overdue(time.monotonic()):
+            if self._watchdog.enabled and self._heartbeat.read().is_overdue(now, awake_since):
                 return self._end_stalled()
             got = signal.sigtimedwait(waited, POLL_S)
             if got and got.si_signo in STOP_SIGNALS:
@@ -137,7 +144,14 @@ class Supervisor:
 
     def _killed(self, exit_code: int) -> int:
         os.kill(self._pid, signal.SIGKILL)
-        os.waitpid(self._pid, 0)
+        until = time.monotonic() + UNKILLABLE_S
+        while not os.waitpid(self._pid, os.WNOHANG)[0]:
+            if time.monotonic() > until:
+                self._say(
+                    "the training process waits in the kernel and does not end by SIGKILL: look at this node"
+                )
+                break
+            time.sleep(0.05)
         return exit_code
 
     def _exit_code(self, code: int) -> int:

@@ -7,6 +7,7 @@ scheduler cannot tell "saved, start me again" (75) from a crash.
 
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -21,7 +22,7 @@ from torch.distributed import DistError, TCPStore
 from torch.distributed import run as torch_run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from llama_mcore.errors import EXIT_SAVED, EXIT_SOFTWARE, UserError, report_errors
+from llama_mcore.errors import EXIT_SAVED, EXIT_SOFTWARE, ConfigError, Problem, UserError, report_errors
 from llama_mcore.parallel.store import store_port
 from llama_mcore.train.signals import STOP_SIGNALS
 
@@ -33,7 +34,7 @@ _LEAVE_POLL_S = 0.05
 
 def run(args: Sequence[str]) -> int:
     """Run torchrun with these arguments and return the first failed worker's exit code, 0 if none failed."""
-    settings = parsed(args)
+    settings = _checked(parsed(args))
     _default_threads(settings.nproc_per_node)
     _silence_agent()
     # Held, and so held in the workers too until these are ready: a signal kills nobody who is just starting.
@@ -53,6 +54,22 @@ def parsed(args: Sequence[str]) -> Namespace:
     node = os.environ.get("PET_NODE_RANK") or os.environ.get("SLURM_NODEID", "0")
     settings = torch_run.parse_args(["--node-rank", node, *args])
     settings.signals_to_handle = "SIGHUP,SIGQUIT"
+    return settings
+
+
+def _checked(settings: Namespace) -> Namespace:
+    """Ends the process with a message for numbers that torchrun would answer with a traceback."""
+    with report_errors():
+        problems = []
+        if not re.fullmatch(r"[1-9]\d{0,5}(:[1-9]\d{0,5})?", settings.nnodes):
+            problems.append(
+                Problem("--nnodes", settings.nnodes, "must be a number of nodes, or MIN:MAX", "e.g. 2")
+            )
+        if not re.fullmatch(r"[1-9]\d{0,4}|auto|cpu|gpu|xpu", settings.nproc_per_node):
+            bound = "must be a number of processes from 1 on, or auto, cpu or gpu"
+            problems.append(Problem("--nproc-per-node", settings.nproc_per_node, bound, "e.g. 8"))
+        if problems:
+            raise ConfigError(problems)
     return settings
 
 

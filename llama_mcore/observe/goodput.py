@@ -2,6 +2,7 @@
 restarting, and the time between its lives. Read from RUN_DIR/timeline.jsonl, and from lives.jsonl how lives
 ended; goodput_report.py prints it."""
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,8 @@ from llama_mcore.observe.metrics import describe_duration
 from llama_mcore.observe.phases import Phase
 from llama_mcore.observe.timeline import TIMELINE_FILE
 
+STALE_S = 60.0
+"""A life whose lease was not touched for so long is over; as in checkpoint/lease.py."""
 PRODUCTIVE, LOST, EVALUATION, DOWN = "productive", "lost", "evaluation", "down"
 KINDS = (PRODUCTIVE, LOST, "saving", EVALUATION, "restarting", "ending", DOWN)
 _KIND_OF_PHASE: dict[str, str] = {
@@ -62,6 +65,11 @@ class Life:
     number: int = 0
     """Of the life among all, from 1."""
 
+    @property
+    def runs(self) -> bool:
+        """It was not noted as over, and its lease was touched lately."""
+        return self.left is None and time.time() - self.ended < STALE_S
+
 
 def read_lives(run_dir: Path) -> list[Life]:
     """All lives in the order of their beginnings. Lines that a kill or a full disk cut are passed over."""
@@ -107,18 +115,21 @@ def _add(life: Life, row: dict[str, Any]) -> None:
 
 def _add_ends(lives: list[Life], noted: Sequence[EndedLife]) -> None:
     """Give lives the ends that their supervisors noted, and put those in that never came to a timeline."""
+    known = {life.began: life for life in lives}
     place = 0
-    for end in noted:
-        found = next((i for i in range(place, len(lives)) if lives[i].began == end.began), None)
-        if found is None:
-            while place < len(lives) and lives[place].began < end.began:
+    for number, end in enumerate(noted):
+        life = known.get(end.began)
+        if life is None:
+            # Before the next that is known, also where a clock ran ahead.
+            following = [known[later.began] for later in noted[number:] if later.began in known]
+            limit = min(map(lives.index, following), default=len(lives))
+            while place < limit and lives[place].began < end.began:
                 place += 1
-            lives.insert(place, Life(0, end.began, end.job, end.ranks))
-        else:
-            place = found
-        lives[place].left = end.exit_code
-        lives[place].ended = max(lives[place].ended, end.ended)
-        place += 1
+            life = Life(0, end.began, end.job, end.ranks)
+            lives.insert(place, life)
+        life.left = end.exit_code
+        life.ended = max(life.ended, end.ended)
+        place = lives.index(life) + 1
 
 
 def _last_sign(run_dir: Path, life: Life) -> float:
@@ -138,7 +149,7 @@ def spans_of(lives: Sequence[Life]) -> list[Span]:
         # A clock that was set back between two lives must not count time twice.
         following = lives[i + 1].began if i + 1 < len(lives) else float("inf")
         spans += _spans_of_life(life, spans[-1].ended if spans else life.began, following)
-    return [span for span in _marked(spans) if span.seconds > 0]
+    return [span for span in _marked(spans, _last_saved(lives)) if span.seconds > 0]
 
 
 def _spans_of_life(life: Life, not_before: float, following: float) -> Iterator[Span]:
@@ -149,10 +160,10 @@ def _spans_of_life(life: Life, not_before: float, following: float) -> Iterator[
         yield Span(life.number, kind, step, began, max(began, ended))
 
 
-def _marked(spans: Sequence[Span]) -> list[Span]:
-    """Steps, and evaluations after them, that came again later are lost."""
+def _marked(spans: Sequence[Span], saved: float) -> list[Span]:
+    """Steps, and evaluations after them, that came again later are lost, and those after step `saved`."""
     marked: list[Span] = []
-    first_redone = float("inf")
+    first_redone = saved + 1
     for span in reversed(spans):
         if span.kind in (PRODUCTIVE, EVALUATION) and span.step >= first_redone:
             span = replace(span, kind=LOST)
@@ -160,6 +171,13 @@ def _marked(spans: Sequence[Span]) -> list[Span]:
             first_redone = span.step
         marked.append(span)
     return marked[::-1]
+
+
+def _last_saved(lives: Sequence[Life]) -> float:
+    """The step from which the run would go on; of one that trains, its own is."""
+    if not lives or lives[-1].runs:
+        return float("inf")
+    return next((life.saved[-1] for life in reversed(lives) if life.saved), 0)
 
 
 def seconds_by_kind(spans: Iterable[Span]) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,6 @@ from llama_mcore.observe.goodput import (
 )
 from llama_mcore.observe.metrics import describe_duration
 from llama_mcore.observe.timeline import TIMELINE_FILE
-
-STALE_S = 60.0
-"""A life whose lease was not touched for so long is over; as in checkpoint/lease.py."""
 
 
 def show_goodput(run_dir: Path, *, as_json: bool = False, picture: Path | None = None) -> None:
@@ -90,4 +86,4 @@ def _durations(seconds: dict[str, float]) -> list[str]:
 def _ending(life: Life) -> str:
     if life.left is not None:
         return str(life.left)
-    return "runs" if time.time() - life.ended < STALE_S else "killed"
+    return "runs" if life.runs else "killed"

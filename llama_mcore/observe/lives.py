@@ -7,6 +7,7 @@ lives that ended before they had begun to train. A supervisor that was killed to
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from llama_mcore.section import Section
 from llama_mcore.small_file import read_small_file
@@ -39,10 +40,13 @@ def add_life(run_dir: Path, life: EndedLife) -> None:
     """Raises OSError. The folder may not be there yet; a line that a full disk cut stays alone."""
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / LIVES_FILE).open("ab+", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1))
-        torn = file.read(1) not in (b"", b"\n")
-        file.write(b"\n" * torn + life.model_dump_json().encode() + b"\n")
+        file.write(b"\n" * ends_torn(file) + life.model_dump_json().encode() + b"\n")
+
+
+def ends_torn(file: BinaryIO) -> bool:
+    """Whether the last line of a file that is open for reading and appending lacks its end."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+    return file.read(1) not in (b"", b"\n")
 
 
 def read_ended_lives(run_dir: Path) -> list[EndedLife]:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -76,7 +76,8 @@ class MetricSinks:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if self._events:
                 self._events.write(report)
-        self._watcher.write(report)
+        with suppress(OSError):  # its output may go to a full disk too: no reason to end a run
+            self._watcher.write(report)
 
     def go_back(self, step: int) -> None:
         """Go on after `step`: the lines of later steps move to the file of what was given up."""

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, Self
 import orjson
 
 from llama_mcore.errors import UserError
+from llama_mcore.observe.lives import ends_torn
 from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.phases import Listener, Phase
 
@@ -41,7 +42,7 @@ class Timeline(Listener):
         self._clock_offset = time.time() - time.monotonic()
         self._held_back: list[bytes] = []
         self._file: BinaryIO | None = None
-        self._failed = False
+        self._failed = self._torn = False
         self.exit_code = 0
         job = os.environ.get("SLURM_JOB_ID", "")
         host = socket.gethostname()
@@ -49,7 +50,8 @@ class Timeline(Listener):
 
     def settled(self) -> None:
         try:
-            self._file = self._path.open("ab", buffering=0)
+            self._file = self._path.open("ab+", buffering=0)
+            self._torn = ends_torn(self._file)
         except OSError as error:
             self._fail(error)
         held_back, self._held_back = self._held_back, []
@@ -90,7 +92,8 @@ class Timeline(Listener):
         if self._file is None:
             return
         try:
-            self._file.write(line)
+            whole = b"\n" * self._torn + line
+            self._torn = self._file.write(whole) != len(whole)
         except OSError as error:
             self._fail(error)
 

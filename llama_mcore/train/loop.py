@@ -3,6 +3,7 @@
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from itertools import islice
 
 from llama_mcore.checkpoint.deepspeed_folder import save_deepspeed_folder
@@ -14,7 +15,7 @@ from llama_mcore.observe.log import get_logger, setup_logging
 from llama_mcore.observe.metrics import HeldOut, StepReport
 from llama_mcore.observe.phases import Phase, Phases
 from llama_mcore.parallel.device import device_name, peak_memory_bytes, synchronize
-from llama_mcore.parallel.groups import process_groups
+from llama_mcore.parallel.groups import TIMEOUT, process_groups
 from llama_mcore.parallel.replicas import check_replicas
 from llama_mcore.train.agreement import together
 from llama_mcore.train.evaluation import evaluate_sources, evaluation_is_due
@@ -27,6 +28,8 @@ from llama_mcore.train.signals import StopRequest
 from llama_mcore.train.step import StepResult, train_step
 from llama_mcore.train.utilization import step_mfu
 
+MARGIN = timedelta(minutes=10)
+
 
 def train(
     run: RunConfig,
@@ -35,12 +38,19 @@ def train(
     phases: Phases | None = None,
 ) -> int:
     """Train to the last step and return 0, or to a request to stop and return 75. All ranks call it."""
-    with process_groups(run.parallel, run.run.seed) as groups:
+    with process_groups(run.parallel, run.run.seed, _collectives_timeout(run)) as groups:
         setup_logging(groups.rank)
         with ExitStack() as stack:
             job = open_job(run, groups, stop, start, phases or Phases(), stack)
             _train_on(job)
             return _finish(job)
+
+
+def _collectives_timeout(run: RunConfig) -> timedelta:
+    """Longer than the watchdog waits, which names the rank that all wait for; a collective that times out
+    names none."""
+    longest = run.watchdog.longest_s + run.checkpoint.timeout_s
+    return max(TIMEOUT, timedelta(seconds=longest) + MARGIN)
 
 
 def _train_on(job: Job) -> None:

@@ -32,6 +32,14 @@ import json, os, sys
 from pathlib import Path
 open(os.environ["CALLS"], "a").write(json.dumps([Path(sys.argv[0]).stem, *sys.argv[1:]]) + "\\n")
 """
+# One that is named in SLOW takes its time, and leaves a file when it begins to.
+SLOW = """
+import os, sys, time
+from pathlib import Path
+if os.environ.get("SLOW") == Path(sys.argv[0]).stem:
+    open(os.environ["CALLS"] + "." + os.environ["SLOW"], "w").close()
+    time.sleep(0.5)
+"""
 PROGRAMS = {
     "srun": f"""
 import os, signal, time
@@ -48,6 +56,7 @@ if os.environ.get("WAITS"):
 sys.exit(int(os.environ["EXIT"]))
 """,
     "scontrol": f"""
+{SLOW}
 {RECORD}
 if sys.argv[1:] == ["show", "job", "123456"]:
     print("JobId=123456 JobName=x\\n   JobState=" + os.environ.get("STATE", "RUNNING Reason=None") + " x")
@@ -56,7 +65,7 @@ elif os.environ.get("NO_REQUEUE"):
     sys.exit("Requested operation is presently disabled")
 """,
     "sbatch": RECORD,
-    "hostname": "print('node7')",
+    "hostname": f"{SLOW}\nprint('node7')",
 }
 
 
@@ -206,14 +215,61 @@ def test_signals_go_on_to_the_step_which_is_waited_for(
     number: signal.Signals, start: Callable, tmp_path: Path
 ) -> None:
     script = start("7b.sh", code=75, WAITS="1")
-    until = time.monotonic() + SECONDS
-    while not (tmp_path / "calls.started").exists():
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    waiting_for(tmp_path / "calls.started")
     script.send_signal(number)
     assert script.wait(SECONDS) == 75
     order = [call if call[0] == "got" else call[0] for call in calls(tmp_path)]
-    assert order == ["srun", ["got", number.name], "scontrol", "scontrol"]
+    # TERM too arrives as USR1: srun itself takes TERM for the wish to kill the step
+    assert order == ["srun", ["got", "SIGUSR1"], "scontrol", "scontrol"]
+
+
+def waiting_for(path: Path) -> None:
+    until = time.monotonic() + SECONDS
+    while not path.exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_request_before_the_step_begins_puts_the_job_back(
+    number: signal.Signals, start: Callable, tmp_path: Path
+) -> None:
+    script = start("7b.sh", SLOW="hostname")
+    waiting_for(tmp_path / "calls.hostname")
+    script.send_signal(number)
+    assert script.wait(SECONDS) == 75
+    assert [call[:2] for call in calls(tmp_path)] == [["scontrol", "show"], ["scontrol", "requeue"]]
+
+
+def test_a_request_that_ends_srun_itself_puts_the_job_back(start: Callable, tmp_path: Path) -> None:
+    script = start("7b.sh", WAITS="1", code=138)
+    waiting_for(tmp_path / "calls.started")
+    script.send_signal(signal.SIGUSR1)
+    assert script.wait(SECONDS) == 75
+    assert ["scontrol", "requeue", "123456"] in calls(tmp_path)
+
+
+def test_a_request_after_the_step_has_ended_changes_nothing(start: Callable, tmp_path: Path) -> None:
+    script = start("7b.sh", code=75, SLOW="scontrol")
+    waiting_for(tmp_path / "calls.scontrol")
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(SECONDS) == 75
+    assert ["scontrol", "requeue", "123456"] in calls(tmp_path)
+
+
+def test_a_site_names_the_first_node(start: Callable, tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT / "slurm", checkout / "slurm")
+    with (checkout / "slurm" / "env.sh").open("a") as settings:
+        settings.write("MASTER_ADDR=node7-ib\nMASTER_PORT=29500\n")
+    # what the shell that submitted happens to have is not the site's wish
+    of_shell = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    assert start("7b.sh", SLURM_SUBMIT_DIR=str(checkout), **of_shell).wait(SECONDS) == 0
+    words = srun_call(tmp_path)
+    assert (after(words, "--master-addr"), after(words, "--master-port")) == ("node7-ib", "29500")
+    (tmp_path / "calls").unlink()
+    assert start("7b.sh", **of_shell).wait(SECONDS) == 0
+    assert after(srun_call(tmp_path), "--master-addr") == "node7"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -244,18 +300,46 @@ def test_an_array_and_its_merge_write_what_one_job_does(start: Callable, tmp_pat
         "--held-out",
         "0.2",
     ]
-    array = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "2"}
-    for task in ("3", "4"):
-        job = start("preprocess.sh", str(data / "many"), *options, SLURM_ARRAY_TASK_ID=task, **array)
-        assert job.wait(SECONDS) == 0, job.stderr.read()
+    array = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_MAX": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
+    words = ("preprocess.sh", str(data / "many"), *options)
+    job = start(*words, SLURM_ARRAY_TASK_ID="0", **array)
+    assert job.wait(SECONDS) == 0, job.stderr.read()
     (asked,) = [call[1:] for call in calls(tmp_path)]
-    assert asked == ["--dependency=afterok:77", "slurm/merge.sh", str(data / "many")]
+    assert asked == [
+        *("--dependency=afterok:77", "--kill-on-invalid-dep=yes", "slurm/merge.sh", str(data / "many"))
+    ]
+    early = start("merge.sh", str(data / "many"))
+    assert early.wait(SECONDS) == 66
+    assert "1 of 2 shards in" in early.stderr.read()
+    # the other one is run again by itself
+    alone = {"SLURM_ARRAY_JOB_ID": "78", "SLURM_ARRAY_TASK_MAX": "1", "SLURM_ARRAY_TASK_COUNT": "1"}
+    refused = start(*words, SLURM_ARRAY_TASK_ID="1", **alone)
+    assert refused.wait(SECONDS) == 64
+    assert "add --export=ALL,SHARDS=32" in refused.stderr.read()
+    job = start(*words, SLURM_ARRAY_TASK_ID="1", SHARDS="2", **alone)
+    assert job.wait(SECONDS) == 0, job.stderr.read()
     assert start("merge.sh", str(data / "many")).wait(SECONDS) == 0
     preprocess(
         [corpus], tokenizer, data / "one", json_keys=["text"], workers=1, append_eod=True, held_out=0.2
     )
     for name in ("text_document.bin", "text_document.idx", "text_heldout.bin", "text_heldout.idx"):
         assert (data / f"many_{name}").read_bytes() == (data / f"one_{name}").read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "code", "said"),
+    [
+        ("merge.sh", [], 64, "usage"),
+        ("preprocess.sh", [], 64, "usage"),
+        ("merge.sh", ["no such prefix"], 66, "no shard of no such prefix.shards is done"),
+    ],
+)
+def test_scripts_of_data_say_what_is_missing(
+    script: str, arguments: list[str], code: int, said: str, start: Callable
+) -> None:
+    job = start(script, *arguments)
+    assert job.wait(SECONDS) == code
+    assert said in job.stderr.read()
 
 
 def test_convert_passes_its_options_on(start: Callable, tmp_path: Path) -> None:

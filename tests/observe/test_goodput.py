@@ -13,7 +13,7 @@ from PIL import Image
 
 from llama_mcore.checkpoint import lease
 from llama_mcore.errors import DataError, MissingInputError, OutputError, Problem
-from llama_mcore.observe import goodput_report
+from llama_mcore.observe import goodput
 from llama_mcore.observe.goodput import read_lives, seconds_by_kind, spans_of
 from llama_mcore.observe.goodput_report import show_goodput, to_dict
 from llama_mcore.observe.lives import EndedLife, add_life
@@ -233,4 +233,4 @@ def test_a_folder_without_a_timeline_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_life_is_over_when_its_lease_can_be_taken() -> None:
-    assert goodput_report.STALE_S == lease.STALE_S
+    assert goodput.STALE_S == lease.STALE_S
