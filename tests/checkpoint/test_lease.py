@@ -105,6 +105,13 @@ def test_a_job_that_runs_again_takes_over_from_itself(run_dir: Path, monkeypatch
         assert held.number == 2
 
 
+def test_two_starts_in_one_job_are_two(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As typed twice into a shell of salloc."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    with held_lease(run_dir), pytest.raises(PreflightError, match="is in use"), held_lease(run_dir):
+        pass
+
+
 def test_a_lease_cut_off_while_it_was_written_is_nobodys(run_dir: Path) -> None:
     written_by(run_dir, 1).write_text('{"host": "el')
     with held_lease(run_dir) as held:

@@ -23,10 +23,16 @@ QUICK = WatchdogConfig(start_s=1.0, setup_s=1.0, first_step_s=1.0, min_step_s=1.
 PATIENT = WatchdogConfig()
 OFF = QUICK.model_copy(update={"enabled": False})
 LONGER = WatchdogConfig(first_step_s=4.0, min_step_s=1.0)  # than what makes a process silent
-CONFIGS = {"hangs": QUICK, "gil": LONGER, "stopped": LONGER, "never-ready": QUICK, "slow-but-off": OFF}
+CONFIGS = {
+    **dict.fromkeys(("hangs", "unkillable", "never-ready"), QUICK),
+    **dict.fromkeys(("gil", "stopped", "suspended"), LONGER),
+    "slow-but-off": OFF,
+}
 
 if what == "alone":
     supervisor_module.ALONE_S = 1.0
+if what == "suspended":
+    supervisor_module.PAUSED_S = 1.0
 if what == "disk-hangs":
     supervisor_module.add_life = lambda *_: time.sleep(600)
 with held_stop_signals():
@@ -35,6 +41,9 @@ with held_stop_signals():
     supervisor = Supervisor(CONFIGS.get(what, PATIENT), Path(run_dir), 1.0)
     pulse = supervisor.fork()
     if pulse is None:
+        if what == "unkillable":  # as one that waits in the kernel
+            supervisor_module.UNKILLABLE_S = 1.0
+            os.kill = lambda *_: None
         os._exit(supervisor.watch())
     with stop_signals() as stop:
         if what in ("early", "never-ready", "waits"):
@@ -59,8 +68,12 @@ with held_stop_signals():
             os.kill(os.getpid(), signal.SIGSTOP)
         if what in ("gil", "stuck", "alone"):
             re.match("(a|aa)+$", "a" * 90 + "b")  # tries 2^90 ways, and keeps the lock meanwhile
-        if what == "hangs":
+        if what in ("hangs", "unkillable"):
             time.sleep(600)
+        if what == "suspended":
+            for _ in range(30):
+                pulse.beat()
+                time.sleep(0.1)
         if what == "slow-but-off":
             time.sleep(2.5)
         if what == "obeys":

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from llama_mcore.cli import app
 from llama_mcore.errors import ConfigError, MissingInputError, OutputError
+from llama_mcore.launch import slurm
 from llama_mcore.launch.slurm import LONGEST_NAME, SlurmJob, bash_word, job_script, write_script
 from tests.distributed import ROOT
 
@@ -129,6 +130,23 @@ def test_every_text_is_one_word_of_bash() -> None:
     assert words_of(" ".join(["train", *map(bash_word, NASTY)])) == NASTY
 
 
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        ("4", 240),
+        ("4:30", 270),
+        ("1:00:05", 3605),
+        ("2-0", 172_800),
+        ("2-1:30", 178_200),
+        ("1-00:00:01", 86_401),
+        ("0", 0),
+        ("UNLIMITED", 0),
+    ],
+)
+def test_time_limits_in_all_forms(limit: str, seconds: int) -> None:
+    assert slurm._seconds(limit) == seconds
+
+
 @CASES
 @given(st.lists(TEXT, min_size=1, max_size=20))
 def test_any_text_is_one_word_of_bash(texts: list[str]) -> None:
@@ -212,6 +230,9 @@ def test_all_problems_are_said_at_once(tmp_path: Path) -> None:
         ("run.seed=1", {"account": "-x y"}, "--account = -x y"),
         ("run.seed=1", {"qos": "a\n#SBATCH --nodes=9"}, "--qos = a\\n#SBATCH"),
         ("run.seed=1", {"signal_seconds": 65536}, "--signal-seconds = 65536"),
+        ("run.seed=1", {"time": "3"}, "--signal-seconds = 180: must be below the 180 s of --time 3"),
+        ("run.seed=1", {"time": "2:30"}, "must be below the 150 s"),
+        ("run.seed=1", {"time": "0-0:02"}, "must be below the 120 s"),
         ("run.seed=1", {"job_name": "x" * (LONGEST_NAME + 1)}, "must not exceed"),
         ("run.dir=/", {}, "--job-name = "),
         ("run.dir=a\udcffb", {}, "must be UTF-8"),

@@ -134,6 +134,25 @@ def test_a_stall_ends_where_nothing_can_be_written(tmp_path: Path) -> None:
     assert "stalled in train of step 7" in said
 
 
+def test_a_process_that_does_not_end_is_not_waited_for(tmp_path: Path) -> None:
+    code, said = finish(start("unkillable", tmp_path))
+    assert code == 75
+    assert "does not end by SIGKILL" in said
+    assert left_over(tmp_path) == []
+
+
+def test_a_job_that_was_suspended_has_not_stalled(tmp_path: Path) -> None:
+    job = start("suspended", tmp_path)
+    process = psutil.Process(ready(job))
+    job.send_signal(signal.SIGSTOP)
+    process.suspend()
+    time.sleep(5)  # longer than a step may take
+    job.send_signal(signal.SIGCONT)
+    time.sleep(1)  # in which it looks, and sees no newer sign of life
+    process.resume()
+    assert finish(job) == (0, "")
+
+
 def test_the_watchdog_can_be_switched_off(tmp_path: Path) -> None:
     assert finish(start("slow-but-off", tmp_path)) == (0, "")
 

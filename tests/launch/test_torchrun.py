@@ -2,10 +2,13 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.distributed import ROOT
 from tests.forked import run_worker
 
 WORKER = Path(__file__).with_name("launches.py")
@@ -29,6 +32,16 @@ def test_the_exit_code_of_a_worker_becomes_that_of_the_job(
     launches: Path, of_worker: int, of_job: int
 ) -> None:
     assert exit_code(launches, f"exit{of_worker}") == of_job
+
+
+def test_numbers_that_are_none_are_refused_without_a_traceback() -> None:
+    words = ["torchrun", "--nproc-per-node", "0", "--nnodes", "abc", "tools/train.py"]
+    command = [sys.executable, "-m", "llama_mcore.cli", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 64
+    assert "--nproc-per-node = 0" in done.stderr
+    assert "--nnodes = abc" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("code", [0, 75, 64, 73])

@@ -222,6 +222,32 @@ def test_a_life_that_never_came_to_a_timeline_was_restarting(tmp_path: Path) -> 
     assert sum(span.seconds for span in spans) == 1121 - 990
 
 
+def test_a_clock_that_ran_ahead_counts_no_life_twice(tmp_path: Path) -> None:
+    write(tmp_path, KILLED + FINISHED)
+    note(tmp_path, 1000.0, 1021.0, 137)
+    note(tmp_path, 9000.0, 9001.0, 1)
+    note(tmp_path, 1100.0, 1112.0, 0)
+    lives = read_lives(tmp_path)
+    assert [(life.began, life.left) for life in lives] == [(1000.0, 137), (9000.0, 1), (1100.0, 0)]
+
+
+def test_steps_that_no_checkpoint_has_are_lost_when_the_run_is_over(tmp_path: Path) -> None:
+    """Step 3, its evaluation and step 4: the run would go on after step 2."""
+    write(tmp_path, KILLED)
+    note(tmp_path, 1000.0, 1031.0, 137)
+    seconds = seconds_by_kind(spans_of(read_lives(tmp_path)))
+    assert (seconds["productive"], seconds["lost"]) == (2 + 2, 2 + 1 + 10)
+
+
+def test_the_next_life_begins_on_a_line_of_its_own(tmp_path: Path) -> None:
+    """Where a kill or a full disk cut the last one."""
+    write(tmp_path, KILLED, tail=b'{"t": 1021.0, "ph')
+    with Timeline(tmp_path, life=2, ranks=2, began=2000.0) as timeline:
+        timeline.settled()
+    first, second = read_lives(tmp_path)
+    assert (first.lease, second.lease, second.began) == (1, 2, 2000.0)
+
+
 def test_without_a_timeline_lives_are_accounted_for(tmp_path: Path) -> None:
     note(tmp_path, 990.0, 998.0, 1)
     assert [(span.kind, span.seconds) for span in spans_of(read_lives(tmp_path))] == [("restarting", 8.0)]

@@ -249,3 +249,14 @@ def test_a_full_disk_is_one_clear_error_and_the_next_run_goes_on(tmp_path: Path)
     assert (tmp_path / METRICS_FILE).stat().st_size == 500
     write(tmp_path, [report(3)], start_step=2)
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
+
+
+def test_a_console_that_takes_nothing_ends_no_run(tmp_path: Path) -> None:
+    """As where the job's output goes to a full disk."""
+    full = io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True)
+    console = Console(file=full, width=100)
+    with MetricSinks(QUIET, tmp_path, total_steps=40, start_step=0, console=console) as sinks:
+        for step in range(1, 21):
+            sinks.write(report(step))
+    assert len((tmp_path / METRICS_FILE).read_bytes().splitlines()) == 20
+    full.detach()  # closing it would write what it still holds
