@@ -96,6 +96,13 @@ def signalled(case: Case) -> Outcome:
     return case.until_the_end(job)
 
 
+def terminated(case: Case) -> Outcome:
+    """By `sbatch --signal=B:TERM@300`, say: srun does not pass TERM on, and would kill all ranks."""
+    job = case.submit(until=FEW)
+    job.signal("TERM")
+    return case.comes_back(job)
+
+
 def preempted(case: Case) -> Outcome:
     """A job of the high partition takes its nodes."""
     job = case.submit(until=FEW)
@@ -185,6 +192,7 @@ CASES: list[Callable[[Case], Outcome]] = [
     rank_killed,
     finishes,
     wrong_setting,
+    terminated,
     no_progress,
 ]
 
@@ -235,7 +243,7 @@ def test_a_signal_saves_and_requeues_and_it_goes_on_to_the_end(outcomes: Outcome
     assert "Traceback" not in found.job.said()
 
 
-@pytest.mark.parametrize("case", [preempted, soon_out_of_time, out_of_time])
+@pytest.mark.parametrize("case", [terminated, preempted, soon_out_of_time, out_of_time])
 def test_who_is_asked_to_stop_saves_and_goes_on_where_it_was(
     outcomes: Outcomes, case: Callable[[Case], Outcome]
 ) -> None:
