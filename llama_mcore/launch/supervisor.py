@@ -157,7 +157,7 @@ class Supervisor:
     def _exit_code(self, code: int) -> int:
         """Of a process that ended by itself; -n for signal n."""
         if code < 0:
-            if self._asked_at is None:
+            if self._asked_at is None or -code not in STOP_SIGNALS:
                 self._say(f"the training process was killed by {signal.Signals(-code).name}{self._where()}")
             return 128 - code
         if code == 0 and self._heartbeat.read().phase is not Phase.END:

@@ -43,8 +43,11 @@ class Stragglers:
     def add(self, reading_s: float) -> list[dict[str, object]]:
         """Note a step whose data took so long to read; at the end of a window return who was slow in it, for
         the report of the step."""
-        self._steps.append(reading_s + self.forward.take())
-        if not self._window or len(self._steps) < self._window:
+        seconds = reading_s + self.forward.take()
+        if not self._window:
+            return []
+        self._steps.append(seconds)
+        if len(self._steps) < self._window:
             return []
         own, self._steps = median(self._steps), []
         found = slow_ranks(self._of_all(own), self._hosts_of_all())

@@ -81,4 +81,8 @@ with held_stop_signals():
                 time.sleep(0.01)
             pulse.enter(Phase.END, 7)
             sys.exit(75)
+        if what == "killed-saving":
+            while stop.received is None:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
         pulse.enter(Phase.END, 7)

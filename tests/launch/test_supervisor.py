@@ -63,6 +63,16 @@ def test_a_signal_that_nobody_asked_for_is_named(tmp_path: Path) -> None:
     assert "killed by SIGKILL in train of step 7" in said
 
 
+def test_it_is_named_after_a_request_too(tmp_path: Path) -> None:
+    """As where memory runs out in the save that was asked for."""
+    job = start("killed-saving", tmp_path)
+    ready(job)
+    job.send_signal(signal.SIGUSR1)
+    code, said = finish(job)
+    assert code == 128 + 9
+    assert "killed by SIGKILL in train of step 7" in said
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_request_reaches_the_process(tmp_path: Path, number: signal.Signals) -> None:
     job = start("obeys", tmp_path)
