@@ -6,7 +6,8 @@ Every key is known to one section, an unknown one is refused with the nearest na
 problems are reported together. Nothing here imports torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -74,16 +75,32 @@ def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises MissingInputError if there is no such file and ConfigError with every problem of its content.
     """
     data = _read_yaml(_find_config(config))
+    problems: list[Problem] = []
     for override in sorted(overrides, key=_stands_for_others, reverse=True):
-        if _stands_for_others(override):
-            _drop_replaced(data, override)
-        _apply_override(data, override)
-    _expand_preset(data)
-    _expand_mixture(data)
+        with _joining(problems):
+            if _stands_for_others(override):
+                _drop_replaced(data, override)
+            _apply_override(data, override)
+    with _joining(problems):
+        _expand_preset(data)
+    with _joining(problems):
+        _expand_mixture(data)
+        try:
+            run = RunConfig.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError([_problem(details) for details in error.errors()]) from None
+    if problems:
+        raise ConfigError(problems)
+    return run
+
+
+@contextmanager
+def _joining(problems: list[Problem]) -> Iterator[None]:
+    """What is wrong here is told with all the rest."""
     try:
-        return RunConfig.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError([_problem(details) for details in error.errors()]) from None
+        yield
+    except ConfigError as error:
+        problems += error.problems
 
 
 def load_mixture(mixture: str, field: str) -> dict[str, SourceConfig]:
@@ -187,9 +204,10 @@ def _expand_preset(data: dict[str, Any]) -> None:
     model = data.get("model")
     if not isinstance(model, dict) or "preset" not in model:
         return
-    preset = model.pop("preset")
+    preset = str(model.pop("preset"))
     if preset not in PRESETS:
-        raise ConfigError(Problem("model.preset", preset, "is no preset", nearest(str(preset), PRESETS)))
+        data["model"] = PRESETS["7b"] | model  # so that what else is wrong can be told
+        raise ConfigError(Problem("model.preset", preset, "is no preset", nearest(preset, PRESETS)))
     data["model"] = {**PRESETS[preset], **model}
 
 

@@ -387,3 +387,13 @@ def test_a_resolved_mixture_reads_back(mixed: str, tmp_path: Path) -> None:
     resolved.write_text(dump_run(run))
     assert load_run(str(resolved)) == run
     check_run(load_run(str(resolved)), 1)
+
+
+def test_problems_of_overrides_presets_and_values_are_told_together() -> None:
+    wrong = ["nonsense", "model.preset=[1]", "parallel.tpp=2", "optim.lr=-1"]
+    with pytest.raises(ConfigError) as caught:
+        load_run("tiny", wrong)
+    fields = [problem.field for problem in caught.value.problems]
+    assert fields[:2] == ["override", "model.preset"]
+    assert {"parallel.tpp", "optim.lr"} <= set(fields)
+    assert len(fields) == 4
