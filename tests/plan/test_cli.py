@@ -86,6 +86,12 @@ def test_the_size_is_what_the_layout_trains_in_the_days(gpus: str, gpu: str) -> 
     assert sized["mfu_causal"] == pytest.approx(sized["layout"]["mfu_causal"], rel=NOTED_DIFFERENCE)
 
 
+def test_gpus_without_a_sequence_each_are_named_as_what_is_slow() -> None:
+    hint = "a larger batch is faster"
+    assert hint in run("size", "--gpus", "4096", "--gpu", "b200", "--days", "90")[1]
+    assert hint not in run("size", "--gpus", "2048", "--gpu", "a100-80gb", "--days", "21")[1]
+
+
 def test_an_mfu_that_is_given_stays() -> None:
     printed = run(*QUESTION, "--mfu", "0.4")[1]
     assert "days, not 30.0: it reaches an MFU of" in printed
