@@ -93,11 +93,11 @@ def how_parts(how: How) -> list[str | Grid]:
         f"How to train it: the fastest of {len(how.found.options)} layouts, predicted, "
         f"{best.run.train.global_batch_size:,} sequences a step, network {best.cluster.network.name}"
     )
-    parts = [Grid(title, LAYOUT_COLUMNS, [layout_row(best)]), _days(how)]
+    parts: list[str | Grid] = [Grid(title, LAYOUT_COLUMNS, [layout_row(best)]), _days(how)]
     if best.run.train.global_batch_size < best.cluster.gpus:
         parts.append(
-            "So many GPUs have less than a sequence of a step each, and mostly communicate: a larger batch is "
-            "faster (plan layout --global-batch-tokens 16M)."
+            "So many GPUs have less than a sequence of a step each, and mostly communicate: a larger batch "
+            "is faster (plan layout --global-batch-tokens 16M)."
         )
     return parts
 
