@@ -3,6 +3,7 @@
 The weights travel as a user's would: written and read as conversions do, and read by from_pretrained.
 """
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,7 +76,9 @@ class RandomWeights:
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A job of one process; the variables that it sets do not outlive the test."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}.items():
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": str(port)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
 
