@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from torch.distributed import DistStoreError, TCPStore
+from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
 from llama_mcore.errors import PreflightError, Problem
 from llama_mcore.parallel.meeting import LIMIT_S, announced, candidate_ports, find_store, resolve
 from llama_mcore.parallel.rank import Place
+
+_SERVERS_TRIED = 8
 
 
 @contextmanager
@@ -24,10 +26,27 @@ def store_port(
         yield find_store(address, job, ports, limit_s)
         return
     resolve(address)
-    limit = timedelta(seconds=limit_s)
-    server = TCPStore("localhost", 0, None, True, limit, wait_for_workers=False, multi_tenant=True)
+    server = _server(timedelta(seconds=limit_s))
     with announced(server.port, job, ports):
         yield server.port
+
+
+def _server(limit: timedelta) -> TCPStore:
+    """A store at a port of the system's choice that this process can open once more.
+
+    Torch cannot where an earlier store of the process, gone since, had the same port by chance.
+    """
+    options = {"wait_for_workers": False, "multi_tenant": True}
+    tried: list[TCPStore] = []  # kept, so that the next one gets another port
+    while True:
+        tried.append(TCPStore("localhost", 0, None, True, limit, **options))
+        try:
+            TCPStore("localhost", tried[-1].port, None, True, limit, **options)
+        except DistNetworkError:
+            if len(tried) == _SERVERS_TRIED:
+                raise
+        else:
+            return tried[-1]
 
 
 def job_store(place: Place, limit_s: float = LIMIT_S) -> TCPStore:
