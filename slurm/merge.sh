@@ -24,6 +24,11 @@ if [[ ${#marks[@]} -ne $count ]]; then
     echo "merge: ${#marks[@]} of $count shards in $1.shards are done: run the tasks that are missing again first" >&2
     exit 66
 fi
+shards=("$1".shards/part_*_text_document.bin)
+if [[ ! -e ${shards[0]} ]]; then
+    echo "merge: the shards in $1.shards hold no key text: join each of theirs with llama-mcore merge-datasets" >&2
+    exit 66
+fi
 for split in document heldout; do
     shards=("$1".shards/part_*_text_"$split".bin)
     if [[ -e ${shards[0]} ]]; then

@@ -36,12 +36,12 @@ ALONE_S = 25.0
 """What a process has to end by itself after another rank has ended; torchrun kills after 30 s."""
 LONGEST_REPORT_S = 25.0
 """A stalled file system may keep a report for ever, and torchrun kills 30 s after the first rank ended."""
+LONGEST_NOTE_S = 3.0
+"""The same, for the line of lives.jsonl."""
 UNKILLABLE_S = 10.0
 """After SIGKILL: a process that waits in the kernel, say for a file server, ends when that answers."""
 PAUSED_S = 10.0
 """Between two looks: then this process did not run either, as while a job is suspended."""
-LONGEST_NOTE_S = 3.0
-"""The same, for the line of lives.jsonl."""
 
 
 class Supervisor:
