@@ -34,7 +34,7 @@ def store_port(
 def _server(limit: timedelta) -> TCPStore:
     """A store at a port of the system's choice that this process can open once more.
 
-    Torch cannot where an earlier store of the process, gone since, had the same port by chance.
+    Seen once in a process that had made many before: it could not, and said that the port was in use.
     """
     options = {"wait_for_workers": False, "multi_tenant": True}
     tried: list[TCPStore] = []  # kept, so that the next one gets another port
