@@ -8,7 +8,7 @@ SCRIPT_ARGUMENTS=("$@")
 # does not, but kills them.
 STEP="" ASKED=""
 ask_to_stop() {
-    ASKED=1
+    ASKED+="1"  # once for each request
     [[ -z $STEP ]] || kill -USR1 "$STEP" 2> /dev/null || true
 }
 # Before env.sh, which may take its time.
@@ -40,14 +40,15 @@ train() {
         --rdzv-id="$SLURM_JOB_ID" \
         tools/train.py "$@" &
     STEP=$!
-    [[ -z $ASKED ]] || ask_to_stop  # between the two lines before
+    [[ -z $ASKED ]] || kill -USR1 "$STEP" 2> /dev/null || true  # asked between the two lines before
     # A trap ends `wait` before the step has ended.
     while kill -0 "$STEP" 2> /dev/null; do
         wait "$STEP" || true
     done
     wait "$STEP" && status=0 || status=$?
-    # A request that came before srun was ready for one ended srun itself, with 128 + 10.
-    [[ -z $ASKED || $status -ne 138 ]] || status=75
+    # One request that came before srun was ready for it ended srun itself, with 128 + 10. After a second one that is
+    # the code of a rank which ended without a save.
+    [[ $ASKED != 1 || $status -ne 138 ]] || status=75
     end_with "$status"
 }
 

@@ -1,5 +1,6 @@
 """The process groups of a job: built on entry, torn down on every way out."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ def process_groups(parallel: ParallelConfig, seed: int, timeout: timedelta = TIM
     device = select_device()
     _join_world(device if on_gpu() else None, timeout)
     try:
-        with model_parallel_groups(parallel, seed, device) as groups:
+        with model_parallel_groups(parallel, seed, device, timeout) as groups:
             yield groups
         dist.barrier()
     finally:
@@ -53,9 +54,17 @@ def process_groups(parallel: ParallelConfig, seed: int, timeout: timedelta = TIM
 
 
 @contextmanager
-def model_parallel_groups(parallel: ParallelConfig, seed: int, device: torch.device) -> Iterator[Groups]:
-    """Split the world into tensor- and data-parallel groups for as long as the context lasts."""
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tp)
+def model_parallel_groups(
+    parallel: ParallelConfig, seed: int, device: torch.device, timeout: timedelta = TIMEOUT
+) -> Iterator[Groups]:
+    """Split the world into tensor- and data-parallel groups for as long as the context lasts.
+
+    `timeout`: of their collectives, in whole minutes.
+    """
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
+    )
     try:
         patch_mcore_for_cpu(seed)
         yield Groups(

@@ -249,6 +249,16 @@ def test_a_request_that_ends_srun_itself_puts_the_job_back(start: Callable, tmp_
     assert ["scontrol", "requeue", "123456"] in calls(tmp_path)
 
 
+def test_138_after_a_second_request_stays(start: Callable, tmp_path: Path) -> None:
+    script = start("7b.sh", WAITS="1", code=138)
+    waiting_for(tmp_path / "calls.started")
+    for _ in range(2):
+        script.send_signal(signal.SIGUSR1)
+        time.sleep(0.05)
+    assert script.wait(SECONDS) == 138
+    assert ["scontrol", "requeue", "123456"] not in calls(tmp_path)
+
+
 def test_a_request_after_the_step_has_ended_changes_nothing(start: Callable, tmp_path: Path) -> None:
     script = start("7b.sh", code=75, SLOW="scontrol")
     waiting_for(tmp_path / "calls.scontrol")
