@@ -68,6 +68,12 @@ class RunConfig(Section):
     def tokens_per_step(self) -> int:
         return self.train.global_batch_size * self.model.seq_length
 
+    def changed(self, **sections: dict[str, Any]) -> "RunConfig":
+        """The same with these fields of these sections. Nothing is checked: `check_run` does."""
+        return self.model_copy(
+            update={name: getattr(self, name).model_copy(update=new) for name, new in sections.items()}
+        )
+
 
 def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read `config` (a path, or the name of a shipped file) and apply `section.key=value` overrides.
@@ -85,10 +91,10 @@ def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
         _expand_preset(data)
     with _joining(problems):
         _expand_mixture(data)
-        try:
-            run = RunConfig.model_validate(data)
-        except ValidationError as error:
-            raise ConfigError([_problem(details) for details in error.errors()]) from None
+    try:
+        run = RunConfig.model_validate(data)
+    except ValidationError as error:
+        problems += [_problem(details) for details in error.errors()]
     if problems:
         raise ConfigError(problems)
     return run

@@ -41,9 +41,9 @@ _BINARY = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "B": 2.0**30}
 _PRECISIONS = ("bf16", "fp32")
 
 
-def whole_number(option: str, text: str, default: int = 1, at_least: int = 1) -> int:
-    """`default` where nothing was said."""
-    return int(parse_count(option, text, at_least, _LARGEST[option], whole=True)) if text else default
+def whole_number(option: str, text: str, default: int = 1) -> int:
+    """From 1 on; `default` where nothing was said."""
+    return int(parse_count(option, text, 1, _LARGEST[option], whole=True)) if text else default
 
 
 def asked_run(model: str, seq_length: str, shape: Mapping[str, str]) -> RunConfig:
@@ -119,15 +119,17 @@ def one_micro_batch(words: Mapping[str, str], world_size: str) -> tuple[RunConfi
         lambda: _choice("--recompute", words["--recompute"] or "selective", get_args(Recompute)),
         lambda: _choice("--precision", words["--precision"] or "bf16", _PRECISIONS),
     )
-    batch = {"micro_batch_size": micro_batch, "global_batch_size": micro_batch * dp, "precision": precision}
-    sections = {
-        "model": {"recompute": recompute},
-        "parallel": {"tp": tp, "sequence_parallel": bool(words["--sp"])},
-        "zero": {"stage": stage},
-        "train": batch,
-    }
-    update = {name: getattr(run, name).model_copy(update=fields) for name, fields in sections.items()}
-    return run.model_copy(update=update), tp * dp
+    changed = run.changed(
+        model={"recompute": recompute},
+        parallel={"tp": tp, "sequence_parallel": bool(words["--sp"])},
+        zero={"stage": stage},
+        train={
+            "micro_batch_size": micro_batch,
+            "global_batch_size": micro_batch * dp,
+            "precision": precision,
+        },
+    )
+    return changed, tp * dp
 
 
 def _choice(option: str, value: str, known: tuple[str, ...]) -> str:

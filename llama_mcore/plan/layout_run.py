@@ -59,12 +59,12 @@ def _shaped(given: Mapping[str, int], length: list[str]) -> RunConfig:
         raise ConfigError(Problem("--hidden-size", hidden, f"must be divisible by {heads} heads", remedy))
     run = load_run(PATTERN, [*(f"model.{name}={value}" for name, value in given.items()), *length])
     folder = f"runs/llama-{format_count(run.model.num_params()).lower()}"
-    return run.model_copy(update={"run": run.run.model_copy(update={"dir": folder})})
+    return run.changed(run={"dir": folder})
 
 
 def _with_paper_lr(run: RunConfig) -> RunConfig:
     lr = 1.5e-4 if run.model.num_params() > LARGE_PARAMS else 3e-4
-    return run.model_copy(update={"optim": run.optim.model_copy(update={"lr": lr})})
+    return run.changed(optim={"lr": lr})
 
 
 def _option(field: str) -> str:

@@ -149,23 +149,19 @@ def _nearest_batch(goal: Goal, unit: int) -> int:
 
 
 def _run(goal: Goal, batch: int, tp: int, stage: int, micro_batch: int, recompute: Recompute) -> RunConfig:
-    base = goal.run
-    steps = ceil(goal.tokens / (batch * base.model.seq_length))
-    train = {
-        "steps": steps,
-        "global_batch_size": batch,
-        "micro_batch_size": micro_batch,
-        "precision": "bf16",
-    }
-    sections = {
-        "model": {"recompute": recompute},
-        "parallel": {"tp": tp, "sequence_parallel": tp > 1},
-        "zero": {"stage": stage},
-        "train": train,
-        "optim": {"warmup_steps": min(base.optim.warmup_steps, steps)},
-    }
-    return base.model_copy(
-        update={name: getattr(base, name).model_copy(update=fields) for name, fields in sections.items()}
+    run = goal.run
+    steps = ceil(goal.tokens / (batch * run.model.seq_length))
+    return run.changed(
+        model={"recompute": recompute},
+        parallel={"tp": tp, "sequence_parallel": tp > 1},
+        zero={"stage": stage},
+        train={
+            "steps": steps,
+            "global_batch_size": batch,
+            "micro_batch_size": micro_batch,
+            "precision": "bf16",
+        },
+        optim={"warmup_steps": min(run.optim.warmup_steps, steps)},
     )
 
 
