@@ -4,11 +4,11 @@
 # Of the script that sources this.
 SCRIPT_ARGUMENTS=("$@")
 
-# srun's process once there is one, and whether the job was asked to stop. srun passes USR1 on to all ranks; TERM it
-# does not, but kills them.
-STEP="" ASKED=""
+# srun's process once there is one, and how often the job was asked to stop. srun passes USR1 on to all ranks; TERM
+# it does not, but kills them.
+STEP="" REQUESTS=0
 ask_to_stop() {
-    ASKED+="1"  # once for each request
+    REQUESTS=$((REQUESTS + 1))
     [[ -z $STEP ]] || kill -USR1 "$STEP" 2> /dev/null || true
 }
 # Before env.sh, which may take its time.
@@ -29,7 +29,7 @@ train() {
     head=${MASTER_ADDR:-$(hostname)}  # a batch script runs on the first node
     # Seldom another job's, and below the ports that the system gives to clients; if it is taken, the next free one.
     port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
-    [[ -z $ASKED ]] || end_with 75  # nothing was begun
+    [[ $REQUESTS -eq 0 ]] || end_with 75  # nothing was begun
     # Nodes that fail of one cause end with its exit code each; what still runs 20 s after the first is killed.
     srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=20 "${SRUN_OPTIONS[@]}" \
         llama-mcore torchrun \
@@ -40,7 +40,7 @@ train() {
         --rdzv-id="$SLURM_JOB_ID" \
         tools/train.py "$@" &
     STEP=$!
-    [[ -z $ASKED ]] || kill -USR1 "$STEP" 2> /dev/null || true  # asked between the two lines before
+    [[ $REQUESTS -eq 0 ]] || kill -USR1 "$STEP" 2> /dev/null || true  # asked between the two lines before
     # A trap ends `wait` before the step has ended.
     while kill -0 "$STEP" 2> /dev/null; do
         wait "$STEP" || true
@@ -48,7 +48,7 @@ train() {
     wait "$STEP" && status=0 || status=$?
     # One request that came before srun was ready for it ended srun itself, with 128 + 10. After a second one that is
     # the code of a rank which ended without a save.
-    [[ $ASKED != 1 || $status -ne 138 ]] || status=75
+    [[ $REQUESTS -ne 1 || $status -ne 138 ]] || status=75
     end_with "$status"
 }
 
