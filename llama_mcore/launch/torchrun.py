@@ -34,7 +34,9 @@ _LEAVE_POLL_S = 0.05
 
 def run(args: Sequence[str]) -> int:
     """Run torchrun with these arguments and return the first failed worker's exit code, 0 if none failed."""
-    settings = _checked(parsed(args))
+    settings = parsed(args)
+    with report_errors():
+        _check(settings)
     _default_threads(settings.nproc_per_node)
     _silence_agent()
     # Held, and so held in the workers too until these are ready: a signal kills nobody who is just starting.
@@ -57,20 +59,18 @@ def parsed(args: Sequence[str]) -> Namespace:
     return settings
 
 
-def _checked(settings: Namespace) -> Namespace:
-    """Ends the process with a message for numbers that torchrun would answer with a traceback."""
-    with report_errors():
-        problems = []
-        if not re.fullmatch(r"[1-9]\d{0,5}(:[1-9]\d{0,5})?", settings.nnodes):
-            problems.append(
-                Problem("--nnodes", settings.nnodes, "must be a number of nodes, or MIN:MAX", "e.g. 2")
-            )
-        if not re.fullmatch(r"[1-9]\d{0,4}|auto|cpu|gpu|xpu", settings.nproc_per_node):
-            bound = "must be a number of processes from 1 on, or auto, cpu or gpu"
-            problems.append(Problem("--nproc-per-node", settings.nproc_per_node, bound, "e.g. 8"))
-        if problems:
-            raise ConfigError(problems)
-    return settings
+def _check(settings: Namespace) -> None:
+    """Raises ConfigError for numbers that torchrun would answer with a traceback."""
+    problems = []
+    if not re.fullmatch(r"[1-9]\d{0,5}(:[1-9]\d{0,5})?", settings.nnodes):
+        problems.append(
+            Problem("--nnodes", settings.nnodes, "must be a number of nodes, or MIN:MAX", "e.g. 2")
+        )
+    if not re.fullmatch(r"[1-9]\d{0,4}|auto|cpu|gpu|xpu", settings.nproc_per_node):
+        bound = "must be a number of processes from 1 on, or auto, cpu or gpu"
+        problems.append(Problem("--nproc-per-node", settings.nproc_per_node, bound, "e.g. 8"))
+    if problems:
+        raise ConfigError(problems)
 
 
 @contextmanager
