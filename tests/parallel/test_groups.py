@@ -1,7 +1,16 @@
 """llama_mcore.parallel.groups: who is whose neighbour, and the end of the groups on every path."""
 
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from llama_mcore.parallel.config import ParallelConfig
+from llama_mcore.parallel.groups import process_groups
 from tests.parallel.conftest import Results
 
+ASKED = timedelta(minutes=61)
 GONE = [False, False]  # neither torch's groups nor megatron-core's
 
 
@@ -25,3 +34,14 @@ def test_groups_are_torn_down_when_the_body_raises(results: Results) -> None:
 
 def test_one_process_needs_no_launcher(results: Results) -> None:
     assert results("alone", 1) == [{"found": [0, 1, 1, 1], "left": GONE}]
+
+
+def test_tensor_and_data_parallel_groups_get_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with process_groups(ParallelConfig(), 0, ASKED) as groups:
+        assert [_timeout(group) for group in (groups.tp_group, groups.dp_group)] == [ASKED, ASKED]
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta:
+    return group._get_backend(torch.device("cpu")).options._timeout
