@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train.state": {"data.ledger", "section"},
     # Decides by numbers alone: no tensor, no clock, no file.
     "train.health": {"train.config", "train.state"},
-    "plan": BASE | CONFIGS | {"plan", "config", "picture"},
+    "plan": BASE | CONFIGS | {"plan", "config", "picture", "parallel.ds_file"},
     # A plan ends in the job script of `llama-mcore slurm`.
     "plan.layout_run": BASE | CONFIGS | {"plan", "config", "launch.slurm", "data.files"},
     "train.utilization": {"config", "plan.flops", "plan.hardware"},

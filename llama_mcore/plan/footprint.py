@@ -4,14 +4,14 @@ Model states and what the forward keeps are exact (plan/memory.py, plan/activati
 the settings of DeepSpeed's file; working memory and the margin are estimates that no GPU has confirmed.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 from llama_mcore.config import RunConfig
+from llama_mcore.errors import MissingInputError
 from llama_mcore.model.config import ModelConfig, Recompute
 from llama_mcore.parallel.config import ParallelConfig, ZeroConfig
+from llama_mcore.parallel.ds_file import offloads_optimizer, read_ds_file
 from llama_mcore.plan.activations import (
     rotary_tables,
     saved_bytes_besides_layers,
@@ -19,7 +19,6 @@ from llama_mcore.plan.activations import (
 )
 from llama_mcore.plan.memory import ModelState, model_state, params_per_rank
 
-CHECKOUT = Path(__file__).parents[2]
 FP32, BF16 = 4, 2  # bytes per value
 LOSS_CHUNK = 64 * 2**20  # model/loss.py, CHUNK_BYTES
 # engine.py, MEMORY_OPT_ALLREDUCE_SIZE: BF16_Optimizer copies gradients together up to so many values.
@@ -88,16 +87,15 @@ def footprint(
     }
     rest = saved_bytes_besides_layers(model, parallel.tp, splits, micro_batch_size, value)
     layer_weights = value * _largest_module(model, parallel.tp)
+    prefetched = int(settings.get("stage3_prefetch_bucket_size", 50_000_000))
     tokens = model.seq_length * micro_batch_size
     found = Footprint(
         state=state,
-        host_state=state.total - state.weights if "offload_optimizer" in settings else 0,
+        host_state=state.total - state.weights if offloads_optimizer(settings) else 0,
         buckets=_buckets(settings, zero, precision, params_per_rank(model, parallel.tp)),
         gathered_weights=0
         if zero.stage < 3
-        else layer_weights
-        + value
-        * min(settings.get("stage3_prefetch_bucket_size", 50_000_000), params_per_rank(model, parallel.tp)),
+        else layer_weights + value * min(prefetched, params_per_rank(model, parallel.tp)),
         gradients_in_flight=layer_weights,
         layer_activations=layers,
         saved_layers=model.num_layers * layers[model.recompute],
@@ -113,12 +111,14 @@ def footprint(
 
 
 def zero_settings(zero: ZeroConfig) -> dict[str, Any]:
-    """`zero_optimization` of the run's DeepSpeed file; empty where there is no such file."""
-    name = zero.config or f"ds_configs/zero{max(1, zero.stage)}.json"
-    for path in (Path(name), CHECKOUT / name):
-        if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {})
-    return {}
+    """`zero_optimization` of the run's DeepSpeed file; empty where the package came without the shipped
+    ones. Raises as `read_ds_file` does for a file that was named."""
+    try:
+        return read_ds_file(zero)[1].get("zero_optimization", {})
+    except MissingInputError:
+        if zero.config:
+            raise
+        return {}
 
 
 def _largest_module(model: ModelConfig, tp: int) -> int:
@@ -136,7 +136,7 @@ def _buckets(settings: dict[str, Any], zero: ZeroConfig, precision: str, params:
         copied = FP32 * params if params <= COPIED_VALUES else 0
         return copied + (BF16 * params if zero.reduce_dtype == "bf16" else 0)
     alive = 2 if zero.stage <= 2 and settings.get("overlap_comm") else 1
-    return alive * value * settings.get("reduce_bucket_size", 500_000_000)
+    return alive * value * int(settings.get("reduce_bucket_size", 500_000_000))
 
 
 def _layer_workspace(

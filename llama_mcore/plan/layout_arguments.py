@@ -111,7 +111,7 @@ def one_micro_batch(words: Mapping[str, str], world_size: str) -> tuple[RunConfi
     if world_size:
         raise ConfigError(Problem("--world-size", world_size, "goes with --config", "give --tp and --dp"))
     run, tp, dp, stage, micro_batch, recompute, precision = all_of(
-        lambda: asked_run(words["--model"], words["--seq-length"], {}),
+        lambda: _preset(words["--model"], words["--seq-length"]),
         lambda: whole_number("--tp", words["--tp"]),
         lambda: whole_number("--dp", words["--dp"]),
         lambda: int(parse_count("--zero", words["--zero"] or "1", 0, 3, whole=True)),
@@ -130,6 +130,13 @@ def one_micro_batch(words: Mapping[str, str], world_size: str) -> tuple[RunConfi
         },
     )
     return changed, tp * dp
+
+
+def _preset(model: str, seq_length: str) -> RunConfig:
+    if not model:
+        remedy = "add it, or --config with --world-size"
+        raise ConfigError(Problem("--model", "(not given)", "is required", remedy))
+    return asked_run(model, seq_length, {})
 
 
 def _choice(option: str, value: str, known: tuple[str, ...]) -> str:

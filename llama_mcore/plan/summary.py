@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from llama_mcore.config import RunConfig
-from llama_mcore.plan.footprint import memory_of, zero_settings
+from llama_mcore.plan.footprint import memory_of
 from llama_mcore.units import format_bytes, format_count
 
 COLUMN = 16
@@ -66,7 +66,7 @@ def _describe_tokens(run: RunConfig, world_size: int) -> str:
 def _describe_memory(run: RunConfig, world_size: int) -> str:
     found, stage, dp = memory_of(run, world_size), run.zero.stage, run.data_parallel_size(world_size)
     state, kept = found.state, found.saved_layers + found.saved_rest
-    host = ", host memory" if _offloads_optimizer(run) else ""
+    host = ", host memory" if found.host_state else ""
 
     def note(dtype: str, sharded_from: int) -> str:
         return f"{dtype}, 1/{dp} on each dp rank" if stage >= sharded_from and dp > 1 else dtype
@@ -132,11 +132,6 @@ def _conclude(run: RunConfig, world_size: int) -> str:
 
 def _total_tokens(run: RunConfig) -> int:
     return run.tokens_per_step * run.train.steps
-
-
-def _offloads_optimizer(run: RunConfig) -> bool:
-    """Whether the run's DeepSpeed file keeps the optimizer in host memory; none that is a default does."""
-    return "offload_optimizer" in zero_settings(run.zero)
 
 
 def _line(name: str, text: str, width: int = COLUMN) -> str:

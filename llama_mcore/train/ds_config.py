@@ -4,25 +4,22 @@ A value has one owner. Batch, precision, clipping and the ZeRO stage are ours; a
 itself is refused, so that nobody has to guess which of two values counts.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from llama_mcore.config import RunConfig
-from llama_mcore.errors import ConfigError, MissingInputError, Problem
-
-CHECKOUT = Path(__file__).parents[2]
+from llama_mcore.errors import ConfigError, Problem
+from llama_mcore.parallel.ds_file import read_ds_file
 
 
 def deepspeed_config(run: RunConfig, world_size: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
-    Raises MissingInputError if the file is not there, ConfigError if it is not JSON, sets a value that we
-    own, or holds an "auto" that nobody fills.
+    Raises as `read_ds_file` does, and ConfigError if the file sets a value that we own, or holds an "auto"
+    that nobody fills.
     """
-    path = _template_path(run)
-    config = _read_json(path)
+    path, config = read_ds_file(run.zero)
     problems = _fill(config, _owned_values(run, world_size), path)
     problems += [
         Problem(key, "auto", f"in {path} is not a value that llama_mcore sets", "write a value there")
@@ -30,25 +27,6 @@ def deepspeed_config(run: RunConfig, world_size: int) -> dict[str, Any]:
     ]
     if problems:
         raise ConfigError(problems)
-    return config
-
-
-def _template_path(run: RunConfig) -> Path:
-    # Stage 0 exists as a reference and differs from stage 1 in nothing that a file could say.
-    name = run.zero.config or f"ds_configs/zero{max(1, run.zero.stage)}.json"
-    for path in (Path(name), CHECKOUT / name):
-        if path.is_file():
-            return path
-    raise MissingInputError(Problem("zero.config", name, "no such file", "see ds_configs/README.md"))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(Problem("zero.config", path, f"is not JSON ({error})")) from None
-    if not isinstance(config, dict):
-        raise ConfigError(Problem("zero.config", path, "must hold one JSON object"))
     return config
 
 

@@ -137,6 +137,11 @@ def test_all_problems_are_told_at_once() -> None:
     assert any("did you mean wikipedia?" in problem for problem in found)
 
 
+def test_a_source_is_said_once() -> None:
+    with pytest.raises(ConfigError, match="c4=2: says it again"):
+        plan_data("1T", available=["c4=1", "c4=2"])
+
+
 def test_a_mixture_that_is_not_there() -> None:
     with pytest.raises(MissingInputError, match=r"--mixture = mixtur: no such file; .*mixture_llama1"):
         plan_data("1T", "mixtur")

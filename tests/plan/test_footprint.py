@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from llama_mcore.config import load_run
+from llama_mcore.errors import MissingInputError
 from llama_mcore.model.config import PRESETS, ModelConfig
 from llama_mcore.model.loss import CHUNK_BYTES
 from llama_mcore.parallel.config import ParallelConfig, ZeroConfig
@@ -74,6 +75,17 @@ def test_offload_takes_the_optimizer_to_the_host() -> None:
     found = of(3, config="ds_configs/zero3_offload.json")
     assert found.host_state == found.state.total - found.state.weights
     assert found.total < of(3).total
+
+
+def test_a_device_that_is_none_takes_nothing_to_the_host(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "none"}}}))
+    assert of(2, config=str(path)).host_state == 0
+
+
+def test_a_file_that_was_named_must_be_there() -> None:
+    with pytest.raises(MissingInputError, match=r"zero\.config = no such\.json"):
+        of(2, config="no such.json")
 
 
 def test_the_margin_is_a_share_of_what_comes_and_goes() -> None:

@@ -254,7 +254,7 @@ def test_memory_is_printed_line_by_line() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "--model = (not given): is required"),
+        ([], "--model = (not given): is required; add it, or --config with --world-size"),
         (["--model", "7b", "--config", "7b", "--world-size", "8"], "is said by --config 7b"),
         (
             ["--config", "7b", "--world-size", "8", "--zero", "3", "--sp"],
@@ -272,6 +272,28 @@ def test_memory_is_printed_line_by_line() -> None:
 )
 def test_memory_of_what_cannot_run(arguments: list[str], said: str) -> None:
     assert said in refusal("memory", *arguments)
+
+
+def test_names_of_models_may_be_capitals() -> None:
+    assert answer("memory", "--model", "7B") == answer("memory", "--model", "7b")
+
+
+@pytest.mark.parametrize("others", [["--json"], ["--markdown"], ["--calibration", "x.json"]])
+def test_fit_prints_nothing_else(others: list[str]) -> None:
+    assert "says nothing beside --fit" in refusal("validate", "--fit", *others)
+
+
+def test_a_script_is_not_written_over_its_configuration(tmp_path: Path) -> None:
+    path = str(tmp_path / "mine.yaml")
+    files = ["--write-config", path, "--write-script", path]
+    assert "is the file of --write-config" in refusal(*SMALL, *files)
+    assert not any(tmp_path.iterdir())
+
+
+def test_sequences_longer_than_any_that_was_checked_are_said_to_be() -> None:
+    said = "No run of more than 4,096 tokens a sequence is among those checked"
+    assert said in invoke(*SMALL, "--seq-length", "8192").stdout
+    assert said not in invoke(*SMALL, "--seq-length", "4096").stdout
 
 
 def test_memory_names_all_that_is_wrong() -> None:

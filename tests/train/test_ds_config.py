@@ -9,7 +9,9 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from llama_mcore.config import RunConfig, load_run
 from llama_mcore.errors import ConfigError, MissingInputError
-from llama_mcore.train.ds_config import CHECKOUT, deepspeed_config
+from llama_mcore.parallel.ds_file import CHECKOUT
+from llama_mcore.plan.footprint import memory_of
+from llama_mcore.train.ds_config import deepspeed_config
 
 SHIPPED = sorted((CHECKOUT / "ds_configs").glob("*.json"))
 WORLD_SIZE = 4  # tp 2 x dp 2
@@ -136,3 +138,26 @@ def test_a_file_that_is_no_json_object_is_refused(refused: Refused, content: str
 def test_a_missing_file_is_refused() -> None:
     with pytest.raises(MissingInputError, match=r"zero.config = no-such.json: no such file"):
         deepspeed_config(tiny("zero.config=no-such.json"), WORLD_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"bf16": 3}, "bf16 = 3: in "),
+        ({"zero_optimization": 3}, "zero_optimization = 3: in "),
+        ({"zero_optimization": {"offload_optimizer": True}}, "zero_optimization.offload_optimizer = True"),
+        ({"zero_optimization": {"reduce_bucket_size": "x"}}, "zero_optimization.reduce_bucket_size = x"),
+        ({"zero_optimization": {"reduce_bucket_size": None}}, "zero_optimization.reduce_bucket_size = None"),
+        ({"zero_optimization": {"reduce_bucket_size": -5}}, "zero_optimization.reduce_bucket_size = -5"),
+        ({"zero_optimization": {"stage3_prefetch_bucket_size": 1.5}}, "stage3_prefetch_bucket_size = 1.5"),
+    ],
+)
+def test_values_of_another_type_are_refused_by_training_and_plan(
+    content: dict, said: str, tmp_path: Path
+) -> None:
+    (path := tmp_path / "own.json").write_text(json.dumps(content))
+    run = tiny("zero.stage=1", f"zero.config={path}")
+    for look in (lambda: deepspeed_config(run, WORLD_SIZE), lambda: memory_of(run, WORLD_SIZE)):
+        with pytest.raises(ConfigError) as caught:
+            look()
+        assert said in caught.value.message()
