@@ -6,7 +6,7 @@ Commands import what they need when they run: `--help` and `--dry-run` load no t
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
@@ -290,9 +290,8 @@ def train(
             ranks = world_size or run.parallel.tp
         check_run(run, ranks)
         if not dry_run:
-            if not (retry or fresh):
-                _check_progress(run)
-            raise typer.Exit(_train(run, resume, fresh, accept_data_change))
+            _check_progress(run, retry or fresh)
+            _leave(_train(run, resume, fresh, accept_data_change))
         from llama_mcore.plan.summary import describe_run, missing_inputs
         from llama_mcore.train.ds_config import deepspeed_config
 
@@ -305,11 +304,25 @@ def train(
             typer.echo(_data_plan(run))
 
 
-def _check_progress(run: "RunConfig") -> None:
-    """Each rank for itself, before anything slow."""
+def _check_progress(run: "RunConfig", all_the_same: bool) -> None:
+    """Each rank for itself, before anything slow. Not where the user asked to start `all_the_same`; that
+    counts once."""
     from llama_mcore.launch.progress import check_progress
+    from llama_mcore.observe.lives import is_requeued
 
-    check_progress(Path(run.run.dir), os.environ.get("SLURM_JOB_ID", ""))
+    if not all_the_same or is_requeued(Path(run.run.dir)):
+        check_progress(Path(run.run.dir), os.environ.get("SLURM_JOB_ID", ""))
+
+
+def _leave(exit_code: int) -> NoReturn:
+    """End at once: while an interpreter shuts down, a signal or an output that cannot be written would change
+    the exit code."""
+    import sys
+
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(exit_code)
 
 
 def _train(run: "RunConfig", resume: str, fresh: bool, accept_data_change: bool) -> int:
@@ -320,8 +333,7 @@ def _train(run: "RunConfig", resume: str, fresh: bool, accept_data_change: bool)
     supervisor = Supervisor(run.watchdog, Path(run.run.dir), run.checkpoint.timeout_s)
     pulse = supervisor.fork()
     if pulse is None:
-        # At once: a signal while an interpreter shuts down would change the exit code.
-        os._exit(supervisor.watch())
+        return supervisor.watch()
     with stop_signals() as stop:
         from llama_mcore.observe.log import silence_libraries
         from llama_mcore.parallel.device import on_gpu, order_kernel_starts
@@ -572,7 +584,7 @@ def torchrun(context: typer.Context) -> None:
     with held_stop_signals():
         from llama_mcore.launch.torchrun import run
 
-        raise typer.Exit(run(context.args))
+        _leave(run(context.args))
 
 
 if __name__ == "__main__":

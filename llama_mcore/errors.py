@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 EXIT_SAVED = 75  # the run was asked to stop and has saved, or stalled: the same command goes on (EX_TEMPFAIL)
@@ -131,6 +131,12 @@ class NoProgressError(UserError):
     title = "no progress"
 
 
+def say(text: str) -> None:
+    """A line on stderr. One that cannot be written, as on a full disk, must not change the exit code."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def report_errors(debug: bool = False) -> Iterator[None]:
     """Turn a `UserError` into one message on stderr and its exit code.
@@ -144,7 +150,7 @@ def report_errors(debug: bool = False) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         elif os.environ.get("LOCAL_RANK", "0") == "0":
-            print(error.message(), file=sys.stderr, flush=True)
+            say(error.message())
         else:
             # A launcher stops the others when one rank ends: let the one that speaks come first.
             time.sleep(_SILENT_RANKS_WAIT_S)

@@ -52,7 +52,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "launch", "observe.lives", "observe.phases", "parallel.rank", "train.signals"),
     },
     "launch.progress": {"errors", "observe.lives"},
-    "launch.torchrun": {"errors", "parallel.store", "train.signals"},
+    "launch.torchrun": {
+        *("errors", "launch", "parallel.meeting", "parallel.rank", "parallel.store", "train.signals"),
+    },
     "launch.rank_on_host": {"parallel.rank"},
     "launch.doctor": {"errors", "launch", "parallel.device"},
     "launch.all_reduce": {"parallel.device"},

@@ -1,8 +1,8 @@
 """The process that a launcher starts for a rank: it forks the one that trains and answers for it.
 
 It passes requests to stop on, ends a process that shows no sign of life, and sees to it that a process that
-ends too early never looks like success. Rank 0's writes down how the life ended. It imports little and holds
-no lock that the other could hold, so what hangs the one does not hang it.
+ends too early never looks like success. Rank 0's writes down what becomes of the life. It imports little and
+holds no lock that the other could hold, so what hangs the one does not hang it.
 """
 
 import os
@@ -12,28 +12,34 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from llama_mcore.errors import EXIT_SAVED, EXIT_SOFTWARE
+from llama_mcore.errors import EXIT_SAVED, EXIT_SOFTWARE, say
 from llama_mcore.launch.config import WatchdogConfig
-from llama_mcore.launch.heartbeat import Heartbeat, Pulse
+from llama_mcore.launch.heartbeat import Heartbeat, Pulse, Reached
 from llama_mcore.launch.parent import die_with_parent
 from llama_mcore.launch.patience import Patience
 from llama_mcore.launch.progress import was_explained
 from llama_mcore.launch.rank_on_host import this_rank
 from llama_mcore.launch.stacks import Stacks
 from llama_mcore.launch.stall import StallReport, take_report
-from llama_mcore.observe.lives import EndedLife, add_life
+from llama_mcore.observe.lives import EndedLife, NotedLife, add_life
 from llama_mcore.observe.phases import Phase
-from llama_mcore.parallel.rank import started_by_torchrun
+from llama_mcore.parallel.rank import started_by_our_torchrun, started_by_torchrun
 from llama_mcore.train.signals import ECHO_S, STOP_SIGNALS
 
 POLL_S = 0.5
 LAST_WORDS_S = 5.0
 """What a process has to end by itself after a second request, before it is killed."""
-ALONE_S = 25.0
-"""What a process has to end by itself after another rank has ended; torchrun kills after 30 s."""
+SETUP_ENDS_S = 15.0
+"""What a process has to end by itself after a request in the set-up, before it is killed: there is nothing to
+save, but a lease to give back."""
+ALONE_S = 5.0
+"""What a process has to end by itself after another rank has ended, before it is killed."""
+LEAVING_S = 25.0
+"""The same for one that is leaving, or may save: torchrun kills after 30 s."""
 LONGEST_REPORT_S = 25.0
 """A stalled file system may keep a report for ever, and torchrun kills 30 s after the first rank ended."""
 LONGEST_NOTE_S = 3.0
@@ -51,6 +57,7 @@ class Supervisor:
         """`save_timeout_s`: after which a save fails by itself."""
         self._watchdog, self._save_timeout_s = watchdog, save_timeout_s
         self._run_dir, self._place = run_dir, this_rank()
+        self._launcher = os.getppid()
         self.began = _process_began()
         self._clock_offset = time.time() - time.monotonic()
         self._stall = StallReport(run_dir, self._place)
@@ -60,6 +67,7 @@ class Supervisor:
         self._kill_at: float | None = None
         self._last_request = 0
         self._asked = False
+        self._noted = Reached()
 
     def fork(self) -> Pulse | None:
         """In the new process, what its phases are told to; None in this one, which has to `watch` then."""
@@ -76,8 +84,7 @@ class Supervisor:
     def watch(self) -> int:
         """Wait for the end of the process that trains and return the exit code of the rank."""
         exit_code = self._watch()
-        if self._place.rank == 0:
-            self._note_life(exit_code)
+        self._note_end(exit_code)
         return exit_code
 
     def _watch(self) -> int:
@@ -90,25 +97,51 @@ class Supervisor:
             ended, status = os.waitpid(self._pid, os.WNOHANG)
             if ended:
                 return self._exit_code(os.waitstatus_to_exitcode(status))
-            if self._kill_at and now > self._kill_at:
-                return self._killed(128 + self._last_request)
-            if self._watchdog.enabled and self._heartbeat.read().is_overdue(now, awake_since):
-                return self._end_stalled()
+            exit_code = self._ended_by_force(now, awake_since)
+            if exit_code is not None:
+                return exit_code
+            self._note_what_was_reached()
             got = signal.sigtimedwait(waited, POLL_S)
             if got and got.si_signo in STOP_SIGNALS:
                 if self._is_request(got):
                     self._asked = True
                 elif self._kill_at is None:
-                    self._kill_at = time.monotonic() + ALONE_S
+                    self._kill_at = time.monotonic() + self._alone_s()
                 if self._heartbeat.read().phase is Phase.START:
                     return self._end_before_training()
                 self._pass_on(got.si_signo)
+
+    def _ended_by_force(self, now: float, awake_since: float) -> int | None:
+        """The exit code, where the process must not go on."""
+        if self._kill_at and now > self._kill_at:
+            return self._killed(128 + self._last_request)
+        if self._is_late_in_setup(now):
+            return self._killed(EXIT_SAVED)
+        if self._has_lost_torchrun():
+            self._say("torchrun, which started this rank, is gone")
+            return self._killed(128 + signal.SIGKILL)
+        if self._watchdog.enabled and self._heartbeat.read().is_overdue(now, awake_since):
+            return self._end_stalled()
+        return None
 
     def _is_request(self, got: signal.struct_siginfo) -> bool:
         """Not where another rank has ended, and so torchrun ends this one. (A request that reaches our
         torchrun it passes on as USR1.)"""
         by_launcher = got.si_signo == signal.SIGTERM and got.si_pid == os.getppid()
         return not (by_launcher and started_by_torchrun(os.environ))
+
+    def _alone_s(self) -> float:
+        """What this rank gets after another has ended. Plain torchrun may mean a request, and all save."""
+        is_leaving = self._heartbeat.read().phase is Phase.END
+        return LEAVING_S if is_leaving or not started_by_our_torchrun(os.environ) else ALONE_S
+
+    def _is_late_in_setup(self, now: float) -> bool:
+        asked_at = self._asked_at if self._asked and self._asked_at is not None else now
+        return now - asked_at > SETUP_ENDS_S and self._heartbeat.read().phase is Phase.SETUP
+
+    def _has_lost_torchrun(self) -> bool:
+        """Others may leave before the run has ended, as the shell that it was typed into."""
+        return started_by_torchrun(os.environ) and os.getppid() != self._launcher
 
     def _pass_on(self, number: int) -> None:
         now = time.monotonic()
@@ -165,23 +198,35 @@ class Supervisor:
             return EXIT_SOFTWARE
         return code
 
-    def _note_life(self, exit_code: int) -> None:
-        """What cannot be written is left out. An error of the user's that came before the folder was known to
-        be this run's leaves nothing there."""
+    def _note_what_was_reached(self) -> None:
+        reached = self._heartbeat.reached()
+        if reached.settled and reached != self._noted:
+            self._noted = reached
+            self._note(NotedLife(**self._facts(reached)))
+
+    def _note_end(self, exit_code: int) -> None:
+        """An error of the user's that came before the folder was known to be this run's leaves nothing
+        there."""
         reached = self._heartbeat.reached()
         if was_explained(exit_code) and not reached.settled:
             return
-        life = EndedLife(
-            began=self.began,
-            ended=round(time.monotonic() + self._clock_offset, 3),
-            job=os.environ.get("SLURM_JOB_ID", ""),
-            host=self._place.host,
-            ranks=self._place.world_size,
-            exit_code=exit_code,
-            asked=self._asked,
-            saved=reached.saved,
-            step=self._heartbeat.read().step,
-        )
+        ended = round(time.monotonic() + self._clock_offset, 3)
+        self._note(EndedLife(**self._facts(reached), ended=ended, exit_code=exit_code, asked=self._asked))
+
+    def _facts(self, reached: Reached) -> dict[str, Any]:
+        return {
+            "began": self.began,
+            "job": os.environ.get("SLURM_JOB_ID", ""),
+            "host": self._place.host,
+            "ranks": self._place.world_size,
+            "saved": reached.saved,
+            "step": self._heartbeat.read().step,
+        }
+
+    def _note(self, life: NotedLife) -> None:
+        """Rank 0's. What cannot be written is left out."""
+        if self._place.rank > 0:
+            return
 
         def write() -> None:
             with suppress(OSError):
@@ -196,7 +241,7 @@ class Supervisor:
         return f" in {beat.phase.value} of step {beat.step}"
 
     def _say(self, text: str) -> None:
-        print(f"{self._place}: {text}", file=sys.stderr, flush=True)
+        say(f"{self._place}: {text}")
 
 
 def _process_began() -> float:

@@ -1,5 +1,6 @@
-"""torchrun, with four things it lacks: a signal to it reaches the workers as a request, the workers' exit
-code becomes its own, under srun it knows which node it is on, and nodes meet also if --master-port is taken.
+"""torchrun, with five things it lacks: a signal to it reaches the workers as a request, the workers' exit
+code becomes its own, a rank that fails ends the other nodes too, under srun it knows which node it is on, and
+nodes meet also if --master-port is taken.
 
 Plain torchrun answers SIGTERM by stopping the workers and raising, and any failure by exit code 1, so that a
 scheduler cannot tell "saved, start me again" (75) from a crash.
@@ -9,45 +10,66 @@ import logging
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from contextlib import contextmanager
 
-import psutil
-from torch.distributed import DistError, TCPStore
+from torch.distributed import DistStoreError, TCPStore
 from torch.distributed import run as torch_run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from llama_mcore.errors import EXIT_SAVED, EXIT_SOFTWARE, ConfigError, Problem, UserError, report_errors
+from llama_mcore.errors import (
+    EXIT_SAVED,
+    EXIT_SOFTWARE,
+    ConfigError,
+    PreflightError,
+    Problem,
+    UserError,
+    report_errors,
+    say,
+)
+from llama_mcore.launch.nodes import LEAVE_LIMIT, Nodes
+from llama_mcore.launch.workers import end_workers, send, workers
+from llama_mcore.parallel.meeting import LIMIT_S
+from llama_mcore.parallel.rank import OUR_TORCHRUN
 from llama_mcore.parallel.store import store_port
-from llama_mcore.train.signals import STOP_SIGNALS
+from llama_mcore.train.signals import ECHO_S, STOP_SIGNALS
 
-_POLL_S = 0.2
-_LEFT = "llama_mcore/left"
-_LEAVE_LIMIT = timedelta(seconds=10)
-_LEAVE_POLL_S = 0.05
+_POLL_S = 0.5
 
 
 def run(args: Sequence[str]) -> int:
-    """Run torchrun with these arguments and return the first failed worker's exit code, 0 if none failed."""
+    """Run torchrun with these arguments and return the first failed worker's exit code, 0 if none failed; of
+    several nodes, that of the node where one failed first."""
     settings = parsed(args)
     with report_errors():
         _check(settings)
+    os.environ[OUR_TORCHRUN] = "1"
     _default_threads(settings.nproc_per_node)
     _silence_agent()
     # Held, and so held in the workers too until these are ready: a signal kills nobody who is just starting.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     threading.Thread(target=_forward, name="signals", daemon=True).start()
+    with report_errors(), _meeting(settings) as nodes:
+        return _launch(settings, nodes)
+
+
+def _launch(settings: Namespace, nodes: Nodes) -> int:
     try:
-        with report_errors(), _free_port(settings):
-            torch_run.run(settings)
+        torch_run.run(settings)
     except ChildFailedError as error:
+        if nodes.failed_elsewhere is not None:
+            return nodes.failed_elsewhere
         rank, failure = error.get_first_failure()
-        return _exit_code(rank, failure.exitcode)
+        exit_code = _exit_code(rank, failure.exitcode)
+        nodes.tell(exit_code)
+        return exit_code
+    except DistStoreError as error:
+        bound = f"not all came ({error})"
+        remedy = "see in the output above what became of the others, or why they cannot reach this one"
+        raise PreflightError(Problem("--nnodes", settings.nnodes, bound, remedy)) from None
     return 0
 
 
@@ -74,29 +96,22 @@ def _check(settings: Namespace) -> None:
 
 
 @contextmanager
-def _free_port(settings: Namespace) -> Iterator[None]:
+def _meeting(settings: Namespace) -> Iterator[Nodes]:
     """Where a port was given for several nodes to meet at: have them meet also if it is taken.
 
     Without one, torchrun lets the system choose it for a single node.
     """
     if settings.rdzv_backend != "static" or settings.rdzv_endpoint or settings.master_port is None:
-        yield
+        yield Nodes(None)
         return
     is_host = settings.node_rank == 0
+    settings.rdzv_conf = settings.rdzv_conf or f"timeout={LIMIT_S:.0f}"
     with store_port(settings.master_addr, settings.master_port, settings.rdzv_id, is_host=is_host) as port:
         settings.master_port = port
-        yield
-        with suppress(DistError, RuntimeError):
-            _leave_together(TCPStore(settings.master_addr, port, timeout=_LEAVE_LIMIT), settings)
-
-
-def _leave_together(store: TCPStore, settings: Namespace) -> None:
-    """The node with the store leaves last: others may still wait for its answer to their last question."""
-    left = store.add(_LEFT, int(settings.node_rank > 0))
-    until = time.monotonic() + _LEAVE_LIMIT.total_seconds()
-    while settings.node_rank == 0 and left < int(settings.nnodes) - 1 and time.monotonic() < until:
-        time.sleep(_LEAVE_POLL_S)
-        left = store.add(_LEFT, 0)
+        count = int(settings.nnodes.partition(":")[0])
+        store = TCPStore(settings.master_addr, port, timeout=LEAVE_LIMIT) if count > 1 else None
+        with Nodes(store, count, is_host=is_host) as nodes:
+            yield nodes
 
 
 def _silence_agent() -> None:
@@ -111,20 +126,23 @@ def _forward() -> None:
     """Pass every request to stop on to the workers; before there are any, leave: nothing is to be saved.
 
     A node may wait for the others for long before it starts its workers. TERM goes on as USR1: a worker takes
-    torchrun's own TERM for the end of another worker.
+    torchrun's own TERM for the end of another worker. A second request ends workers that do not obey it.
     """
-    launcher, started = psutil.Process(), False
-    while True:
+    got = None
+    while not (got or workers()):
         got = signal.sigtimedwait(STOP_SIGNALS, _POLL_S)
-        workers = launcher.children()
-        started = started or bool(workers)
-        if got is None:
-            continue
-        if not started:
-            os._exit(EXIT_SAVED)
-        for worker in workers:
-            with suppress(psutil.NoSuchProcess):
-                worker.send_signal(signal.SIGUSR1 if got.si_signo == signal.SIGTERM else got.si_signo)
+    if not workers():
+        os._exit(EXIT_SAVED)
+    first: float | None = None
+    while True:
+        got = got or signal.sigwaitinfo(STOP_SIGNALS)
+        number, now = signal.SIGUSR1 if got.si_signo == signal.SIGTERM else got.si_signo, time.monotonic()
+        if first is None or now - first <= ECHO_S:
+            first = first or now
+            send(number)
+        else:
+            end_workers(number)
+        got = None
 
 
 def _default_threads(processes: str) -> None:
@@ -137,6 +155,6 @@ def _default_threads(processes: str) -> None:
 def _exit_code(rank: int, code: int) -> int:
     explained = {EXIT_SAVED, EXIT_SOFTWARE, *(error.exit_code for error in UserError.__subclasses__())}
     if code not in explained:
-        print(f"rank {rank} failed with exit code {code}", file=sys.stderr, flush=True)
+        say(f"rank {rank} failed with exit code {code}")
     # a worker killed by signal n has code -n; shells say 128 + n
     return code if code >= 0 else 128 - code

@@ -20,7 +20,6 @@ from typing import Any, BinaryIO, Self
 
 import orjson
 
-from llama_mcore.errors import UserError
 from llama_mcore.observe.lives import ends_torn
 from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.phases import Listener, Phase
@@ -72,7 +71,7 @@ class Timeline(Listener):
     ) -> None:
         """The life is over, and not by a kill: the last line says with which exit code."""
         if error is not None:
-            self.exit_code = error.exit_code if isinstance(error, UserError) else 1
+            self.exit_code = getattr(error, "exit_code", 1)
         self._write({"t": self._now(), "left": self.exit_code})
         if self._file:
             self._file.close()

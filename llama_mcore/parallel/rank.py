@@ -22,6 +22,8 @@ from dataclasses import dataclass
 
 from llama_mcore.errors import PreflightError, Problem
 
+# Set by `llama-mcore torchrun` for its workers.
+OUR_TORCHRUN = "LLAMA_MCORE_TORCHRUN"
 # slurm.h: steps from SLURM_INTERACTIVE_STEP on are shells, batch scripts and the like; srun counts from 0.
 FIRST_SPECIAL_STEP = 0xFFFFFFFA
 # Below 32768, where Linux begins to give ports to whoever connects to somewhere.
@@ -87,6 +89,11 @@ def place_in(variables: Mapping[str, str]) -> Place:
 def started_by_torchrun(variables: Mapping[str, str]) -> bool:
     """And not by a launcher that sets some of the same names, nor announced by `take_place`."""
     return "TORCHELASTIC_RESTART_COUNT" in variables
+
+
+def started_by_our_torchrun(variables: Mapping[str, str]) -> bool:
+    """By `llama-mcore torchrun`, which passes requests to stop on as USR1: its TERM never is one."""
+    return started_by_torchrun(variables) and OUR_TORCHRUN in variables
 
 
 def first_host(nodes: str) -> str:

@@ -26,7 +26,7 @@ from llama_mcore.parallel.groups import Groups
 from llama_mcore.train.agreement import any_rank, together
 from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of
 from llama_mcore.train.resume import Found, Start, find_start
-from llama_mcore.train.signals import StopRequest
+from llama_mcore.train.signals import StoppedEarly, StopRequest
 from llama_mcore.train.state import TrainState
 from llama_mcore.train.stragglers import Stragglers
 
@@ -64,19 +64,22 @@ def open_job(
 ) -> Job:
     """Open the data, build model and engine, resume from the newest checkpoint if there is one.
 
-    All ranks call it together. What is opened is closed when the stack unwinds.
+    All ranks call it together. What is opened is closed when the stack unwinds. Raises StoppedEarly where any
+    rank is asked to stop meanwhile.
     """
     phases.enter(Phase.SETUP, 0)
     lease = together(groups, lambda: _hold(run, stack) if groups.rank == 0 else None)
     timeline = stack.enter_context(_timeline(run, groups, lease, phases))
     sources = together(groups, lambda: open_sources(run.data, run.model.seq_length, run.model.vocab_size))
+    _stop_if_asked(stop, groups)
     found = find_start(run, start, groups, lambda action: together(groups, action))
+    _stop_if_asked(stop, groups)
     saved = found.reader.state if found.reader else TrainState(run_id=_drawn_by_rank_0())
     segments = together(groups, lambda: _plan_data(run, sources, saved, start.accept_data_change))
     together(groups, lambda: _prepare_run_dir(run) if groups.rank == 0 else None)
     phases.settled()
     phases.beat()
-    engine = _loaded_engine(run, groups, phases, found)
+    engine = _loaded_engine(run, groups, phases, found, stop)
     state = _going_on(saved, segments)
     _announce(run, groups)
     return Job(
@@ -97,11 +100,20 @@ def open_job(
     )
 
 
-def _loaded_engine(run: RunConfig, groups: Groups, phases: Phases, found: Found) -> DeepSpeedEngine:
+def _stop_if_asked(stop: StopRequest, groups: Groups) -> None:
+    """All ranks call it together, between what takes long."""
+    if any_rank(stop.received is not None, groups):
+        raise StoppedEarly
+
+
+def _loaded_engine(
+    run: RunConfig, groups: Groups, phases: Phases, found: Found, stop: StopRequest
+) -> DeepSpeedEngine:
     reader = found.reader
     model = build_model(run.model, run.parallel, groups, dtype_of(run), None if reader else run.run.seed)
     engine = build_engine(model, run, groups)
     phases.beat()
+    _stop_if_asked(stop, groups)
     if reader:
         together(groups, lambda: load_checkpoint(engine, reader, groups))
         get_logger().info("resuming at step %d from %s", reader.state.step, reader.path)

@@ -24,7 +24,7 @@ from llama_mcore.train.job import Job, open_job
 from llama_mcore.train.resume import Start
 from llama_mcore.train.rollback import roll_back
 from llama_mcore.train.schedule import learning_rate
-from llama_mcore.train.signals import StopRequest
+from llama_mcore.train.signals import StoppedEarly, StopRequest
 from llama_mcore.train.step import StepResult, train_step
 from llama_mcore.train.utilization import step_mfu
 
@@ -40,10 +40,14 @@ def train(
     """Train to the last step and return 0, or to a request to stop and return 75. All ranks call it."""
     with process_groups(run.parallel, run.run.seed, _collectives_timeout(run)) as groups:
         setup_logging(groups.rank)
-        with ExitStack() as stack:
-            job = open_job(run, groups, stop, start, phases or Phases(), stack)
-            _train_on(job)
-            return _finish(job)
+        try:
+            with ExitStack() as stack:
+                job = open_job(run, groups, stop, start, phases or Phases(), stack)
+                _train_on(job)
+                return _finish(job)
+        except StoppedEarly:
+            get_logger().info("stopped before the first step; the same command starts again")
+            return StoppedEarly.exit_code
 
 
 def _collectives_timeout(run: RunConfig) -> timedelta:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ from llama_mcore.checkpoint.load import check_same_model
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.config import LARGEST_CONFIG, RunConfig
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, Problem
-from llama_mcore.observe.lives import LIVES_FILE
+from llama_mcore.observe.lives import LIVES_FILE, is_requeued
 from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.sinks import GIVEN_UP_METRICS, METRICS_FILE
 from llama_mcore.observe.timeline import TIMELINE_FILE
@@ -37,7 +37,7 @@ Together = Callable[[Callable[[], T]], T]
 
 @dataclass(frozen=True)
 class Start:
-    """What the user asked for."""
+    """What the user asked for: in a job of Slurm, of its first start."""
 
     resume: str = "auto"
     """auto: from the newest sound checkpoint of the run's folder, if it has any; never; or the folder of a
@@ -62,6 +62,7 @@ def find_start(run: RunConfig, start: Start, groups: Groups, together: Together)
     named checkpoint is not there, CheckpointError where none of those that are is sound, ConfigError for a
     checkpoint of another model and for a folder that would be overwritten.
     """
+    start = same_on_all_ranks(groups, lambda: _counting(run, start), together)
     folders = same_on_all_ranks(groups, lambda: _candidates(run, start), together)
     passed_over: list[str] = []
     for folder in reversed(folders):
@@ -81,6 +82,14 @@ def find_start(run: RunConfig, start: Start, groups: Groups, together: Together)
         raise CheckpointError([*problems, Problem("--resume", start.resume, "found no sound one", remedy)])
     together(lambda: _begin_anew(run, start) if groups.rank == 0 else None)
     return Found(None)
+
+
+def _counting(run: RunConfig, asked: Start) -> Start:
+    """What still counts of what was asked for when a job began that Slurm has put back into the queue."""
+    if not is_requeued(Path(run.run.dir)) or (asked.resume == "auto" and not asked.fresh):
+        return asked
+    get_logger().info("put back into the queue: --fresh and --resume counted when the job began")
+    return replace(asked, resume="auto", fresh=False)
 
 
 def _candidates(run: RunConfig, start: Start) -> list[Path]:

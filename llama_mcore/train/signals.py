@@ -6,10 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from llama_mcore.errors import EXIT_SAVED
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ECHO_S = 3.0
 """Slurm gives a signal to every process of a step, and launchers pass theirs on: what comes so soon after the
 first is the same request."""
+
+
+class StoppedEarly(Exception):
+    """All ranks were asked to stop before the first step: there is nothing to save."""
+
+    exit_code = EXIT_SAVED
 
 
 class StopRequest:

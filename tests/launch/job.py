@@ -5,11 +5,14 @@ python job.py signal FOLDER  each rank says that it is ready and writes down whi
 python job.py threads FOLDER each rank writes down OMP_NUM_THREADS
 python job.py held FOLDER    each rank writes down which signals were held when it began
 python job.py place FOLDER   each rank writes down where torchrun put it
+python job.py fails FOLDER   rank 1 ends with 3 once rank 0 waits, which ends by SIGTERM alone and says so
+python job.py deaf FOLDER    each rank says that it is ready and hears no signal
 """
 
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 what, value = sys.argv[1:]
@@ -26,6 +29,19 @@ if what == "signal":
     got = signal.sigtimedwait(numbers, 60)
     Path(value, f"got-{rank}").write_text(signal.Signals(got.si_signo).name if got else "nothing")
     sys.exit(75)
+if what == "fails":
+    folder = Path(value)
+    if rank == "0":
+        (folder / "waits").touch()
+        got = signal.sigtimedwait({signal.SIGTERM}, 60)
+        (folder / "told").write_text(signal.Signals(got.si_signo).name if got else "nothing")
+        sys.exit(143)
+    while not (folder / "waits").exists():
+        time.sleep(0.01)
+    sys.exit(3)
+if what == "deaf":
+    Path(value, f"ready-{rank}").touch()
+    time.sleep(60)
 if what == "held":
     held = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     Path(value, f"held-{rank}").write_text(" ".join(sorted(signal.Signals(number).name for number in held)))

@@ -15,7 +15,9 @@ import time
 from multiprocessing import get_context
 from pathlib import Path
 
+from llama_mcore.launch import torchrun, workers
 from llama_mcore.launch.torchrun import run
+from llama_mcore.train.signals import ECHO_S
 from tests.forked import write_output_to
 
 JOB = str(Path(__file__).with_name("job.py"))
@@ -34,15 +36,27 @@ def main() -> None:
         (folder / number.name).mkdir()
         arguments = ("signal", str(folder / number.name))
         found[number.name] = launch(folder, f"{number.name}", *arguments, number=number)
-    found["nodes"] = launch_on_nodes(folder)
+    (folder / "deaf").mkdir()
+    found["deaf"] = launch(folder, "deaf", "deaf", str(folder / "deaf"), number=signal.SIGTERM, again=True)
+    found["nodes"] = max(launch_on_nodes(folder, "node", "place"))
+    found["failed"] = launch_on_nodes(folder, "failed-node", "fails", workers=1)
+    found["missing"] = launch_without_another_node(folder)
     (folder / "exit_codes.json").write_text(json.dumps(found))
 
 
-def launch(folder: Path, name: str, *arguments: str, number: signal.Signals | None = None) -> int | None:
-    """Exit code of torchrun with two workers; with `number`, it gets that signal when both are ready."""
+def launch(
+    folder: Path,
+    name: str,
+    *arguments: str,
+    number: signal.Signals | None = None,
+    again: bool = False,
+) -> int | None:
+    """Exit code of torchrun with two workers; with `number`, it gets that signal when both are ready, and
+    `again` as a second request."""
 
     def command() -> None:
         write_output_to(folder / f"{name}.txt")
+        workers.WORKERS_END_S = 1.0
         sys.exit(run(["--nproc-per-node", "2", JOB, *arguments]))
 
     launcher = get_context("fork").Process(target=command)
@@ -51,6 +65,9 @@ def launch(folder: Path, name: str, *arguments: str, number: signal.Signals | No
         while launcher.is_alive() and len(list((folder / name).glob("ready-*"))) < 2:
             time.sleep(0.01)
         os.kill(launcher.pid, number)
+        if again:
+            time.sleep(ECHO_S + 0.5)
+            os.kill(launcher.pid, number)
     launcher.join(timeout=120)
     launcher.kill()
     launcher.join()
@@ -76,17 +93,34 @@ def stop_a_node_that_waits_for_another() -> int | None:
     return launcher.exitcode
 
 
-def launch_on_nodes(folder: Path) -> int:
-    """A launcher on each of two nodes, as slurm/run.sh has them started, with a port that is taken; the
-    larger of their exit codes."""
+def launch_without_another_node(folder: Path) -> int | None:
+    """Exit code of the launcher of the first of two nodes, of which the other is not waited for long."""
+
+    def command() -> None:
+        write_output_to(folder / "missing.txt")
+        torchrun.LIMIT_S = 2.0
+        where = ["--master-addr", "localhost", "--master-port", "20017"]
+        sys.exit(run(["--nnodes", "2", *where, JOB, "exit", "0"]))
+
+    launcher = get_context("fork").Process(target=command)
+    launcher.start()
+    launcher.join(timeout=60)
+    launcher.kill()
+    launcher.join()
+    return launcher.exitcode
+
+
+def launch_on_nodes(folder: Path, name: str, what: str, workers: int = 2) -> list[int]:
+    """A launcher on each of two nodes, as slurm/run.sh has them started, with a port that is taken: their
+    exit codes."""
     taken = socket.create_server(("localhost", 0))  # by another program, which says nothing
     port = str(taken.getsockname()[1])
 
     def on_node(number: int) -> None:
-        write_output_to(folder / f"node-{number}.txt")
+        write_output_to(folder / f"{name}-{number}.txt")
         os.environ["SLURM_NODEID"] = str(number)
         where = ["--master-addr", "localhost", "--master-port", port, "--rdzv-id", "7"]
-        sys.exit(run(["--nnodes", "2", "--nproc-per-node", "2", *where, JOB, "place", str(folder)]))
+        sys.exit(run(["--nnodes", "2", "--nproc-per-node", str(workers), *where, JOB, what, str(folder)]))
 
     nodes = [get_context("fork").Process(target=on_node, args=(number,)) for number in range(2)]
     for node in nodes:
@@ -95,7 +129,7 @@ def launch_on_nodes(folder: Path) -> int:
         node.join(timeout=120)
         node.kill()
         node.join()
-    return max(node.exitcode or 0 for node in nodes)
+    return [node.exitcode or 0 for node in nodes]
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ CONFIGS = {
 
 if what == "alone":
     supervisor_module.ALONE_S = 1.0
+if what == "sets-up":
+    supervisor_module.SETUP_ENDS_S = 1.0
 if what == "suspended":
     supervisor_module.PAUSED_S = 1.0
 if what == "disk-hangs":
@@ -53,8 +55,16 @@ with held_stop_signals():
             pulse.settled()
             pulse.saved(6)
             sys.exit(65)
+        if what == "sets-up":
+            pulse.enter(Phase.SETUP, 0)
+            print("ready", os.getpid(), flush=True)
+            time.sleep(600)
         pulse.enter(Phase.TRAIN, 7)
+        if what == "dies-with-all":
+            pulse.settled()
         print("ready", os.getpid(), flush=True)
+        if what == "dies-with-all":
+            time.sleep(600)
         if what.startswith("exit"):
             pulse.enter(Phase.END, 7)
             sys.exit(int(what[4:]))

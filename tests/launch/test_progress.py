@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from llama_mcore.errors import NoProgressError
 from llama_mcore.launch.progress import LIVES, check_progress, is_fruitless, last_fruitless
-from llama_mcore.observe.lives import EndedLife, add_life
+from llama_mcore.observe.lives import EndedLife, NotedLife, add_life
 
 CODES = (0, 1, 2, 64, 65, 66, 69, 70, 73, 75, 93, 134, 137, 139)
 
@@ -57,6 +57,17 @@ def test_a_new_job_starts_whatever_was(lives: list[EndedLife]) -> None:
 def test_a_checkpoint_breaks_the_row(lives: list[EndedLife], job: str) -> None:
     assert not refuses([*lives, life(137, job, saved=True), life(1, job), life(1, job)], job)
     assert refuses([*lives, *[life(137, job)] * LIVES], job)
+
+
+def test_a_life_that_nobody_saw_end_counts(tmp_path: Path) -> None:
+    killed = NotedLife(began=1.0, job="7", host="n7", ranks=2, saved=False, step=0)
+    for began in range(LIVES):
+        check_progress(tmp_path, "7")
+        add_life(tmp_path, killed.model_copy(update={"began": float(began)}))
+    with pytest.raises(NoProgressError, match="everything on n7 is killed"):
+        check_progress(tmp_path, "7")
+    add_life(tmp_path, killed.model_copy(update={"began": 9.0, "saved": True}))
+    check_progress(tmp_path, "7")
 
 
 def test_the_message_says_how_they_ended_and_what_to_do(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llama_mcore.observe.lives import read_ended_lives
+from llama_mcore.observe.lives import read_ended_lives, read_noted_lives
 from tests.distributed import ROOT
 from tests.train.product import left_over
 
 WORKER = Path(__file__).with_name("supervised.py")
+UNDER_TORCHRUN = {"TORCHELASTIC_RESTART_COUNT": "0"}
 PAUSE_S = 3.5  # after which a request is a second one: more than signals.ECHO_S
 
 
@@ -95,6 +96,22 @@ def test_a_request_ends_the_wait_for_others(tmp_path: Path) -> None:
     assert not psutil.pid_exists(pid)
 
 
+def test_a_request_in_the_set_up_is_not_waited_for_long(tmp_path: Path) -> None:
+    job = start("sets-up", tmp_path)
+    pid = ready(job)
+    job.send_signal(signal.SIGTERM)
+    assert finish(job) == (75, "")
+    assert not psutil.pid_exists(pid)
+
+
+@pytest.mark.parametrize(("what", "code"), [("killed", 128 + 9), ("hangs", 75)])
+def test_an_output_that_cannot_be_written_changes_no_exit_code(tmp_path: Path, what: str, code: int) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(WORKER), what, str(tmp_path)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        assert subprocess.run(command, env=environment, stderr=full, timeout=60).returncode == code
+
+
 def test_a_second_request_ends_a_process_that_is_stuck(tmp_path: Path) -> None:
     job = start("stuck", tmp_path)
     pid = ready(job)
@@ -112,6 +129,23 @@ def test_the_process_dies_with_its_supervisor(tmp_path: Path) -> None:
     job.kill()
     job.wait()
     assert psutil.wait_procs([process], timeout=30)[1] == []
+
+
+def test_a_rank_dies_with_torchrun(tmp_path: Path) -> None:
+    """A shell in its place, which leaves the supervisor to others."""
+    line = f"{sys.executable} {WORKER} waits {tmp_path} & wait"
+    launcher = subprocess.Popen(
+        ["bash", "-c", line],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | UNDER_TORCHRUN,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process = psutil.Process(ready(launcher))
+    ranks = [process, process.parent()]
+    launcher.kill()
+    assert psutil.wait_procs(ranks, timeout=30)[1] == []
+    assert "torchrun, which started this rank, is gone" in launcher.communicate()[1]
 
 
 @pytest.mark.parametrize(
@@ -198,6 +232,19 @@ def test_a_stall_after_a_request_is_a_stall(tmp_path: Path) -> None:
     assert ends(tmp_path) == [(75, False, False, 7)]
 
 
+def test_a_life_that_nobody_saw_end_was_written_down_too(tmp_path: Path) -> None:
+    job = start("dies-with-all", tmp_path, SLURM_JOB_ID="4711")
+    ready(job)
+    until = time.monotonic() + 30
+    while not read_noted_lives(tmp_path) and time.monotonic() < until:
+        time.sleep(0.05)
+    job.kill()
+    job.wait()
+    (life,) = read_noted_lives(tmp_path)
+    assert (life.job, life.saved) == ("4711", False)
+    assert read_ended_lives(tmp_path) == []
+
+
 def test_only_rank_0_writes(tmp_path: Path) -> None:
     place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
     assert finish(start("killed", tmp_path, MASTER_PORT="29500", **place))[0] == 137
@@ -224,9 +271,6 @@ def test_a_file_system_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
     started = time.monotonic()
     assert finish(start("disk-hangs", tmp_path)) == (0, "")
     assert time.monotonic() - started < 30
-
-
-UNDER_TORCHRUN = {"TORCHELASTIC_RESTART_COUNT": "0"}
 
 
 @pytest.mark.parametrize(

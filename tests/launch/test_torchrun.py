@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def exit_code(launches: Path, name: str) -> int:
+def exit_code(launches: Path, name: str) -> Any:
     return json.loads((launches / "exit_codes.json").read_text())[name]
 
 
@@ -68,6 +69,25 @@ def test_signals_wait_until_a_worker_is_ready_for_them(launches: Path) -> None:
 
 def test_a_node_that_waits_for_another_can_be_stopped(launches: Path) -> None:
     assert exit_code(launches, "alone") == 75
+
+
+def test_a_rank_that_fails_ends_the_other_node_with_the_same_exit_code(launches: Path) -> None:
+    """Its rank waits for ever, as one does in a collective of NCCL."""
+    assert exit_code(launches, "failed") == [3, 3]
+    assert (launches / "told").read_text() == "SIGTERM"
+    assert (launches / "failed-node-0.txt").read_text() == ""
+    assert (launches / "failed-node-1.txt").read_text() == "rank 1 failed with exit code 3\n"
+
+
+def test_nodes_that_never_come_are_no_traceback(launches: Path) -> None:
+    assert exit_code(launches, "missing") == 69
+    said = (launches / "missing.txt").read_text()
+    assert said.startswith("preflight error: --nnodes = 2: not all came (")
+    assert "Traceback" not in said
+
+
+def test_a_second_request_ends_workers_that_hear_none(launches: Path) -> None:
+    assert exit_code(launches, "deaf") == 137
 
 
 def test_workers_share_the_cores(launches: Path) -> None:
