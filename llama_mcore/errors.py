@@ -148,7 +148,7 @@ def report_errors(debug: bool = False) -> Iterator[None]:
         yield
     except UserError as error:
         if debug:
-            traceback.print_exc()
+            say(traceback.format_exc())
         elif os.environ.get("LOCAL_RANK", "0") == "0":
             say(error.message())
         else:

@@ -4,6 +4,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@180
 #SBATCH --requeue
@@ -21,6 +22,7 @@
 #     sbatch --nodes=2 slurm/7b.sh --config tiny train.steps=20
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
+[[ -e slurm/env.sh ]] || { echo "slurm: $PWD has no slurm/env.sh: submit from the checkout" >&2; exit 66; }
 source slurm/run.sh
 
 train --config 7b "$@"

@@ -11,6 +11,7 @@
 # Logits are compared where the model fits in memory in fp32: --mem=280G for 65B. Without, every tensor still is.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
+[[ -e slurm/env.sh ]] || { echo "slurm: $PWD has no slurm/env.sh: submit from the checkout" >&2; exit 66; }
 source slurm/env.sh
 
 exec llama-mcore convert "$@"

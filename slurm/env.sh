@@ -1,5 +1,6 @@
 # shellcheck shell=bash disable=SC2034
 # Site settings: the only file here that a site edits. Every script sources it on the first node of its job.
+set +u  # modules and environments seldom suit it
 
 # Modules and the environment that llama_mcore is installed in:
 #   module load cuda/12.8
@@ -24,3 +25,5 @@ GPUS_PER_NODE=${GPUS_PER_NODE##*:}
 # it go on after a crash too, e.g. "75 1 134 137 139" (an error, then aborted, killed, segmentation fault). Never 93,
 # with which three lives without progress end.
 REQUEUE_ON="75"
+
+set -u

@@ -8,6 +8,7 @@
 # Joins the shards of slurm/preprocess.sh, which submits this: the output prefix is its only argument.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
+[[ -e slurm/env.sh ]] || { echo "slurm: $PWD has no slurm/env.sh: submit from the checkout" >&2; exit 66; }
 source slurm/env.sh
 
 if [[ $# -ne 1 ]]; then
@@ -20,6 +21,10 @@ if [[ ! -e ${marks[0]} ]]; then
     exit 66
 fi
 count=${marks[0]##*_of_}
+if [[ $(printf '%s\n' "${marks[@]##*_of_}" | sort -u) != "$count" ]]; then
+    echo "merge: $1.shards has shards of arrays of different sizes: remove it and run the array again" >&2
+    exit 65
+fi
 if [[ ${#marks[@]} -ne $count ]]; then
     echo "merge: ${#marks[@]} of $count shards in $1.shards are done: run the tasks that are missing again first" >&2
     exit 66

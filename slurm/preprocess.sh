@@ -18,9 +18,10 @@
 #     sbatch slurm/merge.sh data/c4
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
+[[ -e slurm/env.sh ]] || { echo "slurm: $PWD has no slurm/env.sh: submit from the checkout" >&2; exit 66; }
 source slurm/env.sh
 
-if [[ $# -eq 0 ]]; then
+if [[ $# -eq 0 || -z ${SLURM_ARRAY_TASK_ID:-} ]]; then
     echo "usage: sbatch slurm/preprocess.sh OUTPUT_PREFIX --input FILES --tokenizer-model MODEL ..." >&2
     exit 64
 fi
@@ -30,11 +31,17 @@ if [[ -z ${SHARDS:-} && $SLURM_ARRAY_TASK_MAX -ne $((SLURM_ARRAY_TASK_COUNT - 1)
     echo "preprocess: an array from 0 on without gaps is a whole; for a part of one of 32 tasks add --export=ALL,SHARDS=32" >&2
     exit 64
 fi
-if [[ -z ${SHARDS:-} && $SLURM_ARRAY_TASK_ID -eq 0 && ${SLURM_RESTART_COUNT:-0} -eq 0 ]]; then
-    sbatch --dependency="afterok:$SLURM_ARRAY_JOB_ID" --kill-on-invalid-dep=yes slurm/merge.sh "$output"
-fi
 shards=${SHARDS:-$SLURM_ARRAY_TASK_COUNT}
 mkdir -p "$output.shards"
+# Once, also where this task is requeued.
+asked="$output.shards/merge_of_$SLURM_ARRAY_JOB_ID"
+if [[ -z ${SHARDS:-} && $SLURM_ARRAY_TASK_ID -eq 0 && ! -e $asked ]]; then
+    if sbatch --dependency="afterok:$SLURM_ARRAY_JOB_ID" --kill-on-invalid-dep=yes slurm/merge.sh "$output"; then
+        touch "$asked"
+    else
+        printf 'preprocess: no job may be submitted from here. Once all tasks are done: sbatch slurm/merge.sh %q\n' "$output" >&2
+    fi
+fi
 # A shard without documents writes nothing else. merge.sh counts these.
 done_mark="$output.shards/done_${SLURM_ARRAY_TASK_ID}_of_$shards"
 rm -f "$done_mark"

@@ -30,8 +30,9 @@ train() {
     # Seldom another job's, and below the ports that the system gives to clients; if it is taken, the next free one.
     port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
     [[ $REQUESTS -eq 0 ]] || end_with 75  # nothing was begun
-    # Nodes that fail of one cause end with its exit code each; what still runs 20 s after the first is killed.
-    srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=20 "${SRUN_OPTIONS[@]}" \
+    # The launchers end each other, with one exit code; what still runs 20 s after the first is killed. A node's task
+    # gets all of its cores.
+    srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 --wait=20 "${SRUN_OPTIONS[@]}" \
         llama-mcore torchrun \
         --nnodes="$SLURM_JOB_NUM_NODES" \
         --nproc-per-node="$GPUS_PER_NODE" \
@@ -71,12 +72,18 @@ may_come_back() {
 
 # For one whose job could not be put back into the queue.
 how_to_resubmit() {
-    local command
+    local job command limit option
+    job=$(scontrol show job "$SLURM_JOB_ID") || true
+    limit=$(sed -n 's/.* TimeLimit=\([^ ]*\).*/\1/p' <<< "$job")
     # Slurm shows the script and its arguments side by side.
-    command=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p') || true
+    command=$(sed -n 's/^ *Command=//p' <<< "$job")
     command=${command%" ${SCRIPT_ARGUMENTS[*]}"}
     echo "slurm: job $SLURM_JOB_ID ended with exit code $1 and could NOT be put back into the queue. Submit it again:"
-    printf '    cd %q && sbatch --nodes=%q %q' "$PWD" "$SLURM_JOB_NUM_NODES" "${command:-the script}"
-    [[ ${#SCRIPT_ARGUMENTS[@]} -eq 0 ]] || printf ' %q' "${SCRIPT_ARGUMENTS[@]}"
+    printf '    cd %q && sbatch' "$PWD"
+    for option in nodes="$SLURM_JOB_NUM_NODES" gpus-per-node="${SLURM_GPUS_PER_NODE:-}" time="$limit" \
+        partition="${SLURM_JOB_PARTITION:-}" account="${SLURM_JOB_ACCOUNT:-}" qos="${SLURM_JOB_QOS:-}"; do
+        [[ -z ${option#*=} ]] || printf ' --%q' "$option"
+    done
+    printf ' %q' "${command:-the script}" "${SCRIPT_ARGUMENTS[@]}"
     echo
 }

@@ -48,7 +48,7 @@ class Nodes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
-        if self._store:
+        if self._store and error is None:
             with suppress(DistError, RuntimeError):
                 self._leave(self._store)
 

@@ -105,6 +105,7 @@ def _render(config: str, overrides: Sequence[str], run: RunConfig, job: SlurmJob
         "ntasks-per-node": 1,
         "gpus-per-node": job.gpus_per_node,
         "exclusive": "",
+        "mem": 0,
         "time": job.time,
         "partition": job.partition,
         "account": job.account,
@@ -134,6 +135,8 @@ def _render(config: str, overrides: Sequence[str], run: RunConfig, job: SlurmJob
             "# Options of sbatch come before the script, settings of the run after it.",
             "set -euo pipefail",
             'cd "${SLURM_SUBMIT_DIR:-.}"',
+            "[[ -e slurm/env.sh ]] || "
+            '{ echo "slurm: $PWD has no slurm/env.sh: submit from the checkout" >&2; exit 66; }',
             "source slurm/run.sh",
             "",
             f'{command} "$@"',

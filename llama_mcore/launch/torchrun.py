@@ -131,7 +131,7 @@ def _forward() -> None:
     got = None
     while not (got or workers()):
         got = signal.sigtimedwait(STOP_SIGNALS, _POLL_S)
-    if not workers():
+    if got and not workers():
         os._exit(EXIT_SAVED)
     first: float | None = None
     while True:

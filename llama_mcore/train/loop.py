@@ -38,14 +38,16 @@ def train(
     phases: Phases | None = None,
 ) -> int:
     """Train to the last step and return 0, or to a request to stop and return 75. All ranks call it."""
+    phases = phases or Phases()
     with process_groups(run.parallel, run.run.seed, _collectives_timeout(run)) as groups:
         setup_logging(groups.rank)
         try:
             with ExitStack() as stack:
-                job = open_job(run, groups, stop, start, phases or Phases(), stack)
+                job = open_job(run, groups, stop, start, phases, stack)
                 _train_on(job)
                 return _finish(job)
         except StoppedEarly:
+            phases.enter(Phase.END, 0)
             get_logger().info("stopped before the first step; the same command starts again")
             return StoppedEarly.exit_code
 

@@ -196,7 +196,7 @@ def test_names_and_values_are_safe_or_refused(name: str, text: str, tmp_path: Pa
         return
     script = tiny(tmp_path, override, job_name=name)
     assert as_sbatch_reads(options(script)["job-name"]) == name
-    assert len([line for line in script.split("\n") if line.startswith("#SBATCH")]) == 10
+    assert len([line for line in script.split("\n") if line.startswith("#SBATCH")]) == 11
     assert words_of(script.split("\n")[-2])[2:] == [*data(tmp_path), override]
     checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, timeout=60)
     assert (checked.returncode, checked.stderr) == (0, "")

@@ -60,11 +60,12 @@ sys.exit(int(os.environ["EXIT"]))
 {RECORD}
 if sys.argv[1:] == ["show", "job", "123456"]:
     print("JobId=123456 JobName=x\\n   JobState=" + os.environ.get("STATE", "RUNNING Reason=None") + " x")
+    print("   RunTime=00:01:00 TimeLimit=2-12:00:00 TimeMin=N/A")
     print("   Command=" + os.environ.get("COMMAND", "") + "\\n   WorkDir=/w")
 elif os.environ.get("NO_REQUEUE"):
     sys.exit("Requested operation is presently disabled")
 """,
-    "sbatch": RECORD,
+    "sbatch": f"{RECORD}\nsys.exit(os.environ.get('NO_SBATCH'))",
     "hostname": f"{SLOW}\nprint('node7')",
 }
 
@@ -199,7 +200,8 @@ def test_a_job_that_cannot_be_requeued_says_how_to_submit_it(
     arguments: list[str], start: Callable, tmp_path: Path
 ) -> None:
     command = " ".join(["/w x/slurm/65b.sh", *arguments])  # as scontrol shows it
-    job = start("65b.sh", *arguments, code=75, NO_REQUEUE="1", COMMAND=command)
+    asked = {"SLURM_JOB_PARTITION": "gpu", "SLURM_JOB_ACCOUNT": "a b"}
+    job = start("65b.sh", *arguments, code=75, NO_REQUEUE="1", COMMAND=command, **asked)
     _, said = job.communicate(timeout=SECONDS)
     assert job.returncode == 75
     assert "Requested operation is presently disabled" in said
@@ -207,7 +209,8 @@ def test_a_job_that_cannot_be_requeued_says_how_to_submit_it(
     # bash itself reads the command back
     line = said.splitlines()[-1].replace("&& sbatch", "&& printf '%s\\0'")
     words = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout
-    assert words.split("\0")[:-1] == ["--nodes=3", "/w x/slurm/65b.sh", *arguments]
+    options = ["--nodes=3", "--gpus-per-node=a100:8", "--time=2-12:00:00", "--partition=gpu", "--account=a b"]
+    assert words.split("\0")[:-1] == [*options, "/w x/slurm/65b.sh", *arguments]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
@@ -267,6 +270,33 @@ def test_a_request_after_the_step_has_ended_changes_nothing(start: Callable, tmp
     assert ["scontrol", "requeue", "123456"] in calls(tmp_path)
 
 
+ALL_SCRIPTS = [*SCRIPTS, "preprocess.sh", "merge.sh", "convert.sh"]
+
+
+@pytest.mark.parametrize("script", ALL_SCRIPTS)
+def test_a_script_that_was_submitted_from_elsewhere_says_so(
+    script: str, start: Callable, tmp_path: Path
+) -> None:
+    job = start(script, SLURM_SUBMIT_DIR=str(tmp_path))
+    _, said = job.communicate(timeout=SECONDS)
+    assert job.returncode == 66
+    assert said == f"slurm: {tmp_path} has no slurm/env.sh: submit from the checkout\n"
+
+
+@pytest.mark.parametrize("script", ["7b.sh", "convert.sh"])
+def test_what_a_site_sources_may_use_variables_that_are_not_set(
+    script: str, start: Callable, tmp_path: Path
+) -> None:
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT / "slurm", checkout / "slurm")
+    settings = checkout / "slurm" / "env.sh"
+    first, rest = settings.read_text().split("# Modules and", 1)
+    settings.write_text(f'{first}export SEEN="of$_NOT_SET_ANYWHERE"\n# Modules and{rest}')
+    job = start(script, "--help", SLURM_SUBMIT_DIR=str(checkout))
+    _, said = job.communicate(timeout=SECONDS)
+    assert (job.returncode, said) == (0, "")
+
+
 def test_a_site_names_the_first_node(start: Callable, tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     shutil.copytree(ROOT / "slurm", checkout / "slurm")
@@ -318,6 +348,9 @@ def test_an_array_and_its_merge_write_what_one_job_does(start: Callable, tmp_pat
     assert asked == [
         *("--dependency=afterok:77", "--kill-on-invalid-dep=yes", "slurm/merge.sh", str(data / "many"))
     ]
+    again = start(*words, SLURM_ARRAY_TASK_ID="0", SLURM_RESTART_COUNT="1", **array)
+    assert again.wait(SECONDS) == 0, again.stderr.read()
+    assert len(calls(tmp_path)) == 1
     early = start("merge.sh", str(data / "many"))
     assert early.wait(SECONDS) == 66
     assert "1 of 2 shards in" in early.stderr.read()
@@ -341,6 +374,7 @@ def test_an_array_and_its_merge_write_what_one_job_does(start: Callable, tmp_pat
     [
         ("merge.sh", [], 64, "usage"),
         ("preprocess.sh", [], 64, "usage"),
+        ("preprocess.sh", ["out", "--input", "x"], 64, "usage: sbatch"),
         ("merge.sh", ["no such prefix"], 66, "no shard of no such prefix.shards is done"),
     ],
 )
@@ -350,6 +384,29 @@ def test_scripts_of_data_say_what_is_missing(
     job = start(script, *arguments)
     assert job.wait(SECONDS) == code
     assert said in job.stderr.read()
+
+
+def test_shards_of_two_arrays_are_not_joined(start: Callable, tmp_path: Path) -> None:
+    shards = tmp_path / "out.shards"
+    shards.mkdir()
+    for name in ("done_0_of_2", "done_1_of_2", "done_3_of_8"):
+        (shards / name).touch()
+    job = start("merge.sh", str(tmp_path / "out"))
+    assert job.wait(SECONDS) == 65
+    assert "shards of arrays of different sizes" in job.stderr.read()
+
+
+def test_where_nodes_may_not_submit_the_array_says_what_is_left_to_do(
+    start: Callable, tmp_path: Path
+) -> None:
+    array = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_MAX": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
+    missing = ("--input", "no such file", "--tokenizer-model", "no such file")
+    job = start(
+        "preprocess.sh", str(tmp_path / "out"), *missing, SLURM_ARRAY_TASK_ID="0", NO_SBATCH="no", **array
+    )
+    _, said = job.communicate(timeout=SECONDS)
+    assert f"Once all tasks are done: sbatch slurm/merge.sh {tmp_path}/out\n" in said
+    assert job.returncode == 66  # of what comes next
 
 
 def test_convert_passes_its_options_on(start: Callable, tmp_path: Path) -> None:

@@ -49,9 +49,9 @@ class Job:
         self.wait_until(lambda: self._released() in OVER)
         return self.field("ExitCode")
 
-    def comes_back(self) -> None:
-        """Wait until it has been requeued once, and runs."""
-        self.wait_until(lambda: self.restarts() == 1 and self._released() == "RUNNING")
+    def comes_back(self, restarts: int = 1) -> None:
+        """Wait until it has been requeued so often, and runs."""
+        self.wait_until(lambda: self._released() == "RUNNING" and self.restarts() == restarts)
 
     def state(self) -> str:
         return self.field("JobState")

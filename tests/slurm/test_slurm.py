@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from llama_mcore.launch.progress import LIVES
+from llama_mcore.observe.lives import read_ended_lives
 from tests.conftest import Small
 from tests.slurm.cluster import Job, cluster
 from tests.train.product import ROOT, checkpoints, metrics
@@ -103,15 +105,19 @@ def terminated(case: Case) -> Outcome:
     return case.comes_back(job)
 
 
-def preempted(case: Case) -> Outcome:
+def preempted(case: Case, *options: str) -> Outcome:
     """A job of the high partition takes its nodes."""
-    job = case.submit(until=FEW)
+    job = case.submit(options=options, until=FEW)
     folder = case.folder / "high"
     folder.mkdir()
     nodes = f"--nodelist={','.join(job.nodes())}"
     options = ["--partition=high", "--exclusive", f"--nodes={NODES_OF_A_JOB}", nodes]
     assert Job(case.slurm, folder, *options, "--wrap=sleep 1").ended() == "0:0"
     return case.comes_back(job)
+
+
+def preempted_where_jobs_are_cancelled(case: Case) -> Outcome:
+    return preempted(case, "--partition=cheap")
 
 
 def soon_out_of_time(case: Case) -> Outcome:
@@ -152,40 +158,51 @@ def node_down(case: Case) -> Outcome:
 
 
 def rank_killed(case: Case) -> Outcome:
+    """That of the second node, while the first one's does not notice, as in a collective of NCCL."""
     job = case.submit("checkpoint.interval=10", until=SOME)
-    job.processes(job.nodes()[1])[-1].kill()
+    first, second = job.nodes()
+    job.processes(first)[-1].suspend()
+    job.processes(second)[-1].kill()
     return case.until_the_end(job)
 
 
 def step_killed(case: Case) -> Outcome:
     """All that runs on one of its nodes is gone, at a site that lets jobs come back after a crash."""
-    checkout = case.folder / "checkout"
-    shutil.copytree(ROOT / "slurm", checkout / "slurm")
-    (checkout / "tools").symlink_to(ROOT / "tools")
-    with (checkout / "slurm" / "env.sh").open("a") as settings:
-        settings.write('REQUEUE_ON="75 1 137"\n')
-    job = case.submit("checkpoint.interval=10", checkout=checkout, until=SOME)
+    job = case.submit("checkpoint.interval=10", checkout=_site(case, requeue_on="75 1 137"), until=SOME)
     for process in job.processes(job.nodes()[1]):
         process.kill()
     return case.comes_back(job)
 
 
 def no_progress(case: Case) -> Outcome:
-    """In place of training a program that ends with 93."""
-    stub = case.folder / "llama-mcore"
-    stub.write_text("#!/bin/sh\nexit 93\n")
-    stub.chmod(0o755)
-    slurm = case.slurm | {"PATH": f"{case.folder}:{case.slurm['PATH']}"}
-    job = Job(slurm, case.folder, *OPTIONS, "slurm/65b.sh")
+    """A rank of its second node dies in each life, at a site that lets jobs come back after that."""
+    job = case.submit(checkout=_site(case, requeue_on="75 137"))
+    for restarts in range(LIVES):
+        job.comes_back(restarts)
+        job.wait_until(lambda lives=restarts + 1: job.said().count("parameters on 2 ranks") == lives)
+        job.processes(job.nodes()[1])[-1].kill()
+    job.comes_back(LIVES)
     job.wait_until(lambda: job.state() in ("SPECIAL_EXIT", "FAILED"))
     return Outcome(job, job.field("ExitCode"), case.run_dir)
 
 
+def _site(case: Case, requeue_on: str) -> Path:
+    """A checkout with settings of its own."""
+    checkout = case.folder / "checkout"
+    shutil.copytree(ROOT / "slurm", checkout / "slurm")
+    (checkout / "tools").symlink_to(ROOT / "tools")
+    with (checkout / "slurm" / "env.sh").open("a") as settings:
+        settings.write(f'REQUEUE_ON="{requeue_on}"\n')
+    return checkout
+
+
 CASES: list[Callable[[Case], Outcome]] = [
     out_of_time,
+    no_progress,
     soon_out_of_time,
     signalled,
     preempted,
+    preempted_where_jobs_are_cancelled,
     step_killed,
     node_down,
     cancelled,
@@ -193,7 +210,6 @@ CASES: list[Callable[[Case], Outcome]] = [
     finishes,
     wrong_setting,
     terminated,
-    no_progress,
 ]
 
 
@@ -243,7 +259,9 @@ def test_a_signal_saves_and_requeues_and_it_goes_on_to_the_end(outcomes: Outcome
     assert "Traceback" not in found.job.said()
 
 
-@pytest.mark.parametrize("case", [terminated, preempted, soon_out_of_time, out_of_time])
+@pytest.mark.parametrize(
+    "case", [terminated, preempted, preempted_where_jobs_are_cancelled, soon_out_of_time, out_of_time]
+)
 def test_who_is_asked_to_stop_saves_and_goes_on_where_it_was(
     outcomes: Outcomes, case: Callable[[Case], Outcome]
 ) -> None:
@@ -281,9 +299,13 @@ def test_a_killed_rank_ends_the_job_and_it_fails(outcomes: Outcomes) -> None:
     assert found.exit_code == "137:0", found.job.said()
     assert found.seconds < 30
     assert found.job.restarts() == 0
+    (life,) = read_ended_lives(found.run_dir)
+    assert life.exit_code == 128 + 15  # it was ended, and that is on record
 
 
 def test_a_job_without_progress_is_held(outcomes: Outcomes) -> None:
     found = outcome(outcomes, no_progress)
-    assert found.exit_code == "93:0"
+    assert found.exit_code == "93:0", found.job.said()
     assert found.job.state() == "SPECIAL_EXIT"
+    assert found.job.said().count("parameters on 2 ranks") == LIVES
+    assert "no progress: run.dir = " in found.job.said()

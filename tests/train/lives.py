@@ -46,6 +46,8 @@ class Life:
     started: int = 2
     job: str = ""
     """SLURM_JOB_ID."""
+    restarts: str = "0"
+    """SLURM_RESTART_COUNT."""
 
 
 def keep_the_interpreter() -> None:
@@ -136,6 +138,7 @@ def rank_main(life: Life, rank: int, port: int, output: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(life.world_size)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     os.environ |= {"TORCHELASTIC_RESTART_COUNT": "0", "SLURM_JOB_ID": life.job}
+    os.environ["SLURM_RESTART_COUNT"] = life.restarts
     sys.argv = ["train.py", "--config", "tiny", *life.overrides]
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
     prepare(life, rank)

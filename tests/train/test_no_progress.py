@@ -43,8 +43,14 @@ def lives(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "retried": run | {"overrides": [*run["overrides"], "--retry"]},
         "again": run,
         "not-anew": anew,
-        "anew": anew | {"overrides": [*anew["overrides"], "--fresh"]},
+        "anew": anew
+        | {"overrides": [*anew["overrides"], "--fresh"], "fault": "USR1", "step": 2, "ranks": [0]},
     }
+    todo["anew-requeued"] = todo["anew"] | {"ranks": [], "restarts": "1"}
+    for _ in range(LIVES):
+        add_life(folder / "dead", DEAD_LIFE)
+    dead = {"overrides": [*small.overrides(folder / "dead"), *settings, "--retry"], "job": "7"}
+    todo["retry-requeued"] = dead | {"restarts": "4"}
     (folder / "lives.json").write_text(json.dumps(todo))
     run_worker(WORKER, folder, folder / "lives.json")
     return folder
@@ -80,10 +86,22 @@ def test_it_is_retried_where_that_is_asked_for_and_then_goes_on(lives: Path) -> 
 
 def test_a_fresh_run_starts_and_has_no_past(lives: Path) -> None:
     assert life(lives, "not-anew")["codes"] == [93, 93]
-    assert life(lives, "anew")["codes"] == [0, 0], life(lives, "anew")["output"]
-    assert [one.exit_code for one in read_ended_lives(lives / "anew")] == [0]
+    assert life(lives, "anew")["codes"] == [75, 75], life(lives, "anew")["output"]
+    assert [one.exit_code for one in read_ended_lives(lives / "anew")] == [75, 0]
     (aside,) = lives.glob("anew.before-*")
     assert read_ended_lives(aside) == [DEAD_LIFE] * LIVES
+
+
+def test_a_job_that_was_put_back_does_not_begin_anew_again(lives: Path) -> None:
+    found = life(lives, "anew-requeued")
+    assert found["codes"] == [0, 0], found["output"]
+    assert "put back into the queue: --fresh and --resume counted when the job began" in found["output"]
+    assert "resuming at step 2" in found["output"]
+    assert [row["step"] for row in metrics(lives / "anew")] == [1, 2, 3]
+
+
+def test_a_job_that_was_put_back_is_not_retried_for_ever(lives: Path) -> None:
+    assert life(lives, "retry-requeued")["codes"] == [93, 93]
 
 
 def test_every_life_is_written_down_once(lives: Path) -> None:

@@ -76,6 +76,13 @@ def test_before_the_first_step_nothing_is_saved(lives: Path, phase: str, fault: 
     assert metrics(run_dir) == []
 
 
+@pytest.mark.parametrize("fault", ["USR1", "TERM"])
+def test_what_is_made_ready_is_not_waited_for(lives: Path, fault: str) -> None:
+    output = life(lives, f"setup-{fault}")["output"]
+    assert "stopped before the first step; the same command starts again" in output
+    assert "parameters on 2 ranks" not in output
+
+
 def test_waiting_for_ranks_that_never_come_ends(lives: Path) -> None:
     assert life(lives, "never")["codes"] == [75]
 
