@@ -70,7 +70,7 @@ def open_job(
     lease = together(groups, lambda: _hold(run, stack) if groups.rank == 0 else None)
     timeline = stack.enter_context(_timeline(run, groups, lease, phases))
     sources = together(groups, lambda: open_sources(run.data, run.model.seq_length, run.model.vocab_size))
-    found = find_start(run, start, groups, lambda action: together(groups, action))
+    found = find_start(run, start, groups, lambda action: together(groups, action), phases)
     saved = found.reader.state if found.reader else TrainState(run_id=_drawn_by_rank_0())
     segments = together(groups, lambda: _plan_data(run, sources, saved, start.accept_data_change))
     together(groups, lambda: _prepare_run_dir(run) if groups.rank == 0 else None)
@@ -103,7 +103,7 @@ def _loaded_engine(run: RunConfig, groups: Groups, phases: Phases, found: Found)
     engine = build_engine(model, run, groups)
     phases.beat()
     if reader:
-        together(groups, lambda: load_checkpoint(engine, reader, groups))
+        together(groups, lambda: load_checkpoint(engine, reader, groups, phases))
         get_logger().info("resuming at step %d from %s", reader.state.step, reader.path)
     return engine
 
