@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": BASE | {"model", "parallel"},
     "parallel": BASE | {"parallel"},
     "data": BASE | {"data"},
-    "picture": {"errors"},
+    "picture": {"data.files"},
     "observe": BASE | {"observe", "picture"},
     # train.state is records without behaviour: what a checkpoint stores beside the tensors.
     "checkpoint": BASE | {"checkpoint", "model", "parallel", "data", "observe", "config", "train.state"},
