@@ -77,6 +77,7 @@ LIBRARY_BORDERS = {
 
 # Arithmetic that works on any device and in one process. layer_function is given its collectives.
 MODEL_MATHS = (
+    "model.precision",
     "model.rope",
     "model.swiglu",
     "model.attention.backend",
