@@ -459,11 +459,11 @@ def inspect_checkpoint(
 ) -> None:
     """Print what checkpoints hold; check that they are whole; compare two."""
     with report_errors(debug):
-        from llama_mcore.checkpoint.inspect import compare_checkpoints, inspect_checkpoint
+        from llama_mcore.checkpoint.inspect import diff_checkpoints, inspect_checkpoint
 
         if diff is None:
             inspect_checkpoint(folder, verify=verify, as_json=json)
-        elif not compare_checkpoints(folder, diff, verify=verify, as_json=json):
+        elif not diff_checkpoints(folder, diff, verify=verify, as_json=json):
             raise typer.Exit(1)
 
 

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": BASE | {"model", "parallel"},
     "parallel": BASE | {"parallel"},
     "data": BASE | {"data"},
-    "picture": {"errors"},
+    "picture": {"data.files"},
     "observe": BASE | {"observe", "picture"},
     # train.state is records without behaviour: what a checkpoint stores beside the tensors.
     "checkpoint": BASE | {"checkpoint", "model", "parallel", "data", "observe", "config", "train.state"},
@@ -79,6 +79,7 @@ LIBRARY_BORDERS = {
 
 # Arithmetic that works on any device and in one process. layer_function is given its collectives.
 MODEL_MATHS = (
+    "model.precision",
     "model.rope",
     "model.swiglu",
     "model.attention.backend",

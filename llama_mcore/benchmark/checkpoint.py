@@ -27,7 +27,7 @@ from llama_mcore.config import RunConfig
 from llama_mcore.errors import MissingInputError, Problem
 from llama_mcore.model.build import build_model
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.parallel.device import synchronize
+from llama_mcore.parallel.device import seconds_of
 from llama_mcore.parallel.groups import Groups, process_groups
 from llama_mcore.train.engine import build_engine, dtype_of
 from llama_mcore.train.state import TrainState
@@ -149,7 +149,7 @@ class _Bench:
         self._time(LOAD, lambda: self._load(checkpoint))
 
     def _time(self, name: str, work: Callable[[], object]) -> None:
-        self.seconds[name].append(_seconds(work))
+        self.seconds[name].append(seconds_of(work))
 
     def _time_writer(self, name: str, write: Callable[[Path, Mapping[str, Tensor]], object]) -> None:
         path = self._folder / "written"
@@ -167,7 +167,7 @@ class _Bench:
 
     def _save_in_background(self, stall: str, step: str) -> None:
         """Save as the training loop does, and train until it is on the disk."""
-        stalled = _seconds(self._begin)
+        stalled = seconds_of(self._begin)
         saved = None
         while saved is None:
             self._time(step, self._train)
@@ -210,11 +210,3 @@ def _drop_from_page_cache(folder: Path) -> None:
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    synchronize()
-    started = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - started

@@ -5,8 +5,7 @@ up and timed; rounds alternate between them, so that what else the machine does 
 """
 
 import gc
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from statistics import median
@@ -27,7 +26,7 @@ from llama_mcore.parallel.device import (
     peak_memory_bytes,
     release_cached_memory,
     reset_peak_memory,
-    synchronize,
+    seconds_of,
 )
 from llama_mcore.parallel.groups import process_groups
 from llama_mcore.plan.flops import mfu, token_flops
@@ -195,26 +194,18 @@ def _measure_contender(contender: Contender, repeats: int, found: Samples) -> No
     del loss
     module.zero_grad(set_to_none=True)
     for _ in range(repeats):
-        found.forward_backward_s.append(_seconds(lambda: _forward_backward(contender)))
+        found.forward_backward_s.append(seconds_of(lambda: _forward_backward(contender)))
     contender.add_optimizer()
     contender.step()
     reset_peak_memory()
     for _ in range(repeats):
-        found.step_s.append(_seconds(contender.step))
+        found.step_s.append(seconds_of(contender.step))
     found.peak_bytes = peak_memory_bytes() if on_gpu() else 0
 
 
 def _forward_backward(contender: Contender) -> None:
     contender.loss().backward()
     contender.module.zero_grad(set_to_none=True)
-
-
-def _seconds(work: Callable[[], None]) -> float:
-    synchronize()
-    started = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - started
 
 
 def _ratios(samples: dict[str, Samples]) -> dict[str, float]:

@@ -12,9 +12,8 @@ from llama_mcore.checkpoint.layout import find_checkpoint
 from llama_mcore.checkpoint.manifest import read_manifest
 from llama_mcore.data.audit import check_ledger, check_uses, count_uses, use_table
 from llama_mcore.errors import DataError, MissingInputError, Problem
+from llama_mcore.observe.sinks import METRICS_FILE
 from llama_mcore.train.state import Rollback
-
-METRICS_FILE = "metrics.jsonl"
 
 
 def audit_run(run_dir: Path) -> str:

@@ -63,7 +63,7 @@ def inspect_checkpoint(path: Path, *, verify: bool = False, as_json: bool = Fals
         raise CheckpointError(problems)
 
 
-def compare_checkpoints(left: Path, right: Path, *, verify: bool = False, as_json: bool = False) -> bool:
+def diff_checkpoints(left: Path, right: Path, *, verify: bool = False, as_json: bool = False) -> bool:
     """Print how two checkpoints, or the newest ones of two runs, differ. Whether they are the same."""
     one, other = (CheckpointReader(find_checkpoint(path)) for path in (left, right))
     if verify:

@@ -4,7 +4,7 @@ Files are read as far as they are needed: a rank of any other layout reads its o
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from operator import itemgetter
 from pathlib import Path
@@ -32,7 +32,8 @@ class CheckpointReader:
     readable, and for a parameter with a gap. A flipped bit in a tensor shows in `check_content` alone.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, working: Callable[[], None] = lambda: None) -> None:
+        """`working` is called after each file that was opened."""
         self.path = path
         self.manifest = read_manifest(path)
         problems = missing_files(path, self.manifest)
@@ -40,7 +41,10 @@ class CheckpointReader:
             raise CheckpointError(problems)
         found = self.manifest
         self.kinds: tuple[str, ...] = found.kinds
-        opened = [self._open(file, rank) for rank, file in enumerate(found.files)]
+        opened = []
+        for rank, file in enumerate(found.files):
+            opened.append(self._open(file, rank))
+            working()
         self.model = self._checked_model(opened)
         health = found.health or HealthState(anchor=found.step)
         self.state = TrainState(found.step, found.consumed_samples, found.segments, found.run_id, health)
@@ -51,10 +55,13 @@ class CheckpointReader:
             self._index(file, tensors)
         self._check_complete()
 
-    def check_content(self, rank: int = 0, world_size: int = 1) -> None:
-        """Read every byte of this rank's share of the files. Raises CheckpointError with those that are not
-        what was written."""
-        problems = damaged_files(self.path, self.manifest.files[rank::world_size])
+    def check_content(
+        self, rank: int = 0, world_size: int = 1, working: Callable[[], None] = lambda: None
+    ) -> None:
+        """Read every byte of this rank's share of the files, and call `working` now and then. Raises
+        CheckpointError with those that are not what was written."""
+        share = self.manifest.files[rank::world_size]
+        problems = damaged_files(self.path, share, lambda size: working())
         if problems:
             raise CheckpointError(problems)
 

@@ -39,11 +39,6 @@ class Record:
         return str(self.fields[key])
 
 
-def check_inputs(paths: Sequence[Path]) -> int:
-    """Bytes in all input files. MissingInputError names every one that is not a readable file."""
-    return sum(file.size for file in find_inputs(paths))
-
-
 def read_records(paths: Sequence[Path], key: str = "text") -> Iterator[Record]:
     """The documents of all files, in order; a text file's is under `key`. DataError at a bad one."""
     for source in sources_of(find_inputs(paths), _WHOLE):

@@ -1,11 +1,9 @@
 """How fast ranks add up a buffer, and whether they add it up right."""
 
-import time
-
 import torch
 import torch.distributed as dist
 
-from llama_mcore.parallel.device import synchronize
+from llama_mcore.parallel.device import seconds_of
 
 BYTES = 16_000_000
 REPEATS = 3
@@ -19,15 +17,7 @@ def all_reduce_speed(device: torch.device, group: dist.ProcessGroup | None = Non
     fastest = float("inf")
     for _ in range(1 + REPEATS):
         tensor.fill_(1)
-        fastest = min(fastest, _seconds(tensor, group))
+        fastest = min(fastest, seconds_of(lambda: dist.all_reduce(tensor, group=group)))
         if not bool((tensor == ranks).all()):
             raise ArithmeticError("all_reduce gave a wrong sum")
     return BYTES / fastest
-
-
-def _seconds(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> float:
-    synchronize()
-    start = time.perf_counter()
-    dist.all_reduce(tensor, group=group)
-    synchronize()
-    return time.perf_counter() - start

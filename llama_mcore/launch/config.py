@@ -18,9 +18,11 @@ class WatchdogConfig(Section):
     start_s: float = Field(default=1200.0, gt=0)
     """Seconds for imports and until all ranks have joined."""
     setup_s: float = Field(default=1800.0, gt=0)
-    """Seconds for each of: opening the data, building model and engine, loading the checkpoint."""
+    """Seconds for each of: opening the data, building model and engine, loading the next part of a
+    checkpoint, waiting for ranks that have more of it to load."""
     save_s: float = Field(default=300.0, gt=0)
-    """Seconds that training may wait for a save beyond `checkpoint.timeout_s`, which fails the save."""
+    """Seconds that training may wait for a save beyond `checkpoint.timeout_s`, which fails the save; in a
+    rollback as `setup_s`."""
     evaluate_s: float = Field(default=600.0, gt=0)
     """Seconds for reading the held-out batches of a source, and for each of them."""
     end_s: float = Field(default=300.0, gt=0)

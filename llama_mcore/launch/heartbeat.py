@@ -114,6 +114,9 @@ class Pulse(Listener):
         last = self._beat
         self._write(Beat(last.phase, last.step, last.count + 1, time.monotonic(), last.allowed_s))
 
+    def working(self) -> None:
+        self._write(replace(self._beat, at=time.monotonic()))
+
     def settled(self) -> None:
         self._heartbeat.write_reached(replace(self._heartbeat.reached(), settled=True))
 

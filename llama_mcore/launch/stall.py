@@ -3,6 +3,7 @@
     RUN_DIR/stalls/00000012/rank-00003.txt     stacks of its threads
     RUN_DIR/stalls/00000012/rank-00003.json    its heartbeat
     RUN_DIR/stalls/00000012/summary.txt        rank 0's: who is behind
+    RUN_DIR/stalls/00000012-2/                 the same, of another life that stalled at that step
 
 All ranks stall together, since those that are well wait for the others in a collective. So each rank reports
 on itself, and rank 0 reads the reports of all.
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
 import psutil
@@ -30,7 +32,8 @@ COLLECT_S = 15.0
 """How long rank 0 waits for the reports of the others, and they for its summary."""
 _LONGEST_LIST = 8
 _LARGEST_REPORT = 1 << 16
-_POLL_S = 0.1
+_LONGEST_PAUSE_S = 4.0
+"""Between two looks: thousands of ranks look, and the file system may be what hangs."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Report:
     waits_in: str
     """The kernel function that it sleeps in, where that may be read."""
     written: float
-    """Seconds since 1970: a later life may stall at the same step."""
+    """Seconds since 1970."""
 
     @property
     def silent(self) -> bool:
@@ -85,20 +88,18 @@ class StallReport:
     """Made when the supervisor starts; `write` says what it found when the rank has stalled."""
 
     def __init__(self, run_dir: Path, place: RankOnHost) -> None:
-        self._folder, self._place, self._since = run_dir / FOLDER, place, time.time()
+        self._folder, self._place, self._started = run_dir / FOLDER, place, time.monotonic()
+        self._since = time.time()
+        """What was written before is of another life; by the file server's clock, once a file shows that."""
 
     def write(self, mine: Report, stacks: str) -> str:
         """Write this rank's part; on rank 0 return the summary, on others wait until it is there and return
         nothing. What cannot be written is left out."""
-        folder = self._folder / f"{mine.step:08d}"
+        folder = self._folder / _name(mine.step)
         with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            name = f"rank-{mine.rank:05d}"
-            (folder / f"{name}.txt").write_text(stacks or _no_stacks(mine), encoding="utf-8")
-            _replace(folder / f"{name}.json", json.dumps(asdict(mine)))
+            folder = self._write_part(mine, stacks)
             if self._place.rank > 0:
-                _wait_until(lambda: any(self._is_new(path) for path in self._near(mine.step, SUMMARY)))
-                return ""
+                _wait_until(lambda: any((near / SUMMARY).exists() for near in self._near(mine.step)), 1.0)
         if self._place.rank > 0:
             return ""
         text = summary(self._reports(mine), self._place.world_size, folder)
@@ -106,29 +107,45 @@ class StallReport:
             _replace(folder / SUMMARY, text + "\n")
         return text
 
+    def _write_part(self, mine: Report, stacks: str) -> Path:
+        """Returns the folder that it is in. Raises OSError."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        temporary = self._folder / f"{_rank_name(mine.rank)}.tmp"
+        temporary.write_text(stacks or _no_stacks(mine), encoding="utf-8")
+        self._since = temporary.stat().st_mtime - (time.monotonic() - self._started)
+        folder = self._made_folder(mine.step)
+        os.replace(temporary, folder / f"{_rank_name(mine.rank)}.txt")
+        _replace(folder / f"{_rank_name(mine.rank)}.json", json.dumps(asdict(mine)))
+        return folder
+
+    def _made_folder(self, step: int) -> Path:
+        """The first name of the step that no earlier life has taken, so the same on all ranks."""
+        names = (self._folder / _name(step, number) for number in count(1))
+        return next(folder for folder in names if _made(folder) or self._is_of_this_life(folder))
+
     def _reports(self, mine: Report) -> list[Report]:
-        found = {mine.rank: mine}
+        """Those of all ranks, as far as they come in time; each is read once."""
+        found = {f"{_rank_name(mine.rank)}.json": mine}
 
         def all_there() -> bool:
-            for path in self._near(mine.step, "rank-*.json"):
-                report = _read(path)
-                if report and report.written >= self._since:
-                    found[report.rank] = report
+            for folder in self._near(mine.step):
+                for name in _listed(folder):
+                    if name.endswith(".json") and name not in found and (report := _read(folder / name)):
+                        found[name] = report
             return len(found) == self._place.world_size
 
-        _wait_until(all_there)
-        return [found[rank] for rank in sorted(found)]
+        _wait_until(all_there, 0.1)
+        return [found[name] for name in sorted(found)]
 
-    def _near(self, step: int, pattern: str) -> list[Path]:
-        """A rank may have begun the next step while another has not."""
-        with suppress(OSError):
-            steps = range(max(0, step - 1), step + 2)
-            return [path for near in steps for path in (self._folder / f"{near:08d}").glob(pattern)]
-        return []
+    def _near(self, step: int) -> list[Path]:
+        """This life's folders: a rank may have begun the next step while another has not."""
+        names = {f"{near:08d}" for near in range(max(0, step - 1), step + 2)}
+        folders = [self._folder / name for name in _listed(self._folder) if name.partition("-")[0] in names]
+        return [folder for folder in folders if self._is_of_this_life(folder)]
 
-    def _is_new(self, path: Path) -> bool:
+    def _is_of_this_life(self, folder: Path) -> bool:
         with suppress(OSError):
-            return path.stat().st_mtime >= self._since
+            return folder.stat().st_mtime >= self._since
         return False
 
 
@@ -185,6 +202,30 @@ def _waits_in(pid: int) -> str:
     return ""
 
 
+def _name(step: int, number: int = 1) -> str:
+    return f"{step:08d}" + (f"-{number}" if number > 1 else "")
+
+
+def _rank_name(rank: int) -> str:
+    return f"rank-{rank:05d}"
+
+
+def _made(folder: Path) -> bool:
+    """False if it was there."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+def _listed(folder: Path) -> list[str]:
+    """Nothing where it cannot be."""
+    with suppress(OSError):
+        return os.listdir(folder)
+    return []
+
+
 def _read(path: Path) -> Report | None:
     """None where it is of another version or half there."""
     try:
@@ -199,7 +240,9 @@ def _replace(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _wait_until(holds: Callable[[], bool]) -> None:
+def _wait_until(holds: Callable[[], bool], pause_s: float) -> None:
+    """Looks now, after `pause_s`, and then ever more seldom."""
     until = time.monotonic() + COLLECT_S
-    while not holds() and time.monotonic() < until:
-        time.sleep(_POLL_S)
+    while not holds() and (left := until - time.monotonic()) > 0:
+        time.sleep(min(pause_s, left))
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama_mcore.model.attention.sdpa_backend import heads_first
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.layer_function import split_qkv
 from llama_mcore.model.rmsnorm import rmsnorm
@@ -82,9 +83,9 @@ class Decoder:
         cache.keys[start:end], cache.values[start:end] = rope(k, cos, sin), v
         seen = torch.arange(end, device=x.device) <= torch.arange(start, end, device=x.device)[:, None]
         out = F.scaled_dot_product_attention(
-            _heads_first(rope(q, cos, sin)),
-            _heads_first(cache.keys[:end]),
-            _heads_first(cache.values[:end]),
+            heads_first(rope(q, cos, sin)),
+            heads_first(cache.keys[:end]),
+            heads_first(cache.values[:end]),
             attn_mask=seen,
             enable_gqa=heads_per_group > 1,
         )  # [1, n, s, d]
@@ -103,8 +104,3 @@ class Decoder:
                 "mlp.linear_fc2",
             )
         }
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    """[s, 1, n, d] -> [1, n, s, d]."""
-    return x.permute(1, 2, 0, 3)

@@ -5,10 +5,12 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from llama_mcore.model.precision import widen
+
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., h], weight [h] -> [..., h] in x's dtype. Statistics are fp32, or wider if x is."""
-    wide = _widen(x)
+    wide = widen(x)
     return (wide * _inverse_rms(wide, eps)).to(x.dtype) * weight
 
 
@@ -17,7 +19,7 @@ def rmsnorm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tup
 
     With r = 1/rms(x), n = x r and g = grad * weight:  dx = r (g - n mean(g n)),  dweight = sum(grad n).
     """
-    wide, wide_grad, wide_weight = _widen(x), _widen(grad), _widen(weight)
+    wide, wide_grad, wide_weight = widen(x), widen(grad), widen(weight)
     inverse = _inverse_rms(wide, eps)
     normed = wide * inverse
     products = (wide_grad * normed).flatten(0, -2)  # [tokens, h]
@@ -25,10 +27,6 @@ def rmsnorm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tup
     projected = (products @ wide_weight / x.size(-1)).view(inverse.shape)
     grad_x = (wide_grad * wide_weight).sub_(normed.mul_(projected)).mul_(inverse)
     return grad_x.to(x.dtype), grad_weight
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _inverse_rms(wide: Tensor, eps: float) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from llama_mcore.errors import MissingInputError, Problem
+from llama_mcore.errors import DataError, MissingInputError, Problem
 from llama_mcore.observe.lives import EndedLife, read_ended_lives
 from llama_mcore.observe.metrics import describe_duration
 from llama_mcore.observe.phases import Phase
@@ -66,23 +66,32 @@ class Life:
     """Of the life among all, from 1."""
 
     @property
+    def took_over(self) -> float:
+        """When it came to hold the run, which is when its first line says that it did something."""
+        return self.entries[0][0] if self.entries else self.began
+
+    @property
     def runs(self) -> bool:
         """It was not noted as over, and its lease was touched lately."""
         return self.left is None and time.time() - self.ended < STALE_S
 
 
 def read_lives(run_dir: Path) -> list[Life]:
-    """All lives in the order of their beginnings. Lines that a kill or a full disk cut are passed over."""
-    path, noted = run_dir / TIMELINE_FILE, read_ended_lives(run_dir)
-    if not path.is_file() and not noted:
+    """All lives in the order of their beginnings. Lines that a kill or a full disk cut are passed over.
+
+    Raises MissingInputError where there is no run, DataError where its files cannot be read.
+    """
+    content, noted = _content(run_dir / TIMELINE_FILE), read_ended_lives(run_dir)
+    if content is None and not noted:
         raise MissingInputError(Problem("RUN_DIR", run_dir, f"has no {TIMELINE_FILE}", "give a run's folder"))
     lives: list[Life] = []
-    for row in _rows(path) if path.is_file() else ():
-        with suppress(KeyError, TypeError, ValueError):
+    for row in _rows(content or b""):
+        with suppress(LookupError, TypeError, ValueError):
             if "life" in row:
-                lives.append(Life(int(row["life"]), float(row["began"]), str(row["job"]), int(row["ranks"])))
-            elif lives:
-                _add(lives[-1], row)
+                life = Life(int(row["life"]), float(row["began"]), str(row["job"]), int(row["ranks"]))
+                lives.insert(_place(lives, life), life)
+            else:
+                _add(_writer(lives, row), row)
     _add_ends(lives, noted)
     for number, life in enumerate(lives, start=1):
         life.number = number
@@ -92,14 +101,42 @@ def read_lives(run_dir: Path) -> list[Life]:
     return lives
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_bytes().split(b"\n"):
+def _content(path: Path) -> bytes | None:
+    """None if it is not there: a run may end before it has a timeline."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        bound = f"cannot be read ({error.strerror})"
+        raise DataError(Problem("timeline", path, bound, "give a run's folder that you may read")) from None
+
+
+def _rows(content: bytes) -> Iterator[dict[str, Any]]:
+    for line in content.split(b"\n"):
         try:
             row = orjson.loads(line)
         except orjson.JSONDecodeError:
             continue
         if isinstance(row, dict):
             yield row
+
+
+def _place(lives: Sequence[Life], life: Life) -> int:
+    """Before those that took the run over from it and yet came to write first. A clock alone is not believed,
+    nor is a lease: their numbers begin anew where somebody deleted the folder."""
+    place = len(lives)
+    while place and lives[place - 1].lease > life.lease and lives[place - 1].began > life.began:
+        place -= 1
+    return place
+
+
+def _writer(lives: Sequence[Life], row: dict[str, Any]) -> Life:
+    """Whose line it is: the newest life's, if it is of a version that did not say. Raises LookupError."""
+    for life in reversed(lives):
+        if row.get("of", life.lease) == life.lease:
+            return life
+    raise LookupError
 
 
 def _add(life: Life, row: dict[str, Any]) -> None:
@@ -110,7 +147,7 @@ def _add(life: Life, row: dict[str, Any]) -> None:
         life.saved.append(int(row["saved"]))
     else:
         life.left = int(row["left"])
-    life.ended = when
+    life.ended = max(life.ended, when)
 
 
 def _add_ends(lives: list[Life], noted: Sequence[EndedLife]) -> None:
@@ -146,18 +183,24 @@ def spans_of(lives: Sequence[Life]) -> list[Span]:
     for i, life in enumerate(lives):
         if spans:
             spans.append(Span(life.number, DOWN, 0, spans[-1].ended, max(spans[-1].ended, life.began)))
-        # A clock that was set back between two lives must not count time twice.
-        following = lives[i + 1].began if i + 1 < len(lives) else float("inf")
-        spans += _spans_of_life(life, spans[-1].ended if spans else life.began, following)
+        spans += _spans_of_life(life, spans[-1].ended if spans else life.began, _taken_over(lives, i))
     return [span for span in _marked(spans, _last_saved(lives)) if span.seconds > 0]
 
 
-def _spans_of_life(life: Life, not_before: float, following: float) -> Iterator[Span]:
-    entries = [(life.began, _KIND_OF_PHASE[Phase.START], 0), *life.entries]
-    ends = [began for began, _, _ in entries[1:]] + [min(life.ended, following)]
-    for (began, kind, step), ended in zip(entries, ends, strict=True):
-        began, ended = max(began, not_before), max(ended, not_before)
-        yield Span(life.number, kind, step, began, max(began, ended))
+def _taken_over(lives: Sequence[Life], i: int) -> float:
+    """When the next life took the run from life `i`, whose later time counts for nothing."""
+    following = next((life.took_over for life in lives[i + 1 :] if life.lease), float("inf"))
+    return following if following > lives[i].began else float("inf")  # a clock was set back
+
+
+def _spans_of_life(life: Life, began: float, not_after: float) -> Iterator[Span]:
+    """From `began` on, also where a clock says less: no time is counted twice."""
+    kinds = [(_KIND_OF_PHASE[Phase.START], 0), *((kind, step) for _, kind, step in life.entries)]
+    ends = [*(entry[0] for entry in life.entries), life.ended]
+    for (kind, step), end in zip(kinds, ends, strict=True):
+        ended = max(began, min(end, not_after))
+        yield Span(life.number, kind, step, began, ended)
+        began = ended
 
 
 def _marked(spans: Sequence[Span], saved: float) -> list[Span]:

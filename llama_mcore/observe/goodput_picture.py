@@ -42,7 +42,7 @@ def draw(spans: Sequence[Span], output: Path, title: str) -> None:
     axes.set_xlabel(f"{name} since the first start")
     axes.set_title(f"{title}: {conclusion(spans)}", loc="left", fontweight="bold", fontsize=10)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=len(KINDS), frameon=False, fontsize=8)
-    save_figure(figure, output, "--picture")
+    save_figure(figure, output)
 
 
 def _unit(seconds: float) -> tuple[float, str]:

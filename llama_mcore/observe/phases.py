@@ -30,6 +30,10 @@ class Listener:
     def beat(self) -> None:
         """Something of the phase is done: a rank that waits for others stops beating."""
 
+    def working(self) -> None:
+        """It goes on with something of which ranks have unequal shares, and which so tells of no rank that it
+        is behind."""
+
     def settled(self) -> None:
         """The run's folder is there, and is this run's."""
 
@@ -57,6 +61,11 @@ class Phases:
         """Say that this rank got on: between what it does alone and what it does with others."""
         for listener in self._listeners:
             listener.beat()
+
+    def working(self) -> None:
+        """Say that this rank is still at something that takes others less or longer, and no beat yet."""
+        for listener in self._listeners:
+            listener.working()
 
     def settled(self) -> None:
         for listener in self._listeners:

@@ -48,7 +48,7 @@ def loss_curve(metrics: Path, output: Path, title: str | None = None) -> None:
     _draw_loss(loss_axes, rows)
     _draw_lr(lr_axes, rows)
     loss_axes.set_title(title or metrics.resolve().parent.name, loc="left", fontweight="bold")
-    save_figure(figure, output, "output")
+    save_figure(figure, output)
 
 
 def smoothed(values: list[float], window: int) -> list[float]:

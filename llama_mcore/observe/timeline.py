@@ -1,14 +1,15 @@
 """How a run spent its time: a line whenever rank 0 begins something else. `llama-mcore goodput` reads it.
 
-RUN_DIR/timeline.jsonl, of all lives of a run, oldest first. Times are seconds since 1970; inside a life they
-follow the monotonic clock, so that a clock that is set in between does not bend them.
+RUN_DIR/timeline.jsonl, of all lives of a run. Times are seconds since 1970; inside a life they follow the
+monotonic clock, so that a clock that is set in between does not bend them.
 
     {"life": 3, "began": 1763920000.1, "job": "4711", "host": "n1", "ranks": 16}
-    {"t": 1763920021.5, "phase": "train", "step": 1201}
-    {"t": 1763920031.5, "saved": 1200}
-    {"t": 1763920099.9, "left": 75}
+    {"of": 3, "t": 1763920021.5, "phase": "train", "step": 1201}
+    {"of": 3, "t": 1763920031.5, "saved": 1200}
+    {"of": 3, "t": 1763920099.9, "left": 75}
 
-A life without "left" was killed: lives.jsonl says when, with the same "began".
+A life without "left" was killed: lives.jsonl says when, with the same "began". Each line says of which life
+it is: one that was thought dead may still write when the next has begun. Earlier versions did not say that.
 """
 
 import os
@@ -37,7 +38,7 @@ class Timeline(Listener):
     def __init__(self, run_dir: Path, life: int, ranks: int, began: float) -> None:
         """`life`: the number of the lease that the run is held by. `began`: when
         the process did that the launcher started."""
-        self._path = run_dir / TIMELINE_FILE
+        self._path, self._life = run_dir / TIMELINE_FILE, life
         self._clock_offset = time.time() - time.monotonic()
         self._held_back: list[bytes] = []
         self._file: BinaryIO | None = None
@@ -58,10 +59,10 @@ class Timeline(Listener):
             self._append(line)
 
     def enter(self, phase: Phase, step: int) -> None:
-        self._write({"t": self._now(), "phase": phase, "step": step})
+        self._note({"phase": phase, "step": step})
 
     def saved(self, step: int) -> None:
-        self._write({"t": self._now(), "saved": step})
+        self._note({"saved": step})
 
     def __enter__(self) -> Self:
         return self
@@ -72,13 +73,14 @@ class Timeline(Listener):
         """The life is over, and not by a kill: the last line says with which exit code."""
         if error is not None:
             self.exit_code = getattr(error, "exit_code", 1)
-        self._write({"t": self._now(), "left": self.exit_code})
+        self._note({"left": self.exit_code})
         if self._file:
             self._file.close()
         self._file = None
 
-    def _now(self) -> float:
-        return round(time.monotonic() + self._clock_offset, 3)
+    def _note(self, what: dict[str, Any]) -> None:
+        now = round(time.monotonic() + self._clock_offset, 3)
+        self._write({"of": self._life, "t": now, **what})
 
     def _write(self, line: dict[str, Any]) -> None:
         encoded = orjson.dumps(line) + b"\n"

@@ -3,7 +3,7 @@
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -50,6 +50,15 @@ def synchronize() -> None:
     """Wait until everything queued on this rank's device is done, so that a clock reads true."""
     if on_gpu():
         torch.cuda.synchronize()
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """How long `work` takes, with all that it queues on this rank's device."""
+    synchronize()
+    started = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - started
 
 
 class Stopwatch:

@@ -83,18 +83,3 @@ def saved_bytes_besides_layers(
 def rotary_tables(model: ModelConfig) -> int:
     """Cosine and sine in fp32, which all layers share and plain autograd keeps too."""
     return 2 * FP32 * model.seq_length * model.head_dim
-
-
-def saved_bytes(
-    model: ModelConfig,
-    tp: int,
-    sequence_parallel: bool,
-    micro_batch_size: int,
-    recompute: Recompute,
-    value: int = BF16,
-) -> int:
-    """All that the forward of one micro-batch keeps on one rank."""
-    layer = saved_bytes_per_layer(model, tp, sequence_parallel, micro_batch_size, recompute, value)
-    tables = rotary_tables(model) if recompute == "none" else 0
-    rest = saved_bytes_besides_layers(model, tp, sequence_parallel, micro_batch_size, value)
-    return model.num_layers * layer + rest + tables

@@ -39,10 +39,6 @@ def gpu_hours_of_flops(flops: float, peak_flops: float, mfu: float) -> float:
     return flops / (peak_flops * mfu) / 3600
 
 
-def gpu_hours_of_tokens(tokens: float, tokens_per_s_per_gpu: float) -> float:
-    return tokens / tokens_per_s_per_gpu / 3600
-
-
 def energy_mwh(gpu_hours: float, watts: float, pue: float = PUE) -> float:
     return gpu_hours * watts * pue / 1e6
 

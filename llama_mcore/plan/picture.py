@@ -25,7 +25,7 @@ def draw_size(plan: SizePlan, output: Path) -> None:
     """Write a PNG, whole or not at all. Raises OutputError where it is already there or cannot be written."""
     if output.exists():
         raise OutputError(Problem("--picture", output, "is already there", "move it away or name another"))
-    save_figure(_figure(plan), output, "--picture")
+    save_figure(_figure(plan), output)
 
 
 def _figure(plan: SizePlan) -> "Figure":

@@ -72,7 +72,7 @@ def open_job(
     timeline = stack.enter_context(_timeline(run, groups, lease, phases))
     sources = together(groups, lambda: open_sources(run.data, run.model.seq_length, run.model.vocab_size))
     _stop_if_asked(stop, groups)
-    found = find_start(run, start, groups, lambda action: together(groups, action))
+    found = find_start(run, start, groups, lambda action: together(groups, action), phases)
     _stop_if_asked(stop, groups)
     saved = found.reader.state if found.reader else TrainState(run_id=_drawn_by_rank_0())
     segments = together(groups, lambda: _plan_data(run, sources, saved, start.accept_data_change))
@@ -115,7 +115,7 @@ def _loaded_engine(
     phases.beat()
     _stop_if_asked(stop, groups)
     if reader:
-        together(groups, lambda: load_checkpoint(engine, reader, groups))
+        together(groups, lambda: load_checkpoint(engine, reader, groups, phases))
         get_logger().info("resuming at step %d from %s", reader.state.step, reader.path)
     return engine
 

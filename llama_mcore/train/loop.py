@@ -187,7 +187,7 @@ def _return_or_stop(job: Job, judgement: Judgement) -> None:
         raise NumericalError(Problem("step", job.state.step, judgement.reason, remedy))
     groups, reason, sinks = job.groups, judgement.reason, job.sinks
     job.state = roll_back(
-        job.engine, job.run, groups, job.state, reason, lambda action: together(groups, action)
+        job.engine, job.run, groups, job.state, reason, lambda action: together(groups, action), job.phases
     )
     together(groups, lambda: sinks.go_back(job.state.step) if sinks else None)
     job.batches.seek(job.state.consumed_samples)

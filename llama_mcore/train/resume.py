@@ -17,6 +17,7 @@ from llama_mcore.config import LARGEST_CONFIG, RunConfig
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, Problem
 from llama_mcore.observe.lives import LIVES_FILE, is_requeued
 from llama_mcore.observe.log import get_logger
+from llama_mcore.observe.phases import Phases
 from llama_mcore.observe.sinks import GIVEN_UP_METRICS, METRICS_FILE
 from llama_mcore.observe.timeline import TIMELINE_FILE
 from llama_mcore.parallel.groups import Groups
@@ -55,7 +56,7 @@ class Found:
     """Newer checkpoints that are damaged, and how."""
 
 
-def find_start(run: RunConfig, start: Start, groups: Groups, together: Together) -> Found:
+def find_start(run: RunConfig, start: Start, groups: Groups, together: Together, phases: Phases) -> Found:
     """The checkpoint to begin from, read and verified; all ranks call it together and get the same.
 
     Every byte is checked once: each rank hashes its share of the files. Raises MissingInputError where a
@@ -67,7 +68,7 @@ def find_start(run: RunConfig, start: Start, groups: Groups, together: Together)
     passed_over: list[str] = []
     for folder in reversed(folders):
         try:
-            reader = together(lambda folder=folder: verified(folder, groups))  # type: ignore[misc]
+            reader = together(lambda folder=folder: verified(folder, groups, phases))  # type: ignore[misc]
         except CheckpointError as error:
             passed_over.append(error.message())
             get_logger().warning("%s IS DAMAGED and passed over: %s", folder, error.message())
@@ -108,10 +109,13 @@ def _candidates(run: RunConfig, start: Start) -> list[Path]:
     raise MissingInputError(Problem("--resume", named, "no such folder", remedy))
 
 
-def verified(folder: Path, groups: Groups) -> CheckpointReader:
+def verified(folder: Path, groups: Groups, phases: Phases) -> CheckpointReader:
     """The checkpoint, of which this rank has read its share of the files."""
-    reader = CheckpointReader(folder)
-    reader.check_content(groups.rank, groups.world_size)
+    try:
+        reader = CheckpointReader(folder, phases.working)
+        reader.check_content(groups.rank, groups.world_size, phases.working)
+    finally:
+        phases.beat()  # where a file is damaged too: ranks that got equally far have equally many
     return reader
 
 

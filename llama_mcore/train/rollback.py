@@ -9,6 +9,7 @@ from llama_mcore.config import RunConfig
 from llama_mcore.data.ledger import check_caps
 from llama_mcore.errors import CheckpointError, DataError, NumericalError, OutputError, Problem
 from llama_mcore.observe.log import get_logger
+from llama_mcore.observe.phases import Phases
 from llama_mcore.parallel.groups import Groups
 from llama_mcore.train.engine import DeepSpeedEngine
 from llama_mcore.train.health import rolled_back
@@ -23,17 +24,19 @@ def roll_back(
     now: TrainState,
     reason: str,
     together: Together,
+    phases: Phases,
 ) -> TrainState:
     """Fill `engine` from the checkpoint to return to, and return the state to go on from, which no checkpoint
     holds yet.
 
-    No save may be in flight. All ranks call it together. Raises NumericalError, before anything is changed,
-    where there is no sound checkpoint or not enough data to jump over what was read since.
+    No save may be in flight. All ranks call it together; `phases` are told of what it reads. Raises
+    NumericalError, before anything is changed, where there is no sound checkpoint or not enough data to jump
+    over what was read since.
     """
-    reader = _checkpoint_to_return_to(run, groups, now, reason, together)
+    reader = _checkpoint_to_return_to(run, groups, now, reason, together, phases)
     state = rolled_back(now, reader.state, reason)
     together(lambda: _check_data(run, state))
-    together(lambda: load_checkpoint(engine, reader, groups))
+    together(lambda: load_checkpoint(engine, reader, groups, phases))
     together(lambda: _put_aside(Path(run.run.dir), state.step) if groups.rank == 0 else None)
     get_logger().warning(
         "ROLLED BACK from step %d to %s and jumped over samples %d to %d: %s",
@@ -47,13 +50,13 @@ def roll_back(
 
 
 def _checkpoint_to_return_to(
-    run: RunConfig, groups: Groups, now: TrainState, reason: str, together: Together
+    run: RunConfig, groups: Groups, now: TrainState, reason: str, together: Together, phases: Phases
 ) -> CheckpointReader:
     """The newest that was scheduled and is sound; every rank gets the same."""
     folders = same_on_all_ranks(groups, lambda: _candidates(Path(run.run.dir), now), together)
     for folder in reversed(folders):
         try:
-            reader: CheckpointReader = together(lambda folder=folder: verified(folder, groups))  # type: ignore[misc]
+            reader: CheckpointReader = together(lambda folder=folder: verified(folder, groups, phases))  # type: ignore[misc]
         except CheckpointError as error:
             get_logger().warning("%s IS DAMAGED and passed over: %s", folder, error.message())
             continue

@@ -34,6 +34,7 @@ from llama_mcore.checkpoint import manifest, reader, save  # noqa: E402
 from llama_mcore.checkpoint.layout import LATEST, checkpoints_dir, rank_file, step_dir  # noqa: E402
 from llama_mcore.errors import UserError  # noqa: E402
 from llama_mcore.observe.log import NAME  # noqa: E402
+from llama_mcore.observe.phases import Phases  # noqa: E402
 from llama_mcore.parallel.config import ParallelConfig  # noqa: E402
 from llama_mcore.parallel.groups import Groups, process_groups  # noqa: E402
 from llama_mcore.train.resume import Start, find_start  # noqa: E402
@@ -347,7 +348,7 @@ class Checker:
 
     def version_at(self, run_dir: Path) -> int:
         try:
-            found = find_start(run_config(run_dir), Start(), self._groups, lambda action: action())
+            found = find_start(run_config(run_dir), Start(), self._groups, lambda action: action(), Phases())
             return version_of(found.reader) if found.reader else NO_CHECKPOINT
         except UserError:
             return REFUSED

@@ -24,6 +24,7 @@ from llama_mcore.checkpoint.save import Saver
 from llama_mcore.config import RunConfig
 from llama_mcore.model.shapes import parameter_shapes
 from llama_mcore.model.sharding import cut_of, shard
+from llama_mcore.observe.phases import Phases
 from llama_mcore.parallel.groups import Groups, model_parallel_groups
 from llama_mcore.train.agreement import together as all_together
 from llama_mcore.train.resume import Start, find_start
@@ -138,7 +139,7 @@ class Rank:
         Raises what the run would, and AssertionError for a mixture.
         """
         together = partial(all_together, self.groups)
-        found = find_start(run_config(self.run_dir, self.keep), Start(), self.groups, together)
+        found = find_start(run_config(self.run_dir, self.keep), Start(), self.groups, together, Phases())
         return version_of(found.reader) if found.reader else 0
 
 

@@ -98,6 +98,37 @@ def test_a_holder_elsewhere_is_dead_when_it_has_been_silent_for_long(
     touching.join()
 
 
+class OffClock:
+    """In place of `time` in lease.py: a node's clock is off, and nobody waits."""
+
+    def __init__(self, off_s: float) -> None:
+        self.waited, self._off_s = 0.0, off_s
+
+    def time(self) -> float:
+        return time.time() + self.waited + self._off_s
+
+    def monotonic(self) -> float:
+        return self.waited
+
+    def sleep(self, seconds: float) -> None:
+        self.waited += seconds
+
+
+@pytest.mark.parametrize("off_s", [-7200.0, 0.0, 7200.0])
+@pytest.mark.parametrize(("untouched_s", "waits_s"), [(0, 60), (40, 20), (3600, 0), (-3600, 60)])
+def test_how_long_a_holder_was_silent_is_told_by_one_clock(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, off_s: float, untouched_s: float, waits_s: float
+) -> None:
+    clock = OffClock(off_s)
+    monkeypatch.setattr(lease, "time", clock)
+    touched = time.time() - untouched_s
+    os.utime(written_by(run_dir, 1), (touched, touched))
+    with held_lease(run_dir) as held:
+        assert held.number == 2
+    assert clock.waited == pytest.approx(waits_s, abs=1.5)
+    assert names(run_dir) == ["00000001.json", "00000002.released.json"]
+
+
 def test_a_job_that_runs_again_takes_over_from_itself(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written_by(run_dir, 1, job="77")
     monkeypatch.setenv("SLURM_JOB_ID", "77")

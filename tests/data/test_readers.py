@@ -17,7 +17,7 @@ from llama_mcore.data import lines as lines_module
 from llama_mcore.data.blocks import BadLine
 from llama_mcore.data.inputs import find_inputs, sources_of
 from llama_mcore.data.lines import Lines, lines_before
-from llama_mcore.data.readers import check_inputs, make_reader, read_jsonl, read_records
+from llama_mcore.data.readers import make_reader, read_jsonl, read_records
 from llama_mcore.errors import DataError, MissingInputError
 
 TEXTS = ["one", "", "deux \u00e9t\u00e9", "\x00 nul", "a\u2028b\u0085c", "\r\n\t", "\U0001f600" * 5, "x" * 70]
@@ -299,7 +299,7 @@ def test_text_file_that_is_no_text_is_bad(tmp_path: Path) -> None:
 
 def test_every_missing_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError) as error:
-        check_inputs([tmp_path / "no.jsonl", tmp_path, tmp_path / ("x" * 300), tmp_path / "*.gz"])
+        find_inputs([tmp_path / "no.jsonl", tmp_path, tmp_path / ("x" * 300), tmp_path / "*.gz"])
     assert {str(problem.value) for problem in error.value.problems} == {
         str(tmp_path / "no.jsonl"),
         str(tmp_path),

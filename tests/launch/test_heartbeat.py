@@ -3,6 +3,7 @@
 import mmap
 import os
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -58,6 +59,16 @@ def test_beats_are_counted_and_timed() -> None:
     beat = heartbeat.read()
     assert (beat.phase, beat.step, beat.count, beat.allowed_s) == (Phase.SAVE, 3, started.count + 2, 103)
     assert before <= beat.at <= time.monotonic()
+
+
+def test_who_works_on_is_not_overdue_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    heartbeat = Heartbeat(start_s=7)
+    pulse = Pulse(heartbeat, Patience(CONFIG, save_timeout_s=100))
+    pulse.enter(Phase.SAVE, 3)
+    before = heartbeat.read()
+    monkeypatch.setattr(time, "monotonic", lambda: before.at + 100)
+    pulse.working()
+    assert heartbeat.read() == replace(before, at=before.at + 100)
 
 
 def test_a_thread_shows_that_python_runs() -> None:

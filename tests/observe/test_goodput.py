@@ -1,7 +1,9 @@
 """llama_mcore.observe.{timeline,goodput}: every second of a run is accounted for, once."""
 
+import errno
 import json
 import os
+import random
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from llama_mcore.observe.lives import EndedLife, add_life
 from llama_mcore.observe.phases import Phase, Phases
 from llama_mcore.observe.timeline import TIMELINE_FILE, Timeline
 
+# As earlier versions wrote them: only the first line says of which life it is.
 # Begins at 1000; trains steps 1 to 3, of which 1 and 2 are saved; is killed in step 4, last seen at 1050.
 KILLED = [
     {"life": 1, "began": 1000.0, "job": "7", "host": "n1", "ranks": 2},
@@ -43,6 +46,19 @@ FINISHED = [
     {"t": 1111.5, "phase": "end", "step": 3},
     {"t": 1112.0, "left": 0},
 ]
+# What the killed one wrote when it was thought dead, and its node was only cut off.
+LATE = [
+    {"of": 1, "t": 1102.0, "phase": "train", "step": 5},
+    {"of": 1, "t": 1107.0, "phase": "save", "step": 5},
+    {"of": 1, "t": 1111.25, "phase": "end", "step": 5},
+    {"of": 1, "t": 1130.0, "left": 73},
+]
+
+
+def named(life: list[dict]) -> list[dict]:
+    """The lines of a life as they are written now."""
+    first, *others = life
+    return [first, *({"of": first["life"], **row} for row in others)]
 
 
 def write(run_dir: Path, rows: list[dict], tail: bytes = b"") -> Path:
@@ -78,6 +94,46 @@ def test_without_its_lease_a_killed_life_ends_with_its_last_line(tmp_path: Path)
     assert sum(seconds.values()) == 112
 
 
+@pytest.mark.parametrize("place", range(len(FINISHED) + 1))
+def test_a_life_that_was_taken_over_counts_until_then(tmp_path: Path, place: int) -> None:
+    """Wherever its late lines come among those of the next, which took the run when it began to set up."""
+    killed, finished = named(KILLED), named(FINISHED)
+    rows = [*killed, *finished[:place], *LATE, *finished[place:]]
+    lives = read_lives(write(tmp_path, rows))
+    assert [(life.lease, life.left, life.saved) for life in lives] == [(1, 73, [2]), (2, 0, [3])]
+    assert seconds_by_kind(spans_of(lives)) == {
+        "productive": 2 + 2 + 2,
+        "lost": 2 + 1 + 81 + 2,  # step 3, its evaluation, step 4 until 1102, step 5 until 1104
+        "saving": 1 + 1.5,
+        "evaluation": 3,
+        "restarting": 10 + 4,
+        "ending": 0.5,
+        "down": 0,
+    }
+
+
+def test_a_life_may_write_first_when_it_was_taken_over(tmp_path: Path) -> None:
+    """It had not read its checkpoint when it was cut off."""
+    rows = [*named(FINISHED), *named(KILLED)[:2], {"of": 1, "t": 1113.0, "left": 73}]
+    lives = read_lives(write(tmp_path, rows))
+    seconds = seconds_by_kind(spans_of(lives))
+    assert [life.lease for life in lives] == [1, 2]
+    assert (seconds["restarting"], seconds["productive"]) == (104 + 4, 2)
+    assert sum(seconds.values()) == 112
+
+
+def test_a_late_line_that_does_not_say_whose_it_is_shortens_no_life(tmp_path: Path) -> None:
+    late = {"t": 1101.0, "phase": "train", "step": 5}
+    spans = spans_of(read_lives(write(tmp_path, [*KILLED, *FINISHED, late])))
+    assert sum(span.seconds for span in spans) == 112
+
+
+def test_numbers_may_begin_anew_where_the_lease_was_deleted(tmp_path: Path) -> None:
+    second = named([{**FINISHED[0], "life": 1}, *FINISHED[1:]])
+    lives = read_lives(write(tmp_path, named([{**KILLED[0], "life": 3}, *KILLED[1:]]) + second))
+    assert [(life.began, life.saved) for life in lives] == [(1000.0, [2]), (1100.0, [3])]
+
+
 @given(
     st.lists(
         st.tuples(
@@ -86,19 +142,26 @@ def test_without_its_lease_a_killed_life_ends_with_its_last_line(tmp_path: Path)
             st.booleans(),
         ),
         min_size=1,
-    )
+    ),
+    st.randoms(),
 )
-def test_the_kinds_always_add_up(tmp_path_factory: pytest.TempPathFactory, lives: list) -> None:
-    """Also where clocks were set back between two lives."""
-    rows: list[dict] = []
-    for number, (began, phases, left) in enumerate(lives):
-        rows.append({"life": number, "began": began, "job": "", "host": "", "ranks": 1})
+def test_the_kinds_always_add_up(
+    tmp_path_factory: pytest.TempPathFactory, lives: list, order: random.Random
+) -> None:
+    """Also where clocks were set back between two lives, or several wrote at once."""
+    written: list[list[dict]] = []
+    for number, (began, phases, left) in enumerate(lives, start=1):
+        rows: list[dict] = [{"life": number, "began": began, "job": "", "host": "", "ranks": 1}]
         now = began
         for phase, step, seconds in phases:
             rows.append({"t": now, "phase": phase, "step": step})
             now += seconds
         if left:
             rows.append({"t": now, "left": 0})
+        written.append(named(rows))
+    turns = [rows for rows in written for _ in rows]
+    order.shuffle(turns)
+    rows = [rows.pop(0) for rows in turns]
     spans = spans_of(read_lives(write(tmp_path_factory.mktemp("run"), rows)))
     assert all(one.ended == other.began for one, other in pairwise(spans))
     if spans:
@@ -132,6 +195,9 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     (life,) = read_lives(tmp_path)
     assert (life.lease, life.began, life.ranks, life.left, life.saved) == (4, 0.0, 2, 75, [1])
     assert [(kind, step) for _, kind, step in life.entries] == [("restarting", 0), ("productive", 1)]
+    first, *others = map(json.loads, (tmp_path / TIMELINE_FILE).read_text().splitlines())
+    assert first["life"] == 4
+    assert [row["of"] for row in others] == [4] * 4
 
 
 @pytest.mark.parametrize(
@@ -231,6 +297,25 @@ def test_a_clock_that_ran_ahead_counts_no_life_twice(tmp_path: Path) -> None:
     assert [(life.began, life.left) for life in lives] == [(1000.0, 137), (9000.0, 1), (1100.0, 0)]
 
 
+def test_a_clock_that_was_set_back_takes_nothing_from_the_life_before(tmp_path: Path) -> None:
+    first, *others = named(FINISHED)
+    back = [{**first, "began": 600.0}, *({**row, "t": row["t"] - 500} for row in others)]
+    lives = read_lives(write(tmp_path, named(KILLED) + back))
+    seconds = seconds_by_kind(spans_of(lives))
+    assert [life.lease for life in lives] == [1, 2]
+    assert (seconds["productive"], seconds["saving"], sum(seconds.values())) == (2 + 2, 1, 21)
+
+
+def test_a_start_that_never_held_the_run_takes_nothing_from_it(tmp_path: Path) -> None:
+    """As one typed by mistake while the run was at work."""
+    write(tmp_path, named(KILLED))
+    note(tmp_path, 1011.0, 1013.0, 1)
+    lives = read_lives(tmp_path)
+    seconds = seconds_by_kind(spans_of(lives))
+    assert [life.lease for life in lives] == [1, 0]
+    assert (seconds["restarting"], sum(seconds.values())) == (10, 21)
+
+
 def test_steps_that_no_checkpoint_has_are_lost_when_the_run_is_over(tmp_path: Path) -> None:
     """Step 3, its evaluation and step 4: the run would go on after step 2."""
     write(tmp_path, KILLED)
@@ -253,8 +338,26 @@ def test_without_a_timeline_lives_are_accounted_for(tmp_path: Path) -> None:
     assert [(span.kind, span.seconds) for span in spans_of(read_lives(tmp_path))] == [("restarting", 8.0)]
 
 
-def test_a_folder_without_a_timeline_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", [".", "nowhere"])
+def test_a_folder_without_a_timeline_is_refused(tmp_path: Path, folder: str) -> None:
     with pytest.raises(MissingInputError, match=r"has no timeline\.jsonl"):
+        show_goodput(tmp_path / folder)
+
+
+def test_what_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / TIMELINE_FILE).mkdir()
+    with pytest.raises(DataError, match=r"timeline\.jsonl: cannot be read \(Is a directory\)"):
+        show_goodput(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"cannot be read \(Not a directory\)"):
+        show_goodput(tmp_path / "file")
+
+    def locked(path: Path, follow_symlinks: bool = True) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    for access in ("stat", "read_bytes"):
+        monkeypatch.setattr(Path, access, locked)
+    with pytest.raises(DataError, match=r"cannot be read \(Permission denied\)"):
         show_goodput(tmp_path)
 
 

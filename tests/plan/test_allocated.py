@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_mcore.plan.activations import saved_bytes
+from llama_mcore.plan.activations import rotary_tables, saved_bytes_besides_layers, saved_bytes_per_layer
 from llama_mcore.plan.memory import model_state
 from tests.forked import run_worker
 from tests.plan import allocated
@@ -34,5 +34,8 @@ def test_what_a_forward_keeps(found: dict[int, dict], tp: int, name: str) -> Non
     layout, recompute, precision, tied = name.split("/")
     model = allocated.model_of(recompute=recompute, tie_embeddings=tied == "tied")
     value = {"bf16": 2, "fp32": 4}[precision]
-    expected = saved_bytes(model, tp, layout == "sp-on", allocated.SEQUENCES, model.recompute, value)
+    shape = (model, tp, layout == "sp-on", allocated.SEQUENCES)
+    layers = model.num_layers * saved_bytes_per_layer(*shape, model.recompute, value)
+    tables = rotary_tables(model) if model.recompute == "none" else 0
+    expected = layers + saved_bytes_besides_layers(*shape, value) + tables
     assert found[tp][name] == [expected] * (tp * DP[tp])

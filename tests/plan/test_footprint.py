@@ -10,7 +10,7 @@ from llama_mcore.errors import MissingInputError
 from llama_mcore.model.config import PRESETS, ModelConfig
 from llama_mcore.model.loss import CHUNK_BYTES
 from llama_mcore.parallel.config import ParallelConfig, ZeroConfig
-from llama_mcore.plan.activations import saved_bytes
+from llama_mcore.plan.activations import saved_bytes_besides_layers, saved_bytes_per_layer
 from llama_mcore.plan.footprint import LOSS_CHUNK, MARGIN, Footprint, footprint, zero_settings
 from llama_mcore.plan.layout_report import memory_json, memory_lines
 from llama_mcore.plan.memory import PERSISTENT_VALUES, params_per_rank
@@ -40,9 +40,10 @@ def test_lines_sum_to_the_total(stage: int) -> None:
 @pytest.mark.parametrize(("precision", "value"), [("bf16", 2), ("fp32", 4)])
 def test_activations_are_those_that_are_counted_to_the_byte(precision: str, value: int) -> None:
     found = of(precision=precision)
-    expected = saved_bytes(MODEL, 8, True, 8, "selective", value)
+    layers = 80 * saved_bytes_per_layer(MODEL, 8, True, 8, "selective", value)
+    rest = saved_bytes_besides_layers(MODEL, 8, True, 8, value)
     tables = 2 * 4 * 2048 * 128
-    assert found.saved_layers + found.saved_rest == expected + tables
+    assert found.saved_layers + found.saved_rest == layers + rest + tables
     assert found.saved_layers == 80 * found.layer_activations["selective"]
     assert sorted(found.layer_activations.values()) == [
         found.layer_activations[policy] for policy in ("full", "selective", "none")

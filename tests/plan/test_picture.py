@@ -1,5 +1,6 @@
 """llama_mcore.plan.picture: what it shows, and that it is written whole or not at all."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_nothing_is_overwritten(plan: SizePlan, tmp_path: Path) -> None:
 
 def test_a_folder_that_is_a_file_is_refused(plan: SizePlan, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"--picture = .*cannot be written"):
+    with pytest.raises(OutputError, match=r"size\.png: .*file is a file, not a folder"):
         draw_size(plan, tmp_path / "file" / "size.png")
 
 
@@ -78,10 +79,10 @@ def test_what_was_half_written_goes_away(
 ) -> None:
     """A disk that is full when the picture gets its name."""
 
-    def full(self: Path, target: Path) -> None:
+    def full(temporary: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "rename", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OutputError, match="No space left"):
         draw_size(plan, tmp_path / "size.png")
     assert not list(tmp_path.iterdir())

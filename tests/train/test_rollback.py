@@ -34,6 +34,9 @@ STAGES = {
 }
 KILLS = {"early": [6], "lowered": [10], "in-rollback": ["rollback"], "after": [12, 3]}
 DP = STAGES["bf16-zero2-dp"]
+READS = 2 + 1 + 3 * 8
+"""Of a rank that loads: the headers of both files, the content of one, and weight and moments of 8 tensors or
+more."""
 
 
 def overrides(small: Small, run_dir: Path, *settings: str) -> list[str]:
@@ -137,6 +140,25 @@ def test_it_goes_on_as_a_fresh_process_would_from_that_checkpoint(folder: Path, 
     assert exit_codes(folder, reference.name) == [[0, 0]], said(folder, reference.name)
     assert computed(reference) == computed(folder / name, after=4)
     assert last_tensors(folder / name) == last_tensors(reference)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_signs_of_life_come_all_through_a_rollback(folder: Path, name: str) -> None:
+    ranks = [json.loads(Path(f"{folder / name}.phases-{rank}.json").read_text()) for rank in range(2)]
+    saves = [[told[2:] for told in rank if told[:2] == ["save", 10]] for rank in ranks]
+    for (beats, worked), *_ in saves:
+        assert beats == 2
+        assert worked >= READS
+    told_alike = [[told[:3] for told in rank] for rank in ranks]
+    assert told_alike[0] == told_alike[1]  # else one would seem to be behind
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_signs_of_life_come_all_through_a_start(folder: Path, name: str) -> None:
+    for rank in range(2):
+        told = json.loads(Path(f"{folder / name}-reference.phases-{rank}.json").read_text())
+        assert told[0][:2] == ["setup", 0]
+        assert told[0][3] >= READS
 
 
 @pytest.mark.parametrize("name", KILLS)

@@ -3,7 +3,7 @@
     python tests/train/unhealthy.py RUNS.json
 
 RUNS.json: a list of runs, each as the fields of `Run`. What a run printed goes to RUN_DIR.txt, the exit codes
-of all lives to RUN_DIR.exit_codes.json.
+of all lives to RUN_DIR.exit_codes.json, what each rank told of its phases to RUN_DIR.phases-RANK.json.
 """
 
 import json
@@ -29,6 +29,7 @@ from llama_mcore.checkpoint.layout import step_dir  # noqa: E402
 from llama_mcore.checkpoint.manifest import MANIFEST, manifest_bytes, read_manifest  # noqa: E402
 from llama_mcore.data.loader import Samples  # noqa: E402
 from llama_mcore.data.sources import open_sources, plan_run  # noqa: E402
+from llama_mcore.observe.phases import Listener, Phase, Phases  # noqa: E402
 from llama_mcore.train import loop  # noqa: E402
 from llama_mcore.train.signals import StopRequest  # noqa: E402
 from llama_mcore.train.step import StepResult  # noqa: E402
@@ -81,8 +82,27 @@ def live(run: RunConfig, asked: Run, kill: int | str | None, stop_in: int) -> No
     loop.train_step = faulty_step(bad_windows(run, asked.bad), asked, kill, stop, stop_in)
     if kill == "rollback":
         loop.roll_back = lambda *arguments: (roll_back(*arguments), os._exit(KILLED))
+    told = Told()
     with report_errors():
-        sys.exit(loop.train(run, stop))
+        exit_code = loop.train(run, stop, phases=Phases([told]))
+        Path(f"{run.run.dir}.phases-{os.environ['RANK']}.json").write_text(json.dumps(told.entries))
+        sys.exit(exit_code)
+
+
+class Told(Listener):
+    """Phase, step, and how often in it the rank beat and how often it worked on."""
+
+    def __init__(self) -> None:
+        self.entries: list[list[Any]] = []
+
+    def enter(self, phase: Phase, step: int) -> None:
+        self.entries.append([phase, step, 0, 0])
+
+    def beat(self) -> None:
+        self.entries[-1][2] += 1
+
+    def working(self) -> None:
+        self.entries[-1][3] += 1
 
 
 def faulty_step(

@@ -28,7 +28,6 @@ PROMPT_TOKENS = 32
 NEW_TOKENS = 16
 _FP32_BYTES = 4
 _OURS, _THEIRS = "our model", "transformers"
-_AS_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 # Digits, runs of spaces, both line ends, a leading space, control tokens spelled out, rare characters
 _TEXTS = (
     "In 1984 there were 366 days.",
@@ -127,14 +126,6 @@ def digest(tensor: Tensor) -> str:
     sha256 = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
     sha256.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()
-
-
-def same_bits(left: Tensor, right: Tensor) -> bool:
-    """Whether dtype, shape and every bit agree."""
-    if left.dtype != right.dtype or left.shape != right.shape:
-        return False
-    bits = _AS_BITS[left.dtype]
-    return torch.equal(left.view(bits), right.view(bits))
 
 
 def _check_tokenizer(weights: Weights, found: Weights, target: Place, result: Verification) -> None:

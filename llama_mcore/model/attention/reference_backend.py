@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from llama_mcore.model.attention.backend import AttentionBackend
+from llama_mcore.model.precision import widen
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -24,13 +25,13 @@ def backward(
     """Dao et al., 2022, appendix B.2: the weights come back from the log-sum-exp."""
     heads_per_group = q.size(2) // k.size(2)
     weights = (_scores(q, k) - log_sum_exp[..., None]).exp()
-    wide_grad = _widen(grad_out)
+    wide_grad = widen(grad_out)
     grad_v = torch.einsum("bnqk,qbnd->kbnd", weights, wide_grad)
-    grad_weights = torch.einsum("qbnd,kbnd->bnqk", wide_grad, _widen(_repeat(v, heads_per_group)))
-    row_sum = (wide_grad * _widen(out)).sum(-1).permute(1, 2, 0)[..., None]  # [b, n, s, 1]
+    grad_weights = torch.einsum("qbnd,kbnd->bnqk", wide_grad, widen(_repeat(v, heads_per_group)))
+    row_sum = (wide_grad * widen(out)).sum(-1).permute(1, 2, 0)[..., None]  # [b, n, s, 1]
     grad_scores = weights * (grad_weights - row_sum) / q.size(-1) ** 0.5
-    grad_q = torch.einsum("bnqk,kbnd->qbnd", grad_scores, _widen(_repeat(k, heads_per_group)))
-    grad_k = torch.einsum("bnqk,qbnd->kbnd", grad_scores, _widen(q))
+    grad_q = torch.einsum("bnqk,kbnd->qbnd", grad_scores, widen(_repeat(k, heads_per_group)))
+    grad_k = torch.einsum("bnqk,qbnd->kbnd", grad_scores, widen(q))
     return (
         grad_q.to(q.dtype),
         _sum_groups(grad_k, heads_per_group).to(k.dtype),
@@ -42,13 +43,13 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     """Scaled scores [b, n, s, s] in fp32 or wider, the future at -inf."""
     s, _, n, d = q.shape
     k = _repeat(k, n // k.size(2))
-    scores = torch.einsum("qbnd,kbnd->bnqk", _widen(q), _widen(k)) / d**0.5
+    scores = torch.einsum("qbnd,kbnd->bnqk", widen(q), widen(k)) / d**0.5
     future = torch.ones(s, s, dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(future, float("-inf"))
 
 
 def _mix(weights: Tensor, v: Tensor) -> Tensor:
-    return torch.einsum("bnqk,kbnd->qbnd", weights, _widen(_repeat(v, weights.size(1) // v.size(2))))
+    return torch.einsum("bnqk,kbnd->qbnd", weights, widen(_repeat(v, weights.size(1) // v.size(2))))
 
 
 def _repeat(x: Tensor, heads_per_group: int) -> Tensor:
@@ -59,10 +60,6 @@ def _repeat(x: Tensor, heads_per_group: int) -> Tensor:
 def _sum_groups(grad: Tensor, heads_per_group: int) -> Tensor:
     """[s, b, n, d] -> [s, b, g, d], the transpose of `_repeat`."""
     return grad.unflatten(2, (-1, heads_per_group)).sum(3)
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 BACKEND = AttentionBackend(attend, forward, backward)

@@ -13,13 +13,13 @@ aten = torch.ops.aten
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (_heads_first(x) for x in (q, k, v))
+    q, k, v = (heads_first(x) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
     return _sequence_first(out)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    q, k, v = (_heads_first(x) for x in (q, k, v))
+    q, k, v = (heads_first(x) for x in (q, k, v))
     if q.is_cpu:
         out, log_sum_exp = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
     else:
@@ -31,7 +31,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_out, q, k, v, out = (_heads_first(x) for x in (grad_out, q, k, v, out))
+    grad_out, q, k, v, out = (heads_first(x) for x in (grad_out, q, k, v, out))
     if q.is_cpu:
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, q, k, v, out, log_sum_exp, 0.0, True
@@ -67,7 +67,7 @@ def _gpu_backward(
     return grad_q, _sum_groups(grad_k, groups), _sum_groups(grad_v, groups)
 
 
-def _heads_first(x: Tensor) -> Tensor:
+def heads_first(x: Tensor) -> Tensor:
     """[s, b, n, d] -> [b, n, s, d], a view."""
     return x.permute(1, 2, 0, 3)
 

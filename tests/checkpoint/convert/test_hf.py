@@ -21,7 +21,7 @@ from llama_mcore.checkpoint.convert.hf import HfWeights
 from llama_mcore.checkpoint.convert.names import HUGGING_FACE, NameTable
 from llama_mcore.checkpoint.convert.native import NativeWeights
 from llama_mcore.checkpoint.convert.run import RECEIPT
-from llama_mcore.checkpoint.convert.verify import Place, Verification, digest, same_bits
+from llama_mcore.checkpoint.convert.verify import Place, Verification, digest
 from llama_mcore.checkpoint.convert.weights import Rounded
 from llama_mcore.checkpoint.layout import WEIGHT, find_checkpoint
 from llama_mcore.checkpoint.reader import CheckpointReader
@@ -253,12 +253,8 @@ def test_verification_says_what_it_left_out(
 
 def test_bits_are_compared_not_values() -> None:
     zero, nan = torch.zeros(3), torch.full((3,), float("nan"))
-    assert same_bits(zero, zero.clone())
-    assert not same_bits(zero, -zero)
-    assert same_bits(nan, nan.clone())
-    assert not same_bits(zero, zero.bfloat16())
-    assert not same_bits(zero, zero[None])
     assert digest(zero) == digest(zero.clone()) != digest(-zero)
+    assert digest(nan) == digest(nan.clone())
     assert len({digest(zero), digest(zero.bfloat16()), digest(zero[None]), digest(zero[:2])}) == 4
 
 
