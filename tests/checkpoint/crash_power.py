@@ -427,7 +427,7 @@ ORDERS: dict[str, tuple[int, Callable[[], None]]] = {
 
 @contextmanager
 def without_file_hashes() -> Iterator[None]:
-    kept, reader.damaged_files = reader.damaged_files, lambda folder, files: []
+    kept, reader.damaged_files = reader.damaged_files, lambda folder, files, advance: []
     yield
     reader.damaged_files = kept
 
