@@ -57,7 +57,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch.doctor": {"errors", "launch", "parallel.device"},
     "launch.all_reduce": {"parallel.device"},
     # It looks at what a run will look at, with the same functions.
-    "launch.node_checks": {"errors", "units", "launch", "config", "data", "plan", "parallel.device"},
+    "launch.node_checks": {
+        *("errors", "units", "launch", "config", "data", "plan", "parallel.device", "checkpoint.run_folder"),
+    },
     "launch.versions": {"parallel.device"},
     "launch.preflight": {"errors", "launch", "config", "parallel"},
     # Checks a run as `train --dry-run` does, and writes a file whole or not at all.

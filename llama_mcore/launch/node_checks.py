@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
+from llama_mcore.checkpoint.run_folder import PREFLIGHT_MARK as MARK
 from llama_mcore.config import RunConfig
 from llama_mcore.data.ledger import check_caps
 from llama_mcore.data.sources import open_sources, plan_run
@@ -21,7 +22,6 @@ from llama_mcore.units import format_bytes, format_count
 
 CHECKPOINTS = 2
 """The newest must not go before the next one is whole."""
-MARK = ".preflight"
 _COPIES = 3  # masters and two moments
 
 

@@ -7,9 +7,11 @@ from uuid import uuid4
 
 import torch.distributed as dist
 
+from llama_mcore.checkpoint.disk import replace_hint
 from llama_mcore.checkpoint.layout import checkpoints_dir
 from llama_mcore.checkpoint.lease import Lease, held_lease
 from llama_mcore.checkpoint.load import load_checkpoint
+from llama_mcore.checkpoint.run_folder import CONFIG_FILE
 from llama_mcore.checkpoint.save import Saver
 from llama_mcore.config import RunConfig, dump_run
 from llama_mcore.data.ledger import Segment, check_caps, continued
@@ -159,7 +161,7 @@ def _prepare_run_dir(run: RunConfig) -> None:
     run_dir = Path(run.run.dir)
     try:
         checkpoints_dir(run_dir).mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(dump_run(run), encoding="utf-8")
+        replace_hint(run_dir / CONFIG_FILE, dump_run(run))
     except OSError as error:
         raise _unwritable(run, error) from None
 

@@ -1,0 +1,43 @@
+"""What a run's folder may hold, and whose it is. Loads no torch."""
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from llama_mcore.checkpoint.lease import FOLDER as LEASE
+from llama_mcore.config import LARGEST_CONFIG, RunConfig
+from llama_mcore.observe.lives import LIVES_FILE
+from llama_mcore.observe.sinks import GIVEN_UP_METRICS, METRICS_FILE
+from llama_mcore.observe.timeline import TIMELINE_FILE
+from llama_mcore.small_file import parse_yaml, read_small_file
+
+CONFIG_FILE = "config.yaml"
+PREFLIGHT_MARK = ".preflight"
+"""Begins the names of what a preflight tries in the folder."""
+KNOWN = {CONFIG_FILE, METRICS_FILE, GIVEN_UP_METRICS, TIMELINE_FILE, LIVES_FILE, LEASE} | {
+    "tensorboard",
+    "checkpoints",
+    "deepspeed",
+    "stalls",
+}
+LEFTOVERS = (f"{PREFLIGHT_MARK}*", f"{METRICS_FILE}.tmp", f".{CONFIG_FILE}.tmp")
+"""Of a preflight or a run that was killed as it wrote; the next one writes them again."""
+
+
+def foreign(run_dir: Path) -> list[str]:
+    """Names in the folder that no run gives. Raises OSError where it cannot be listed."""
+    names = sorted(path.name for path in run_dir.iterdir())
+    leftover = {name for name in names if any(fnmatchcase(name, pattern) for pattern in LEFTOVERS)}
+    return [name for name in names if name not in KNOWN | leftover]
+
+
+def is_same_run(run_dir: Path, run: RunConfig) -> bool:
+    """Whether all that the folder holds comes from a start of the same configuration."""
+    if foreign(run_dir):
+        return False
+    try:
+        text = read_small_file(run_dir / CONFIG_FILE, LARGEST_CONFIG).decode()
+        there = parse_yaml(text)
+    except (OSError, ValueError):
+        return True  # it ended before it wrote one
+    # Older versions wrote it in place: one that was killed left an empty file, or half a line at its end.
+    return not text.endswith("\n") or bool(there == run.model_dump())
