@@ -298,7 +298,8 @@ def train(
 
         deepspeed_config(run, ranks)
         if not place.is_alone and not world_size:
-            _preflight(run, place, json=False)
+            auto = resume == "auto" and not fresh
+            _preflight(run, place, json=False, auto=auto, retry=retry or fresh)
             return
         typer.echo(describe_run(run, ranks))
         if not missing_inputs(run):
@@ -360,23 +361,33 @@ def preflight(
         run = load_run(config, context.args)
         check_run(run, place.world_size)
         deepspeed_config(run, place.world_size)
-        _preflight(run, place, json)
+        _preflight(run, place, json=json)
 
 
-def _preflight(run: "RunConfig", place: "Place", json: bool) -> None:
+def _preflight(
+    run: "RunConfig", place: "Place", *, json: bool, auto: bool = True, retry: bool = False
+) -> None:
+    """`auto` and `retry` as of `start` in launch/run_checks.py."""
+    from functools import partial
+
     from llama_mcore.observe.log import silence_libraries
     from llama_mcore.parallel.device import on_gpu
     from llama_mcore.plan.summary import describe_run
 
     silence_libraries(cpu=not on_gpu())
+    from llama_mcore.launch.limited import LIMIT_S, within
     from llama_mcore.launch.preflight import preflight
+    from llama_mcore.launch.run_checks import start
+
+    def data_plan() -> str:
+        with suppress(UserError):  # preflight finds it, on every rank
+            return _data_plan(run)
+        return ""
 
     if place.rank == 0 and not json:
-        typer.echo(describe_run(run, place.world_size))
-        with suppress(UserError):  # preflight finds it, on every rank
-            typer.echo(_data_plan(run))
-        typer.echo()
-    preflight(run, json)
+        looks = {"run": lambda: describe_run(run, place.world_size), "data": data_plan}
+        typer.echo("\n".join([*within(LIMIT_S, looks).values(), ""]))
+    preflight(run, json, partial(start, auto=auto, retry=retry))
 
 
 def _data_plan(run: "RunConfig") -> str:

@@ -57,9 +57,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch.doctor": {"errors", "launch", "parallel.device"},
     "launch.all_reduce": {"parallel.device"},
     # It looks at what a run will look at, with the same functions.
-    "launch.node_checks": {
-        *("errors", "units", "launch", "config", "data", "plan", "parallel.device", "checkpoint.run_folder"),
+    "launch.run_checks": {
+        *("errors", "units", "launch", "config", "data", "checkpoint.lease", "checkpoint.run_folder"),
     },
+    "launch.node_checks": {"units", "launch", "config", "plan", "parallel.device", "checkpoint.run_folder"},
+    "launch.limited": set(),
     "launch.versions": {"parallel.device"},
     "launch.preflight": {"errors", "launch", "config", "parallel"},
     # Checks a run as `train --dry-run` does, and writes a file whole or not at all.

@@ -91,25 +91,39 @@ def _acquire(folder: Path) -> Lease:
     return Lease(path, number)
 
 
+def check_free(run_dir: Path) -> None:
+    """Raise PreflightError where another job holds the run now. Takes no lease, and does not wait: a holder
+    on another host counts as alive until it has not touched its file for `STALE_S`."""
+    newest = _newest(run_dir / FOLDER)
+    if newest is None or newest[1].name.endswith(_RELEASED):
+        return
+    path, holder = newest[1], _holder(newest[1])
+    alive = _is_alive(holder)
+    if alive or (alive is None and time.time() - _touched(path) < STALE_S):
+        raise _refusal(path, holder)
+
+
 def _wait_until_dead(path: Path) -> None:
     """Return when the holder is known to be dead. Raises PreflightError when it is known to be alive."""
     holder = _holder(path)
-    if holder is None:
-        return
-    if holder.host == socket.gethostname():
-        if _is_alive(holder):
-            raise _refusal(path, holder)
-        return
-    if holder.job and holder.job == os.environ.get("SLURM_JOB_ID"):
-        return  # it was put back into the queue, and began on another node
+    alive = _is_alive(holder)
+    if alive:
+        raise _refusal(path, holder)
     seen = _touched(path)
-    while time.time() - seen < STALE_S:
+    while alive is None and time.time() - seen < STALE_S:
         time.sleep(min(1.0, BEAT_S))
         if _touched(path) != seen:
             raise _refusal(path, holder)
 
 
-def _is_alive(holder: Holder) -> bool:
+def _is_alive(holder: Holder | None) -> bool | None:
+    """None where that cannot be known from here."""
+    if holder is None:
+        return False
+    if holder.host != socket.gethostname():
+        # A job that was put back into the queue, and began on another node, is dead where it was.
+        same_job = holder.job and holder.job == os.environ.get("SLURM_JOB_ID")
+        return False if same_job else None
     try:
         process = psutil.Process(holder.pid)
         ended = process.status() == psutil.STATUS_ZOMBIE  # and its parent has not asked for its exit code

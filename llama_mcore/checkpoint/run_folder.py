@@ -1,10 +1,18 @@
-"""What a run's folder may hold, and whose it is. Loads no torch."""
+"""What a run's folder may hold, whose it is, and what a start would do there. Loads no torch."""
 
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from llama_mcore.checkpoint.layout import step_folders, unreadable
 from llama_mcore.checkpoint.lease import FOLDER as LEASE
+from llama_mcore.checkpoint.manifest import Manifest, missing_files, read_manifest
+from llama_mcore.checkpoint.same_model import model_differences
 from llama_mcore.config import LARGEST_CONFIG, RunConfig
+from llama_mcore.errors import CheckpointError, ConfigError, Problem
+from llama_mcore.model.config import ModelConfig
 from llama_mcore.observe.lives import LIVES_FILE
 from llama_mcore.observe.sinks import GIVEN_UP_METRICS, METRICS_FILE
 from llama_mcore.observe.timeline import TIMELINE_FILE
@@ -41,3 +49,61 @@ def is_same_run(run_dir: Path, run: RunConfig) -> bool:
         return True  # it ended before it wrote one
     # Older versions wrote it in place: one that was killed left an empty file, or half a line at its end.
     return not text.endswith("\n") or bool(there == run.model_dump())
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a start would do. Without a checkpoint it begins anew."""
+
+    checkpoint: Path | None
+    manifest: Manifest | None
+    passed_over: list[Problem] = field(default_factory=list)
+    """Of newer checkpoints that are damaged."""
+
+    def __str__(self) -> str:
+        if self.manifest is None:
+            return "begins anew"
+        return f"continues at step {self.manifest.step:,} from {self.checkpoint}"
+
+
+def outlook(run: RunConfig) -> Outlook:
+    """What a start of the run would do in its folder, as far as manifests and sizes of files show: no tensor
+    is read, and nothing changed.
+
+    Raises what the start would: CheckpointError where no checkpoint is sound, ConfigError for one of another
+    model and for a folder that is not the run's, MissingInputError for one that cannot be looked into.
+    """
+    run_dir = Path(run.run.dir)
+    damaged: list[Problem] = []
+    try:
+        folders = step_folders(run_dir)
+        own = bool(folders) or not run_dir.is_dir() or is_same_run(run_dir, run)
+    except OSError as error:
+        raise unreadable(error) from None
+    if not own:
+        remedy = "choose another folder, or give --fresh to move what is there aside"
+        raise ConfigError(Problem("run.dir", run_dir, "is not empty, and not a folder of this run", remedy))
+    for folder in reversed(folders):
+        try:
+            manifest, model = _looked_at(folder)
+        except CheckpointError as error:
+            damaged += error.problems
+            continue
+        if differences := model_differences(folder, model, run.model):
+            raise ConfigError(differences)
+        return Outlook(folder, manifest, damaged)
+    if damaged:
+        remedy = "restore one, or begin anew with --fresh"
+        raise CheckpointError([*damaged, Problem("run.dir", run_dir, "holds no sound checkpoint", remedy)])
+    return Outlook(None, None)
+
+
+def _looked_at(folder: Path) -> tuple[Manifest, ModelConfig]:
+    """The manifest and its model. Raises CheckpointError where a file is missing or of another size."""
+    manifest = read_manifest(folder)
+    if problems := missing_files(folder, manifest):
+        raise CheckpointError(problems)
+    try:
+        return manifest, ModelConfig.model_validate(manifest.config.get("model"))
+    except ValidationError:
+        raise CheckpointError(Problem("manifest", folder, "does not describe a model")) from None

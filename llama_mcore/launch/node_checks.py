@@ -1,4 +1,4 @@
-"""What one rank can find out alone before a run: its data, the run's folder, room on the disk, memory."""
+"""What only the node of a rank can tell before a run: the run's folder as it writes it, room, memory."""
 
 import os
 import shutil
@@ -10,31 +10,16 @@ from uuid import uuid4
 
 from llama_mcore.checkpoint.run_folder import PREFLIGHT_MARK as MARK
 from llama_mcore.config import RunConfig
-from llama_mcore.data.ledger import check_caps
-from llama_mcore.data.sources import open_sources, plan_run
-from llama_mcore.errors import UserError
 from llama_mcore.launch.cgroup import memory_limit
 from llama_mcore.launch.finding import Finding
 from llama_mcore.parallel.device import gpu_memory_bytes
 from llama_mcore.plan.footprint import memory_of
 from llama_mcore.plan.memory import FP32
-from llama_mcore.units import format_bytes, format_count
+from llama_mcore.units import format_bytes
 
 CHECKPOINTS = 2
 """The newest must not go before the next one is whole."""
 _COPIES = 3  # masters and two moments
-
-
-def data(run: RunConfig) -> list[Finding]:
-    """Every dataset can be opened here and holds what the run is going to read."""
-    try:
-        sources = open_sources(run.data, run.model.seq_length, run.model.vocab_size)
-        plan = plan_run(run.data, sources, run.run.seed, run.model.seq_length)
-        check_caps(plan, run.train.steps * run.train.global_batch_size)
-    except UserError as error:
-        return [_problem("data", p.field, str(p.value), p.bound, p.remedy) for p in error.problems]
-    tokens = format_count(run.tokens_per_step * run.train.steps)
-    return [_ok("data", "tokens", f"{tokens} are to be read, and are there")]
 
 
 @contextmanager

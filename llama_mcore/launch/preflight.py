@@ -1,15 +1,17 @@
 """`llama-mcore preflight`: what would stop a run, found from every rank before it begins.
 
     each rank      its data, the run's folder, room on the disk, memory
+    rank 0         what a start would do in the run's folder
     all together   an all_reduce, clocks, versions
 
-No model is built, so it takes seconds; ranks that do not answer are given up after a minute.
+No model is built, so it takes seconds; ranks that do not answer are given up after a minute, and before that
+a file system that does not answer one of them.
 """
 
 import socket
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -23,7 +25,9 @@ from llama_mcore.errors import PreflightError, Problem
 from llama_mcore.launch.all_reduce import all_reduce_speed
 from llama_mcore.launch.doctor import as_json_text, as_text, problem_of
 from llama_mcore.launch.finding import Finding
-from llama_mcore.launch.node_checks import data, free_space, memory, run_folder, shared_mark
+from llama_mcore.launch.limited import LIMIT_S, within
+from llama_mcore.launch.node_checks import free_space, memory, run_folder, shared_mark
+from llama_mcore.launch.run_checks import data, start
 from llama_mcore.launch.versions import versions
 from llama_mcore.parallel.groups import Groups, process_groups
 
@@ -34,6 +38,11 @@ NETWORK_REMEDY = "look at NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME; NCCL_DEBUG=I
 
 
 T = TypeVar("T")
+DATA, START, FOLDER = ("data", "datasets"), ("run folder", "start"), ("run folder", "run.dir")
+"""Group and name of a look at a file system."""
+Look = Callable[[], list[Finding]]
+StartCheck = Callable[[RunConfig], list[Finding]]
+"""Says what a start would do in the run's folder, or what would refuse it there."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +58,11 @@ class Report:
     findings: list[Finding]
 
 
-def preflight(run: RunConfig, as_json: bool = False) -> None:
+def preflight(run: RunConfig, as_json: bool = False, start: StartCheck = start) -> None:
     """Print, on rank 0, what all ranks found. All ranks call it. PreflightError, with all problems, on every
     rank where a run could not start."""
     with process_groups(run.parallel, run.run.seed, LIMIT) as groups:
-        findings = examine(run, groups)
+        findings = examine(run, groups, start)
         if groups.rank == 0:
             print(as_json_text(findings) if as_json else as_text(findings), flush=True)
         problems = [problem_of(finding) for finding in findings if finding.stops_training]
@@ -61,37 +70,54 @@ def preflight(run: RunConfig, as_json: bool = False) -> None:
             raise PreflightError(problems)
 
 
-def examine(run: RunConfig, groups: Groups) -> list[Finding]:
+def examine(run: RunConfig, groups: Groups, start: StartCheck = start) -> list[Finding]:
     """Everything, the same on every rank."""
     try:
         speeds = {
             f"{groups.world_size} ranks": all_reduce_speed(groups.device),
             f"{groups.tp_size} ranks of tp": all_reduce_speed(groups.device, groups.tp_group),
         }
-        reports = _reports(run, groups, speeds)
+        reports = _reports(run, groups, speeds, start)
     except (RuntimeError, ArithmeticError) as error:
         raise PreflightError(Problem("collectives", str(error), "must work", NETWORK_REMEDY)) from None
     return [*_merged(reports), *_speeds(reports), _clocks(reports), *_versions(reports)]
 
 
-def _reports(run: RunConfig, groups: Groups, speeds: dict[str, float]) -> list[Report]:
-    run_dir = Path(run.run.dir)
-    with shared_mark(run_dir) if groups.rank == 0 else nullcontext("") as mark:
+def _reports(run: RunConfig, groups: Groups, speeds: dict[str, float], start: StartCheck) -> list[Report]:
+    ahead, findings = _look_at_run(run, groups, start)
+    answers = bool(ahead)  # else rank 0 could not even make the folder for the others
+    with shared_mark(Path(run.run.dir)) if groups.rank == 0 and answers else nullcontext("") as mark:
         mark = _gathered(mark, groups)[0]
-        return _gathered(_report(run, groups, mark, speeds), groups)
+        dist.barrier()
+        clock, host = time.time(), socket.gethostname()
+        ranks_here = Counter(_gathered(host, groups))[host]
+        findings += [*ahead, *(_look_at_folder(run, groups.rank, mark) if answers else [])]
+        findings.append(memory(run, groups.world_size, ranks_here))
+        return _gathered(Report(host, clock, versions(), speeds, findings), groups)
 
 
-def _report(run: RunConfig, groups: Groups, mark: str, speeds: dict[str, float]) -> Report:
-    dist.barrier()
-    clock, host = time.time(), socket.gethostname()
-    ranks_here = Counter(_gathered(host, groups))[host]
-    findings = [
-        *data(run),
-        run_folder(Path(run.run.dir), groups.rank, mark),
-        free_space(run),
-        memory(run, groups.world_size, ranks_here),
-    ]
-    return Report(host, clock, versions(), speeds, findings)
+def _look_at_run(run: RunConfig, groups: Groups, start: StartCheck) -> tuple[list[Finding], list[Finding]]:
+    """What a start would do, as rank 0 sees it for all, and what this rank finds."""
+    looks: dict[tuple[str, str], Look] = {DATA: lambda: data(run)[0]}
+    if groups.rank == 0:
+        looks[START] = lambda: start(run)
+    found = within(LIMIT_S, looks)
+    ahead = _gathered(found.get(START, []), groups)[0]
+    silent = [_silent(*name) for name in looks if name not in found]
+    return ahead, [*found.get(DATA, []), *silent]
+
+
+def _look_at_folder(run: RunConfig, rank: int, mark: str) -> list[Finding]:
+    looks: dict[tuple[str, str], Look] = {
+        FOLDER: lambda: [run_folder(Path(run.run.dir), rank, mark), free_space(run)]
+    }
+    return within(LIMIT_S, looks).get(FOLDER, [_silent(*FOLDER)])
+
+
+def _silent(group: str, name: str) -> Finding:
+    value, meaning = f"no answer in {LIMIT_S:g} s", "a file system hangs"
+    remedy = "look at its mounts there; what waits for one cannot be killed"
+    return Finding(group, name, "problem", value, meaning, remedy, required=True)
 
 
 def _gathered(mine: T, groups: Groups) -> list[T]:

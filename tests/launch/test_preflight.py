@@ -13,6 +13,19 @@ from tests.forked import run_worker
 WORKER = Path(__file__).with_name("preflights.py")
 # Case -> group and name of the only problem, and what it says.
 FAULTS = {
+    "foreign": ("run folder", "run.dir", "not a folder of this run", "on every rank"),
+    "in-use": ("run folder", "run.dir", "is in use by process 1 on elsewhere", "on every rank"),
+    "another-model": (
+        "run folder",
+        "model.num_layers",
+        "differs from 2 in the checkpoint",
+        "3 (on every rank)",
+    ),
+    "no-sound-checkpoint": ("run folder", ("file", "run.dir"), "", "on every rank"),
+    "no-progress": ("run folder", "run.dir", "saved no checkpoint and ended with", "on every rank"),
+    "data-hangs": ("data", "datasets", "hangs", "no answer in 1 s (on 1 of 2 ranks: n2)"),
+    "folder-hangs": ("run folder", "run.dir", "hangs", "no answer in 1 s (on 1 of 2 ranks: n2)"),
+    "start-hangs": ("run folder", "start", "hangs", "no answer in 1 s (on 1 of 2 ranks: n1)"),
     "other-folder": ("run folder", "run.dir", "is not the folder that rank 0 sees", "1 of 2 ranks: n2"),
     "no-data": ("data", "dataset", "no such file", "1 of 2 ranks: n2"),
     "too-little-data": ("data", "source train", "would read more than", "on every rank"),
@@ -57,7 +70,24 @@ def test_a_fault_of_one_rank_stops_all_and_is_named(folder: Path, case: str) -> 
         assert problem["name"].startswith(name)
         assert meaning in problem["meaning"]
         assert value in problem["value"]
-        assert problem["remedy"]
+    assert problems[-1]["remedy"]
+
+
+def test_what_a_start_would_do_is_said(folder: Path) -> None:
+    def ahead(case: str) -> dict[str, Any]:
+        report = found(folder, case)
+        assert report["exit_code"] == 0
+        return next(finding for finding in report["findings"] if finding["name"] == "start")
+
+    checkpoints = folder / "prepared" / "continues" / "checkpoints"
+    assert ahead("sound")["value"] == "begins anew"
+    assert ahead("continues")["value"] == f"continues at step 4 from {checkpoints / 'step-00000004'}"
+    damaged = ahead("newest-damaged")
+    assert damaged["status"] == "note"
+    assert damaged["value"].startswith("continues at step 2 from ")
+    assert "step-00000004" in damaged["meaning"]
+    assert ahead("retried")["value"] == "begins anew"
+    assert ahead("not-auto")["value"] == "as --resume or --fresh says"
 
 
 def test_room_for_what_is_certain_and_not_for_the_estimate_is_a_note(folder: Path) -> None:
