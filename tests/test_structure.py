@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch.node_checks": {"units", "launch", "config", "plan", "parallel.device", "checkpoint.run_folder"},
     "launch.limited": set(),
     "launch.versions": {"parallel.device"},
-    "launch.preflight": {"errors", "launch", "config", "parallel"},
+    "launch.preflight": {"errors", "launch", "config", "parallel", "train.alike"},
     # Checks a run as `train --dry-run` does, and writes a file whole or not at all.
     "launch.slurm": {"errors", "units", "config", "plan.summary", "train.ds_config", "data.files"},
     "benchmark": BASE

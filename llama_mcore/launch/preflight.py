@@ -30,6 +30,7 @@ from llama_mcore.launch.node_checks import free_space, memory, run_folder, share
 from llama_mcore.launch.run_checks import data, start
 from llama_mcore.launch.versions import versions
 from llama_mcore.parallel.groups import Groups, process_groups
+from llama_mcore.train.alike import REMEDY, Difference, contents_of, differences, settings_of, where
 
 LIMIT = timedelta(seconds=60)
 LARGEST_SKEW_S = 5.0
@@ -77,34 +78,47 @@ def examine(run: RunConfig, groups: Groups, start: StartCheck = start) -> list[F
             f"{groups.world_size} ranks": all_reduce_speed(groups.device),
             f"{groups.tp_size} ranks of tp": all_reduce_speed(groups.device, groups.tp_group),
         }
-        reports = _reports(run, groups, speeds, start)
+        ahead, findings, contents = _look_at_run(run, groups, start)
+        unlike = differences(settings_of(run), contents, groups)
+        reports = _reports(run, groups, speeds, ahead, findings)
     except (RuntimeError, ArithmeticError) as error:
         raise PreflightError(Problem("collectives", str(error), "must work", NETWORK_REMEDY)) from None
-    return [*_merged(reports), *_speeds(reports), _clocks(reports), *_versions(reports)]
+    return [*_merged(reports), *_speeds(reports), _clocks(reports), *_alike(unlike), *_versions(reports)]
 
 
-def _reports(run: RunConfig, groups: Groups, speeds: dict[str, float], start: StartCheck) -> list[Report]:
-    ahead, findings = _look_at_run(run, groups, start)
+def _look_at_run(
+    run: RunConfig, groups: Groups, start: StartCheck
+) -> tuple[list[Finding], list[Finding], dict[str, str]]:
+    """What a start would do, as rank 0 sees it for all; what this rank finds; the content of its data."""
+    contents: dict[str, str] = {}
+
+    def look_at_data() -> list[Finding]:
+        findings, sources = data(run)
+        contents.update(contents_of(sources))
+        return findings
+
+    looks: dict[tuple[str, str], Look] = {DATA: look_at_data}
+    if groups.rank == 0:
+        looks[START] = lambda: start(run)
+    found = within(LIMIT_S, looks)
+    ahead = _gathered(found.get(START, []), groups)[0]
+    silent = [_silent(*name) for name in looks if name not in found]
+    return ahead, [*found.get(DATA, []), *silent], contents if DATA in found else {}
+
+
+def _reports(
+    run: RunConfig, groups: Groups, speeds: dict[str, float], ahead: list[Finding], findings: list[Finding]
+) -> list[Report]:
+    """Of every rank: what it found so far, and what its node can tell."""
     answers = bool(ahead)  # else rank 0 could not even make the folder for the others
     with shared_mark(Path(run.run.dir)) if groups.rank == 0 and answers else nullcontext("") as mark:
         mark = _gathered(mark, groups)[0]
         dist.barrier()
         clock, host = time.time(), socket.gethostname()
         ranks_here = Counter(_gathered(host, groups))[host]
-        findings += [*ahead, *(_look_at_folder(run, groups.rank, mark) if answers else [])]
-        findings.append(memory(run, groups.world_size, ranks_here))
-        return _gathered(Report(host, clock, versions(), speeds, findings), groups)
-
-
-def _look_at_run(run: RunConfig, groups: Groups, start: StartCheck) -> tuple[list[Finding], list[Finding]]:
-    """What a start would do, as rank 0 sees it for all, and what this rank finds."""
-    looks: dict[tuple[str, str], Look] = {DATA: lambda: data(run)[0]}
-    if groups.rank == 0:
-        looks[START] = lambda: start(run)
-    found = within(LIMIT_S, looks)
-    ahead = _gathered(found.get(START, []), groups)[0]
-    silent = [_silent(*name) for name in looks if name not in found]
-    return ahead, [*found.get(DATA, []), *silent]
+        folder = _look_at_folder(run, groups.rank, mark) if answers else []
+        here = [*ahead, *findings, *folder, memory(run, groups.world_size, ranks_here)]
+        return _gathered(Report(host, clock, versions(), speeds, here), groups)
 
 
 def _look_at_folder(run: RunConfig, rank: int, mark: str) -> list[Finding]:
@@ -133,7 +147,7 @@ def _merged(reports: Sequence[Report]) -> list[Finding]:
         for finding in report.findings:
             ranks_of[finding].append(rank)
     problems = [
-        replace(finding, value=f"{finding.value} ({_where(ranks, reports)})")
+        replace(finding, value=f"{finding.value} ({where(ranks, [report.host for report in reports])})")
         for finding, ranks in ranks_of.items()
         if finding.status != "ok"
     ]
@@ -143,14 +157,6 @@ def _merged(reports: Sequence[Report]) -> list[Finding]:
 
 
 _ORDER = ("data", "run folder", "memory")
-
-
-def _where(ranks: Sequence[int], reports: Sequence[Report]) -> str:
-    if len(ranks) == len(reports):
-        return "on every rank"
-    hosts = list(dict.fromkeys(reports[rank].host for rank in ranks))
-    shown = ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
-    return f"on {len(ranks)} of {len(reports)} ranks: {shown}"
 
 
 def _speeds(reports: Sequence[Report]) -> list[Finding]:
@@ -174,6 +180,24 @@ def _clocks(reports: Sequence[Report]) -> Finding:
     return Finding("nodes", "clocks", "problem", value, meaning, "set the clocks by NTP", required=True)
 
 
+def _alike(unlike: Sequence[Difference]) -> list[Finding]:
+    if not unlike:
+        value = "equal on all ranks, and so is the data"
+        return [Finding("nodes", "settings", "ok", value, required=True)]
+    return [
+        Finding(
+            "nodes",
+            one.name,
+            "problem",
+            f"{one.value} ({one.where})",
+            f"but {one.expected} on rank 0",
+            REMEDY,
+            required=True,
+        )
+        for one in unlike
+    ]
+
+
 def _versions(reports: Sequence[Report]) -> list[Finding]:
     """One finding for what is equal, one for each version that is not."""
     findings = []
@@ -184,7 +208,7 @@ def _versions(reports: Sequence[Report]) -> list[Finding]:
         usual = counts.most_common(1)[0][0]
         others = [rank for rank, one in enumerate(reports) if one.versions.get(name, "none") != usual]
         found = reports[others[0]].versions.get(name, "none")
-        meaning = f"is {usual} on the other nodes ({_where(others, reports)})"
+        meaning = f"is {usual} on the other nodes ({where(others, [report.host for report in reports])})"
         remedy = "install the same on all nodes, from requirements.txt"
         findings.append(Finding("nodes", name, "problem", found, meaning, remedy, required=True))
     if not findings:

@@ -26,6 +26,7 @@ from llama_mcore.observe.timeline import Timeline
 from llama_mcore.parallel.device import pinned
 from llama_mcore.parallel.groups import Groups
 from llama_mcore.train.agreement import any_rank, together
+from llama_mcore.train.alike import check_alike
 from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of
 from llama_mcore.train.resume import Found, Start, find_start
 from llama_mcore.train.signals import StopRequest
@@ -72,6 +73,7 @@ def open_job(
     lease = together(groups, lambda: _hold(run, stack) if groups.rank == 0 else None)
     timeline = stack.enter_context(_timeline(run, groups, lease, phases))
     sources = together(groups, lambda: open_sources(run.data, run.model.seq_length, run.model.vocab_size))
+    check_alike(run, sources, groups)
     found = find_start(run, start, groups, lambda action: together(groups, action))
     saved = found.reader.state if found.reader else TrainState(run_id=_drawn_by_rank_0())
     segments = together(groups, lambda: _plan_data(run, sources, saved, start.accept_data_change))

@@ -25,23 +25,27 @@ from llama_mcore.checkpoint.manifest import Layout, Manifest, RankFile, manifest
 from llama_mcore.config import RunConfig, load_run
 from llama_mcore.errors import UserError
 from llama_mcore.launch import all_reduce, node_checks, preflight, run_checks, versions
+from llama_mcore.launch.finding import Finding
 from llama_mcore.launch.progress import LIVES
 from llama_mcore.observe.lives import EndedLife, add_life
 from llama_mcore.plan.search import memory_of
+from llama_mcore.train import alike
 from tests.forked import run_ranks, write_output_to
 
 
 def main() -> None:
     folder, settings = Path(sys.argv[1]), sys.argv[2:]
-    elsewhere = [f"run.dir={folder / 'elsewhere' / 'run'}"]
     run = load_run("tiny", settings)
     memory = memory_of(run, 2)
     certain = memory.state.total + memory.saved_layers + memory.saved_rest
     # What differs on rank 1, which is the second node.
     cases: dict[str, Callable[[], object]] = {
         "sound": partial(look, folder, settings, []),
-        "other-folder": partial(look, folder, settings, elsewhere),
-        "no-data": partial(look, folder, settings, [f"data.train={folder / 'nothing'}"]),
+        "other-folder": partial(look, folder, settings, [], run_folder=folder / "elsewhere" / "run"),
+        "no-data": partial(look, folder, settings, [], train=str(folder / "nothing")),
+        "other-data": partial(look, folder, settings, [], train=run.data.valid),
+        "other-settings": partial(look, folder, settings, ["optim.lr=0.5"]),
+        "another-ds-file": partial(look, folder, settings, [], ds_file={"prescale_gradients": True}),
         "too-little-data": partial(look, folder, [*settings, "train.steps=100000"], []),
         "unwritable": partial(look, folder, [*settings, f"run.dir={folder / 'file' / 'run'}"], []),
         "version": partial(look, folder, settings, [], numpy="1.0"),
@@ -170,6 +174,9 @@ def look(
     free: int = 0,
     memory: int = 0,
     wrong_sum: bool = False,
+    run_folder: Path | None = None,
+    train: str = "",
+    ds_file: dict[str, object] | None = None,
     hangs: str = "",
     start_hangs: bool = False,
     auto: bool = True,
@@ -201,6 +208,17 @@ def look(
         )
     if memory:
         patches.append(patch.object(node_checks, "memory_limit", lambda: memory))
+    if run_folder:
+
+        def another_folder(path: Path, rank: int, mark: str) -> Finding:
+            return node_checks.run_folder(run_folder, rank, mark, wait_s=1.0)
+
+        patches.append(patch.object(preflight, "run_folder", another_folder))
+    if train:
+        changed = run.changed(data={"train": train})
+        patches.append(patch.object(preflight, "data", lambda _: run_checks.data(changed)))
+    if ds_file:
+        patches.append(patch.object(alike, "read_ds_file", lambda _: (Path(), ds_file)))
     if hangs:
         patches.append(patch.object(preflight, hangs, hang))
     if wrong_sum:
