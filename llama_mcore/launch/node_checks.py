@@ -13,12 +13,14 @@ from llama_mcore.config import RunConfig
 from llama_mcore.launch.cgroup import memory_limit
 from llama_mcore.launch.finding import Finding
 from llama_mcore.parallel.device import gpu_memory_bytes
-from llama_mcore.plan.footprint import memory_of
+from llama_mcore.plan.footprint import Footprint, memory_of
 from llama_mcore.plan.memory import FP32
 from llama_mcore.units import format_bytes
 
 CHECKPOINTS = 2
 """The newest must not go before the next one is whole."""
+FOREIGN_SHARE = 0.05
+"""Of a GPU's memory: less may be this process's own."""
 _COPIES = 3  # masters and two moments
 
 
@@ -104,15 +106,29 @@ def free_space(run: RunConfig) -> Finding:
     return _ok("run folder", "free space", f"{value}, {need}")
 
 
-def memory(run: RunConfig, ranks: int, ranks_here: int) -> Finding:
-    """What training allocates against the memory of this rank's GPU, or its share of the machine's.
+def memory(run: RunConfig, ranks: int, ranks_here: int) -> list[Finding]:
+    """What training allocates against the memory of this rank's GPU, or its share of the machine's; and what
+    other processes hold of that GPU.
 
     Model state and what the forward keeps are certain: without room for these nothing runs. Buffers, working
     memory and the allocator's margin are estimates: without room for them too it may not.
     """
     found = memory_of(run, ranks)
     gpu = gpu_memory_bytes()
-    total = gpu or _machine_memory() // ranks_here
+    if gpu is None:
+        return [_fits(found, _machine_memory() // ranks_here, gpu=False)]
+    free, total = gpu
+    # What this process holds by now, a context and NCCL's buffers, is what the plan counts as libraries.
+    foreign = max(0, total - free - found.libraries)
+    fits = _fits(found, total - foreign, gpu=True)
+    if foreign < FOREIGN_SHARE * total:
+        return [fits]
+    value = f"about {format_bytes(foreign)} of {format_bytes(total)}"
+    meaning, remedy = "another process uses this GPU", "nvidia-smi names it: end it, or take another GPU"
+    return [fits, Finding("memory", "in use", "note", value, meaning, remedy, required=True)]
+
+
+def _fits(found: Footprint, total: int, *, gpu: bool) -> Finding:
     # Without a GPU, offloaded state lies in the same memory, and there is no device's context.
     elsewhere, libraries = (found.host_state, 0) if gpu else (0, found.libraries)
     certain = found.state.total - elsewhere + found.saved_layers + found.saved_rest

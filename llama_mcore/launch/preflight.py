@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -35,6 +36,9 @@ from llama_mcore.train.alike import REMEDY, Difference, contents_of, differences
 LIMIT = timedelta(seconds=60)
 LARGEST_SKEW_S = 5.0
 """Leases, logs and the ledger of time compare clocks of different nodes."""
+SLOW = 0.5
+"""Of the median of its kind: so slow a group is worth a look."""
+SLOW_REMEDY = "compare that node's links with the others', e.g. by ibstat and nvidia-smi topo -m"
 NETWORK_REMEDY = "look at NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME; NCCL_DEBUG=INFO says more"
 
 
@@ -47,6 +51,15 @@ StartCheck = Callable[[RunConfig], list[Finding]]
 
 
 @dataclass(frozen=True)
+class Speed:
+    """Of an all_reduce in a group of this rank."""
+
+    kind: str
+    ranks: int
+    bytes_per_s: float
+
+
+@dataclass(frozen=True)
 class Report:
     """What a rank tells the others."""
 
@@ -54,8 +67,7 @@ class Report:
     clock: float
     """Seconds since 1970, when all ranks had come together."""
     versions: dict[str, str]
-    speeds: dict[str, float]
-    """Bytes per second of an all_reduce, by who takes part."""
+    speeds: list[Speed]
     findings: list[Finding]
 
 
@@ -74,16 +86,25 @@ def preflight(run: RunConfig, as_json: bool = False, start: StartCheck = start) 
 def examine(run: RunConfig, groups: Groups, start: StartCheck = start) -> list[Finding]:
     """Everything, the same on every rank."""
     try:
-        speeds = {
-            f"{groups.world_size} ranks": all_reduce_speed(groups.device),
-            f"{groups.tp_size} ranks of tp": all_reduce_speed(groups.device, groups.tp_group),
-        }
+        speeds = _measured(groups)
         ahead, findings, contents = _look_at_run(run, groups, start)
         unlike = differences(settings_of(run), contents, groups)
         reports = _reports(run, groups, speeds, ahead, findings)
     except (RuntimeError, ArithmeticError) as error:
         raise PreflightError(Problem("collectives", str(error), "must work", NETWORK_REMEDY)) from None
     return [*_merged(reports), *_speeds(reports), _clocks(reports), *_alike(unlike), *_versions(reports)]
+
+
+def _measured(groups: Groups) -> list[Speed]:
+    kinds = (("tp", groups.tp_size, groups.tp_group), ("dp", groups.dp_size, groups.dp_group))
+    return [
+        Speed("ranks", groups.world_size, all_reduce_speed(groups.device)),
+        *(
+            Speed(f"ranks of {kind}", size, all_reduce_speed(groups.device, group))
+            for kind, size, group in kinds
+            if size > 1
+        ),
+    ]
 
 
 def _look_at_run(
@@ -107,7 +128,7 @@ def _look_at_run(
 
 
 def _reports(
-    run: RunConfig, groups: Groups, speeds: dict[str, float], ahead: list[Finding], findings: list[Finding]
+    run: RunConfig, groups: Groups, speeds: list[Speed], ahead: list[Finding], findings: list[Finding]
 ) -> list[Report]:
     """Of every rank: what it found so far, and what its node can tell."""
     answers = bool(ahead)  # else rank 0 could not even make the folder for the others
@@ -117,7 +138,7 @@ def _reports(
         clock, host = time.time(), socket.gethostname()
         ranks_here = Counter(_gathered(host, groups))[host]
         folder = _look_at_folder(run, groups.rank, mark) if answers else []
-        here = [*ahead, *findings, *folder, memory(run, groups.world_size, ranks_here)]
+        here = [*ahead, *findings, *folder, *memory(run, groups.world_size, ranks_here)]
         return _gathered(Report(host, clock, versions(), speeds, here), groups)
 
 
@@ -161,13 +182,27 @@ _ORDER = ("data", "run folder", "memory")
 
 def _speeds(reports: Sequence[Report]) -> list[Finding]:
     """The slowest group of each kind: it is the one that all others wait for."""
+    return [
+        _slowest([report.speeds[kind] for report in reports], reports)
+        for kind in range(len(reports[0].speeds))
+    ]
+
+
+def _slowest(speeds: Sequence[Speed], reports: Sequence[Report]) -> Finding:
+    """Of the groups of one kind; `speeds`: of each rank's."""
+    slowest, host = min(
+        ((speed, report.host) for speed, report in zip(speeds, reports, strict=True)),
+        key=lambda one: one[0].bytes_per_s,
+    )
+    name = f"{slowest.ranks} {slowest.kind}"
+    value = f"{slowest.bytes_per_s / 1e9:.2f} GB/s, the slowest on {host}"
     meaning = "an all_reduce of 16 MB: the buffer's size by the time that it takes"
-    findings = []
-    for name in reports[0].speeds:
-        slowest = min(reports, key=lambda report: report.speeds[name])
-        value = f"{slowest.speeds[name] / 1e9:.2f} GB/s, the slowest on {slowest.host}"
-        findings.append(Finding("collectives", name, "ok", value, meaning, required=True))
-    return findings
+    usual = median(speed.bytes_per_s for speed in speeds)
+    # The ranks of a single group wait for each other: how they differ is noise.
+    if slowest.ranks == len(reports) or slowest.bytes_per_s >= SLOW * usual:
+        return Finding("collectives", name, "ok", value, meaning, required=True)
+    meaning = f"less than half of the usual {usual / 1e9:.2f} GB/s: every step waits for this group"
+    return Finding("collectives", name, "note", value, meaning, SLOW_REMEDY, required=True)
 
 
 def _clocks(reports: Sequence[Report]) -> Finding:

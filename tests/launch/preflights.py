@@ -41,6 +41,7 @@ def main() -> None:
     # What differs on rank 1, which is the second node.
     cases: dict[str, Callable[[], object]] = {
         "sound": partial(look, folder, settings, []),
+        "dp": partial(look, folder, [*settings, "parallel.tp=1"], []),
         "other-folder": partial(look, folder, settings, [], run_folder=folder / "elsewhere" / "run"),
         "no-data": partial(look, folder, settings, [], train=str(folder / "nothing")),
         "other-data": partial(look, folder, settings, [], train=run.data.valid),

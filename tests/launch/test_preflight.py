@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 
+from llama_mcore.config import RunConfig, load_run
+from llama_mcore.launch import node_checks, preflight
+from llama_mcore.launch.finding import Finding
+from llama_mcore.launch.preflight import Report, Speed
 from llama_mcore.launch.versions import source_digest
+from llama_mcore.plan.footprint import memory_of
 from tests.conftest import Small
 from tests.forked import run_worker
 
@@ -127,6 +132,54 @@ def test_json_has_the_findings(folder: Path) -> None:
 def test_it_leaves_nothing_behind(folder: Path) -> None:
     assert not (folder / "runs").exists()
     assert not (folder / "elsewhere").exists()
+
+
+def speeds(*gb_per_s: float, ranks: int = 2) -> Finding:
+    """What is said of groups of `ranks` ranks, of which rank r measured gb_per_s[r]."""
+    reports = [
+        Report(f"n{rank}", 0.0, {}, [Speed("ranks of dp", ranks, speed * 1e9)], [])
+        for rank, speed in enumerate(gb_per_s)
+    ]
+    (finding,) = preflight._speeds(reports)
+    return finding
+
+
+def test_a_group_far_slower_than_its_kind_is_a_note_with_its_host() -> None:
+    slow = speeds(40.0, 41.0, 19.0, 18.0, 39.0, 40.0)
+    assert (slow.name, slow.status) == ("2 ranks of dp", "note")
+    assert slow.value == "18.00 GB/s, the slowest on n3"
+    assert "the usual 39.50 GB/s" in slow.meaning
+    assert not slow.stops_training
+    assert speeds(40.0, 41.0, 21.0, 22.0).status == "ok"
+    assert speeds(40.0, 40.0, 1.0, ranks=3).status == "ok"
+
+
+def test_data_parallel_groups_are_measured_too(folder: Path) -> None:
+    names = {
+        case: [one["name"] for one in found(folder, case)["findings"] if one["group"] == "collectives"]
+        for case in ("sound", "dp")
+    }
+    assert names == {"sound": ["2 ranks", "2 ranks of tp"], "dp": ["2 ranks", "2 ranks of dp"]}
+
+
+def gpu(monkeypatch: pytest.MonkeyPatch, run: RunConfig, free: int, total: int) -> dict[str, Finding]:
+    monkeypatch.setattr(node_checks, "gpu_memory_bytes", lambda: (free, total))
+    return {finding.name: finding for finding in node_checks.memory(run, 8, 8)}
+
+
+def test_what_other_processes_hold_of_a_gpu_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = load_run("7b")
+    plan, name = memory_of(run, 8), "model state and activations"
+    own, total = plan.libraries, 100 * plan.total
+    alone = gpu(monkeypatch, run, total - own, total)
+    assert [alone[name].status, *alone] == ["ok", name]
+    shared = gpu(monkeypatch, run, total // 2, total)
+    assert (shared[name].status, shared["in use"].status) == ("ok", "note")
+    assert "another process" in shared["in use"].meaning
+    certain = plan.state.total + plan.saved_layers + plan.saved_rest
+    assert gpu(monkeypatch, run, plan.total - own, total)[name].status == "ok"
+    assert gpu(monkeypatch, run, plan.total - own - 1, total)[name].status == "note"
+    assert gpu(monkeypatch, run, certain - own - 1, total)[name].status == "problem"
 
 
 def test_any_change_of_the_sources_is_another_version(tmp_path: Path) -> None:
