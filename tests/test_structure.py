@@ -65,7 +65,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch.versions": {"parallel.device"},
     "launch.preflight": {"errors", "launch", "config", "parallel", "train.alike"},
     # Checks a run as `train --dry-run` does, and writes a file whole or not at all.
-    "launch.slurm": {"errors", "units", "config", "plan.summary", "train.ds_config", "data.files"},
+    "launch.slurm": {
+        *("errors", "units", "config", "plan.summary", "train.ds_config", "data.files"),
+        *("launch.run_checks", "checkpoint.run_folder"),
+    },
     "benchmark": BASE
     | {"benchmark", "train", "model", "parallel", "data", "checkpoint", "observe", "plan", "config"},
     "generate": BASE | {"model", "parallel", "data", "checkpoint", "observe", "config"},

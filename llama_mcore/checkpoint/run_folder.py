@@ -80,6 +80,9 @@ def outlook(run: RunConfig) -> Outlook:
         own = bool(folders) or not run_dir.is_dir() or is_same_run(run_dir, run)
     except OSError as error:
         raise unreadable(error) from None
+    except ValueError:  # half of a character, or a zero
+        bound = "cannot be the name of a folder"
+        raise ConfigError(Problem("run.dir", ascii(str(run_dir)), bound, "choose another")) from None
     if not own:
         remedy = "choose another folder, or give --fresh to move what is there aside"
         raise ConfigError(Problem("run.dir", run_dir, "is not empty, and not a folder of this run", remedy))

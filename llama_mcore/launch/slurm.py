@@ -7,7 +7,7 @@ which a backslash escapes, and the end of the line, for which there is no escape
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,8 +48,8 @@ class SlurmJob:
 def job_script(config: str, overrides: Sequence[str], job: SlurmJob, *, inputs_are_there: bool = True) -> str:
     """The script that trains what `llama-mcore train --config CONFIG OVERRIDES` would, on the nodes of `job`.
 
-    Raises one error with all problems: MissingInputError if that is all there is, else ConfigError. A plan,
-    which is made before its data, looks for no inputs (`inputs_are_there` false); the job itself does.
+    Raises one error with all problems: that of their kind if all are of one, else ConfigError. A plan, which
+    is made before its data, looks at no files (`inputs_are_there` false); the job itself does.
     """
     problems = [*_check_job(job), *_check_words(config, overrides)]
     try:
@@ -57,12 +57,15 @@ def job_script(config: str, overrides: Sequence[str], job: SlurmJob, *, inputs_a
     except UserError as error:
         raise _all(problems, error) from None
     job = replace(job, job_name=job.job_name or Path(run.run.dir).name)
-    problems += [*_check_name(job.job_name or ""), *_check_run(run, job)]
-    missing = [_missing(path) for path in missing_inputs(run)] if inputs_are_there else []
-    if problems:
-        raise ConfigError([*problems, *missing])
-    if missing:
-        raise MissingInputError(missing)
+    of_run = _check_run(run, job)
+    problems += [*_check_name(job.job_name or ""), *of_run]
+    failures: list[UserError] = [ConfigError(problems)] if problems else []
+    if inputs_are_there:
+        failures += _check_files(run, sound=not of_run)
+    if failures:
+        kinds = {type(failure) for failure in failures}
+        kind = kinds.pop() if len(kinds) == 1 else ConfigError
+        raise kind([problem for failure in failures for problem in failure.problems])
     return _render(config, overrides, run, job)
 
 
@@ -158,6 +161,26 @@ def _check_run(run: RunConfig, job: SlurmJob) -> list[Problem]:
     except UserError as error:
         return error.problems
     return []
+
+
+def _check_files(run: RunConfig, sound: bool) -> list[UserError]:
+    """What is wrong with the files that the run reads, into which only a `sound` run can look, and with those
+    in its folder. Who holds it now does not matter to a later job."""
+    from llama_mcore.checkpoint.run_folder import outlook  # they load numpy, which a plan does without
+    from llama_mcore.launch.run_checks import planned_data
+
+    failures: list[UserError] = []
+    if missing := missing_inputs(run):
+        failures.append(MissingInputError([_missing(path) for path in missing]))
+    looks: list[Callable[[], object]] = [lambda: outlook(run)]
+    if sound and not missing:
+        looks.insert(0, lambda: planned_data(run))
+    for look in looks:
+        try:
+            look()
+        except UserError as error:
+            failures.append(error)
+    return failures
 
 
 def _check_job(job: SlurmJob) -> list[Problem]:
