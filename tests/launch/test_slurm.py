@@ -294,9 +294,10 @@ def test_the_folder_of_the_run_is_looked_into(tmp_path: Path) -> None:
 
 
 def test_settings_that_do_not_fit_are_told_before_the_data_is_read(tmp_path: Path) -> None:
-    neither = f"data.sources={{a: {{train: {tmp_path / 'train'}}}}}"
-    with pytest.raises(ConfigError, match=r"data\.sources = a: neither"):
-        tiny(tmp_path, neither, "data.train=null", "data.valid=null", "eval.interval=0")
+    train = tmp_path / "train"
+    mixed = f"data.sources={{a: {{train: {train}, epochs: 1}}, b: {{train: {train}, weight: 1}}}}"
+    with pytest.raises(ConfigError, match=r"data\.sources = .*all must give epochs, or all weight"):
+        tiny(tmp_path, mixed, "data.train=null", "data.valid=null", "data.epochs=1", "eval.interval=0")
 
 
 def command(*arguments: str) -> tuple[int, str]:
