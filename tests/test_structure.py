@@ -58,7 +58,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch.all_reduce": {"parallel.device"},
     # It looks at what a run will look at, with the same functions.
     "launch.run_checks": {
-        *("errors", "units", "launch", "config", "data", "checkpoint.lease", "checkpoint.run_folder"),
+        *("errors", "units", "launch", "config", "data", "plan.summary"),
+        *("checkpoint.lease", "checkpoint.run_folder"),
     },
     "launch.node_checks": {"units", "launch", "config", "plan", "parallel.device", "checkpoint.run_folder"},
     "launch.limited": set(),
@@ -66,8 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch.preflight": {"errors", "launch", "config", "parallel", "train.alike"},
     # Checks a run as `train --dry-run` does, and writes a file whole or not at all.
     "launch.slurm": {
-        *("errors", "units", "config", "plan.summary", "train.ds_config", "data.files"),
-        *("launch.run_checks", "checkpoint.run_folder"),
+        *("errors", "units", "config", "train.ds_config", "data.files", "launch.run_checks"),
     },
     "benchmark": BASE
     | {"benchmark", "train", "model", "parallel", "data", "checkpoint", "observe", "plan", "config"},

@@ -11,7 +11,7 @@ from llama_mcore.checkpoint.lease import FOLDER as LEASE
 from llama_mcore.checkpoint.manifest import Manifest, missing_files, read_manifest
 from llama_mcore.checkpoint.same_model import model_differences
 from llama_mcore.config import LARGEST_CONFIG, RunConfig
-from llama_mcore.errors import CheckpointError, ConfigError, Problem
+from llama_mcore.errors import CheckpointError, ConfigError, OutputError, Problem
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.observe.lives import LIVES_FILE
 from llama_mcore.observe.sinks import GIVEN_UP_METRICS, METRICS_FILE
@@ -36,6 +36,21 @@ def foreign(run_dir: Path) -> list[str]:
     names = sorted(path.name for path in run_dir.iterdir())
     leftover = {name for name in names if any(fnmatchcase(name, pattern) for pattern in LEFTOVERS)}
     return [name for name in names if name not in KNOWN | leftover]
+
+
+def state_of(run_dir: Path) -> str:
+    """What the folder is, in a few words, by names alone."""
+    try:
+        if not run_dir.exists():
+            return "new"
+        if folders := step_folders(run_dir):
+            return f"holds a checkpoint: {folders[-1].name}"
+        if foreign(run_dir):
+            return "is not a run's folder"
+        known = KNOWN.intersection(path.name for path in run_dir.iterdir())
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return "holds a run without a checkpoint" if known else "empty"
 
 
 def is_same_run(run_dir: Path, run: RunConfig) -> bool:
@@ -71,11 +86,14 @@ def outlook(run: RunConfig) -> Outlook:
     is read, and nothing changed.
 
     Raises what the start would: CheckpointError where no checkpoint is sound, ConfigError for one of another
-    model and for a folder that is not the run's, MissingInputError for one that cannot be looked into.
+    model and for a folder that is not the run's, MissingInputError for one that cannot be looked into,
+    OutputError for what is no folder.
     """
     run_dir = Path(run.run.dir)
     damaged: list[Problem] = []
     try:
+        if run_dir.exists() and not run_dir.is_dir():
+            raise OutputError(Problem("run.dir", run_dir, "is not a folder", "choose another"))
         folders = step_folders(run_dir)
         own = bool(folders) or not run_dir.is_dir() or is_same_run(run_dir, run)
     except OSError as error:

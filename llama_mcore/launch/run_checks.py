@@ -10,9 +10,10 @@ from llama_mcore.checkpoint.run_folder import Outlook, outlook
 from llama_mcore.config import RunConfig
 from llama_mcore.data.ledger import Segment, check_caps
 from llama_mcore.data.sources import OpenSource, open_sources, plan_run
-from llama_mcore.errors import Problem, UserError
+from llama_mcore.errors import MissingInputError, Problem, UserError
 from llama_mcore.launch.finding import Finding
 from llama_mcore.launch.progress import check_progress
+from llama_mcore.plan.summary import missing_inputs
 from llama_mcore.units import format_count
 
 
@@ -23,6 +24,29 @@ def planned_data(run: RunConfig) -> tuple[list[OpenSource], Segment]:
     plan = plan_run(run.data, sources, run.run.seed, run.model.seq_length)
     check_caps(plan, run.train.steps * run.train.global_batch_size)
     return sources, plan
+
+
+def unusable_files(run: RunConfig, *, sound: bool = True, auto: bool = True) -> list[UserError]:
+    """What is wrong with the files that the run reads, into which only a `sound` run can look; and, for one
+    that goes on from its folder (`auto`), with those in there. Who holds it now is not asked."""
+    failures: list[UserError] = []
+    looks: list[Callable[[], object]] = []
+    if missing := missing_inputs(run):
+        failures.append(MissingInputError([_missing(path) for path in missing]))
+    elif sound:
+        looks.append(lambda: planned_data(run))
+    if auto:
+        looks.append(lambda: outlook(run))
+    for look in looks:
+        try:
+            look()
+        except UserError as error:
+            failures.append(error)
+    return failures
+
+
+def _missing(path: Path) -> Problem:
+    return Problem("input", path, "is not there", "make it, or change the setting that names it (data)")
 
 
 def data(run: RunConfig) -> tuple[list[Finding], list[OpenSource]]:

@@ -7,14 +7,13 @@ which a backslash escapes, and the end of the line, for which there is no escape
 
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llama_mcore.config import RunConfig, check_run, load_run
 from llama_mcore.data.files import output_errors, published
-from llama_mcore.errors import ConfigError, MissingInputError, OutputError, Problem, UserError
-from llama_mcore.plan.summary import missing_inputs
+from llama_mcore.errors import ConfigError, OutputError, Problem, UserError, all_of
 from llama_mcore.train.ds_config import deepspeed_config
 from llama_mcore.units import format_count
 
@@ -61,11 +60,11 @@ def job_script(config: str, overrides: Sequence[str], job: SlurmJob, *, inputs_a
     problems += [*_check_name(job.job_name or ""), *of_run]
     failures: list[UserError] = [ConfigError(problems)] if problems else []
     if inputs_are_there:
-        failures += _check_files(run, sound=not of_run)
+        from llama_mcore.launch.run_checks import unusable_files  # loads numpy, which a plan does without
+
+        failures += unusable_files(run, sound=not of_run)
     if failures:
-        kinds = {type(failure) for failure in failures}
-        kind = kinds.pop() if len(kinds) == 1 else ConfigError
-        raise kind([problem for failure in failures for problem in failure.problems])
+        raise all_of(failures)
     return _render(config, overrides, run, job)
 
 
@@ -163,26 +162,6 @@ def _check_run(run: RunConfig, job: SlurmJob) -> list[Problem]:
     return []
 
 
-def _check_files(run: RunConfig, sound: bool) -> list[UserError]:
-    """What is wrong with the files that the run reads, into which only a `sound` run can look, and with those
-    in its folder. Who holds it now does not matter to a later job."""
-    from llama_mcore.checkpoint.run_folder import outlook  # they load numpy, which a plan does without
-    from llama_mcore.launch.run_checks import planned_data
-
-    failures: list[UserError] = []
-    if missing := missing_inputs(run):
-        failures.append(MissingInputError([_missing(path) for path in missing]))
-    looks: list[Callable[[], object]] = [lambda: outlook(run)]
-    if sound and not missing:
-        looks.insert(0, lambda: planned_data(run))
-    for look in looks:
-        try:
-            look()
-        except UserError as error:
-            failures.append(error)
-    return failures
-
-
 def _check_job(job: SlurmJob) -> list[Problem]:
     problems = [
         Problem(option, value, "must be at least 1")
@@ -240,7 +219,3 @@ def _check_words(config: str, overrides: Sequence[str]) -> list[Problem]:
         for field, word in (("--config", config), *(("override", word) for word in overrides))
         if any("\ud800" <= character <= "\udfff" for character in word)
     ]
-
-
-def _missing(path: Path) -> Problem:
-    return Problem("input", path, "is not there", "make it, or change the setting that names it (data)")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llama_mcore.checkpoint import disk
-from llama_mcore.checkpoint.run_folder import foreign, is_same_run
+from llama_mcore.checkpoint.run_folder import foreign, is_same_run, outlook, state_of
 from llama_mcore.config import RunConfig, dump_run, load_run
 from llama_mcore.errors import OutputError
 from llama_mcore.train.job import _prepare_run_dir
@@ -34,6 +34,27 @@ def test_leftovers_are_nobodys(run: RunConfig) -> None:
     (folder / "preflight.txt").touch()
     assert foreign(folder) == ["preflight.txt"]
     assert not is_same_run(folder, run)
+
+
+def test_what_a_folder_is_in_a_few_words(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert state_of(folder) == "new"
+    folder.mkdir()
+    (folder / ".preflight").touch()
+    assert state_of(folder) == "empty"
+    (folder / "metrics.jsonl").touch()
+    assert state_of(folder) == "holds a run without a checkpoint"
+    (folder / "thesis.txt").touch()
+    assert state_of(folder) == "is not a run's folder"
+    (folder / "checkpoints" / "step-00000004").mkdir(parents=True)
+    assert state_of(folder) == "holds a checkpoint: step-00000004"
+    assert state_of(folder / "thesis.txt") == "cannot be read (Not a directory)"
+
+
+def test_a_file_is_no_folder(run: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="is not a folder"):
+        outlook(run.changed(run={"dir": str(tmp_path / "file")}))
 
 
 @pytest.mark.parametrize("kept", [0, 30, 300])
