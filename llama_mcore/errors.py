@@ -132,7 +132,7 @@ class NoProgressError(UserError):
 
 
 def all_of(failures: Sequence[UserError]) -> UserError:
-    """One error with the problems of all: of the first's kind if they share an exit code, else a ConfigError."""
+    """One error with all problems: of the first's kind if they share an exit code, else a ConfigError."""
     one_code = len({failure.exit_code for failure in failures}) == 1
     kind = type(failures[0]) if one_code else ConfigError
     return kind([problem for failure in failures for problem in failure.problems])
