@@ -257,8 +257,8 @@ def train(
         bool, typer.Option("--dry-run", help="Check and print the plan; start nothing.")
     ] = False,
     world_size: Annotated[
-        int, typer.Option(help="With --dry-run: ranks to plan for; default: parallel.tp.")
-    ] = 0,
+        int | None, typer.Option(help="With --dry-run: ranks to plan for; default: parallel.tp.")
+    ] = None,
     resume: Annotated[
         str, typer.Option(help="auto: from the newest checkpoint; never; or a checkpoint's folder.")
     ] = "auto",
@@ -284,6 +284,8 @@ def train(
         place = take_place()
         from llama_mcore.config import check_run, load_run
 
+        if world_size is not None:
+            _check_world_size(world_size, dry_run)
         run = load_run(config, context.args)
         ranks = place.world_size
         if dry_run and (world_size or place.is_alone):
@@ -292,16 +294,40 @@ def train(
         if not dry_run:
             _check_progress(run, retry or fresh)
             _leave(_train(run, resume, fresh, accept_data_change))
-        from llama_mcore.plan.summary import describe_run, missing_inputs
         from llama_mcore.train.ds_config import deepspeed_config
 
         deepspeed_config(run, ranks)
-        if not place.is_alone and not world_size:
-            _preflight(run, place, json=False)
-            return
-        typer.echo(describe_run(run, ranks))
-        if not missing_inputs(run):
-            typer.echo(_data_plan(run))
+        auto = resume == "auto" and not fresh
+        if place.is_alone or world_size:
+            _dry_run(run, ranks, auto)
+        else:
+            _preflight(run, place, json=False, auto=auto, retry=retry or fresh)
+
+
+def _check_world_size(world_size: int, dry_run: bool) -> None:
+    from llama_mcore.errors import ConfigError, Problem
+
+    if not dry_run:
+        remedy = "add it, or start so many ranks by a launcher"
+        raise ConfigError(Problem("--world-size", world_size, "is of --dry-run alone", remedy))
+    if world_size < 1:
+        raise ConfigError(Problem("--world-size", world_size, "must be at least 1"))
+
+
+def _dry_run(run: "RunConfig", ranks: int, auto: bool) -> None:
+    """Print the plan and whether it can start. `auto`: it goes on from what is in its folder."""
+    from llama_mcore.checkpoint.run_folder import state_of
+    from llama_mcore.errors import all_of
+    from llama_mcore.launch.run_checks import unusable_files
+    from llama_mcore.plan.summary import conclude, describe_run
+
+    typer.echo(describe_run(run, ranks, state_of(Path(run.run.dir))))
+    failures = unusable_files(run, auto=auto)
+    with suppress(UserError):  # it is among them
+        typer.echo(_data_plan(run))
+    typer.echo(f"\n{conclude(run, ranks, sum(len(failure.problems) for failure in failures))}")
+    if failures:
+        raise all_of(failures)
 
 
 def _check_progress(run: "RunConfig", all_the_same: bool) -> None:
@@ -372,35 +398,45 @@ def preflight(
         run = load_run(config, context.args)
         check_run(run, place.world_size)
         deepspeed_config(run, place.world_size)
-        _preflight(run, place, json)
+        _preflight(run, place, json=json)
 
 
-def _preflight(run: "RunConfig", place: "Place", json: bool) -> None:
+def _preflight(
+    run: "RunConfig", place: "Place", *, json: bool, auto: bool = True, retry: bool = False
+) -> None:
+    """`auto` and `retry` as of `start` in launch/run_checks.py."""
+    from functools import partial
+
     from llama_mcore.observe.log import silence_libraries
     from llama_mcore.parallel.device import on_gpu
     from llama_mcore.plan.summary import describe_run
 
     silence_libraries(cpu=not on_gpu())
+    from llama_mcore.checkpoint.run_folder import state_of
+    from llama_mcore.launch.limited import LIMIT_S, within
     from llama_mcore.launch.preflight import preflight
+    from llama_mcore.launch.run_checks import start
+
+    def plan() -> str:
+        return describe_run(run, place.world_size, state_of(Path(run.run.dir)))
+
+    def data_plan() -> str:
+        with suppress(UserError):  # preflight finds it, on every rank
+            return _data_plan(run)
+        return ""
 
     if place.rank == 0 and not json:
-        typer.echo(describe_run(run, place.world_size))
-        with suppress(UserError):  # preflight finds it, on every rank
-            typer.echo(_data_plan(run))
-        typer.echo()
-    preflight(run, json)
+        typer.echo("\n".join([*within(LIMIT_S, {"run": plan, "data": data_plan}).values(), ""]))
+    preflight(run, json, partial(start, auto=auto, retry=retry))
 
 
 def _data_plan(run: "RunConfig") -> str:
-    """What a run would read. DataError where that is more than planned."""
-    from llama_mcore.data.ledger import check_caps, plan_table
-    from llama_mcore.data.sources import open_sources, plan_run
+    """What a run would read. Raises what `planned_data` raises."""
+    from llama_mcore.data.ledger import plan_table
+    from llama_mcore.launch.run_checks import planned_data
 
-    sources = open_sources(run.data, run.model.seq_length, run.model.vocab_size)
-    plan = plan_run(run.data, sources, run.run.seed, run.model.seq_length)
-    samples = run.train.steps * run.train.global_batch_size
-    check_caps(plan, samples)
-    return f"\n{plan_table(plan, samples)}"
+    _, plan = planned_data(run)
+    return f"\n{plan_table(plan, run.train.steps * run.train.global_batch_size)}"
 
 
 @app.command("convert")

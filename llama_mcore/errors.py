@@ -137,6 +137,13 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def all_of(failures: Sequence[UserError]) -> UserError:
+    """One error with all problems: of the first's kind if they share an exit code, else a ConfigError."""
+    one_code = len({failure.exit_code for failure in failures}) == 1
+    kind = type(failures[0]) if one_code else ConfigError
+    return kind([problem for failure in failures for problem in failure.problems])
+
+
 @contextmanager
 def report_errors(debug: bool = False) -> Iterator[None]:
     """Turn a `UserError` into one message on stderr and its exit code.

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -11,6 +12,7 @@ from llama_mcore import __version__, errors
 from llama_mcore.cli import app
 from llama_mcore.errors import Problem, report_errors
 from llama_mcore.parallel.rank import Place
+from tests.conftest import write_tokens
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [command.name or "" for command in app.registered_commands]
@@ -60,21 +62,58 @@ def test_each_script_is_its_command(script: str) -> None:
     assert "--debug" in result.stdout
 
 
+def dry_run(*arguments: str) -> tuple[int, list[str], str]:
+    """Exit code, lines on stdout, and stderr."""
+    result = CliRunner().invoke(app, ["train", "--config", "tiny", "--dry-run", *arguments])
+    return result.exit_code, result.stdout.splitlines(), result.stderr
+
+
+def data_in(folder: Path, windows: int = 9) -> list[str]:
+    write_tokens(folder / "train", [np.arange(windows * 256 + 1) % 4096])
+    settings = ["data.valid=null", "eval.interval=0", "data.tokenizer=null", "data.epochs=9999"]
+    return [f"data.train={folder / 'train'}", f"run.dir={folder / 'run'}", *settings]
+
+
 def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
-    code, output = run(
-        "train",
-        "--config",
-        "tiny",
-        "--dry-run",
-        "--world-size",
-        "4",
-        f"run.dir={tmp_path / 'new'}",
-        "zero.stage=2",
-    )
+    code, lines, _ = dry_run("--world-size", "4", *data_in(tmp_path), "zero.stage=2")
+    output = "\n".join(lines)
     assert code == 0
     assert "4 ranks = tp 2 x dp 2" in output
     assert "ZeRO-2" in output
-    assert not (tmp_path / "new").exists()
+    assert f"{tmp_path / 'run'}  new" in output
+    assert "available" in output  # the table of the data
+    assert lines[-1].startswith("Ready: 819K tokens on 4 ranks")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_conclusion_of_a_dry_run_is_its_last_word_and_true(tmp_path: Path) -> None:
+    def refused(code: int, said: str, *settings: str) -> list[str]:
+        found, lines, errors = dry_run(*settings)
+        assert (found, said in errors, "Traceback" in errors) == (code, True, False), errors
+        assert lines[-1].startswith("Not ready: ")
+        assert "Ready: " not in "\n".join(lines)
+        return lines
+
+    settings = data_in(tmp_path)
+    refused(65, "source train = 3,200 windows", *settings, "data.epochs=1")
+    refused(66, "nowhere.bin: is not there", *settings, "data.train=nowhere")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").touch()
+    lines = refused(64, "is not empty, and not a folder of this run", *settings)
+    assert f"{tmp_path / 'run'}  is not a run's folder" in "\n".join(lines)
+    refused(64, "nowhere.bin: is not there", *settings, "data.train=nowhere")
+    assert dry_run(*settings, "--fresh")[0] == 0
+
+
+@pytest.mark.parametrize("size", ["0", "-2"])
+def test_a_number_of_ranks_is_at_least_one(size: str) -> None:
+    code, _, errors = dry_run("--world-size", size)
+    assert (code, f"--world-size = {size}: must be at least 1" in errors) == (64, True)
+
+
+def test_a_number_of_ranks_is_for_a_dry_run(tmp_path: Path) -> None:
+    code, output = run("train", "--config", "tiny", "--world-size", "2", f"run.dir={tmp_path / 'run'}")
+    assert (code, "--world-size = 2: is of --dry-run alone" in output) == (64, True)
 
 
 def test_a_dry_run_without_a_world_plans_for_one_tensor_parallel_group() -> None:

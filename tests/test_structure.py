@@ -59,11 +59,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch.doctor": {"errors", "launch", "parallel.device"},
     "launch.all_reduce": {"parallel.device"},
     # It looks at what a run will look at, with the same functions.
-    "launch.node_checks": {"errors", "units", "launch", "config", "data", "plan", "parallel.device"},
+    "launch.run_checks": {
+        *("errors", "units", "launch", "config", "data", "plan.summary"),
+        *("checkpoint.lease", "checkpoint.run_folder"),
+    },
+    "launch.node_checks": {"units", "launch", "config", "plan", "parallel.device", "checkpoint.run_folder"},
+    "launch.limited": set(),
     "launch.versions": {"parallel.device"},
-    "launch.preflight": {"errors", "launch", "config", "parallel"},
+    "launch.preflight": {"errors", "launch", "config", "parallel", "train.alike"},
     # Checks a run as `train --dry-run` does, and writes a file whole or not at all.
-    "launch.slurm": {"errors", "units", "config", "plan.summary", "train.ds_config", "data.files"},
+    "launch.slurm": {
+        *("errors", "units", "config", "train.ds_config", "data.files", "launch.run_checks"),
+    },
     "benchmark": BASE
     | {"benchmark", "train", "model", "parallel", "data", "checkpoint", "observe", "plan", "config"},
     "generate": BASE | {"model", "parallel", "data", "checkpoint", "observe", "config"},

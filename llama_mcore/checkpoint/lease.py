@@ -92,26 +92,41 @@ def _acquire(folder: Path) -> Lease:
     return Lease(path, number)
 
 
+def check_free(run_dir: Path) -> None:
+    """Raise PreflightError where another job holds the run now. Takes no lease, and does not wait: a holder
+    on another host counts as alive until it has not touched its file for `STALE_S`."""
+    newest = _newest(run_dir / FOLDER)
+    if newest is None or newest[1].name.endswith(_RELEASED):
+        return
+    path, holder = newest[1], _holder(newest[1])
+    alive = _is_alive(holder)
+    with suppress(OSError):  # where nothing can be written, which every rank finds
+        if alive or (alive is None and _silent_s(path) < STALE_S):
+            raise _refusal(path, holder)
+
+
 def _wait_until_dead(path: Path) -> None:
     """Return when the holder is known to be dead. Raises PreflightError when it is known to be alive."""
     holder = _holder(path)
-    if holder is None:
-        return
-    if holder.host == socket.gethostname():
-        if _is_alive(holder):
-            raise _refusal(path, holder)
-        return
-    if holder.job and holder.job == os.environ.get("SLURM_JOB_ID"):
-        return  # it was put back into the queue, and began on another node
+    alive = _is_alive(holder)
+    if alive:
+        raise _refusal(path, holder)
     seen = _touched(path)
-    until = time.monotonic() + STALE_S - max(0.0, _file_server_time(path.parent) - seen)
-    while time.monotonic() < until:
+    until = time.monotonic() + STALE_S - _silent_s(path)
+    while alive is None and time.monotonic() < until:
         time.sleep(min(1.0, BEAT_S))
         if _touched(path) != seen:
             raise _refusal(path, holder)
 
 
-def _is_alive(holder: Holder) -> bool:
+def _is_alive(holder: Holder | None) -> bool | None:
+    """None where that cannot be known from here."""
+    if holder is None:
+        return False
+    if holder.host != socket.gethostname():
+        # A job that was put back into the queue, and began on another node, is dead where it was.
+        same_job = holder.job and holder.job == os.environ.get("SLURM_JOB_ID")
+        return False if same_job else None
     try:
         process = psutil.Process(holder.pid)
         ended = process.status() == psutil.STATUS_ZOMBIE  # and its parent has not asked for its exit code
@@ -158,12 +173,12 @@ def _touched(path: Path) -> float:
         return 0.0
 
 
-def _file_server_time(folder: Path) -> float:
-    """In seconds since 1970, by a file touched as a holder touches its own: a clock of a node that is minutes
-    off would make a live holder look dead."""
-    with TemporaryFile(dir=folder) as probe:
+def _silent_s(path: Path) -> float:
+    """Seconds since a holder touched its file, by the file server's clock, which a file touched now tells: by
+    that of a node that is minutes off, a live holder would look dead. Raises OSError."""
+    with TemporaryFile(dir=path.parent) as probe:
         os.utime(probe.fileno())
-        return os.fstat(probe.fileno()).st_mtime
+        return max(0.0, os.fstat(probe.fileno()).st_mtime - _touched(path))
 
 
 def _beat(path: Path, ended: threading.Event) -> None:

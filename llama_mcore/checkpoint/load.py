@@ -10,28 +10,16 @@ from torch import Tensor
 from llama_mcore.checkpoint.fragments import create_optimizer_state, owned_fragments, set_model_weights
 from llama_mcore.checkpoint.layout import WEIGHT
 from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.same_model import model_differences
 from llama_mcore.config import RunConfig
-from llama_mcore.errors import ConfigError, Problem
+from llama_mcore.errors import ConfigError
 from llama_mcore.observe.phases import Phases
 from llama_mcore.parallel.groups import Groups
-
-# How the same model is computed may change between the run that saved and the one that resumes.
-COMPUTED_WITH = {"recompute", "attention", "kernels", "layer"}
 
 
 def check_same_model(reader: CheckpointReader, run: RunConfig) -> None:
     """Refuse to resume with another model. Raises ConfigError with every field that differs."""
-    saved, wanted = reader.model.model_dump(), run.model.model_dump()
-    problems = [
-        Problem(
-            f"model.{field}",
-            wanted[field],
-            f"differs from {saved[field]} in the checkpoint {reader.path}",
-            f"set it to {saved[field]}, or start anew in another run.dir",
-        )
-        for field in wanted
-        if field not in COMPUTED_WITH and wanted[field] != saved[field]
-    ]
+    problems = model_differences(reader.path, reader.model, run.model)
     if problems:
         raise ConfigError(problems)
 

@@ -1,4 +1,4 @@
-"""What one rank can find out alone before a run: its data, the run's folder, room on the disk, memory."""
+"""What only the node of a rank can tell before a run: the run's folder as it writes it, room, memory."""
 
 import os
 import shutil
@@ -8,33 +8,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
+from llama_mcore.checkpoint.run_folder import PREFLIGHT_MARK as MARK
 from llama_mcore.config import RunConfig
-from llama_mcore.data.ledger import check_caps
-from llama_mcore.data.sources import open_sources, plan_run
-from llama_mcore.errors import UserError
 from llama_mcore.launch.cgroup import memory_limit
 from llama_mcore.launch.finding import Finding
 from llama_mcore.parallel.device import gpu_memory_bytes
-from llama_mcore.plan.footprint import memory_of
+from llama_mcore.plan.footprint import Footprint, memory_of
 from llama_mcore.plan.memory import FP32
-from llama_mcore.units import format_bytes, format_count
+from llama_mcore.units import format_bytes
 
 CHECKPOINTS = 2
 """The newest must not go before the next one is whole."""
-MARK = ".preflight"
+FOREIGN_SHARE = 0.05
+"""Of a GPU's memory: less may be this process's own."""
 _COPIES = 3  # masters and two moments
-
-
-def data(run: RunConfig) -> list[Finding]:
-    """Every dataset can be opened here and holds what the run is going to read."""
-    try:
-        sources = open_sources(run.data, run.model.seq_length, run.model.vocab_size)
-        plan = plan_run(run.data, sources, run.run.seed, run.model.seq_length)
-        check_caps(plan, run.train.steps * run.train.global_batch_size)
-    except UserError as error:
-        return [_problem("data", p.field, str(p.value), p.bound, p.remedy) for p in error.problems]
-    tokens = format_count(run.tokens_per_step * run.train.steps)
-    return [_ok("data", "tokens", f"{tokens} are to be read, and are there")]
 
 
 @contextmanager
@@ -119,15 +106,29 @@ def free_space(run: RunConfig) -> Finding:
     return _ok("run folder", "free space", f"{value}, {need}")
 
 
-def memory(run: RunConfig, ranks: int, ranks_here: int) -> Finding:
-    """What training allocates against the memory of this rank's GPU, or its share of the machine's.
+def memory(run: RunConfig, ranks: int, ranks_here: int) -> list[Finding]:
+    """What training allocates against the memory of this rank's GPU, or its share of the machine's; and what
+    other processes hold of that GPU.
 
     Model state and what the forward keeps are certain: without room for these nothing runs. Buffers, working
     memory and the allocator's margin are estimates: without room for them too it may not.
     """
     found = memory_of(run, ranks)
     gpu = gpu_memory_bytes()
-    total = gpu or _machine_memory() // ranks_here
+    if gpu is None:
+        return [_fits(found, _machine_memory() // ranks_here, gpu=False)]
+    free, total = gpu
+    # What this process holds by now, a context and NCCL's buffers, is what the plan counts as libraries.
+    foreign = max(0, total - free - found.libraries)
+    fits = _fits(found, total - foreign, gpu=True)
+    if foreign < FOREIGN_SHARE * total:
+        return [fits]
+    value = f"about {format_bytes(foreign)} of {format_bytes(total)}"
+    meaning, remedy = "another process uses this GPU", "nvidia-smi names it: end it, or take another GPU"
+    return [fits, Finding("memory", "in use", "note", value, meaning, remedy, required=True)]
+
+
+def _fits(found: Footprint, total: int, *, gpu: bool) -> Finding:
     # Without a GPU, offloaded state lies in the same memory, and there is no device's context.
     elsewhere, libraries = (found.host_state, 0) if gpu else (0, found.libraries)
     certain = found.state.total - elsewhere + found.saved_layers + found.saved_rest

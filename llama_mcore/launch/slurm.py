@@ -13,8 +13,7 @@ from pathlib import Path
 
 from llama_mcore.config import RunConfig, check_run, load_run
 from llama_mcore.data.files import output_errors, published
-from llama_mcore.errors import ConfigError, MissingInputError, OutputError, Problem, UserError
-from llama_mcore.plan.summary import missing_inputs
+from llama_mcore.errors import ConfigError, OutputError, Problem, UserError, all_of
 from llama_mcore.train.ds_config import deepspeed_config
 from llama_mcore.units import format_count
 
@@ -48,8 +47,8 @@ class SlurmJob:
 def job_script(config: str, overrides: Sequence[str], job: SlurmJob, *, inputs_are_there: bool = True) -> str:
     """The script that trains what `llama-mcore train --config CONFIG OVERRIDES` would, on the nodes of `job`.
 
-    Raises one error with all problems: MissingInputError if that is all there is, else ConfigError. A plan,
-    which is made before its data, looks for no inputs (`inputs_are_there` false); the job itself does.
+    Raises one error with all problems: that of their kind if all are of one, else ConfigError. A plan, which
+    is made before its data, looks at no files (`inputs_are_there` false); the job itself does.
     """
     problems = [*_check_job(job), *_check_words(config, overrides)]
     try:
@@ -57,12 +56,15 @@ def job_script(config: str, overrides: Sequence[str], job: SlurmJob, *, inputs_a
     except UserError as error:
         raise _all(problems, error) from None
     job = replace(job, job_name=job.job_name or Path(run.run.dir).name)
-    problems += [*_check_name(job.job_name or ""), *_check_run(run, job)]
-    missing = [_missing(path) for path in missing_inputs(run)] if inputs_are_there else []
-    if problems:
-        raise ConfigError([*problems, *missing])
-    if missing:
-        raise MissingInputError(missing)
+    of_run = _check_run(run, job)
+    problems += [*_check_name(job.job_name or ""), *of_run]
+    failures: list[UserError] = [ConfigError(problems)] if problems else []
+    if inputs_are_there:
+        from llama_mcore.launch.run_checks import unusable_files  # loads numpy, which a plan does without
+
+        failures += unusable_files(run, sound=not of_run)
+    if failures:
+        raise all_of(failures)
     return _render(config, overrides, run, job)
 
 
@@ -220,7 +222,3 @@ def _check_words(config: str, overrides: Sequence[str]) -> list[Problem]:
         for field, word in (("--config", config), *(("override", word) for word in overrides))
         if any("\ud800" <= character <= "\udfff" for character in word)
     ]
-
-
-def _missing(path: Path) -> Problem:
-    return Problem("input", path, "is not there", "make it, or change the setting that names it (data)")

@@ -112,9 +112,9 @@ def device_name() -> str:
     return torch.cuda.get_device_name(local_device()) if on_gpu() else "cpu"
 
 
-def gpu_memory_bytes() -> int | None:
-    """Memory of this rank's GPU; None without one."""
-    return torch.cuda.mem_get_info(local_device())[1] if on_gpu() else None
+def gpu_memory_bytes() -> tuple[int, int] | None:
+    """Memory of this rank's GPU: what is free now, and all; None without one."""
+    return torch.cuda.mem_get_info(local_device()) if on_gpu() else None
 
 
 def gpu_library_versions() -> dict[str, str]:

@@ -9,16 +9,25 @@ from llama_mcore.units import format_bytes, format_count
 COLUMN = 16
 
 
-def describe_run(run: RunConfig, world_size: int) -> str:
-    """Model, layout, tokens, memory per rank and inputs of a checked run; the last line is the conclusion."""
+def describe_run(run: RunConfig, world_size: int, run_dir: str = "") -> str:
+    """Model, layout, tokens, memory per rank and inputs of a checked run; `run_dir`: what its folder is."""
     sections = [
         _describe_model(run),
         _describe_layout(run, world_size),
         _describe_tokens(run, world_size),
         _describe_memory(run, world_size),
-        _describe_files(run),
+        _describe_files(run, run_dir),
     ]
-    return "\n".join([*sections, "", _conclude(run, world_size)])
+    return "\n".join(sections)
+
+
+def conclude(run: RunConfig, world_size: int, problems: int) -> str:
+    """The last line of a dry run, given how many problems it has found."""
+    if problems:
+        count = f"{problems} problem{'s' if problems > 1 else ''}"
+        return f"Not ready: the settings fit together, {count} with the files."
+    tokens, state = format_count(_total_tokens(run)), memory_of(run, world_size).state.total
+    return f"Ready: {tokens} tokens on {world_size:,} ranks, {format_bytes(state)} of model state each."
 
 
 def _describe_model(run: RunConfig) -> str:
@@ -92,15 +101,14 @@ def _memory_row(name: str, count: int, note: str) -> str:
     return f"{name:<13}{format_bytes(count):>10}  {note}"
 
 
-def _describe_files(run: RunConfig) -> str:
+def _describe_files(run: RunConfig, run_dir: str) -> str:
     rows = [
         (name, path, format_bytes(path.stat().st_size) if path.is_file() else "missing")
         for name, path in _inputs(run)
     ]
-    state = "exists: continues from its newest checkpoint" if Path(run.run.dir).exists() else "new"
-    rows.append(("run.dir", Path(run.run.dir), state))
+    rows.append(("run.dir", Path(run.run.dir), run_dir))
     width = max(COLUMN, 2 + max(len(name) for name, _, _ in rows))
-    return "\n".join(_line(name, f"{path}  {found}", width) for name, path, found in rows)
+    return "\n".join(_line(name, f"{path}  {found}".rstrip(), width) for name, path, found in rows)
 
 
 def _inputs(run: RunConfig) -> list[tuple[str, Path]]:
@@ -120,14 +128,6 @@ def _inputs(run: RunConfig) -> list[tuple[str, Path]]:
 def missing_inputs(run: RunConfig) -> list[Path]:
     """Files that the run reads and that are not there."""
     return [path for _, path in _inputs(run) if not path.is_file()]
-
-
-def _conclude(run: RunConfig, world_size: int) -> str:
-    missing = missing_inputs(run)
-    if missing:
-        return f"Not ready: the settings fit together, {len(missing)} input files are missing."
-    tokens, state = format_count(_total_tokens(run)), memory_of(run, world_size).state.total
-    return f"Ready: {tokens} tokens on {world_size:,} ranks, {format_bytes(state)} of model state each."
 
 
 def _total_tokens(run: RunConfig) -> int:

@@ -7,9 +7,11 @@ from uuid import uuid4
 
 import torch.distributed as dist
 
+from llama_mcore.checkpoint.disk import replace_hint
 from llama_mcore.checkpoint.layout import checkpoints_dir
 from llama_mcore.checkpoint.lease import Lease, held_lease
 from llama_mcore.checkpoint.load import load_checkpoint
+from llama_mcore.checkpoint.run_folder import CONFIG_FILE
 from llama_mcore.checkpoint.save import Saver
 from llama_mcore.config import RunConfig, dump_run
 from llama_mcore.data.ledger import Segment, check_caps, continued
@@ -24,6 +26,7 @@ from llama_mcore.observe.timeline import Timeline
 from llama_mcore.parallel.device import pinned
 from llama_mcore.parallel.groups import Groups
 from llama_mcore.train.agreement import any_rank, together
+from llama_mcore.train.alike import check_alike
 from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of
 from llama_mcore.train.resume import Found, Start, find_start
 from llama_mcore.train.signals import StoppedEarly, StopRequest
@@ -71,6 +74,7 @@ def open_job(
     lease = together(groups, lambda: _hold(run, stack) if groups.rank == 0 else None)
     timeline = stack.enter_context(_timeline(run, groups, lease, phases))
     sources = together(groups, lambda: open_sources(run.data, run.model.seq_length, run.model.vocab_size))
+    check_alike(run, sources, groups)
     _stop_if_asked(stop, groups)
     found = find_start(run, start, groups, lambda action: together(groups, action), phases)
     _stop_if_asked(stop, groups)
@@ -171,7 +175,7 @@ def _prepare_run_dir(run: RunConfig) -> None:
     run_dir = Path(run.run.dir)
     try:
         checkpoints_dir(run_dir).mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(dump_run(run), encoding="utf-8")
+        replace_hint(run_dir / CONFIG_FILE, dump_run(run))
     except OSError as error:
         raise _unwritable(run, error) from None
 

@@ -13,23 +13,13 @@ from llama_mcore.checkpoint.layout import find_checkpoint, step_folders, unreada
 from llama_mcore.checkpoint.lease import FOLDER as LEASE
 from llama_mcore.checkpoint.load import check_same_model
 from llama_mcore.checkpoint.reader import CheckpointReader
-from llama_mcore.config import LARGEST_CONFIG, RunConfig
+from llama_mcore.checkpoint.run_folder import is_same_run
+from llama_mcore.config import RunConfig
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, Problem
 from llama_mcore.observe.lives import LIVES_FILE, is_requeued
 from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.phases import Phases
-from llama_mcore.observe.sinks import GIVEN_UP_METRICS, METRICS_FILE
-from llama_mcore.observe.timeline import TIMELINE_FILE
 from llama_mcore.parallel.groups import Groups
-from llama_mcore.small_file import parse_yaml, read_small_file
-
-KNOWN = {"config.yaml", METRICS_FILE, GIVEN_UP_METRICS, TIMELINE_FILE, LIVES_FILE, LEASE} | {
-    "tensorboard",
-    "checkpoints",
-    "deepspeed",
-    "stalls",
-}
-"""What a run's folder may hold."""
 
 T = TypeVar("T")
 Together = Callable[[Callable[[], T]], T]
@@ -133,7 +123,7 @@ def _begin_anew(run: RunConfig, start: Start) -> None:
         return
     if [path.name for path in there] == [LIVES_FILE]:
         return
-    if start.resume == "auto" and not step_folders(run_dir) and _is_same_run(run_dir, run):
+    if start.resume == "auto" and not step_folders(run_dir) and is_same_run(run_dir, run):
         return
     raise ConfigError(
         Problem(
@@ -143,17 +133,6 @@ def _begin_anew(run: RunConfig, start: Start) -> None:
             "choose another folder, or give --fresh to move what is there aside",
         )
     )
-
-
-def _is_same_run(run_dir: Path, run: RunConfig) -> bool:
-    """Whether all that the folder holds comes from a start of the same configuration."""
-    if not {path.name for path in run_dir.iterdir()} <= KNOWN:
-        return False
-    try:
-        there = parse_yaml(read_small_file(run_dir / "config.yaml", LARGEST_CONFIG).decode())
-    except (OSError, ValueError):
-        return True  # it ended before it wrote one
-    return bool(there == run.model_dump())
 
 
 def same_on_all_ranks(groups: Groups, look: Callable[[], T], together: Together) -> T:

@@ -19,8 +19,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from tests.checkpoint.damage import FIRST_RANK, edit_manifest
 from tests.checkpoint.tiny import write_checkpoint
+from tests.conftest import write_tokens
 from tests.forked import exit_codes_of, write_output_to
 
 MEMORY = 512 << 20
@@ -391,17 +394,17 @@ def pickles_beside(folder: Path) -> Words:
     return inspected(folder)
 
 
+def sound_config(folder: Path) -> Words:
+    write_tokens(folder / "train", [np.arange(1000)])
+    data = [f"data.train={folder / 'train'}", "data.epochs=9999", "data.valid=null", "data.tokenizer=null"]
+    settings = ["parallel.tp=1", "eval.interval=0", f"run.dir={folder / 'run'}"]
+    return ["train", "--config", "tiny", "--dry-run", *data, *settings]
+
+
 SOUND = {
     "sound-checkpoint": inspected_after_writing,
     "sound-with-pickles-beside": pickles_beside,
-    "sound-config": lambda folder: [
-        "train",
-        "--config",
-        "tiny",
-        "--dry-run",
-        "parallel.tp=1",
-        f"run.dir={folder}",
-    ],
+    "sound-config": sound_config,
 }
 CASES = RANK_FILES | MANIFESTS | YAML | HUGGING_FACE | SOUND
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llama_mcore.checkpoint import lease
-from llama_mcore.checkpoint.lease import FOLDER, held_lease
+from llama_mcore.checkpoint.lease import FOLDER, check_free, held_lease
 from llama_mcore.errors import PreflightError
 
 HOLD = """
@@ -178,3 +178,19 @@ def test_the_file_is_touched_while_the_lease_is_held(run_dir: Path, monkeypatch:
         while held.path.stat().st_mtime == 1 and time.monotonic() < deadline:
             time.sleep(0.02)
         assert held.path.stat().st_mtime > 1
+
+
+def test_looking_takes_nothing_and_does_not_wait(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_free(run_dir)
+    assert not (run_dir / FOLDER).exists()
+    path = written_by(run_dir, 1)
+    started = time.monotonic()
+    with pytest.raises(PreflightError, match="is in use by process 1 on elsewhere"):
+        check_free(run_dir)
+    os.utime(path, (1, time.time() - lease.STALE_S - 1))
+    check_free(run_dir)  # silent for long
+    assert time.monotonic() - started < 5
+    assert names(run_dir) == ["00000001.json"]
+    with held_lease(run_dir), pytest.raises(PreflightError, match="is in use"):
+        check_free(run_dir)
+    check_free(run_dir)  # given back

@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llama_mcore.config import check_run, load_run
 from llama_mcore.data.preprocess import preprocess
 from llama_mcore.data.tokenizer_training import train_tokenizer
 from llama_mcore.launch.slurm import SlurmJob, job_script, write_script
+from tests.conftest import write_tokens
 from tests.data.conftest import write_jsonl
 from tests.distributed import ROOT
 
@@ -132,9 +134,9 @@ def test_all_nodes_meet_at_the_first(script: str, start: Callable, tmp_path: Pat
 
 def test_a_rendered_script_gives_srun_what_it_was_given(start: Callable, tmp_path: Path) -> None:
     odd = ["run.dir=a b/$(touch x);*", "observe.tensorboard=false", "train.global_batch_size=96"]
-    for name in ("train.bin", "train.idx"):
-        (tmp_path / name).touch()
-    settings = [*odd, f"data.train={tmp_path / 'train'}", "eval.interval=0", "data.tokenizer="]
+    write_tokens(tmp_path / "train", [np.arange(1000)])
+    train = [f"data.train={tmp_path / 'train'}", "data.epochs=9999"]
+    settings = [*odd, *train, "eval.interval=0", "data.tokenizer="]
     script = tmp_path / "rendered job.sh"
     write_script(job_script("tiny", settings, SlurmJob(3, 8, job_name="x")), script, force=False)
     assert start(str(script), "train.steps=20", "two\nlines").wait(SECONDS) == 0

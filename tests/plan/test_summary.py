@@ -8,9 +8,7 @@ import pytest
 from llama_mcore.config import RunConfig, load_run
 from llama_mcore.plan.footprint import memory_of
 from llama_mcore.plan.hardware import GIB
-from llama_mcore.plan.summary import describe_run
-
-DATA_FILES = ("train.bin", "train.idx", "valid.bin", "valid.idx", "tokenizer.model")
+from llama_mcore.plan.summary import conclude, describe_run, missing_inputs
 
 
 @pytest.fixture
@@ -50,25 +48,22 @@ def test_long_names_of_sources_keep_their_distance() -> None:
     assert "stack_exchange.train  data/stack_exchange_text_document.bin" in text
 
 
-def test_missing_inputs_are_named_and_the_conclusion_counts_them(run: RunConfig, tmp_path: Path) -> None:
+def test_missing_inputs_are_named(run: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "train.bin").write_bytes(b"x" * 2048)
     text = describe_run(run, 2)
     assert f"{tmp_path / 'train.bin'}  2.0 KiB" in text
     assert f"{tmp_path / 'train.idx'}  missing" in text
-    assert text.splitlines()[-1] == "Not ready: the settings fit together, 4 input files are missing."
+    assert len(missing_inputs(run)) == 4
 
 
-def test_with_all_inputs_the_conclusion_is_ready(run: RunConfig, tmp_path: Path) -> None:
-    for name in DATA_FILES:
-        (tmp_path / name).write_bytes(b"x")
-    conclusion = describe_run(run, 2).splitlines()[-1]
-    assert conclusion == "Ready: 819K tokens on 2 ranks, 47.3 MiB of model state each."
+def test_the_folder_of_the_run_is_what_it_was_found_to_be(run: RunConfig, tmp_path: Path) -> None:
+    assert f"{tmp_path / 'run'}  empty" in describe_run(run, 2, "empty")
 
 
-def test_an_existing_run_folder_is_continued(run: RunConfig, tmp_path: Path) -> None:
-    assert f"{tmp_path / 'run'}  new" in describe_run(run, 2)
-    (tmp_path / "run").mkdir()
-    assert f"{tmp_path / 'run'}  exists: continues" in describe_run(run, 2)
+def test_the_conclusion(run: RunConfig) -> None:
+    assert conclude(run, 2, 0) == "Ready: 819K tokens on 2 ranks, 47.3 MiB of model state each."
+    assert conclude(run, 2, 1) == "Not ready: the settings fit together, 1 problem with the files."
+    assert conclude(run, 2, 4).endswith("4 problems with the files.")
 
 
 def test_offloaded_state_is_shown_in_host_memory() -> None:

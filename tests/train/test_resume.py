@@ -53,9 +53,23 @@ def without_checkpoints_of_another_run(run_dir: Path, finished: Path) -> None:
     (run_dir / "config.yaml").write_text(text.replace("seed: 1234", "seed: 1"))
 
 
+def leftovers(run_dir: Path, finished: Path) -> None:
+    """Of a preflight and of a start that were killed; an older version wrote the configuration in place."""
+    run_dir.mkdir()
+    for name in (
+        ".preflight",
+        ".preflight-00001.tmp",
+        "metrics.jsonl.tmp",
+        ".config.yaml.tmp",
+        "config.yaml",
+    ):
+        (run_dir / name).touch()
+
+
 CASES = [
     Case("auto-goes-on", 0, [], copied, "resuming at step 4"),
     Case("auto-begins", 0, [], nothing),
+    Case("leftovers", 0, [], leftovers),
     Case("died-before-its-first-save", 0, [], without_checkpoints),
     Case("another-runs-folder", 64, [], without_checkpoints_of_another_run, "--fresh"),
     Case("somebody-elses-folder", 64, [], somebody_elses, "is not empty"),

@@ -1,0 +1,100 @@
+"""What can be found out before a run wherever its files are seen: its data, and what a start would do in its
+folder. Loads no torch."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from llama_mcore.checkpoint.lease import check_free
+from llama_mcore.checkpoint.run_folder import Outlook, outlook
+from llama_mcore.config import RunConfig
+from llama_mcore.data.ledger import Segment, check_caps
+from llama_mcore.data.sources import OpenSource, open_sources, plan_run
+from llama_mcore.errors import MissingInputError, Problem, UserError
+from llama_mcore.launch.finding import Finding
+from llama_mcore.launch.progress import check_progress
+from llama_mcore.plan.summary import missing_inputs
+from llama_mcore.units import format_count
+
+
+def planned_data(run: RunConfig) -> tuple[list[OpenSource], Segment]:
+    """Every dataset, opened, and the plan of what the run reads. Raises DataError where that is more than
+    planned, MissingInputError and DataError for data that cannot be used."""
+    sources = open_sources(run.data, run.model.seq_length, run.model.vocab_size)
+    plan = plan_run(run.data, sources, run.run.seed, run.model.seq_length)
+    check_caps(plan, run.train.steps * run.train.global_batch_size)
+    return sources, plan
+
+
+def unusable_files(run: RunConfig, *, sound: bool = True, auto: bool = True) -> list[UserError]:
+    """What is wrong with the files that the run reads, into which only a `sound` run can look; and, for one
+    that goes on from its folder (`auto`), with those in there. Who holds it now is not asked."""
+    failures: list[UserError] = []
+    looks: list[Callable[[], object]] = []
+    if missing := missing_inputs(run):
+        failures.append(MissingInputError([_missing(path) for path in missing]))
+    elif sound:
+        looks.append(lambda: planned_data(run))
+    if auto:
+        looks.append(lambda: outlook(run))
+    for look in looks:
+        try:
+            look()
+        except UserError as error:
+            failures.append(error)
+    return failures
+
+
+def _missing(path: Path) -> Problem:
+    return Problem("input", path, "is not there", "make it, or change the setting that names it (data)")
+
+
+def data(run: RunConfig) -> tuple[list[Finding], list[OpenSource]]:
+    """Every dataset can be opened here and holds what the run is going to read; else no source is given."""
+    try:
+        sources, _ = planned_data(run)
+    except UserError as error:
+        return [_problem("data", problem) for problem in error.problems], []
+    tokens = format_count(run.tokens_per_step * run.train.steps)
+    return [
+        Finding("data", "tokens", "ok", f"{tokens} are to be read, and are there", required=True)
+    ], sources
+
+
+def start(run: RunConfig, *, auto: bool = True, retry: bool = False) -> list[Finding]:
+    """What a start would do in the run's folder, or why it would be refused there.
+
+    `auto`: it goes on from that folder, with neither --resume nor --fresh; `retry`: it starts although the
+    last lives saved nothing.
+    """
+    run_dir, job = Path(run.run.dir), os.environ.get("SLURM_JOB_ID", "")
+    found = _refusals(lambda: check_free(run_dir))
+    if not retry:
+        found += _refusals(lambda: check_progress(run_dir, job))
+    if not auto:
+        found.append(Finding("run folder", "start", "ok", "as --resume or --fresh says", required=True))
+        return found
+    try:
+        return [*found, _ahead(outlook(run))]
+    except UserError as error:
+        return [*found, *(_problem("run folder", problem) for problem in error.problems)]
+
+
+def _refusals(check: Callable[[], None]) -> list[Finding]:
+    try:
+        check()
+    except UserError as error:
+        return [_problem("run folder", problem) for problem in error.problems]
+    return []
+
+
+def _ahead(found: Outlook) -> Finding:
+    if not found.passed_over:
+        return Finding("run folder", "start", "ok", str(found), required=True)
+    meaning = f"what is newer is damaged and passed over: {found.passed_over[0]}"
+    return Finding("run folder", "start", "note", str(found), meaning, required=True)
+
+
+def _problem(group: str, problem: Problem) -> Finding:
+    value = str(problem.value)
+    return Finding(group, problem.field, "problem", value, problem.bound, problem.remedy, required=True)

@@ -1,0 +1,86 @@
+"""llama_mcore.checkpoint.run_folder: whose folder it is, whatever a kill has left there."""
+
+from pathlib import Path
+
+import pytest
+
+from llama_mcore.checkpoint import disk
+from llama_mcore.checkpoint.run_folder import foreign, is_same_run, outlook, state_of
+from llama_mcore.config import RunConfig, dump_run, load_run
+from llama_mcore.errors import OutputError
+from llama_mcore.train.job import _prepare_run_dir
+
+LEFTOVERS = [
+    ".preflight",
+    ".preflight-00003",
+    ".preflight-00003.tmp",
+    "metrics.jsonl.tmp",
+    ".config.yaml.tmp",
+]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunConfig:
+    (tmp_path / "run").mkdir()
+    return load_run("tiny", [f"run.dir={tmp_path / 'run'}"])
+
+
+def test_leftovers_are_nobodys(run: RunConfig) -> None:
+    folder = Path(run.run.dir)
+    for name in LEFTOVERS:
+        (folder / name).touch()
+    assert foreign(folder) == []
+    assert is_same_run(folder, run)
+    (folder / "preflight.txt").touch()
+    assert foreign(folder) == ["preflight.txt"]
+    assert not is_same_run(folder, run)
+
+
+def test_what_a_folder_is_in_a_few_words(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert state_of(folder) == "new"
+    folder.mkdir()
+    (folder / ".preflight").touch()
+    assert state_of(folder) == "empty"
+    (folder / "metrics.jsonl").touch()
+    assert state_of(folder) == "holds a run without a checkpoint"
+    (folder / "thesis.txt").touch()
+    assert state_of(folder) == "is not a run's folder"
+    (folder / "checkpoints" / "step-00000004").mkdir(parents=True)
+    assert state_of(folder) == "holds a checkpoint: step-00000004"
+    assert state_of(folder / "thesis.txt") == "cannot be read (Not a directory)"
+
+
+def test_a_file_is_no_folder(run: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="is not a folder"):
+        outlook(run.changed(run={"dir": str(tmp_path / "file")}))
+
+
+@pytest.mark.parametrize("kept", [0, 30, 300])
+def test_a_configuration_that_was_cut_is_none(run: RunConfig, kept: int) -> None:
+    text = dump_run(run)[:kept]
+    assert not text.endswith("\n")
+    (Path(run.run.dir) / "config.yaml").write_text(text)
+    assert is_same_run(Path(run.run.dir), run)
+
+
+def test_a_whole_configuration_tells_runs_apart(run: RunConfig) -> None:
+    (Path(run.run.dir) / "config.yaml").write_text(dump_run(run))
+    assert is_same_run(Path(run.run.dir), run)
+    assert not is_same_run(Path(run.run.dir), run.changed(run={"seed": 7}))
+
+
+def test_a_start_that_is_killed_leaves_the_configuration_whole(
+    run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(operation: str, path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    _prepare_run_dir(run)
+    before = (Path(run.run.dir) / "config.yaml").read_text()
+    monkeypatch.setattr(disk, "observer", lambda *what: fail(*what) if what[0] == "fsync" else None)
+    with pytest.raises(OutputError, match=r"run\.dir.*No space left"):
+        _prepare_run_dir(run.changed(run={"seed": 7}))
+    assert (Path(run.run.dir) / "config.yaml").read_text() == before
+    assert foreign(Path(run.run.dir)) == []
