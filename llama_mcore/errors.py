@@ -155,7 +155,7 @@ def report_errors(debug: bool = False) -> Iterator[None]:
         yield
     except UserError as error:
         if debug:
-            say(traceback.format_exc())
+            say(traceback.format_exc().rstrip())
         elif os.environ.get("LOCAL_RANK", "0") == "0":
             say(error.message())
         else:
