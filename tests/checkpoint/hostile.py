@@ -398,7 +398,7 @@ def sound_config(folder: Path) -> Words:
     write_tokens(folder / "train", [np.arange(1000)])
     data = [f"data.train={folder / 'train'}", "data.epochs=9999", "data.valid=null", "data.tokenizer=null"]
     settings = ["parallel.tp=1", "eval.interval=0", f"run.dir={folder / 'run'}"]
-    return ["train", "--config", "tiny", "--dry-run", *data, *settings]
+    return ["train", "--config", "tiny", "--dry-run", "--world-size", "1", *data, *settings]
 
 
 SOUND = {
