@@ -1,5 +1,6 @@
 """llama_mcore.cli: the commands, their scripts in tools/, and how an error ends."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,16 @@ def test_each_script_is_its_command(script: str) -> None:
     result = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0
     assert "--debug" in result.stdout
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("nonsense", 2)])
+def test_the_demo_touches_nothing_when_it_is_only_asked(argument: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "tools").mkdir()
+    script = shutil.copy(ROOT / "tools/demo.py", tmp_path / "tools")
+    earlier = tmp_path / "runs/demo/corpus"
+    earlier.mkdir(parents=True)
+    result = subprocess.run([sys.executable, script, argument], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, earlier.is_dir()) == (code, True)
 
 
 def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
