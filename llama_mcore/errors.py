@@ -132,6 +132,23 @@ class NoProgressError(UserError):
 
 
 @contextmanager
+def gathering(errors: list[UserError]) -> Iterator[None]:
+    """An error that is raised here is put by in `errors`, for `raise_all`."""
+    try:
+        yield
+    except UserError as error:
+        errors.append(error)
+
+
+def raise_all(errors: Sequence[UserError]) -> None:
+    """Raise the problems of all errors as one: of their kind if they are of one kind, else a ConfigError."""
+    if errors:
+        kinds = {type(error) for error in errors}
+        kind = kinds.pop() if len(kinds) == 1 else ConfigError
+        raise kind([problem for error in errors for problem in error.problems])
+
+
+@contextmanager
 def report_errors(debug: bool = False) -> Iterator[None]:
     """Turn a `UserError` into one message on stderr and its exit code.
 

@@ -30,7 +30,7 @@ SAVED = 75
 
 def main() -> None:
     argparse.ArgumentParser(
-        description="Raw text to a trained, resumed and exported LLaMA on this machine, in under ten minutes.",
+        description="Raw text to a trained, resumed and exported LLaMA on this machine, in minutes.",
         epilog=f"Every stage is a command, printed before it runs. What lies in {DEMO} is deleted first.",
     ).parse_args()
     started = time.perf_counter()

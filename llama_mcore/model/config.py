@@ -3,7 +3,7 @@
 import math
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from llama_mcore.section import Section
 
@@ -23,14 +23,15 @@ class RopeScaling(Section):
 class ModelConfig(Section):
     """A LLaMA-shaped decoder, in megatron-core's words (LLaMA paper, section 2.2 and Table 2)."""
 
-    num_layers: int = Field(ge=1)
+    num_layers: int = Field(ge=1, le=100_000)
+    """Blocks of attention and SwiGLU. The planner lists their matrices, hence a bound."""
     hidden_size: int = Field(ge=1)
     num_attention_heads: int = Field(ge=1)
-    num_query_groups: int = Field(default=0, ge=0)
+    num_query_groups: int = Field(default=0, ge=0, validate_default=True)
     """Key/value heads; 0 means one per attention head."""
-    head_dim: int = Field(default=0, ge=0)
+    head_dim: int = Field(default=0, ge=0, validate_default=True)
     """Width of one head; 0 means hidden_size / num_attention_heads."""
-    ffn_hidden_size: int = Field(default=0, ge=0)
+    ffn_hidden_size: int = Field(default=0, ge=0, validate_default=True)
     """Width of the SwiGLU; 0 means 2/3 of 4 * hidden_size, rounded up to a multiple of 256."""
     vocab_size: int = Field(default=32000, ge=2)
     seq_length: int = Field(default=2048, ge=1)
@@ -55,21 +56,19 @@ class ModelConfig(Section):
     autograd; selective: norms, rotations and the SwiGLU product, by the hand-written backward; full: the
     whole layer."""
 
-    @model_validator(mode="before")
+    @field_validator("num_query_groups", "head_dim", "ffn_hidden_size")
     @classmethod
-    def _fill_derived(cls, data: dict) -> dict:
-        if not isinstance(data, dict):
-            return data
-        data = dict(data)
-        heads, hidden = data.get("num_attention_heads"), data.get("hidden_size")
-        if not data.get("num_query_groups") and isinstance(heads, int):
-            data["num_query_groups"] = heads
-        if isinstance(hidden, int) and hidden > 0:
-            if not data.get("head_dim") and isinstance(heads, int) and heads > 0:
-                data["head_dim"] = hidden // heads
-            if not data.get("ffn_hidden_size"):
-                data["ffn_hidden_size"] = default_ffn_hidden_size(hidden)
-        return data
+    def _fill_derived(cls, value: int, info: ValidationInfo) -> int:
+        """0 is filled from the fields above, which are not there if they are wrong."""
+        hidden, heads = info.data.get("hidden_size"), info.data.get("num_attention_heads")
+        if value or hidden is None or heads is None:
+            return value
+        derived = {
+            "num_query_groups": heads,
+            "head_dim": hidden // heads,
+            "ffn_hidden_size": default_ffn_hidden_size(hidden),
+        }
+        return derived[info.field_name or ""]
 
     def num_params(self) -> int:
         """Number of parameters: embedding, layers, final norm, output layer."""
