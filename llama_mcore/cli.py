@@ -153,9 +153,7 @@ def preprocess_data(
     """
     with report_errors(debug):
         from llama_mcore.data.preprocess import preprocess
-        from llama_mcore.data.preprocess_settings import check_choices, parse_shard
 
-        check_choices(encoder=encoder, on_bad_line=on_bad_line, tokenizer_type=tokenizer_type)
         preprocess(
             input,
             tokenizer_model,
@@ -168,9 +166,10 @@ def preprocess_data(
             on_bad_line=on_bad_line,
             max_bad_ratio=max_bad_ratio,
             held_out=held_out,
-            shard=parse_shard(shard),
+            shard=shard,
             shuffle_seed=shuffle_seed,
             restart=restart,
+            tokenizer_type=tokenizer_type,
         )
 
 

@@ -119,4 +119,4 @@ def open_plain(path: Path) -> BinaryIO:
     try:
         return path.open("rb", buffering=BLOCK_BYTES)
     except OSError as error:
-        raise MissingInputError(Problem("input", path, f"cannot be read ({error.strerror})")) from error
+        raise MissingInputError(Problem("--input", path, f"cannot be read ({error.strerror})")) from error
