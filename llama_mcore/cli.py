@@ -51,9 +51,11 @@ class ManyValues(TyperCommand):
 
 def main(command: str | None = None) -> None:
     """Entry point: the whole command line, or one sub-command for the script of that name in tools/."""
-    import sys
-
-    app(args=[command, *sys.argv[1:]] if command else None)
+    root = typer.main.get_command(app)
+    if command is None:
+        root()
+    elif isinstance(root, typer.core.TyperGroup):
+        root.commands[command]()  # not by way of the root, whose name usage lines would have twice
 
 
 @app.callback(invoke_without_command=True)
@@ -418,7 +420,6 @@ def convert(
     """Convert a checkpoint to another format and verify the result."""
     with report_errors(debug):
         from llama_mcore.checkpoint.convert.run import convert
-        from llama_mcore.units import parse_bytes
 
         convert(
             input,
@@ -427,7 +428,7 @@ def convert(
             source=source,
             tp=tp,
             dtype=dtype,
-            max_shard_bytes=parse_bytes("--max-shard-size", max_shard_size),
+            max_shard_size=max_shard_size,
             verify=verify,
             optimizer=optimizer,
             model=model,

@@ -22,6 +22,7 @@ from llama_mcore.errors import (
     Problem,
     UserError,
     gathering,
+    input_problem,
     nearest,
     raise_all,
     shown,
@@ -158,9 +159,7 @@ def _find_config(config: str, field: str = "--config") -> Path:
     mixtures = "mixture" in field
     names = (path.stem for path in CONFIG_DIR.glob("*.yaml"))
     shipped = sorted(name for name in names if name.startswith("mixture") == mixtures)
-    raise MissingInputError(
-        Problem(field, config, "no such file", f"give a path or one of {', '.join(shipped)}")
-    )
+    raise MissingInputError(input_problem(field, config, f"give a path or one of {', '.join(shipped)}"))
 
 
 def _read_yaml(path: Path, field: str = "--config") -> dict[str, Any]:

@@ -55,6 +55,13 @@ def nearest(name: str, known: Iterable[str], aliases: Iterable[str] = ()) -> str
     return f"did you mean {matches[0]}?" if matches else f"known: {', '.join(names)}"
 
 
+def input_problem(field: str, path: object, remedy: str = "", error: OSError | None = None) -> Problem:
+    """An input that is not there or that, as `error` says, the system refuses: every command says it so."""
+    if error is None or isinstance(error, FileNotFoundError):
+        return Problem(field, path, "no such file or folder", remedy)
+    return Problem(field, path, f"cannot be read ({error.strerror})", remedy)
+
+
 class UserError(Exception):
     """A problem that the user can mend. `exit_code` follows sysexits.h."""
 

@@ -59,6 +59,7 @@ def test_each_script_is_its_command(script: str) -> None:
     result = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0
     assert "--debug" in result.stdout
+    assert result.stdout.startswith((f"Usage: {script}.py --config", f"Usage: {script}.py [OPTIONS]"))
 
 
 @pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("nonsense", 2)])
@@ -124,6 +125,30 @@ def test_a_missing_file_exits_with_66() -> None:
     code, output = run("train", "--config", "no-such-file.yaml")
     assert code == 66
     assert "no-such-file.yaml" in output
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["audit-data", "nowhere"],
+        ["inspect-checkpoint", "nowhere"],
+        ["inspect-checkpoint", "nowhere", "--diff", "."],
+        ["compare-checkpoints", "nowhere", "."],
+        ["compare-checkpoints", ".", "nowhere"],
+        ["generate", "--checkpoint", "nowhere", "--prompt", "a"],
+        ["convert", "--input", "nowhere", "--output", "out", "--to", "hf"],
+        ["inspect-dataset", "nowhere"],
+        ["train-tokenizer", "--input", "nowhere", "--output", "out"],
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_what_is_not_there_is_named_in_one_wording(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, output = run(*words)
+    assert (code, "nowhere" in output, "no such file or folder" in output) == (66, True, True), output
+    assert list(tmp_path.iterdir()) == []
 
 
 KINDS = [

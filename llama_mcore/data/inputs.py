@@ -15,7 +15,7 @@ from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Literal
 
-from llama_mcore.errors import MissingInputError, Problem
+from llama_mcore.errors import MissingInputError, Problem, input_problem
 
 Format = Literal["jsonl", "gzip", "zstd", "parquet", "text", "stream"]
 
@@ -157,7 +157,7 @@ def _expand(argument: str) -> tuple[list[Path], Problem | None]:
         found = [Path(name) for name in sorted(glob.glob(argument, recursive=True)) if os.path.isfile(name)]
         bound = "matches no file"
     else:
-        found, bound = [], "no such file"
+        return [], input_problem("--input", argument, "check the path")
     return found, None if found else Problem("--input", argument, bound, "check the path")
 
 
@@ -187,8 +187,7 @@ def _describe(path: Path, argument: str) -> tuple[InputFile, Problem | None]:
         with path.open("rb") as stream:
             start = stream.read(8)
     except OSError as error:
-        bound = f"cannot be read ({error.strerror})"
-        return InputFile(path, format, 0, argument), Problem("--input", path, bound)
+        return InputFile(path, format, 0, argument), input_problem("--input", path, error=error)
     content = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
     problem = None
     if content != (format if format in _NEEDS_MAGIC else None):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from llama_mcore.errors import DataError, MissingInputError, Problem
+from llama_mcore.errors import DataError, MissingInputError, Problem, input_problem
 
 
 class Tokenizer:
@@ -22,8 +22,9 @@ class Tokenizer:
         try:
             model = self.path.read_bytes()
         except OSError as error:
-            bound = f"cannot be read ({error.strerror})"
-            raise MissingInputError(Problem(field, path, bound, "make it with train-tokenizer")) from None
+            raise MissingInputError(
+                input_problem(field, path, "make it with train-tokenizer", error)
+            ) from None
         self.sha256 = hashlib.sha256(model).hexdigest()
         self._processor = sentencepiece.SentencePieceProcessor()
         try:

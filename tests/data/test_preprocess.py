@@ -227,7 +227,7 @@ def test_bad_model_and_bad_output_end_with_one_message(
     corpus: Path, tokenizer_model: Path, tmp_path: Path
 ) -> None:
     for model, prefix, exit_code, message in [
-        (tmp_path / "no.model", tmp_path / "d", 66, "no.model: cannot be read"),
+        (tmp_path / "no.model", tmp_path / "d", 66, "no.model: no such file"),
         (corpus, tmp_path / "d", 65, "is not a SentencePiece model"),
         (tokenizer_model, corpus / "d", 73, "is a file, not a folder"),
     ]:
