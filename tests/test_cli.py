@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from llama_mcore import __version__, errors
+from llama_mcore.benchmark.cli import app as benchmark_app
 from llama_mcore.cli import app
 from llama_mcore.errors import Problem, report_errors
 from llama_mcore.parallel.rank import Place
+from llama_mcore.plan.cli import app as plan_app
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [command.name or "" for command in app.registered_commands]
@@ -34,10 +37,23 @@ def test_help_lists_every_command() -> None:
 
 
 @pytest.mark.parametrize("name", WITH_OPTIONS)
-def test_every_option_is_explained(name: str) -> None:
+def test_every_command_has_help(name: str) -> None:
     code, output = run(name, "--help")
     assert code == 0
     assert "--debug" in output
+
+
+@pytest.mark.parametrize("group", [app, plan_app, benchmark_app], ids=lambda group: group.info.name)
+def test_every_option_is_explained_by_a_phrase(group: typer.Typer) -> None:
+    """Which stands alone: it does not go on from the option's name."""
+    helps = {
+        f"{command.name} {parameter.name}": getattr(parameter, "help", None) or ""
+        for command in typer.main.get_group(group).commands.values()
+        for parameter in command.params
+        if not getattr(parameter, "hidden", False)
+    }
+    assert len(helps) > 20
+    assert [name for name, text in helps.items() if text.partition(" ")[0] in ("", "Of", "That", "As")] == []
 
 
 def test_an_unknown_command_is_a_usage_error() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from pydantic.fields import FieldInfo
 
 from llama_mcore.config import RunConfig, check_run, load_run
 from llama_mcore.errors import ConfigError, MissingInputError, Problem
@@ -19,18 +20,18 @@ VALUES = (
 WRONG_FOR_ALL = ("[1]", "{a: 1}")
 
 
-def fields(section: type[Section], prefix: str = "") -> Iterator[str]:
-    """Dotted name of every field of the sections in `section`; of the sources that of one called SOURCE."""
+def fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Dotted name and definition of every field, those of a source under the name SOURCE."""
     for name, field in section.model_fields.items():
         if prefix:
-            yield prefix + name
+            yield prefix + name, field
         below = f"{name}.SOURCE." if name == "sources" else f"{name}."
         for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, Section):
                 yield from fields(kind, prefix + below)
 
 
-FIELDS = [*fields(RunConfig), "data.sources.SOURCE", "data.mixture", "model.preset"]
+FIELDS = [*(name for name, _ in fields(RunConfig)), "data.sources.SOURCE", "data.mixture", "model.preset"]
 
 
 def problems(config: str, ranks: int, override: str) -> list[Problem]:
@@ -67,6 +68,14 @@ def test_a_value_is_taken_or_refused_by_the_name_of_its_field(
 def test_all_fields_were_looked_at() -> None:
     assert {field.partition(".")[0] for field in FIELDS} == set(RunConfig.model_fields)
     assert {"model.rope_scaling.factor", "data.sources.SOURCE.weight", "watchdog.enabled"} <= set(FIELDS)
+
+
+# Its section's docstring says it.
+UNDESCRIBED = ["watchdog.enabled"]
+
+
+def test_every_field_has_a_docstring() -> None:
+    assert [name for name, field in fields(RunConfig) if not field.description] == UNDESCRIBED
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**63])

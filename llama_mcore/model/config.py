@@ -16,8 +16,11 @@ class RopeScaling(Section):
     factor: float = Field(default=8.0, ge=1)
     """Frequencies too slow to turn once within the original context are divided by this."""
     low_freq_factor: float = Field(default=1.0, gt=0)
+    """Frequencies that turn less often than this within the original context are divided in full."""
     high_freq_factor: float = Field(default=4.0, gt=0)
+    """Those that turn more often than this stay as they are; between the two the divisor fades in."""
     original_seq_length: int = Field(default=8192, ge=1)
+    """Tokens of the context that the model was first trained on."""
 
 
 class ModelConfig(Section):
@@ -26,7 +29,9 @@ class ModelConfig(Section):
     num_layers: int = Field(ge=1, le=100_000)
     """Blocks of attention and SwiGLU. The planner lists their matrices, hence a bound."""
     hidden_size: int = Field(ge=1)
+    """Channels of the residual stream."""
     num_attention_heads: int = Field(ge=1)
+    """Query heads of a layer."""
     num_query_groups: int = Field(default=0, ge=0, validate_default=True)
     """Key/value heads; 0 means one per attention head."""
     head_dim: int = Field(default=0, ge=0, validate_default=True)
@@ -34,11 +39,15 @@ class ModelConfig(Section):
     ffn_hidden_size: int = Field(default=0, ge=0, validate_default=True)
     """Width of the SwiGLU; 0 means 2/3 of 4 * hidden_size, rounded up to a multiple of 256."""
     vocab_size: int = Field(default=32000, ge=2)
+    """Rows of the embedding and the output layer: the tokenizer's tokens, or more so that tp divides them."""
     seq_length: int = Field(default=2048, ge=1)
     """Tokens in one training sample."""
     norm_eps: float = Field(default=1e-6, gt=0)
+    """Added to the mean square in RMSNorm, so that a row of zeros divides by something."""
     rope_theta: float = Field(default=10000.0, gt=0)
+    """Base of the rotary frequencies; the larger, the slower the slowest of them turns."""
     rope_scaling: RopeScaling | None = None
+    """Stretched frequencies for a longer context, as Llama 3.1 has them; none by default."""
     tie_embeddings: bool = False
     """One matrix for the input embedding and the output layer."""
     init_std: float = Field(default=0.02, gt=0)
