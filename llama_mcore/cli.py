@@ -30,6 +30,7 @@ app = typer.Typer(
 
 app.add_typer(plan_app)
 
+NAMED_MODEL = "Preset, run YAML or config.json, for a checkpoint that does not say what model it holds."
 Debug = Annotated[bool, typer.Option("--debug", help="Print a traceback with an error.")]
 
 
@@ -51,9 +52,11 @@ class ManyValues(TyperCommand):
 
 def main(command: str | None = None) -> None:
     """Entry point: the whole command line, or one sub-command for the script of that name in tools/."""
-    import sys
-
-    app(args=[command, *sys.argv[1:]] if command else None)
+    root = typer.main.get_command(app)
+    if command is None:
+        root()
+    elif isinstance(root, typer.core.TyperGroup):
+        root.commands[command]()  # not by way of the root, whose name usage lines would have twice
 
 
 @app.callback(invoke_without_command=True)
@@ -77,11 +80,14 @@ def train_tokenizer(
     bytes_per_source: Annotated[
         str, typer.Option(help="Learn from a random sample of this size of each source, e.g. 500MB.")
     ] = "",
-    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of that sample.")] = 0,
     max_memory: Annotated[
-        str, typer.Option(help="Refuse text that needs more, e.g. 60GB; default: 80 % of what is available.")
+        str,
+        typer.Option(help="Refuse text that needs more memory, e.g. 60GB; default: 80 % of the free."),
     ] = "",
-    report: Annotated[bool, typer.Option("--report", help="Print how it does on each source.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Print how well it compresses each source.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Train a SentencePiece BPE tokenizer with LLaMA's settings."""
@@ -108,32 +114,34 @@ def preprocess_data(
     input: Annotated[
         list[str],
         typer.Option(
-            help="Files, folders or patterns, also several: .jsonl and .json (an object a line), both also "
+            help="Files, folders or patterns, one or several: .jsonl and .json (an object a line), both also "
             ".gz and .zst, .parquet, .txt (one document a file). `-` reads JSONL from stdin; a job that "
             "reads stdin cannot go on after it was killed."
         ),
     ],
     tokenizer_model: Annotated[Path, typer.Option(help="SentencePiece model.")],
-    output_prefix: Annotated[Path, typer.Option(help="Writes PREFIX_KEY_document.bin, .idx and .json.")],
-    json_keys: Annotated[list[str], typer.Option(help="Keys of the text; also several.")] = ["text"],  # noqa: B006
+    output_prefix: Annotated[
+        Path, typer.Option(help="Prefix of the files to write: PREFIX_KEY_document.bin, .idx, .json.")
+    ],
+    json_keys: Annotated[list[str], typer.Option(help="Keys of the text, one or several.")] = ["text"],  # noqa: B006
     workers: Annotated[int, typer.Option(min=1, help="Processes that tokenize.")] = 1,
-    append_eod: Annotated[bool, typer.Option("--append-eod", help="Close each document with EOS.")] = False,
+    append_eod: Annotated[bool, typer.Option("--append-eod", help="End each document with EOS.")] = False,
     append_bos: Annotated[
         bool,
         typer.Option("--append-bos", help="Begin each document with BOS, as Megatron's Llama2Tokenizer did."),
     ] = False,
     encoder: Annotated[
-        str, typer.Option(help="gigatoken, or sentencepiece, which defines the tokens and is slower.")
+        str, typer.Option(help="gigatoken; or sentencepiece, which is slower and gives the same tokens.")
     ] = "gigatoken",
     on_bad_line: Annotated[
-        str, typer.Option(help="fail; or skip, which lists such lines in PREFIX.quarantine.jsonl.")
+        str, typer.Option(help="fail; or skip, which lists bad lines in PREFIX.quarantine.jsonl.")
     ] = "fail",
     max_bad_ratio: Annotated[float, typer.Option(help="Share of documents that may be skipped.")] = 0.01,
     held_out: Annotated[
-        float, typer.Option(help="Share of documents, by their hash, for PREFIX_KEY_heldout instead.")
+        float, typer.Option(help="Share of documents, by their hash, to write to PREFIX_KEY_heldout instead.")
     ] = 0.0,
     shard: Annotated[
-        str, typer.Option(help="INDEX/COUNT, counted from 0: this part of the input only, for job arrays.")
+        str, typer.Option(help="INDEX/COUNT, counted from 0: do only this part of the input, in a job array.")
     ] = "0/1",
     shuffle_seed: Annotated[
         int | None, typer.Option(min=0, help="Shuffle documents inside each 4 to 64 MB of input.")
@@ -141,7 +149,9 @@ def preprocess_data(
     restart: Annotated[
         bool, typer.Option("--restart", help="Drop what an interrupted job has done.")
     ] = False,
-    tokenizer_type: Annotated[str, typer.Option(help="Megatron's name for it; any SentencePiece one.")] = "",
+    tokenizer_type: Annotated[
+        str, typer.Option(help="Megatron's name of the tokenizer: any SentencePiece one.")
+    ] = "",
     log_interval: Annotated[int, typer.Option(hidden=True, help="Megatron's; without effect.")] = 0,
     keep_sequential_samples: Annotated[bool, typer.Option("--keep-sequential-samples", hidden=True)] = False,
     partitions: Annotated[int, typer.Option(hidden=True, help="Megatron's; without effect.")] = 1,
@@ -153,9 +163,7 @@ def preprocess_data(
     """
     with report_errors(debug):
         from llama_mcore.data.preprocess import preprocess
-        from llama_mcore.data.preprocess_settings import check_choices, parse_shard
 
-        check_choices(encoder=encoder, on_bad_line=on_bad_line, tokenizer_type=tokenizer_type)
         preprocess(
             input,
             tokenizer_model,
@@ -168,18 +176,22 @@ def preprocess_data(
             on_bad_line=on_bad_line,
             max_bad_ratio=max_bad_ratio,
             held_out=held_out,
-            shard=parse_shard(shard),
+            shard=shard,
             shuffle_seed=shuffle_seed,
             restart=restart,
+            tokenizer_type=tokenizer_type,
         )
 
 
 @app.command("merge-datasets", cls=ManyValues)
 def merge_datasets(
     input: Annotated[
-        list[str], typer.Option(help="Prefixes of datasets in their order, or a folder: all in it by name.")
+        list[str],
+        typer.Option(help="Prefixes of datasets in their order, or a folder of datasets."),
     ],
-    output_prefix: Annotated[Path, typer.Option(help="Writes PREFIX.bin, .idx and .json.")],
+    output_prefix: Annotated[
+        Path, typer.Option(help="Prefix of the files to write: PREFIX.bin, .idx and .json.")
+    ],
     debug: Debug = False,
 ) -> None:
     """Join datasets made with one tokenizer, such as the shards of a job array, into one."""
@@ -191,15 +203,16 @@ def merge_datasets(
 
 @app.command("inspect-dataset")
 def inspect_dataset(
-    prefix: Annotated[str, typer.Argument(help="The dataset: PREFIX.bin and PREFIX.idx.")],
+    prefix: Annotated[str, typer.Argument(help="Prefix of the dataset: of PREFIX.bin and PREFIX.idx.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read and check every byte.")] = False,
-    show: Annotated[int, typer.Option(min=0, help="Documents to print.")] = 0,
+    show: Annotated[int, typer.Option(min=0, help="How many documents to print.")] = 0,
     start: Annotated[int, typer.Option(min=0, help="First document to print.")] = 0,
     tokenizer_model: Annotated[
         Path | None, typer.Option(help="SentencePiece model, to show text instead of ids.")
     ] = None,
     write_manifest: Annotated[
-        bool, typer.Option("--write-manifest", help="Add PREFIX.json to a dataset of another tool.")
+        bool,
+        typer.Option("--write-manifest", help="Write PREFIX.json for a dataset of another tool."),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
@@ -223,7 +236,7 @@ def inspect_dataset(
 def goodput(
     run_dir: Annotated[Path, typer.Argument(help="Folder of the run.")],
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="Draw it too, as a PNG.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Also draw it to this PNG.")] = None,
     debug: Debug = False,
 ) -> None:
     """Say where the time of a run went: steps, lost steps, saving, evaluation, restarting, waiting."""
@@ -441,25 +454,28 @@ def _data_plan(run: "RunConfig") -> str:
 
 @app.command("convert")
 def convert(
-    input: Annotated[Path, typer.Option(help="Folder to read; of a run: its newest checkpoint.")],
+    input: Annotated[Path, typer.Option(help="Checkpoint to read; of a run's folder its newest.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     target: Annotated[str, typer.Option("--to", help="native, hf, meta, megatron or deepspeed (universal).")],
     source: Annotated[
-        str | None, typer.Option("--from", help="Format of the input; found out if left out.")
+        str | None, typer.Option("--from", help="Format of the input; default: what it looks like.")
     ] = None,
     tp: Annotated[
         int | None, typer.Option(help="Tensor-parallel ranks to cut the files for: native, meta, deepspeed.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp16 or fp32; default: as it is, of a training run bf16.")
+        str | None,
+        typer.Option(help="bf16, fp16 or fp32; default: as the input, of a training run bf16."),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file of hf, e.g. 500MB or 5GB.")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest file to write for hf, e.g. 500MB or 5GB.")
+    ] = "5GB",
     optimizer: Annotated[
         bool, typer.Option("--optimizer", help="Carry fp32 masters and Adam moments too.")
     ] = False,
     model: Annotated[
         str | None,
-        typer.Option(help="Preset, run YAML or config.json, for an input that does not say what it holds."),
+        typer.Option(help=NAMED_MODEL),
     ] = None,
     verify: Annotated[bool, typer.Option(help="Read the output back and compare.")] = True,
     debug: Debug = False,
@@ -467,7 +483,6 @@ def convert(
     """Convert a checkpoint to another format and verify the result."""
     with report_errors(debug):
         from llama_mcore.checkpoint.convert.run import convert
-        from llama_mcore.units import parse_bytes
 
         convert(
             input,
@@ -476,7 +491,7 @@ def convert(
             source=source,
             tp=tp,
             dtype=dtype,
-            max_shard_bytes=parse_bytes("--max-shard-size", max_shard_size),
+            max_shard_size=max_shard_size,
             verify=verify,
             optimizer=optimizer,
             model=model,
@@ -485,10 +500,11 @@ def convert(
 
 @app.command("inspect-checkpoint")
 def inspect_checkpoint(
-    folder: Annotated[Path, typer.Argument(help="A run's folder, or that of one checkpoint.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, or of one checkpoint.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read and check every byte.")] = False,
     diff: Annotated[
-        Path | None, typer.Option(help="Another one: name the settings and tensors that differ; exit code 1.")
+        Path | None,
+        typer.Option(help="Compare with this one; exit code 1 if they differ."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
@@ -506,11 +522,11 @@ def inspect_checkpoint(
 @app.command("compare-checkpoints")
 def compare_checkpoints(
     left: Annotated[Path, typer.Argument(help="A checkpoint of any format.")],
-    right: Annotated[Path, typer.Argument(help="Another one.")],
+    right: Annotated[Path, typer.Argument(help="Another checkpoint, of any format.")],
     source: Annotated[
-        str | None, typer.Option("--from", help="Format of the first; found out if left out.")
+        str | None, typer.Option("--from", help="Format of the first; default: what it looks like.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="As of convert.")] = None,
+    model: Annotated[str | None, typer.Option(help=NAMED_MODEL)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -529,14 +545,16 @@ def generate(
     tokenizer_model: Annotated[
         Path | None, typer.Option(help="SentencePiece model; default: the run's.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 picks the likeliest token.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
-    seed: Annotated[int, typer.Option()] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens with this probability.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     source: Annotated[
-        str | None, typer.Option("--from", help="Format of the checkpoint; found out if left out.")
+        str | None, typer.Option("--from", help="Format of the checkpoint; default: what it looks like.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="As of convert.")] = None,
+    model: Annotated[str | None, typer.Option(help=NAMED_MODEL)] = None,
     debug: Debug = False,
 ) -> None:
     """Continue a text with a trained checkpoint."""

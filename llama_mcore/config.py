@@ -6,18 +6,27 @@ Every key is known to one section, an unknown one is refused with the nearest na
 problems are reported together. Nothing here imports torch.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from llama_mcore.checkpoint.config import CheckpointConfig
 from llama_mcore.data.config import DataConfig, SourceConfig
-from llama_mcore.errors import ConfigError, MissingInputError, Problem, nearest, shown
+from llama_mcore.errors import (
+    ConfigError,
+    MissingInputError,
+    Problem,
+    UserError,
+    gathering,
+    input_problem,
+    nearest,
+    raise_all,
+    shown,
+)
 from llama_mcore.launch.config import WatchdogConfig
 from llama_mcore.model.config import PRESETS, ModelConfig, RopeScaling
 from llama_mcore.observe.config import ObserveConfig
@@ -34,8 +43,8 @@ _LARGEST_DP = 1 << 20  # where the search for a number of ranks ends
 class RunSection(Section):
     dir: str
     """Folder of the run: metrics, checkpoints, TensorBoard events, the resolved configuration."""
-    seed: int = 1234
-    """Seed of the initial weights and of the data order."""
+    seed: int = Field(default=1234, ge=0, lt=1 << 32)
+    """Seed of the initial weights and of the data order: 32 bits, of which torch on a CPU reads no more."""
 
 
 class RunConfig(Section):
@@ -78,35 +87,32 @@ class RunConfig(Section):
 def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read `config` (a path, or the name of a shipped file) and apply `section.key=value` overrides.
 
-    Raises MissingInputError if there is no such file and ConfigError with every problem of its content.
+    Raises ConfigError with every problem of the content; MissingInputError if all that is wrong is that
+    there is no such file, or none of its mixture.
     """
     data = _read_yaml(_find_config(config))
-    problems: list[Problem] = []
+    errors: list[UserError] = []
+    with gathering(errors):
+        _check_stand_ins(overrides)
     for override in sorted(overrides, key=_stands_for_others, reverse=True):
-        with _joining(problems):
+        with gathering(errors):
             if _stands_for_others(override):
                 _drop_replaced(data, override)
             _apply_override(data, override)
-    with _joining(problems):
-        _expand_preset(data)
-    with _joining(problems):
-        _expand_mixture(data)
-    try:
-        run = RunConfig.model_validate(data)
-    except ValidationError as error:
-        problems += [_problem(details) for details in error.errors()]
-    if problems:
-        raise ConfigError(problems)
+    for expand in (_expand_preset, _expand_mixture):
+        with gathering(errors):
+            expand(data)
+    with gathering(errors):
+        run = _validated(data)
+    raise_all(errors)
     return run
 
 
-@contextmanager
-def _joining(problems: list[Problem]) -> Iterator[None]:
-    """What is wrong here is told with all the rest."""
+def _validated(data: dict[str, Any]) -> RunConfig:
     try:
-        yield
-    except ConfigError as error:
-        problems += error.problems
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError([_problem(details) for details in error.errors()]) from None
 
 
 def load_mixture(mixture: str, field: str) -> dict[str, SourceConfig]:
@@ -153,9 +159,7 @@ def _find_config(config: str, field: str = "--config") -> Path:
     mixtures = "mixture" in field
     names = (path.stem for path in CONFIG_DIR.glob("*.yaml"))
     shipped = sorted(name for name in names if name.startswith("mixture") == mixtures)
-    raise MissingInputError(
-        Problem(field, config, "no such file", f"give a path or one of {', '.join(shipped)}")
-    )
+    raise MissingInputError(input_problem(field, config, f"give a path or one of {', '.join(shipped)}"))
 
 
 def _read_yaml(path: Path, field: str = "--config") -> dict[str, Any]:
@@ -173,16 +177,20 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     *sections, name = key.split(".")
     if not equals or not sections or not all(sections) or not name:
         raise ConfigError(Problem("override", override, "must read section.key=value"))
-    try:
-        value = parse_yaml(text) if text else None
-    except ValueError:
-        value = text
     section = data
     for part in sections:
         if not isinstance(section.get(part), dict):
             section[part] = {}  # a null or a plain value gives way to the keys below it
         section = section[part]
-    section[name] = value
+    section[name] = _value(text)
+
+
+def _value(text: str) -> Any:
+    """What an override says after its `=`: YAML, or else text."""
+    try:
+        return parse_yaml(text) if text else None
+    except ValueError:
+        return text
 
 
 # A key that stands for others -> what of its section it puts aside when it comes from the command line.
@@ -195,7 +203,15 @@ _REPLACES = {
 
 def _stands_for_others(override: str) -> bool:
     key, _, text = override.partition("=")
-    return key in _REPLACES and text != ""
+    return key in _REPLACES and _value(text) is not None
+
+
+def _check_stand_ins(overrides: Sequence[str]) -> None:
+    """Of two that each put the other aside, neither can win."""
+    given = {key: text for key, _, text in (o.partition("=") for o in overrides if _stands_for_others(o))}
+    if "data.train" in given and "data.mixture" in given:
+        bound = f"stands for a single source, beside data.mixture = {given['data.mixture']}"
+        raise ConfigError(Problem("data.train", given["data.train"], bound, "drop one"))
 
 
 def _drop_replaced(data: dict[str, Any], override: str) -> None:
@@ -222,12 +238,17 @@ def _expand_mixture(data: dict[str, Any]) -> None:
     section = data.get("data")
     if not isinstance(section, dict) or "mixture" not in section:
         return
-    mixture = _read_yaml(_find_config(str(section.pop("mixture")), "data.mixture"), "data.mixture")
-    sources = section.get("sources") or {}
-    section["sources"] = {
-        name: {**mixture.get(name, {}), **sources.get(name, {})}
-        for name in dict.fromkeys([*mixture, *sources])
+    named, sources = section.pop("mixture"), section.get("sources", {})
+    if named is None or not isinstance(sources, dict):
+        return
+    if not isinstance(named, str):
+        raise ConfigError(Problem("data.mixture", named, "must be a path or the name of a shipped mixture"))
+    mixture = _read_yaml(_find_config(named, "data.mixture"), "data.mixture")
+    beside = {
+        name: {**mixture.get(name, {}), **said} if isinstance(said, dict) else said
+        for name, said in sources.items()
     }
+    section["sources"] = {**mixture, **beside}
 
 
 def _problem(details: ErrorDetails) -> Problem:
@@ -239,6 +260,8 @@ def _problem(details: ErrorDetails) -> Problem:
         return Problem(field, details["input"], "is not a known key", nearest(location[-1], known))
     if details["type"] == "missing":
         return Problem(field, "(not given)", "is required", f"add it to the file or as {field}=VALUE")
+    if details["type"] in ("model_type", "dict_type"):
+        return Problem(field, details["input"], "must hold keys with values")
     return Problem(field, details["input"], details["msg"][0].lower() + details["msg"][1:])
 
 

@@ -55,6 +55,13 @@ def nearest(name: str, known: Iterable[str], aliases: Iterable[str] = ()) -> str
     return f"did you mean {matches[0]}?" if matches else f"known: {', '.join(names)}"
 
 
+def input_problem(field: str, path: object, remedy: str = "", error: OSError | None = None) -> Problem:
+    """An input that is not there or that, as `error` says, the system refuses: every command says it so."""
+    if error is None or isinstance(error, FileNotFoundError):
+        return Problem(field, path, "no such file or folder", remedy)
+    return Problem(field, path, f"cannot be read ({error.strerror})", remedy)
+
+
 class UserError(Exception):
     """A problem that the user can mend. `exit_code` follows sysexits.h."""
 
@@ -142,6 +149,23 @@ def all_of(failures: Sequence[UserError]) -> UserError:
     one_code = len({failure.exit_code for failure in failures}) == 1
     kind = type(failures[0]) if one_code else ConfigError
     return kind([problem for failure in failures for problem in failure.problems])
+
+
+@contextmanager
+def gathering(errors: list[UserError]) -> Iterator[None]:
+    """An error that is raised here is put by in `errors`, for `raise_all`."""
+    try:
+        yield
+    except UserError as error:
+        errors.append(error)
+
+
+def raise_all(errors: Sequence[UserError]) -> None:
+    """Raise the problems of all errors as one: of their kind if they are of one kind, else a ConfigError."""
+    if errors:
+        kinds = {type(error) for error in errors}
+        kind = kinds.pop() if len(kinds) == 1 else ConfigError
+        raise kind([problem for error in errors for problem in error.problems])
 
 
 @contextmanager

@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_mcore.checkpoint.convert.formats import detect, get_format
+from llama_mcore.checkpoint.convert.formats import check_there, detect, get_format
 from llama_mcore.checkpoint.convert.named_model import named_model
 from llama_mcore.checkpoint.convert.weights import Weights
 from llama_mcore.data.tokenizer import Tokenizer
-from llama_mcore.errors import CheckpointError, DataError, MissingInputError, Problem
+from llama_mcore.errors import CheckpointError, DataError, MissingInputError, Problem, input_problem
 from llama_mcore.model.decoder import Decoder
 from llama_mcore.observe.log import silence_libraries
 from llama_mcore.parallel.device import local_device, on_gpu
@@ -62,8 +62,7 @@ def generate(
 
 def open_weights(path: Path, source: str | None = None, model: str | None = None) -> Weights:
     """A checkpoint of any format, or the newest of a run."""
-    if not path.exists():
-        raise MissingInputError(Problem("--checkpoint", path, "no such folder"))
+    check_there(path, "--checkpoint")
     found = get_format(source, "--from") if source else detect(path)
     return found.open(path, named_model(model) if model else None)
 
@@ -84,7 +83,7 @@ def _open_tokenizer(path: Path | None, weights: Weights) -> Tokenizer:
     if path is None:
         raise MissingInputError(Problem("tokenizer", "(not given)", "is not named by the checkpoint", remedy))
     if not path.is_file():
-        raise MissingInputError(Problem("tokenizer", path, "no such file", remedy))
+        raise MissingInputError(input_problem("tokenizer", path, remedy))
     tokenizer = Tokenizer(path)
     if tokenizer.vocab_size > weights.model.vocab_size:
         bound = f"has {tokenizer.vocab_size} tokens, the model only {weights.model.vocab_size}"

@@ -1,17 +1,21 @@
 """llama_mcore.cli: the commands, their scripts in tools/, and how an error ends."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from llama_mcore import __version__, errors
+from llama_mcore.benchmark.cli import app as benchmark_app
 from llama_mcore.cli import app
 from llama_mcore.errors import Problem, report_errors
 from llama_mcore.parallel.rank import Place
+from llama_mcore.plan.cli import app as plan_app
 from tests.conftest import write_tokens
 
 ROOT = Path(__file__).parents[1]
@@ -35,10 +39,23 @@ def test_help_lists_every_command() -> None:
 
 
 @pytest.mark.parametrize("name", WITH_OPTIONS)
-def test_every_option_is_explained(name: str) -> None:
+def test_every_command_has_help(name: str) -> None:
     code, output = run(name, "--help")
     assert code == 0
     assert "--debug" in output
+
+
+@pytest.mark.parametrize("group", [app, plan_app, benchmark_app], ids=lambda group: group.info.name)
+def test_every_option_is_explained_by_a_phrase(group: typer.Typer) -> None:
+    """Which stands alone: it does not go on from the option's name."""
+    helps = {
+        f"{command.name} {parameter.name}": getattr(parameter, "help", None) or ""
+        for command in typer.main.get_group(group).commands.values()
+        for parameter in command.params
+        if not getattr(parameter, "hidden", False)
+    }
+    assert len(helps) > 20
+    assert [name for name, text in helps.items() if text.partition(" ")[0] in ("", "Of", "That", "As")] == []
 
 
 def test_an_unknown_command_is_a_usage_error() -> None:
@@ -60,6 +77,17 @@ def test_each_script_is_its_command(script: str) -> None:
     result = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0
     assert "--debug" in result.stdout
+    assert result.stdout.startswith((f"Usage: {script}.py --config", f"Usage: {script}.py [OPTIONS]"))
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("nonsense", 2)])
+def test_the_demo_touches_nothing_when_it_is_only_asked(argument: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "tools").mkdir()
+    script = shutil.copy(ROOT / "tools/demo.py", tmp_path / "tools")
+    earlier = tmp_path / "runs/demo/corpus"
+    earlier.mkdir(parents=True)
+    result = subprocess.run([sys.executable, script, argument], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, earlier.is_dir()) == (code, True)
 
 
 def dry_run(*arguments: str) -> tuple[int, list[str], str]:
@@ -152,6 +180,30 @@ def test_a_missing_file_exits_with_66() -> None:
     code, output = run("train", "--config", "no-such-file.yaml")
     assert code == 66
     assert "no-such-file.yaml" in output
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["audit-data", "nowhere"],
+        ["inspect-checkpoint", "nowhere"],
+        ["inspect-checkpoint", "nowhere", "--diff", "."],
+        ["compare-checkpoints", "nowhere", "."],
+        ["compare-checkpoints", ".", "nowhere"],
+        ["generate", "--checkpoint", "nowhere", "--prompt", "a"],
+        ["convert", "--input", "nowhere", "--output", "out", "--to", "hf"],
+        ["inspect-dataset", "nowhere"],
+        ["train-tokenizer", "--input", "nowhere", "--output", "out"],
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_what_is_not_there_is_named_in_one_wording(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, output = run(*words)
+    assert (code, "nowhere" in output, "no such file or folder" in output) == (66, True, True), output
+    assert list(tmp_path.iterdir()) == []
 
 
 KINDS = [

@@ -397,3 +397,26 @@ def test_problems_of_overrides_presets_and_values_are_told_together() -> None:
     assert fields[:2] == ["override", "model.preset"]
     assert {"parallel.tpp", "optim.lr"} <= set(fields)
     assert len(fields) == 4
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_source_and_a_mixture_on_one_command_line_are_refused(order: int) -> None:
+    with pytest.raises(ConfigError, match=r"data\.train = mine: .*beside data\.mixture = m\.yaml; drop one"):
+        load_run("tiny", ["data.train=mine", "data.mixture=m.yaml"][::order])
+    assert load_run("tiny", ["data.train=mine", "data.mixture="][::order]).data.train == "mine"
+
+
+def test_no_mixture_is_none(config: str) -> None:
+    assert load_run(config, ["data.mixture=null"]).data.train == "train_document"
+
+
+def test_a_missing_mixture_is_told_with_all_other_problems() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run("7b", ["data.mixture=nowhere", "train.steps=0", "nonsense"])
+    assert [problem.field for problem in caught.value.problems] == ["override", "data.mixture", "train.steps"]
+
+
+@pytest.mark.parametrize("value", ["3", "[]", "[a, 3]"])
+def test_what_names_no_dataset_is_one_problem(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"^[^\n]*data\.train = .*: must be a prefix of \.bin and \.idx"):
+        load_run("tiny", [f"data.train={value}"])

@@ -1,6 +1,17 @@
 import pickle
 
-from llama_mcore.errors import CheckpointError, Problem
+import pytest
+
+from llama_mcore.errors import (
+    CheckpointError,
+    ConfigError,
+    MissingInputError,
+    OutputError,
+    Problem,
+    UserError,
+    gathering,
+    raise_all,
+)
 
 
 def test_an_error_crosses_ranks_whole() -> None:
@@ -14,3 +25,28 @@ def test_an_error_crosses_ranks_whole() -> None:
         == str(error)
         == "checkpoint error: 2 problems\n  - a = 1: is wrong; mend it\n  - b = 2: too"
     )
+
+
+def raised(*errors: UserError) -> UserError:
+    gathered: list[UserError] = []
+    for error in errors:
+        with gathering(gathered):
+            raise error
+    with pytest.raises(UserError) as caught:
+        raise_all(gathered)
+    return caught.value
+
+
+def test_errors_of_one_kind_are_told_as_that_kind() -> None:
+    missing = [MissingInputError(Problem(name, "x", "is not there")) for name in "ab"]
+    assert type(raised(*missing)) is MissingInputError
+    assert [problem.field for problem in raised(*missing).problems] == ["a", "b"]
+    assert type(raised(*missing, OutputError(Problem("c", "y", "is there")))) is ConfigError
+
+
+def test_no_errors_raise_nothing() -> None:
+    errors: list[UserError] = []
+    with gathering(errors):
+        pass
+    raise_all(errors)
+    assert errors == []

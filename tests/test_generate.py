@@ -146,7 +146,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: set[in
 
 
 def test_missing_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(MissingInputError, match="no such folder"):
+    with pytest.raises(MissingInputError, match="no such file or folder"):
         generate(tmp_path / "nothing", "one")
 
 

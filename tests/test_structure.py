@@ -1,8 +1,10 @@
 """The import direction and the banned calls of the package. Each checker is itself tried on a bad source."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +85,13 @@ LIBRARY_BORDERS = {
     "megatron": ("model.", "parallel.", "data.indexed", "checkpoint.convert.megatron"),
     "deepspeed": ("train.engine", "checkpoint."),
 }
+
+# Module -> the package that has it, where the names differ.
+PACKAGES = {"yaml": "pyyaml", "megatron": "megatron-core"}
+# What a user may leave out: the extras, and what is built from its source.
+OPTIONAL_LIBRARIES = {"transformers", "flash-attn", "xformers", "transformer-engine"}
+# torch writes TensorBoard's events with the one, SentencePiece reads its models with the other.
+REQUIRED_BY_OTHERS = {"tensorboard", "protobuf"}
 
 # Arithmetic that works on any device and in one process. layer_function is given its collectives.
 MODEL_MATHS = (
@@ -294,6 +303,16 @@ def test_scripts_run_no_code_that_they_read() -> None:
     problems = [problem for path in SCRIPTS for problem in banned(f"tools.{path.stem}", path.read_text())]
     assert not problems, "\n".join(problems)
     assert {"train", "demo", "inspect_checkpoint"} <= {path.stem for path in SCRIPTS}
+
+
+def test_what_is_imported_is_required_and_nothing_else() -> None:
+    trees = [ast.parse(path.read_text()) for path in (*SOURCES, *SCRIPTS)]
+    modules = {name.partition(".")[0] for tree in trees for _, name in imports(tree)}
+    others = modules - set(sys.stdlib_module_names) - {"llama_mcore"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = {re.split(r"[^A-Za-z0-9-]", entry)[0].lower() for entry in project["dependencies"]}
+    packages = {PACKAGES.get(module, module.replace("_", "-")) for module in others}
+    assert packages - OPTIONAL_LIBRARIES == required - REQUIRED_BY_OTHERS
 
 
 def test_all_of_the_package_was_looked_at() -> None:

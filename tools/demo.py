@@ -5,6 +5,7 @@
 Every stage is a command of the product, printed before it runs. What it makes lies in runs/demo.
 """
 
+import argparse
 import json
 import math
 import shlex
@@ -28,6 +29,10 @@ SAVED = 75
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description="Raw text to a trained, resumed and exported LLaMA on this machine, in minutes.",
+        epilog=f"Every stage is a command, printed before it runs. What lies in {DEMO} is deleted first.",
+    ).parse_args()
     started = time.perf_counter()
     shutil.rmtree(ROOT / DEMO, ignore_errors=True)
     stages: list[tuple[str, Callable[[], str]]] = [

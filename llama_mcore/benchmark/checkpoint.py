@@ -24,7 +24,7 @@ from llama_mcore.checkpoint.save import Saver
 from llama_mcore.checkpoint.snapshot import snapshot
 from llama_mcore.checkpoint.tensor_file import write_tensors
 from llama_mcore.config import RunConfig
-from llama_mcore.errors import MissingInputError, Problem
+from llama_mcore.errors import MissingInputError, input_problem
 from llama_mcore.model.build import build_model
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.parallel.device import seconds_of
@@ -65,9 +65,7 @@ def measure(rounds: int = 5, folder: Path | None = None, shape: Mapping[str, int
     `shape` is a ModelConfig. Raises MissingInputError if there is no such folder.
     """
     if folder and not folder.is_dir():
-        raise MissingInputError(
-            Problem("--folder", folder, "no such folder", "name one on the disk to measure")
-        )
+        raise MissingInputError(input_problem("--folder", folder, "name one on the disk to measure"))
     model = ModelConfig.model_validate(shape)
     others = OtherWork()
     with tempfile.TemporaryDirectory(dir=folder, prefix="benchmark-checkpoint-") as temporary:

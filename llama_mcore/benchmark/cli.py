@@ -23,7 +23,7 @@ app = typer.Typer(
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 Check = Annotated[bool, typer.Option("--check", help="Exit 1 when a stated bar is not held.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Print a traceback with an error.")]
-Dimension = Annotated[int | None, typer.Option(min=1)]
+Dimension = Annotated[int | None, typer.Option(min=1, help="In place of what the model has.")]
 
 
 @app.callback()
@@ -43,8 +43,10 @@ def step(
     vocab_size: Dimension = None,
     seq_length: Dimension = None,
     micro_batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences; default 4.")] = None,
-    recompute: Annotated[str | None, typer.Option(help="Of ours: none, selective or full.")] = None,
-    attention: Annotated[str | None, typer.Option(help="Attention backend of ours.")] = None,
+    recompute: Annotated[
+        str | None, typer.Option(help="Recomputation of our layer: none, selective or full.")
+    ] = None,
+    attention: Annotated[str | None, typer.Option(help="Attention of our layer: sdpa, flash ...")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 5,
     repeats: Annotated[int, typer.Option(min=1, help="Timed passes in one turn.")] = 2,
     contender: Annotated[
@@ -139,7 +141,9 @@ def convert(
     folder: Annotated[
         Path | None, typer.Option(help="On the disk to measure; default: that of temporary files.")
     ] = None,
-    layers: Annotated[int, typer.Option(min=1, help="Of about 100 MB each in bf16.")] = 16,
+    layers: Annotated[
+        int, typer.Option(min=1, help="Layers of the model, of about 100 MB each in bf16.")
+    ] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each conversion.")] = 3,
     json: Json = None,
     check: Check = False,

@@ -11,7 +11,7 @@ from rich.progress import Progress
 from llama_mcore.checkpoint.layout import find_checkpoint
 from llama_mcore.checkpoint.manifest import read_manifest
 from llama_mcore.data.audit import check_ledger, check_uses, count_uses, use_table
-from llama_mcore.errors import DataError, MissingInputError, Problem
+from llama_mcore.errors import DataError, MissingInputError, Problem, input_problem
 from llama_mcore.observe.sinks import METRICS_FILE
 from llama_mcore.train.state import Rollback
 
@@ -79,7 +79,7 @@ def _rows(path: Path) -> list[dict]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise MissingInputError(Problem("metrics", path, f"cannot be read ({error.strerror})")) from None
+        raise MissingInputError(input_problem("metrics", path, error=error)) from None
     rows = []
     for number, line in enumerate(content.splitlines(keepends=True), 1):
         if line.endswith(b"\n"):

@@ -18,7 +18,7 @@ from llama_mcore.checkpoint.manifest import MANIFEST, Manifest, damaged_files, m
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.data.ledger import format_table
 from llama_mcore.data.progress import InputProgress
-from llama_mcore.errors import CheckpointError, MissingInputError, Problem, shown
+from llama_mcore.errors import CheckpointError, MissingInputError, Problem, input_problem, shown
 
 _SHOWN_FILES = 20
 
@@ -77,15 +77,18 @@ def diff_checkpoints(left: Path, right: Path, *, verify: bool = False, as_json: 
 
 def _folders(path: Path) -> tuple[list[Path], bool]:
     """The checkpoints to look at, and whether `path` is the folder of a run."""
+    remedy = "give RUN_DIR or RUN_DIR/checkpoints/step-*"
     try:
         if path.is_dir() and (path.name.startswith("step-") or (path / MANIFEST).exists()):
             return [path], False
+        if not path.exists():
+            raise MissingInputError(input_problem("folder", path, remedy))
         found = [*step_folders(path), *sorted(unfinished(path))]
     except OSError as error:
         raise unreadable(error) from None
     if not found:
         bound = "is neither a checkpoint nor the folder of a run that has one"
-        raise MissingInputError(Problem("folder", path, bound, "give RUN_DIR or RUN_DIR/checkpoints/step-*"))
+        raise MissingInputError(Problem("folder", path, bound, remedy))
     return found, True
 
 

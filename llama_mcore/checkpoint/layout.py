@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import get_args
 
 from llama_mcore.checkpoint.manifest import MANIFEST, Kind, missing_files, read_manifest
-from llama_mcore.errors import CheckpointError, MissingInputError, Problem
+from llama_mcore.errors import CheckpointError, MissingInputError, Problem, input_problem
 
 TEMPORARY = ".tmp"
 REPLACED = ".replaced"
@@ -86,21 +86,23 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
 
 def find_checkpoint(path: Path) -> Path:
     """A checkpoint folder as it is; the newest complete checkpoint of a run folder."""
+    remedy = "give a run folder or a step-* folder"
     try:
         if (path / MANIFEST).is_file():
             return path
+        if not path.exists():
+            raise MissingInputError(input_problem("folder", path, remedy))
         found = complete_checkpoints(path)
     except OSError as error:
         raise unreadable(error) from None
     if not found:
-        bound = "holds no complete checkpoint"
-        raise MissingInputError(Problem("checkpoint", path, bound, "give a run folder or a step-* folder"))
+        raise MissingInputError(Problem("checkpoint", path, "holds no complete checkpoint", remedy))
     return found[-1]
 
 
 def unreadable(error: OSError) -> MissingInputError:
     """For a folder that cannot be looked into."""
-    return MissingInputError(Problem("folder", error.filename, f"cannot be read ({error.strerror})"))
+    return MissingInputError(input_problem("folder", error.filename, error=error))
 
 
 def unfinished(run_dir: Path) -> Iterator[Path]:

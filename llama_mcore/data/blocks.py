@@ -58,4 +58,4 @@ def bad_line_error(bad: BadLine, number: int | None) -> DataError:
     """The error for a line, with its number in the file, counted from 1."""
     place = "row" if bad.path.suffix == ".parquet" else "line"
     where = str(bad.path) if number is None else f"{bad.path} {place} {number}"
-    return DataError(Problem("input", where, bad.reason))
+    return DataError(Problem("--input", where, bad.reason))

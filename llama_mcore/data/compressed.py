@@ -97,7 +97,7 @@ class Decompressed(io.RawIOBase):
 
     def _damaged(self, bound: str) -> DataError:
         where = f"{self._path}, {self.member} at byte {self._member_start:,}"
-        return DataError(Problem("input", where, bound, "fetch the file again or leave it out"))
+        return DataError(Problem("--input", where, bound, "fetch the file again or leave it out"))
 
 
 class _Gzip(Decompressed):

@@ -2,17 +2,29 @@
 
 from typing import Annotated
 
-from pydantic import Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints
+from pydantic_core import PydanticCustomError
 
 from llama_mcore.section import Section
 
 SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
+def _check_prefixes(value: object) -> object:
+    """One message, where pydantic has one for each kind of a union."""
+    parts = value if isinstance(value, list) else [value]
+    if not parts or not all(isinstance(part, str) for part in parts):
+        raise PydanticCustomError("prefixes", "must be a prefix of .bin and .idx, or a list of prefixes")
+    return value
+
+
+Prefixes = Annotated[str | list[str], BeforeValidator(_check_prefixes)]
+
+
 class SourceConfig(Section):
     """One source of text. All sources of a run give `epochs`, or all give `weight`."""
 
-    train: str | list[str]
+    train: Prefixes
     """Prefix of its training dataset, or prefixes of the parts that it comes in."""
     valid: str | None = None
     """Prefix of its held-out dataset."""
@@ -27,7 +39,7 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """Datasets are named by the prefix of their .bin and .idx files, as in megatron-core."""
 
-    train: str | list[str] | None = None
+    train: Prefixes | None = None
     """Prefix of the training dataset of a run with one source; else see `sources`."""
     valid: str | None = None
     """Prefix of its held-out dataset."""
@@ -37,8 +49,8 @@ class DataConfig(Section):
     """Several sources by name, in place of `train`. `mixture: FILE` stands for the sources of that file."""
     tokenizer: str | None = None
     """SentencePiece model that the datasets were made with; exported beside the weights."""
-    prefetch: int = Field(default=4, ge=1)
-    """Micro-batches that a background thread prepares ahead."""
+    prefetch: int = Field(default=4, ge=1, le=1024)
+    """Micro-batches that a background thread prepares ahead. They lie in memory, hence a bound."""
     eod_token: int = Field(default=2, ge=0)
     """Token that closes a document (EOS of LLaMA's tokenizer)."""
     reset_attention_at_eod: bool = False

@@ -13,7 +13,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_mcore.errors import DataError, MissingInputError, Problem
+from llama_mcore.errors import DataError, MissingInputError, Problem, input_problem
 
 _RESTORE = "restore it from a copy, or make it again with tools/preprocess_data.py"
 
@@ -32,7 +32,7 @@ class DiskArray:
         try:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise MissingInputError(Problem("dataset", path, f"cannot be read ({error.strerror})")) from None
+            raise MissingInputError(input_problem("dataset", path, error=error)) from None
         # Not at exit: a daemon thread may still be reading, and the file ends with the process.
         weakref.finalize(self, os.close, self._file).atexit = False
 

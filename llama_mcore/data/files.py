@@ -14,14 +14,14 @@ def temporary_name(path: Path) -> Path:
 
 
 @contextmanager
-def output_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system refuses while writing `path` into an OutputError."""
+def output_errors(path: Path, field: str = "output") -> Iterator[None]:
+    """Turn what the operating system refuses while writing `path` into an OutputError that names `field`."""
     try:
         yield
     except OSError as error:
         raise OutputError(
             Problem(
-                "output",
+                field,
                 path,
                 f"cannot be written ({error.strerror})",
                 "choose another place or free some space",
@@ -29,15 +29,15 @@ def output_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def prepare_output(path: Path) -> None:
+def prepare_output(path: Path, field: str = "output") -> None:
     """Make the folder of `path` and check, before any work, that a file of that name can appear in it."""
     probe = temporary_name(path)
-    with output_errors(path):
+    with output_errors(path, field):
         if path.is_dir():
-            raise OutputError(Problem("output", path, "is a folder", "give the name of a file"))
+            raise OutputError(Problem(field, path, "is a folder", "give the name of a file"))
         if path.parent.is_file():
             bound = f"{path.parent} is a file, not a folder"
-            raise OutputError(Problem("output", path, bound, "choose another place"))
+            raise OutputError(Problem(field, path, bound, "choose another place"))
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             probe.touch()

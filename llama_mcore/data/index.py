@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_mcore.data.disk_array import DiskArray
-from llama_mcore.errors import DataError, MissingInputError, Problem
+from llama_mcore.errors import DataError, MissingInputError, Problem, input_problem
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -129,7 +129,7 @@ class Index:
         ]
         if missing:
             remedy = "make it with tools/preprocess_data.py; a dataset is named without .bin and .idx"
-            raise MissingInputError([Problem("dataset", path, "no such file", remedy) for path in missing])
+            raise MissingInputError([input_problem("dataset", path, remedy) for path in missing])
 
     def _read_header(self) -> None:
         """Sets the dtype and the counts once the size of the .idx confirms them."""

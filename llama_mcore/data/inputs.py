@@ -15,7 +15,7 @@ from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Literal
 
-from llama_mcore.errors import MissingInputError, Problem
+from llama_mcore.errors import MissingInputError, Problem, input_problem
 
 Format = Literal["jsonl", "gzip", "zstd", "parquet", "text", "stream"]
 
@@ -97,7 +97,7 @@ def find_inputs(arguments: Sequence[Path | str]) -> list[InputFile]:
 
     MissingInputError lists everything that names no file, names one twice, or is not what its name says.
     """
-    problems = [] if arguments else [Problem("input", "(none)", "needs at least one file")]
+    problems = [] if arguments else [Problem("--input", "(none)", "needs at least one file")]
     files: list[InputFile] = []
     for argument in map(str, arguments):
         found, problem = _expand(argument)
@@ -109,7 +109,7 @@ def find_inputs(arguments: Sequence[Path | str]) -> list[InputFile]:
     seen: set[Path] = set()
     for file in files:
         if file.path in seen:
-            problems.append(Problem("input", file.path, "is named twice", "name each file once"))
+            problems.append(Problem("--input", file.path, "is named twice", "name each file once"))
         seen.add(file.path)
     if problems:
         raise MissingInputError(problems)
@@ -157,8 +157,8 @@ def _expand(argument: str) -> tuple[list[Path], Problem | None]:
         found = [Path(name) for name in sorted(glob.glob(argument, recursive=True)) if os.path.isfile(name)]
         bound = "matches no file"
     else:
-        found, bound = [], "no such file"
-    return found, None if found else Problem("input", argument, bound, "check the path")
+        return [], input_problem("--input", argument, "check the path")
+    return found, None if found else Problem("--input", argument, bound, "check the path")
 
 
 def _files_in(folder: Path) -> Iterator[Path]:
@@ -187,13 +187,12 @@ def _describe(path: Path, argument: str) -> tuple[InputFile, Problem | None]:
         with path.open("rb") as stream:
             start = stream.read(8)
     except OSError as error:
-        bound = f"cannot be read ({error.strerror})"
-        return InputFile(path, format, 0, argument), Problem("input", path, bound)
+        return InputFile(path, format, 0, argument), input_problem("--input", path, error=error)
     content = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
     problem = None
     if content != (format if format in _NEEDS_MAGIC else None):
         found = content or "something else"
         suffixes = " or ".join(suffix for suffix, known in FORMATS.items() if known == content)
         remedy = f"name it {suffixes}" if suffixes else "check the file"
-        problem = Problem("input", path, f"holds {found}, which its name does not say", remedy)
+        problem = Problem("--input", path, f"holds {found}, which its name does not say", remedy)
     return InputFile(path, format, status.st_size, argument), problem

@@ -82,7 +82,7 @@ def inspect_dataset(
     as_json: bool = False,
 ) -> None:
     """Print what is there; with `verify` read every byte. DataError, after printing, names all damage."""
-    tokenizer = Tokenizer(tokenizer_model) if tokenizer_model else None
+    tokenizer = Tokenizer(tokenizer_model, "--tokenizer-model") if tokenizer_model else None
     index, manifest = Index(prefix), read_manifest(prefix)
     _check_request(index, manifest, tokenizer, show=show, start=start, add_manifest=add_manifest)
     if add_manifest:
@@ -131,7 +131,7 @@ def _check_request(
     if manifest and tokenizer and manifest.tokenizer_sha256 not in (None, tokenizer.sha256):
         bound = f"has SHA-256 {tokenizer.sha256}; the dataset was made with {manifest.tokenizer_sha256}"
         raise DataError(
-            Problem("tokenizer_model", tokenizer.path, bound, "give the tokenizer of the dataset")
+            Problem("--tokenizer-model", tokenizer.path, bound, "give the tokenizer of the dataset")
         )
 
 

@@ -7,7 +7,7 @@ from typing import BinaryIO
 from llama_mcore.data.blocks import BLOCK_BYTES, BOM, LONGEST_DOCUMENT, START
 from llama_mcore.data.compressed import Decompressed, open_gzip, open_zstd
 from llama_mcore.data.inputs import Source
-from llama_mcore.errors import MissingInputError, Problem
+from llama_mcore.errors import MissingInputError, input_problem
 
 
 class TooLong(bytes):
@@ -119,4 +119,4 @@ def open_plain(path: Path) -> BinaryIO:
     try:
         return path.open("rb", buffering=BLOCK_BYTES)
     except OSError as error:
-        raise MissingInputError(Problem("input", path, f"cannot be read ({error.strerror})")) from error
+        raise MissingInputError(input_problem("--input", path, error=error)) from error

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llama_mcore.data.files import output_errors, published
 from llama_mcore.data.index import Index, idx_path
-from llama_mcore.errors import DataError, MissingInputError, Problem
+from llama_mcore.errors import DataError, MissingInputError, Problem, input_problem
 
 BLOCK_BYTES = 16 << 20
 VERSION = 1
@@ -122,7 +122,7 @@ def read_manifest(prefix: Path | str) -> DatasetManifest | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise MissingInputError(Problem("manifest", path, f"cannot be read ({error.strerror})")) from None
+        raise MissingInputError(input_problem("manifest", path, error=error)) from None
     return _parse(path, text)
 
 

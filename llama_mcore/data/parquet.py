@@ -95,10 +95,10 @@ class ParquetRows:
         for key in self._keys:
             if key not in schema.names:
                 bound = f"has no column {key!r}; columns there: {', '.join(schema.names) or 'none'}"
-                problems.append(Problem("input", self._path, bound))
+                problems.append(Problem("--input", self._path, bound))
             elif not _holds_text(schema.field(key).type):
                 bound = f"holds {schema.field(key).type} in column {key!r}, not strings"
-                problems.append(Problem("input", self._path, bound, "name a column that holds text"))
+                problems.append(Problem("--input", self._path, bound, "name a column that holds text"))
         if problems:
             raise DataError(problems)
 
@@ -126,7 +126,7 @@ def _checked(path: Path, read: Callable[[], Answer]) -> Answer:
         return read()
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(Problem("input", path, f"is damaged ({reason})", "fetch the file again")) from None
+        raise DataError(Problem("--input", path, f"is damaged ({reason})", "fetch the file again")) from None
 
 
 def _uncompressed_bytes(metadata: Any, keys: Sequence[str]) -> int:

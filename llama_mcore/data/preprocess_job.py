@@ -18,14 +18,20 @@ from llama_mcore.data.inputs import InputFile, Unit, find_inputs, sources_of, un
 from llama_mcore.data.job import Job
 from llama_mcore.data.join import join_parts, remove_dataset, remove_leftovers, write_quarantine
 from llama_mcore.data.manifest import manifest_path
-from llama_mcore.data.preprocess_settings import Settings, check_settings, output_prefixes, shard_prefix
+from llama_mcore.data.preprocess_settings import (
+    Settings,
+    check_settings,
+    output_prefixes,
+    parse_shard,
+    shard_prefix,
+)
 from llama_mcore.data.progress import InputProgress
-from llama_mcore.data.schedule import Schedule
+from llama_mcore.data.schedule import WHOLE, Schedule
 from llama_mcore.data.shards import Lock, PartRecord, PartsFolder, open_parts, remove, remove_if_unused
 from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.data.totals import Totals, describe
 from llama_mcore.data.workers import Workers
-from llama_mcore.errors import DataError, Problem
+from llama_mcore.errors import DataError, Problem, UserError, gathering, raise_all
 
 _FORMAT = 1
 """Of the parts and of the rules that make them."""
@@ -34,7 +40,11 @@ _ENOUGH_TO_JUDGE = 1000
 
 
 class Preprocessing:
-    """One job. `workers` have been started and know nothing yet."""
+    """One job. `workers` have been started and know nothing yet.
+
+    Raises one error with all that can be known before work begins: ConfigError, MissingInputError, DataError,
+    OutputError, as `errors.raise_all` has it.
+    """
 
     def __init__(
         self,
@@ -46,24 +56,35 @@ class Preprocessing:
     ) -> None:
         self._settings, self._workers = settings, workers
         self._keys = list(dict.fromkeys(settings.json_keys))
-        self._files = find_inputs(inputs)
-        check_settings(settings, self._files)
-        self._tokenizer = Tokenizer(tokenizer_model)
-        self._dtype = optimal_dtype(self._tokenizer.vocab_size)
-        self._unit_bytes = unit_bytes_for(self._files)
-        self._sources = sources_of(self._files, self._unit_bytes)
-        prefix = shard_prefix(output_prefix, settings.shard)
+        self._files: list[InputFile] = []
+        self._shard = WHOLE
+        errors: list[UserError] = []
+        with gathering(errors):
+            self._files = find_inputs(inputs)
+        with gathering(errors):
+            self._shard = parse_shard(settings.shard)
+        with gathering(errors):
+            check_settings(settings, self._shard, self._files)
+        with gathering(errors):
+            self._tokenizer = Tokenizer(tokenizer_model, "--tokenizer-model")
+        prefix = shard_prefix(output_prefix, self._shard)
         self._folder = Path(f"{prefix}.parts")
         self._quarantine = Path(f"{prefix}.quarantine.jsonl")
         self._outputs = output_prefixes(prefix, self._keys, bool(settings.held_out))
+        written = [path(output) for output in self._outputs for path in (bin_path, idx_path, manifest_path)]
+        self._written = [*written, self._quarantine]
+        with gathering(errors):
+            for path in self._written:
+                prepare_output(path, "--output-prefix")
+        raise_all(errors)
+        self._dtype = optimal_dtype(self._tokenizer.vocab_size)
+        self._unit_bytes = unit_bytes_for(self._files)
+        self._sources = sources_of(self._files, self._unit_bytes)
 
     def run(self) -> None:
-        written = [path(output) for output in self._outputs for path in (bin_path, idx_path, manifest_path)]
-        for path in (*written, self._quarantine):
-            prepare_output(path)
         with Lock(self._folder):
             try:
-                for path in (*written, self._quarantine):
+                for path in self._written:
                     remove_leftovers(path)
                 restart = self._settings.restart or self._reads_a_stream()
                 self._make(open_parts(self._folder, self._plan(), restart=restart))
@@ -77,7 +98,7 @@ class Preprocessing:
         done = parts.done()
         if self._settings.on_bad_line == "fail":
             done = {unit: record for unit, record in done.items() if not record.skipped}
-        schedule = Schedule(self._sources, self._unit_bytes, self._settings.shard, done)
+        schedule = Schedule(self._sources, self._unit_bytes, self._shard, done)
         speed = self._encode(job, schedule)
         units = list(schedule.in_order())
         totals = self._totals(record for _, record in units)
@@ -153,7 +174,7 @@ class Preprocessing:
             "append_eod": str(settings.append_eod),
             "held_out": str(settings.held_out),
             "shuffle_seed": str(settings.shuffle_seed),
-            "shard": f"{settings.shard.index}/{settings.shard.count}",
+            "shard": f"{self._shard.index}/{self._shard.count}",
         }
 
     def _known(
@@ -180,8 +201,7 @@ class Preprocessing:
         return Totals.of(records, len(self._keys), len(self._outputs))
 
     def _bytes_to_read(self) -> int:
-        shard = self._settings.shard
-        return sum(file.size for file in self._files) // shard.count
+        return sum(file.size for file in self._files) // self._shard.count
 
     def _reads_a_stream(self) -> bool:
         """What was read of it is gone: a killed job cannot go on."""
@@ -201,7 +221,7 @@ class Preprocessing:
 
     def _refuse_empty(self, totals: Totals) -> None:
         """A whole input without text is a mistake; a shard of a small one may well have none."""
-        if self._settings.shard.count > 1:
+        if self._shard.count > 1:
             return
         written = [any(output.tokens for output in totals.of_key(index)) for index in range(len(self._keys))]
         empty = [key for key, some in zip(self._keys, written, strict=True) if not some]
@@ -209,7 +229,7 @@ class Preprocessing:
             remove(self._folder)
             remedy = "check the input files and --json-keys"
             raise DataError(
-                [Problem("input", f"key {key!r}", "no document holds any text", remedy) for key in empty]
+                [Problem("--input", f"key {key!r}", "no document holds any text", remedy) for key in empty]
             )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, get_args
 
 from llama_mcore.data.inputs import InputFile
 from llama_mcore.data.job import ENCODERS, OnBadLine
-from llama_mcore.data.schedule import WHOLE, Shard
+from llama_mcore.data.schedule import Shard
 from llama_mcore.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -30,9 +30,12 @@ class Settings:
     max_bad_ratio: float = 0.01
     held_out: float = 0.0
     """Share of the documents that goes to PREFIX_KEY_heldout instead."""
-    shard: Shard = WHOLE
+    shard: str = "0/1"
+    """INDEX/COUNT, counted from 0: see `parse_shard`."""
     shuffle_seed: int | None = None
     restart: bool = False
+    tokenizer_type: str = ""
+    """One of TOKENIZER_TYPES, which are all the same here."""
 
 
 def dataset_prefix(output_prefix: Path | str, key: str) -> str:
@@ -67,30 +70,23 @@ def parse_shard(text: str) -> Shard:
     )
 
 
-def check_choices(*, encoder: str, on_bad_line: str, tokenizer_type: str) -> None:
-    """ConfigError for words of the command line that are not known."""
+def check_settings(settings: Settings, shard: Shard, files: Sequence[InputFile]) -> None:
+    """ConfigError with everything that is not known, out of range, or does not fit the input."""
     problems = [
         Problem(flag, value, "is not known", f"known: {', '.join(known)}")
         for flag, value, known in (
-            ("--encoder", encoder, ENCODERS),
-            ("--on-bad-line", on_bad_line, get_args(OnBadLine)),
-            ("--tokenizer-type", tokenizer_type or TOKENIZER_TYPES[0], TOKENIZER_TYPES),
+            ("--encoder", settings.encoder, ENCODERS),
+            ("--on-bad-line", settings.on_bad_line, get_args(OnBadLine)),
+            ("--tokenizer-type", settings.tokenizer_type or TOKENIZER_TYPES[0], TOKENIZER_TYPES),
         )
         if value not in known
     ]
-    if problems:
-        raise ConfigError(problems)
-
-
-def check_settings(settings: Settings, files: Sequence[InputFile]) -> None:
-    """ConfigError with everything that is out of range or does not fit the input."""
-    problems = []
     if not 0 <= settings.held_out < 1:
         problems.append(Problem("--held-out", settings.held_out, "must be at least 0 and below 1"))
     if not 0 <= settings.max_bad_ratio <= 1:
         problems.append(Problem("--max-bad-ratio", settings.max_bad_ratio, "must be from 0 to 1"))
     streams = [file.path for file in files if file.format == "stream"]
-    if streams and settings.shard.count > 1:
+    if streams and shard.count > 1:
         bound = "cannot be read by several jobs"
         problems.append(Problem("--input", streams[0], bound, "give files, or no --shard"))
     texts = [file.path for file in files if file.format == "text"]

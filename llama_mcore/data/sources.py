@@ -1,7 +1,6 @@
 """The sources of a run, opened and checked against each other and against the run's tokenizer."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from llama_mcore.data.config import DataConfig
 from llama_mcore.data.dataset import WindowDataset
@@ -47,7 +46,7 @@ def _check_tokenizers(data: DataConfig, sources: list[OpenSource]) -> str | None
     datasets = [dataset for source in sources for dataset in (source.train, source.valid) if dataset]
     made_with = [(dataset.prefix, sha256) for dataset in datasets for sha256 in sorted(dataset.tokenizers)]
     if data.tokenizer:
-        expected = Tokenizer(Path(data.tokenizer)).sha256
+        expected = Tokenizer(data.tokenizer, "data.tokenizer").sha256
         remedy = f"the run's data.tokenizer = {data.tokenizer} has {expected}"
     else:
         expected = made_with[0][1] if made_with else ""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from llama_mcore.errors import DataError, MissingInputError, Problem
+from llama_mcore.errors import DataError, MissingInputError, Problem, input_problem
 
 
 class Tokenizer:
@@ -16,18 +16,14 @@ class Tokenizer:
     a space, comes back as a space.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path | str, field: str = "tokenizer") -> None:
+        """`field` names it to the user. Raises MissingInputError, and DataError if it is no such model."""
+        self.path, self._field = Path(path), field
         try:
             model = self.path.read_bytes()
         except OSError as error:
             raise MissingInputError(
-                Problem(
-                    "tokenizer_model",
-                    path,
-                    f"cannot be read ({error.strerror})",
-                    "make it with train-tokenizer",
-                )
+                input_problem(field, path, "make it with train-tokenizer", error)
             ) from None
         self.sha256 = hashlib.sha256(model).hexdigest()
         self._processor = sentencepiece.SentencePieceProcessor()
@@ -40,9 +36,7 @@ class Tokenizer:
 
     def _not_a_model(self) -> DataError:
         bound = "is not a SentencePiece model with an end-of-sequence token"
-        return DataError(
-            Problem("tokenizer_model", self.path, bound, "give the tokenizer.model that was trained")
-        )
+        return DataError(Problem(self._field, self.path, bound, "give the tokenizer.model that was trained"))
 
     @property
     def vocab_size(self) -> int:

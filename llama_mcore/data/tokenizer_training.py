@@ -201,9 +201,9 @@ def _training_error(message: str, vocab_size: int) -> DataError:
         return DataError(Problem("--vocab-size", vocab_size, bound, f"give --vocab-size {match[1]} or more"))
     if "!sentences_.empty()" in message:
         bound = f"hold no line of text of at most {MAX_LINE_BYTES} bytes"
-        return DataError(Problem("input", "all documents", bound, "give text with shorter lines"))
+        return DataError(Problem("--input", "all documents", bound, "give text with shorter lines"))
     return DataError(
-        Problem("input", "all documents", f"SentencePiece cannot train on them ({message.strip()})")
+        Problem("--input", "all documents", f"SentencePiece cannot train on them ({message.strip()})")
     )
 
 

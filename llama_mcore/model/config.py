@@ -3,7 +3,7 @@
 import math
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from llama_mcore.section import Section
 
@@ -16,28 +16,38 @@ class RopeScaling(Section):
     factor: float = Field(default=8.0, ge=1)
     """Frequencies too slow to turn once within the original context are divided by this."""
     low_freq_factor: float = Field(default=1.0, gt=0)
+    """Frequencies that turn less often than this within the original context are divided in full."""
     high_freq_factor: float = Field(default=4.0, gt=0)
+    """Those that turn more often than this stay as they are; between the two the divisor fades in."""
     original_seq_length: int = Field(default=8192, ge=1)
+    """Tokens of the context that the model was first trained on."""
 
 
 class ModelConfig(Section):
     """A LLaMA-shaped decoder, in megatron-core's words (LLaMA paper, section 2.2 and Table 2)."""
 
-    num_layers: int = Field(ge=1)
+    num_layers: int = Field(ge=1, le=100_000)
+    """Blocks of attention and SwiGLU. The planner lists their matrices, hence a bound."""
     hidden_size: int = Field(ge=1)
+    """Channels of the residual stream."""
     num_attention_heads: int = Field(ge=1)
-    num_query_groups: int = Field(default=0, ge=0)
+    """Query heads of a layer."""
+    num_query_groups: int = Field(default=0, ge=0, validate_default=True)
     """Key/value heads; 0 means one per attention head."""
-    head_dim: int = Field(default=0, ge=0)
+    head_dim: int = Field(default=0, ge=0, validate_default=True)
     """Width of one head; 0 means hidden_size / num_attention_heads."""
-    ffn_hidden_size: int = Field(default=0, ge=0)
+    ffn_hidden_size: int = Field(default=0, ge=0, validate_default=True)
     """Width of the SwiGLU; 0 means 2/3 of 4 * hidden_size, rounded up to a multiple of 256."""
     vocab_size: int = Field(default=32000, ge=2)
+    """Rows of the embedding and the output layer: the tokenizer's tokens, or more so that tp divides them."""
     seq_length: int = Field(default=2048, ge=1)
     """Tokens in one training sample."""
     norm_eps: float = Field(default=1e-6, gt=0)
+    """Added to the mean square in RMSNorm, so that a row of zeros divides by something."""
     rope_theta: float = Field(default=10000.0, gt=0)
+    """Base of the rotary frequencies; the larger, the slower the slowest of them turns."""
     rope_scaling: RopeScaling | None = None
+    """Stretched frequencies for a longer context, as Llama 3.1 has them; none by default."""
     tie_embeddings: bool = False
     """One matrix for the input embedding and the output layer."""
     init_std: float = Field(default=0.02, gt=0)
@@ -55,21 +65,19 @@ class ModelConfig(Section):
     autograd; selective: norms, rotations and the SwiGLU product, by the hand-written backward; full: the
     whole layer."""
 
-    @model_validator(mode="before")
+    @field_validator("num_query_groups", "head_dim", "ffn_hidden_size")
     @classmethod
-    def _fill_derived(cls, data: dict) -> dict:
-        if not isinstance(data, dict):
-            return data
-        data = dict(data)
-        heads, hidden = data.get("num_attention_heads"), data.get("hidden_size")
-        if not data.get("num_query_groups") and isinstance(heads, int):
-            data["num_query_groups"] = heads
-        if isinstance(hidden, int) and hidden > 0:
-            if not data.get("head_dim") and isinstance(heads, int) and heads > 0:
-                data["head_dim"] = hidden // heads
-            if not data.get("ffn_hidden_size"):
-                data["ffn_hidden_size"] = default_ffn_hidden_size(hidden)
-        return data
+    def _fill_derived(cls, value: int, info: ValidationInfo) -> int:
+        """0 is filled from the fields above, which are not there if they are wrong."""
+        hidden, heads = info.data.get("hidden_size"), info.data.get("num_attention_heads")
+        if value or hidden is None or heads is None:
+            return value
+        derived = {
+            "num_query_groups": heads,
+            "head_dim": hidden // heads,
+            "ffn_hidden_size": default_ffn_hidden_size(hidden),
+        }
+        return derived[info.field_name or ""]
 
     def num_params(self) -> int:
         """Number of parameters: embedding, layers, final norm, output layer."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from llama_mcore.errors import DataError, MissingInputError, Problem
+from llama_mcore.errors import DataError, MissingInputError, Problem, input_problem
 from llama_mcore.picture import save_figure
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises MissingInputError without the file and DataError at a damaged line.
     """
     if not path.is_file():
-        raise MissingInputError(Problem("metrics", path, "no such file", "give the metrics.jsonl of a run"))
+        raise MissingInputError(input_problem("metrics", path, "give the metrics.jsonl of a run"))
     lines = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines[:-1], start=1):

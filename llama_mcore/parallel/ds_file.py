@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from llama_mcore.errors import ConfigError, MissingInputError, Problem, shown
+from llama_mcore.errors import ConfigError, MissingInputError, Problem, input_problem, shown
 from llama_mcore.parallel.config import ZeroConfig
 from llama_mcore.small_file import read_json
 
@@ -42,7 +42,7 @@ def _path(zero: ZeroConfig) -> Path:
     for path in (Path(name), CHECKOUT / name):
         if path.is_file():
             return path
-    raise MissingInputError(Problem("zero.config", name, "no such file", "see ds_configs/README.md"))
+    raise MissingInputError(input_problem("zero.config", name, "see ds_configs/README.md"))
 
 
 def _wrong_types(content: dict[str, Any], path: Path) -> list[Problem]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from llama_mcore.errors import ConfigError, MissingInputError, Problem, shown
+from llama_mcore.errors import ConfigError, MissingInputError, Problem, input_problem, shown
 from llama_mcore.model.config import Recompute
 from llama_mcore.plan.efficiency import Efficiency, parse_efficiency
 from llama_mcore.plan.hardware import DEFAULT_NETWORK, Gpu, gpu_of_driver, network
@@ -25,7 +25,7 @@ def load_calibration(path: Path) -> Efficiency:
 
     Raises MissingInputError, or ConfigError with all that is wrong with the file."""
     if not path.is_file():
-        raise MissingInputError(Problem("--calibration", path, "no such file"))
+        raise MissingInputError(input_problem("--calibration", path))
     try:
         found = read_json(path.resolve(), LARGEST_FILE)
     except (OSError, ValueError) as error:

@@ -36,7 +36,7 @@ def size(
     flops: Annotated[str, typer.Option(help="Training budget, e.g. 5.6e23.")] = "",
     gpus: Annotated[str, typer.Option(help="With --days: the training budget instead of --flops.")] = "",
     gpu: Annotated[str, typer.Option(help="Kind of GPU: a100-80gb, h100 ...")] = "a100-80gb",
-    days: Annotated[str, typer.Option(help="That all GPUs train.")] = "",
+    days: Annotated[str, typer.Option(help="With --gpus: days for which all of them train.")] = "",
     mfu: Annotated[
         str,
         typer.Option(
@@ -90,15 +90,15 @@ def size(
 
 @app.command("data")
 def data(
-    tokens: Annotated[str, typer.Option(help="That the run reads, e.g. 1.4T.")],
+    tokens: Annotated[str, typer.Option(help="Tokens that the run reads, e.g. 1.4T.")],
     mixture: Annotated[str, typer.Option(help="A mixture's file, or a shipped one.")] = "mixture_llama1",
     tokens_available: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=TOKENS", help="Of a source, where it is not as in the paper's Table 1."),
+        typer.Option(metavar="NAME=TOKENS", help="Tokens a source has, if not those of the paper's Table 1."),
     ] = None,
     max_epochs: Annotated[str, typer.Option(help="A source read more often is short.")] = "4",
     preprocess_mb_per_s: Annotated[str, typer.Option(help="Text that one core tokenizes.")] = "30",
-    cores: Annotated[str, typer.Option(help="That preprocess.")] = "1",
+    cores: Annotated[str, typer.Option(help="Cores that preprocess.")] = "1",
     json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -85,7 +85,7 @@ def memory(
 def layout(
     gpus: Annotated[str, typer.Option(help="How many GPUs.")],
     gpu: Annotated[str, typer.Option(help="a100-40gb, a100-80gb, h100, h200 or b200.")],
-    tokens: Annotated[str, typer.Option(help="To train on, e.g. 1.4T or 300B.")],
+    tokens: Annotated[str, typer.Option(help="Tokens to train on, e.g. 1.4T or 300B.")],
     model: Model = "",
     num_layers: Annotated[str, typer.Option(help="With the next two: instead of --model.")] = "",
     hidden_size: Annotated[str, typer.Option(help="Width of the model.")] = "",

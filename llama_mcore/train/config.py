@@ -28,10 +28,15 @@ class OptimConfig(Section):
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """Final learning rate as a share of the peak."""
     warmup_steps: int = Field(default=2000, ge=0)
+    """Optimizer steps in which the learning rate rises from 0: Adam's averages need some to settle."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Share of the past in Adam's average of the gradient."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Share of the past in Adam's average of the squared gradient; 0.95 forgets a spike sooner than 0.999."""
     eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of that average, so that a weight without gradients divides by something."""
     weight_decay: float = Field(default=0.1, ge=0)
+    """Share of each weight, times the learning rate, that a step takes off."""
     decay_norms: bool = False
     """Apply weight decay to the norm weights too; the paper does not say which it did."""
     clip_grad: float = Field(default=1.0, ge=0)

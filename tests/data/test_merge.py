@@ -12,7 +12,6 @@ from llama_mcore.data.indexed import IndexedDataset
 from llama_mcore.data.manifest import build_manifest, read_manifest
 from llama_mcore.data.merge import merge_datasets
 from llama_mcore.data.preprocess import preprocess
-from llama_mcore.data.schedule import Shard
 from llama_mcore.data.tokenizer_training import train_tokenizer
 from llama_mcore.errors import DataError, MissingInputError
 
@@ -42,7 +41,7 @@ def test_merged_shards_are_the_single_run(
     preprocess(files, tokenizer_model, tmp_path / "whole", **SETTINGS)
     quarantined = b""
     for index in range(count):
-        preprocess(files, tokenizer_model, tmp_path / "shard", **SETTINGS, shard=Shard(index, count))
+        preprocess(files, tokenizer_model, tmp_path / "shard", **SETTINGS, shard=f"{index}/{count}")
         quarantine = tmp_path / f"shard_{index:0{len(str(count))}}_of_{count}.quarantine.jsonl"
         quarantined += quarantine.read_bytes() if quarantine.exists() else b""
     assert quarantined == (tmp_path / "whole.quarantine.jsonl").read_bytes()
@@ -67,7 +66,7 @@ def test_files_of_unknown_length_are_one_shards(corpus: Path, tokenizer_model: P
         files[-1].write_bytes(gzip.compress(corpus.read_bytes()))
     preprocess(files, tokenizer_model, tmp_path / "whole")
     for index in range(3):
-        preprocess(files, tokenizer_model, tmp_path / "out" / "s", shard=Shard(index, 3))
+        preprocess(files, tokenizer_model, tmp_path / "out" / "s", shard=f"{index}/3")
     merge_datasets([tmp_path / "out"], tmp_path / "merged")
     assert same_data(tmp_path / "merged", tmp_path / "whole_text_document")
 
@@ -77,7 +76,7 @@ def test_a_shard_without_documents_writes_nothing(
 ) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "only"}\n')
     for index in range(3):
-        preprocess([tmp_path / "a.jsonl"], tokenizer_model, tmp_path / "s", shard=Shard(index, 3))
+        preprocess([tmp_path / "a.jsonl"], tokenizer_model, tmp_path / "s", shard=f"{index}/3")
     assert sorted(path.name for path in tmp_path.glob("s*")) == [
         f"s_0_of_3_text_document{suffix}" for suffix in (".bin", ".idx", ".json")
     ]

@@ -26,7 +26,6 @@ from llama_mcore.data.indexed import IndexedDataset
 from llama_mcore.data.inputs import Unit
 from llama_mcore.data.manifest import build_manifest
 from llama_mcore.data.preprocess import preprocess
-from llama_mcore.data.schedule import Shard
 from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.data.unit_encoder import shuffle
 from llama_mcore.errors import ConfigError, DataError, PreflightError
@@ -228,7 +227,7 @@ def test_bad_model_and_bad_output_end_with_one_message(
     corpus: Path, tokenizer_model: Path, tmp_path: Path
 ) -> None:
     for model, prefix, exit_code, message in [
-        (tmp_path / "no.model", tmp_path / "d", 66, "no.model: cannot be read"),
+        (tmp_path / "no.model", tmp_path / "d", 66, "no.model: no such file"),
         (corpus, tmp_path / "d", 65, "is not a SentencePiece model"),
         (tokenizer_model, corpus / "d", 73, "is a file, not a folder"),
     ]:
@@ -391,12 +390,28 @@ def test_bad_settings_are_refused_by_name(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_all_that_is_wrong_with_a_job_is_told_before_it_begins(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    wrong = {"--input": tmp_path / "no.jsonl", "--tokenizer-model": tmp_path / "no.model"}
+    wrong |= {"--output-prefix": tmp_path / "file" / "d", "--shard": "3/3", "--encoder": "fast"}
+    words = [str(word) for option in wrong.items() for word in option]
+    done = CliRunner().invoke(app, ["preprocess-data", *words])
+    assert done.exit_code == 64
+    assert all(f"  - {option} = {value}" in done.stderr for option, value in wrong.items())
+
+
+def test_where_inputs_are_missing_and_nothing_else_is_wrong_the_code_says_so(tmp_path: Path) -> None:
+    words = ["--input", "no.jsonl", "--tokenizer-model", "no.model", "--output-prefix", str(tmp_path / "d")]
+    done = CliRunner().invoke(app, ["preprocess-data", *words])
+    assert (done.exit_code, "missing input: 2 problems" in done.stderr) == (66, True)
+
+
 def test_text_files_have_one_text_and_streams_one_reader(tokenizer_model: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ConfigError, match="has one text, not one for each"):
         preprocess([tmp_path], tokenizer_model, tmp_path / "d", json_keys=["text", "title"])
     with pytest.raises(ConfigError, match="cannot be read by several jobs"):
-        preprocess(["-"], tokenizer_model, tmp_path / "d", shard=Shard(0, 2))
+        preprocess(["-"], tokenizer_model, tmp_path / "d", shard="0/2")
 
 
 def test_an_encoder_that_differs_is_found_at_the_start(

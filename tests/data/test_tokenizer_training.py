@@ -411,7 +411,7 @@ def test_a_bad_line_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     source = tmp_path / "c.jsonl"
     source.write_text('{"text": "fine"}\nnot JSON\n')
     for budget in (None, 5000):
-        with pytest.raises(DataError, match=rf"^data error: input = {source} line 2: is not JSON"):
+        with pytest.raises(DataError, match=rf"^data error: --input = {source} line 2: is not JSON"):
             train_tokenizer([source], tmp_path / "t.model", vocab_size=300, bytes_per_source=budget)
     assert list(tmp_path.iterdir()) == [source]
 

@@ -416,4 +416,4 @@ def test_convert_passes_its_options_on(start: Callable, tmp_path: Path) -> None:
         "convert.sh", "--input", str(tmp_path / "no such"), "--to", "hf", "--output", str(tmp_path / "out")
     )
     assert job.wait(SECONDS) == 66
-    assert "no such folder" in job.stderr.read()
+    assert "no such file or folder" in job.stderr.read()

@@ -143,7 +143,7 @@ def test_a_source_is_said_once() -> None:
 
 
 def test_a_mixture_that_is_not_there() -> None:
-    with pytest.raises(MissingInputError, match=r"--mixture = mixtur: no such file; .*mixture_llama1"):
+    with pytest.raises(MissingInputError, match=r"--mixture = mixtur: no such file or folder; .*llama1"):
         plan_data("1T", "mixtur")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_mcore.checkpoint.convert.formats import detect, get_format, same_model
+from llama_mcore.checkpoint.convert.formats import check_there, detect, get_format, same_model
 from llama_mcore.checkpoint.convert.named_model import named_model
 from llama_mcore.checkpoint.convert.progress import byte_progress
 from llama_mcore.checkpoint.convert.tensors import interleaved, is_vocabulary, join_qkv, split
@@ -77,6 +77,8 @@ def compare_checkpoints(
     left: Path, right: Path, *, model: str | None = None, source: str | None = None, as_json: bool = False
 ) -> bool:
     """Print how two checkpoints differ; whether they are the same. `source`: the format of the first."""
+    for field_name, path in (("LEFT", left), ("RIGHT", right)):
+        check_there(path, field_name)
     named = named_model(model) if model else None
     one = (get_format(source, "--from") if source else detect(left)).open(left, named)
     other = detect(right).open(right, named)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from llama_mcore.checkpoint.convert.weights import Weights
-from llama_mcore.errors import ConfigError, MissingInputError, Problem
+from llama_mcore.errors import ConfigError, MissingInputError, Problem, input_problem
 from llama_mcore.model.config import ModelConfig
 
 NAMES = ("native", "hf", "meta", "megatron", "deepspeed")
@@ -63,10 +63,14 @@ def get_format(name: str, flag: str) -> Format:
     return found
 
 
-def detect(path: Path, flag: str = "--from") -> Format:
-    """The format of what is at `path`. Raises MissingInputError, ConfigError if it is none or several."""
+def check_there(path: Path, field: str = "--input") -> None:
+    """Raises MissingInputError that names `field`."""
     if not path.exists():
-        raise MissingInputError(Problem("--input", path, "no such folder"))
+        raise MissingInputError(input_problem(field, path))
+
+
+def detect(path: Path, flag: str = "--from") -> Format:
+    """The format of what is at `path`. Raises ConfigError if it is none or several."""
     found = [each for each in (get_format(name, flag) for name in NAMES) if each.found_in(path)]
     if len(found) == 1:
         return found[0]

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from llama_mcore.errors import CheckpointError, MissingInputError, Problem, shown
+from llama_mcore.errors import CheckpointError, MissingInputError, Problem, input_problem, shown
 from llama_mcore.small_file import read_json
 
 _LARGEST = 16 << 20
@@ -14,7 +14,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         content = read_json(path.resolve(), _LARGEST)
     except FileNotFoundError:
-        raise MissingInputError(Problem("file", path, "no such file")) from None
+        raise MissingInputError(input_problem("file", path)) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(Problem("file", path, f"cannot be read ({shown(error)})")) from None
     if not isinstance(content, dict):

@@ -21,7 +21,7 @@ from llama_mcore.checkpoint.convert.megatron_writer import write
 from llama_mcore.checkpoint.convert.tensors import is_vocabulary
 from llama_mcore.checkpoint.convert.weights import Weights
 from llama_mcore.checkpoint.layout import KINDS, WEIGHT
-from llama_mcore.errors import CheckpointError, MissingInputError, Problem, shown
+from llama_mcore.errors import CheckpointError, MissingInputError, Problem, input_problem, shown
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.shapes import parameter_shapes
 from llama_mcore.small_file import read_json, read_small_file
@@ -79,7 +79,7 @@ def _check_backend(folder: Path) -> None:
     try:
         content = read_json(folder.resolve() / CONFIG, _LARGEST_CONFIG)
     except FileNotFoundError:
-        raise MissingInputError(Problem("file", folder / CONFIG, "no such file")) from None
+        raise MissingInputError(input_problem("file", folder / CONFIG)) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(Problem("file", folder / CONFIG, f"cannot be read ({shown(error)})")) from None
     backend = content.get("sharded_backend") if isinstance(content, dict) else None

@@ -35,7 +35,7 @@ from llama_mcore.checkpoint.convert.weights import Weights
 from llama_mcore.checkpoint.disk import sync_folder, write_file
 from llama_mcore.checkpoint.layout import WEIGHT
 from llama_mcore.checkpoint.stored import SAFETENSORS_DTYPES, StoredTensor
-from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, Problem, shown
+from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, Problem, input_problem, shown
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.shapes import parameter_shapes
 from llama_mcore.model.sharding import Cut, full_shape, shard, unshard
@@ -199,7 +199,7 @@ class MetaWeights:
         expected = [_file_name(rank) for rank in range(max(1, len(found)))]
         if found != expected:
             missing = sorted(set(expected) - set(found))
-            raise MissingInputError([Problem("file", self.folder / name, "no such file") for name in missing])
+            raise MissingInputError([input_problem("file", self.folder / name) for name in missing])
         ranks = read_pickled([self.folder / name for name in found])
         for name, content in zip(found, ranks, strict=True):
             if not isinstance(content, dict):

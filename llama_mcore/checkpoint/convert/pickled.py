@@ -14,7 +14,7 @@ import torch
 
 from llama_mcore.checkpoint.convert.pickled_process import PickledProcess
 from llama_mcore.checkpoint.stored import StoredTensor
-from llama_mcore.errors import CheckpointError, MissingInputError, Problem, shown
+from llama_mcore.errors import CheckpointError, MissingInputError, Problem, input_problem, shown
 from llama_mcore.small_file import parse_json
 
 _process = PickledProcess()
@@ -72,7 +72,7 @@ def _read(stretches: Sequence[Stretch], allowed: Iterable[str], bare: bool) -> l
 
 def _check_regular(path: Path) -> None:
     if not path.exists():
-        raise MissingInputError(Problem("file", path, "no such file"))
+        raise MissingInputError(input_problem("file", path))
     if not path.is_file():
         raise CheckpointError(Problem("file", path, "is not a regular file"))
 

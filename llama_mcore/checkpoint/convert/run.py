@@ -11,19 +11,28 @@ from pathlib import Path
 import torch
 
 from llama_mcore import __version__
-from llama_mcore.checkpoint.convert.formats import Format, WriteOptions, detect, get_format
+from llama_mcore.checkpoint.convert.formats import Format, WriteOptions, check_there, detect, get_format
 from llama_mcore.checkpoint.convert.named_model import named_model
 from llama_mcore.checkpoint.convert.progress import byte_progress
 from llama_mcore.checkpoint.convert.weights import Rounded, Weights
 from llama_mcore.checkpoint.disk import sync_folder
 from llama_mcore.checkpoint.layout import KINDS, WEIGHT
 from llama_mcore.data.tokenizer import Tokenizer
-from llama_mcore.errors import CheckpointError, ConfigError, OutputError, Problem, UserError
+from llama_mcore.errors import (
+    CheckpointError,
+    ConfigError,
+    OutputError,
+    Problem,
+    UserError,
+    gathering,
+    raise_all,
+)
 from llama_mcore.observe.log import silence_libraries
 from llama_mcore.parallel.device import on_gpu
+from llama_mcore.units import parse_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MAX_SHARD_BYTES = 5_000_000_000
+MAX_SHARD_SIZE = "5GB"
 RECEIPT = "conversion.json"
 """Says what a folder was made from; `convert` writes one always and replaces no folder without one."""
 REPORT = ".report.json"
@@ -62,7 +71,7 @@ def convert(
     source: str | None = None,
     tp: int | None = None,
     dtype: str | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_size: str = MAX_SHARD_SIZE,
     verify: bool = True,
     optimizer: bool = False,
     model: str | None = None,
@@ -72,7 +81,7 @@ def convert(
     Where verification fails the result stays as OUTPUT.unverified and CheckpointError says what differs.
     """
     silence_libraries(cpu=not on_gpu())
-    job = _prepare(input, output, source, target, tp, dtype, max_shard_bytes, optimizer, model)
+    job = _prepare(input, output, source, target, tp, dtype, max_shard_size, optimizer, model)
     temporary = _beside(output, ".tmp")
     try:
         with _output_errors(output):
@@ -98,26 +107,28 @@ def _prepare(
     target: str,
     tp: int | None,
     dtype: str | None,
-    max_shard_bytes: int,
+    max_shard_size: str,
     optimizer: bool,
     model: str | None,
 ) -> Conversion:
-    """Raises all that is wrong with the choices, then what is wrong with the source."""
-    problems: list[Problem] = []
-    with _collected(problems):
+    """Raises all that is wrong with the choices and the places, then what is wrong with the source."""
+    errors: list[UserError] = []
+    with gathering(errors):
+        check_there(input)
+    with gathering(errors):
+        _check_output(input, output)
+    with gathering(errors):
         writes = get_format(target, "--to")
-    with _collected(problems):
+        _check_fit(writes, tp, dtype, optimizer)
+    with gathering(errors):
         reads = get_format(source, "--from") if source else None
-    with _collected(problems):
+    with gathering(errors):
         named = named_model(model) if model else None
-    if dtype is not None and dtype not in DTYPES:
-        problems.append(Problem("--dtype", dtype, "is not a known dtype", f"known: {', '.join(DTYPES)}"))
-    if problems:
-        raise ConfigError(problems)
-    problems += _misfits(writes, tp, dtype, optimizer)
-    if problems:
-        raise ConfigError(problems)
-    _check_output(input, output)
+    with gathering(errors):
+        _check_numbers(tp, dtype)
+    with gathering(errors):
+        max_shard_bytes = parse_bytes("--max-shard-size", max_shard_size)
+    raise_all(errors)
     reads = reads or detect(input)
     weights = reads.open(input, named)
     if optimizer and weights.kinds != KINDS:
@@ -131,18 +142,28 @@ def _prepare(
     return Conversion(input, reads, writes, rounded, options, tuple(path for path in files if path.is_file()))
 
 
-def _misfits(writes: Format, tp: int | None, dtype: str | None, optimizer: bool) -> list[Problem]:
+def _check_numbers(tp: int | None, dtype: str | None) -> None:
     problems = []
     if tp is not None and tp < 1:
         problems.append(Problem("--tp", tp, "must be at least 1"))
-    elif tp is not None and not writes.is_cut:
+    if dtype is not None and dtype not in DTYPES:
+        problems.append(Problem("--dtype", dtype, "is not a known dtype", f"known: {', '.join(DTYPES)}"))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_fit(writes: Format, tp: int | None, dtype: str | None, optimizer: bool) -> None:
+    """ConfigError with all that the target cannot hold or has no use for."""
+    problems = []
+    if tp is not None and not writes.is_cut:
         bound = f"means nothing to {writes.name}, whose files serve every number of ranks"
         problems.append(Problem("--tp", tp, bound, "leave it out"))
     if optimizer and not writes.has_optimizer:
         problems.append(Problem("--optimizer", "", f"cannot be held by {writes.name}", "leave it out"))
     if writes.fp32_only and dtype not in (None, "fp32"):
         problems.append(Problem("--dtype", dtype, f"{writes.name} holds fp32 master weights", "leave it out"))
-    return problems
+    if problems:
+        raise ConfigError(problems)
 
 
 def _dtype(reads: Format, writes: Format, dtype: str | None, weights: Weights) -> torch.dtype:
@@ -152,14 +173,6 @@ def _dtype(reads: Format, writes: Format, dtype: str | None, weights: Weights) -
     if dtype:
         return DTYPES[dtype]
     return torch.bfloat16 if reads.fp32_only else weights.dtype
-
-
-@contextmanager
-def _collected(problems: list[Problem]) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        problems += error.problems
 
 
 def _check_output(input: Path, output: Path) -> None:

@@ -132,6 +132,22 @@ def test_what_cannot_be_done_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_all_that_cannot_be_done_is_told_together(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(ConfigError) as caught:
+        convert(
+            *(tmp_path / "in", tmp_path / "out"),
+            target="hf",
+            source="gguf",
+            tp=0,
+            dtype="int8",
+            max_shard_size="big",
+            model="8b",
+        )
+    named = {problem.field for problem in caught.value.problems}
+    assert named == {"--input", "--output", "--from", "--tp", "--dtype", "--max-shard-size", "--model"}
+
+
 @pytest.mark.parametrize("place", [".", "inside", ".."])
 def test_output_and_input_are_apart(place: str, sources: dict[str, Path]) -> None:
     before = sorted(sources["hf"].iterdir())

@@ -76,7 +76,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export to spoil copies of, written in several files."""
     output = tmp_path_factory.mktemp("exported") / "hf"
-    convert(run_dir, output, verify=False, max_shard_bytes=50_000)
+    convert(run_dir, output, verify=False, max_shard_size="50KB")
     return output
 
 
@@ -157,7 +157,7 @@ def test_tokenizer_encodes_as_sentencepiece_does(exported: Path) -> None:
 
 def test_export_is_replaced_by_the_next(run_dir: Path, tmp_path: Path) -> None:
     output = tmp_path / "hf"
-    convert(run_dir, output, verify=False, max_shard_bytes=50_000)
+    convert(run_dir, output, verify=False, max_shard_size="50KB")
     convert(run_dir, output, verify=False)
     assert [path.name for path in output.glob("*.safetensors")] == ["model.safetensors"]
     assert names_in(tmp_path) == ["hf"]
@@ -275,7 +275,7 @@ def test_all_unknown_choices_are_named(run_dir: Path, tmp_path: Path) -> None:
 
 
 def test_missing_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(MissingInputError, match="no such folder"):
+    with pytest.raises(MissingInputError, match="no such file or folder"):
         convert(tmp_path / "nothing", tmp_path / "hf")
     assert not list(tmp_path.iterdir())
 
