@@ -330,7 +330,7 @@ def _check_world_size(world_size: int, dry_run: bool) -> None:
 def _dry_run(run: "RunConfig", ranks: int, auto: bool) -> None:
     """Print the plan and whether it can start. `auto`: it goes on from what is in its folder."""
     from llama_mcore.checkpoint.run_folder import state_of
-    from llama_mcore.errors import all_of
+    from llama_mcore.errors import raise_all
     from llama_mcore.launch.run_checks import unusable_files
     from llama_mcore.plan.summary import conclude, describe_run
 
@@ -339,8 +339,7 @@ def _dry_run(run: "RunConfig", ranks: int, auto: bool) -> None:
     with suppress(UserError):  # it is among them
         typer.echo(_data_plan(run))
     typer.echo(f"\n{conclude(run, ranks, sum(len(failure.problems) for failure in failures))}")
-    if failures:
-        raise all_of(failures)
+    raise_all(failures)
 
 
 def _check_progress(run: "RunConfig", all_the_same: bool) -> None:

@@ -144,13 +144,6 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def all_of(failures: Sequence[UserError]) -> UserError:
-    """One error with all problems: of the first's kind if they share an exit code, else a ConfigError."""
-    one_code = len({failure.exit_code for failure in failures}) == 1
-    kind = type(failures[0]) if one_code else ConfigError
-    return kind([problem for failure in failures for problem in failure.problems])
-
-
 @contextmanager
 def gathering(errors: list[UserError]) -> Iterator[None]:
     """An error that is raised here is put by in `errors`, for `raise_all`."""
@@ -161,10 +154,11 @@ def gathering(errors: list[UserError]) -> Iterator[None]:
 
 
 def raise_all(errors: Sequence[UserError]) -> None:
-    """Raise the problems of all errors as one: of their kind if they are of one kind, else a ConfigError."""
+    """Raise the problems of all errors as one: of the first's kind if they share an exit code, else a
+    ConfigError."""
     if errors:
-        kinds = {type(error) for error in errors}
-        kind = kinds.pop() if len(kinds) == 1 else ConfigError
+        one_code = len({error.exit_code for error in errors}) == 1
+        kind = type(errors[0]) if one_code else ConfigError
         raise kind([problem for error in errors for problem in error.problems])
 
 
