@@ -147,3 +147,17 @@ def test_the_paper_sizes_read_table_1(name: str) -> None:
         source: epochs for source, (_, epochs) in TABLE_1.items()
     }
     assert all(source.valid for source in sources.values())
+
+
+def test_the_recipes_of_the_readme_are_runs_that_fit() -> None:
+    section = (ROOT / "README.md").read_text().partition("## On your data")[2].partition("\n## ")[0]
+    commands = [
+        line.split() for line in section.replace("\\\n", " ").splitlines() if " tools/train.py " in line
+    ]
+    fitted = []
+    for words in commands:
+        name = words[words.index("--config") + 1]
+        run = load_run(name, words[words.index(name) + 1 :])
+        check_run(run, int(words[words.index("--nproc-per-node") + 1]))
+        fitted.append((name, run.data.train))
+    assert fitted == [("tiny", "data/mine_text_document"), ("7b", "data/mine_text_document")]
