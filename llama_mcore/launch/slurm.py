@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llama_mcore.config import RunConfig, check_run, load_run
 from llama_mcore.data.files import output_errors, published
-from llama_mcore.errors import ConfigError, OutputError, Problem, UserError, all_of
+from llama_mcore.errors import ConfigError, OutputError, Problem, UserError, raise_all
 from llama_mcore.train.ds_config import deepspeed_config
 from llama_mcore.units import format_count
 
@@ -63,8 +63,7 @@ def job_script(config: str, overrides: Sequence[str], job: SlurmJob, *, inputs_a
         from llama_mcore.launch.run_checks import unusable_files  # loads numpy, which a plan does without
 
         failures += unusable_files(run, sound=not of_run)
-    if failures:
-        raise all_of(failures)
+    raise_all(failures)
     return _render(config, overrides, run, job)
 
 
