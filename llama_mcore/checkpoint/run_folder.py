@@ -66,6 +66,14 @@ def is_same_run(run_dir: Path, run: RunConfig) -> bool:
     return not text.endswith("\n") or bool(there == run.model_dump())
 
 
+def would_begin_anew(run_dir: Path) -> ConfigError:
+    """Of a folder that is another run's, or nobody's."""
+    remedy = "choose another folder, or give --fresh to move what is there aside"
+    return ConfigError(
+        Problem("run.dir", run_dir, "is not empty, and the run would begin anew there", remedy)
+    )
+
+
 @dataclass(frozen=True)
 class Outlook:
     """What a start would do. Without a checkpoint it begins anew."""
@@ -102,8 +110,7 @@ def outlook(run: RunConfig) -> Outlook:
         bound = "cannot be the name of a folder"
         raise ConfigError(Problem("run.dir", ascii(str(run_dir)), bound, "choose another")) from None
     if not own:
-        remedy = "choose another folder, or give --fresh to move what is there aside"
-        raise ConfigError(Problem("run.dir", run_dir, "is not empty, and not a folder of this run", remedy))
+        raise would_begin_anew(run_dir)
     for folder in reversed(folders):
         try:
             manifest, model = _looked_at(folder)

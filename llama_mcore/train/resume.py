@@ -13,9 +13,9 @@ from llama_mcore.checkpoint.layout import find_checkpoint, step_folders, unreada
 from llama_mcore.checkpoint.lease import FOLDER as LEASE
 from llama_mcore.checkpoint.load import check_same_model
 from llama_mcore.checkpoint.reader import CheckpointReader
-from llama_mcore.checkpoint.run_folder import is_same_run
+from llama_mcore.checkpoint.run_folder import is_same_run, would_begin_anew
 from llama_mcore.config import RunConfig
-from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, Problem
+from llama_mcore.errors import CheckpointError, MissingInputError, Problem
 from llama_mcore.observe.lives import LIVES_FILE, is_requeued
 from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.phases import Phases
@@ -125,14 +125,7 @@ def _begin_anew(run: RunConfig, start: Start) -> None:
         return
     if start.resume == "auto" and not step_folders(run_dir) and is_same_run(run_dir, run):
         return
-    raise ConfigError(
-        Problem(
-            "run.dir",
-            run_dir,
-            "is not empty, and the run would begin anew there",
-            "choose another folder, or give --fresh to move what is there aside",
-        )
-    )
+    raise would_begin_anew(run_dir)
 
 
 def same_on_all_ranks(groups: Groups, look: Callable[[], T], together: Together) -> T:

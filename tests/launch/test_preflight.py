@@ -18,7 +18,7 @@ from tests.forked import run_worker
 WORKER = Path(__file__).with_name("preflights.py")
 # Case -> group and name of the only problem, and what it says.
 FAULTS = {
-    "foreign": ("run folder", "run.dir", "not a folder of this run", "on every rank"),
+    "foreign": ("run folder", "run.dir", "the run would begin anew there", "on every rank"),
     "in-use": ("run folder", "run.dir", "is in use by process 1 on elsewhere", "on every rank"),
     "another-model": (
         "run folder",

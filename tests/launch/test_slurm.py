@@ -283,7 +283,7 @@ def test_the_folder_of_the_run_is_looked_into(tmp_path: Path) -> None:
     (tmp_path / "llama-run").mkdir()
     tiny(tmp_path)
     (tmp_path / "llama-run" / "thesis.txt").touch()
-    with pytest.raises(ConfigError, match=r"run\.dir = .* is not empty, and not a folder of this run"):
+    with pytest.raises(ConfigError, match=r"run\.dir = .* is not empty, and the run would begin anew there"):
         tiny(tmp_path)
     with pytest.raises(ConfigError) as error:
         tiny(tmp_path, "data.epochs=1", time="never")
