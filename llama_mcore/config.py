@@ -303,6 +303,10 @@ def _check_model(run: RunConfig) -> list[Problem]:
                 "model.head_dim", model.head_dim, "must be even", "rotary embedding turns pairs of channels"
             )
         )
+    scaling = model.rope_scaling
+    if scaling and scaling.low_freq_factor >= scaling.high_freq_factor:
+        bound = f"must be below model.rope_scaling.high_freq_factor = {scaling.high_freq_factor}"
+        problems.append(Problem("model.rope_scaling.low_freq_factor", scaling.low_freq_factor, bound))
     return problems
 
 
@@ -379,6 +383,9 @@ def _check_data(run: RunConfig) -> list[Problem]:
     if data.train is None and not data.sources:
         return [Problem("data.train", "(not given)", "is required", "add it, or data.sources")]
     problems = []
+    if data.eod_token >= run.model.vocab_size:
+        bound = f"must be below model.vocab_size = {run.model.vocab_size}"
+        problems.append(Problem("data.eod_token", data.eod_token, bound))
     for setting in ("valid", "epochs"):
         if data.sources and getattr(data, setting) != type(data).model_fields[setting].default:
             bound = "belongs to data.train; each of data.sources has its own"

@@ -124,12 +124,12 @@ def test_the_conclusion_of_a_dry_run_is_its_last_word_and_true(tmp_path: Path) -
 
     settings = data_in(tmp_path)
     refused(65, "source train = 3,200 windows", *settings, "data.epochs=1")
-    refused(66, "nowhere.bin: is not there", *settings, "data.train=nowhere")
+    refused(66, "nowhere.bin: no such file or folder", *settings, "data.train=nowhere")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").touch()
     lines = refused(64, "is not empty, and the run would begin anew there", *settings)
     assert f"{tmp_path / 'run'}  is not a run's folder" in "\n".join(lines)
-    refused(64, "nowhere.bin: is not there", *settings, "data.train=nowhere")
+    refused(64, "nowhere.bin: no such file or folder", *settings, "data.train=nowhere")
     assert dry_run(*settings, "--fresh")[0] == 0
 
 

@@ -70,12 +70,22 @@ def test_all_fields_were_looked_at() -> None:
     assert {"model.rope_scaling.factor", "data.sources.SOURCE.weight", "watchdog.enabled"} <= set(FIELDS)
 
 
-# Its section's docstring says it.
-UNDESCRIBED = ["watchdog.enabled"]
-
-
 def test_every_field_has_a_docstring() -> None:
-    assert [name for name, field in fields(RunConfig) if not field.description] == UNDESCRIBED
+    assert [name for name, field in fields(RunConfig) if not field.description] == []
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("watchdog.start_s=1e308", "watchdog.start_s"),
+        ("model.rope_scaling={low_freq_factor: 4}", "model.rope_scaling.low_freq_factor"),
+        ("data.eod_token=4096", "data.eod_token"),
+    ],
+)
+def test_what_would_fail_later_is_refused(override: str, field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_run(load_run("tiny", [override]), 2)
+    assert [problem.field for problem in caught.value.problems] == [field]
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**63])

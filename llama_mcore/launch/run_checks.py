@@ -10,7 +10,7 @@ from llama_mcore.checkpoint.run_folder import Outlook, outlook
 from llama_mcore.config import RunConfig
 from llama_mcore.data.ledger import Segment, check_caps
 from llama_mcore.data.sources import OpenSource, open_sources, plan_run
-from llama_mcore.errors import MissingInputError, Problem, UserError
+from llama_mcore.errors import MissingInputError, Problem, UserError, input_problem
 from llama_mcore.launch.finding import Finding
 from llama_mcore.launch.progress import check_progress
 from llama_mcore.plan.summary import missing_inputs
@@ -46,7 +46,7 @@ def unusable_files(run: RunConfig, *, sound: bool = True, auto: bool = True) -> 
 
 
 def _missing(path: Path) -> Problem:
-    return Problem("input", path, "is not there", "make it, or change the setting that names it (data)")
+    return input_problem("input", path, "make it, or change the setting that names it (data)")
 
 
 def data(run: RunConfig) -> tuple[list[Finding], list[OpenSource]]:

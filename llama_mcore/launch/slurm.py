@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llama_mcore.config import RunConfig, check_run, load_run
 from llama_mcore.data.files import output_errors, published
-from llama_mcore.errors import ConfigError, OutputError, Problem, UserError, raise_all
+from llama_mcore.errors import ConfigError, OutputError, Problem, UserError, gathering, raise_all
 from llama_mcore.train.ds_config import deepspeed_config
 from llama_mcore.units import format_count
 
@@ -50,15 +50,17 @@ def job_script(config: str, overrides: Sequence[str], job: SlurmJob, *, inputs_a
     Raises one error with all problems: that of their kind if all are of one, else ConfigError. A plan, which
     is made before its data, looks at no files (`inputs_are_there` false); the job itself does.
     """
+    failures: list[UserError] = []
     problems = [*_check_job(job), *_check_words(config, overrides)]
-    try:
+    with gathering(failures):
         run = load_run(config, overrides)
-    except UserError as error:
-        raise _all(problems, error) from None
+    if failures:
+        raise_all([ConfigError(problems), *failures] if problems else failures)
     job = replace(job, job_name=job.job_name or Path(run.run.dir).name)
     of_run = _check_run(run, job)
     problems += [*_check_name(job.job_name or ""), *of_run]
-    failures: list[UserError] = [ConfigError(problems)] if problems else []
+    if problems:
+        failures.append(ConfigError(problems))
     if inputs_are_there:
         from llama_mcore.launch.run_checks import unusable_files  # loads numpy, which a plan does without
 
@@ -197,10 +199,6 @@ def _seconds(limit: str) -> int:
     # After days, hours come first; else minutes, but where there are three.
     first = 3600 if dash or len(numbers) == 3 else 60
     return int(days or 0) * 86_400 + sum(n * first // 60**i for i, n in enumerate(numbers))
-
-
-def _all(problems: list[Problem], error: UserError) -> UserError:
-    return ConfigError([*problems, *error.problems]) if problems else error
 
 
 def _check_name(name: str) -> list[Problem]:

@@ -15,7 +15,7 @@ from llama_mcore.checkpoint.load import check_same_model
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.checkpoint.run_folder import is_same_run, would_begin_anew
 from llama_mcore.config import RunConfig
-from llama_mcore.errors import CheckpointError, MissingInputError, Problem
+from llama_mcore.errors import CheckpointError, MissingInputError, Problem, input_problem
 from llama_mcore.observe.lives import LIVES_FILE, is_requeued
 from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.phases import Phases
@@ -96,7 +96,7 @@ def _candidates(run: RunConfig, start: Start) -> list[Path]:
     except OSError as error:
         raise unreadable(error) from None
     remedy = "name a run's folder or a checkpoint, or auto or never"
-    raise MissingInputError(Problem("--resume", named, "no such folder", remedy))
+    raise MissingInputError(input_problem("--resume", named, remedy))
 
 
 def verified(folder: Path, groups: Groups, phases: Phases) -> CheckpointReader:
