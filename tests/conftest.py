@@ -38,6 +38,7 @@ class Small:
             f"data.train={self.train}",
             f"data.valid={self.valid}",
             "data.tokenizer=",
+            "train.precision=bf16",
             "train.steps=30",
             "train.micro_batch_size=2",
             "train.global_batch_size=8",

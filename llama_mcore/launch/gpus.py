@@ -33,7 +33,17 @@ def devices() -> list[Finding]:
             "look at nvidia-smi, CUDA_VISIBLE_DEVICES and what the job was given; or ignore it on a CPU node"
         )
         return [*findings, Finding("devices", "GPU", "problem", "none: CPU, gloo", meaning, remedy)]
-    return [*findings, Finding("devices", "GPU", "note", f"none: CPU, {communication_backend()}")]
+    findings.append(Finding("devices", "GPU", "note", f"none: CPU, {communication_backend()}"))
+    return [*findings, bf16_on_cpu(torch.ops.mkldnn._is_mkldnn_bf16_supported())]
+
+
+def bf16_on_cpu(in_hardware: bool) -> Finding:
+    """Without AVX-512 or the like a matrix product was seen to take a hundred times as long as in fp32."""
+    if in_hardware:
+        return Finding("devices", "bf16 on the CPU", "ok", "in hardware")
+    meaning = "this CPU has no instructions for bf16, in which products take far longer than in fp32"
+    remedy = "train.precision=fp32 for runs on it"
+    return Finding("devices", "bf16 on the CPU", "note", "in software", meaning, remedy)
 
 
 def loopback_ranks() -> int:

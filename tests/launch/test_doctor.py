@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 from llama_mcore.launch import limits, software
@@ -17,7 +18,7 @@ from llama_mcore.launch.cgroup import cpu_limit, memory_limit
 from llama_mcore.launch.doctor import as_json_text, as_text
 from llama_mcore.launch.environment import environment
 from llama_mcore.launch.finding import Finding
-from llama_mcore.launch.gpus import driver_version
+from llama_mcore.launch.gpus import bf16_on_cpu, devices, driver_version
 from llama_mcore.launch.loopback import loopback
 from tests.distributed import ROOT, on_cpu
 
@@ -348,3 +349,13 @@ def test_the_text_says_what_stops_a_run_and_wraps() -> None:
     assert as_text(findings[::2]).endswith("a training run can start")
     assert json.loads(as_json_text(findings))["ok"] is False
     assert json.loads(as_json_text(findings[::2]))["ok"] is True
+
+
+def test_a_cpu_without_bf16_arithmetic_is_a_note_with_a_remedy() -> None:
+    assert bf16_on_cpu(True).status == "ok"
+    found = bf16_on_cpu(False)
+    assert (found.status, found.remedy) == ("note", "train.precision=fp32 for runs on it")
+
+
+def test_a_machine_without_a_gpu_is_asked() -> None:
+    assert ("bf16 on the CPU" in [finding.name for finding in devices()]) is not torch.cuda.is_available()
