@@ -335,9 +335,7 @@ def _dry_run(run: "RunConfig", ranks: int, auto: bool) -> None:
     from llama_mcore.plan.summary import conclude, describe_run
 
     typer.echo(describe_run(run, ranks, state_of(Path(run.run.dir))))
-    failures = unusable_files(run, auto=auto)
-    with suppress(UserError):  # it is among them
-        typer.echo(_data_plan(run))
+    failures = unusable_files(run, lambda: typer.echo(_data_plan(run)), auto=auto)
     typer.echo(f"\n{conclude(run, ranks, sum(len(failure.problems) for failure in failures))}")
     raise_all(failures)
 

@@ -10,7 +10,7 @@ from llama_mcore.checkpoint.run_folder import Outlook, outlook
 from llama_mcore.config import RunConfig
 from llama_mcore.data.ledger import Segment, check_caps
 from llama_mcore.data.sources import OpenSource, open_sources, plan_run
-from llama_mcore.errors import MissingInputError, Problem, UserError, input_problem
+from llama_mcore.errors import MissingInputError, Problem, UserError, gathering, input_problem
 from llama_mcore.launch.finding import Finding
 from llama_mcore.launch.progress import check_progress
 from llama_mcore.plan.summary import missing_inputs
@@ -26,22 +26,24 @@ def planned_data(run: RunConfig) -> tuple[list[OpenSource], Segment]:
     return sources, plan
 
 
-def unusable_files(run: RunConfig, *, sound: bool = True, auto: bool = True) -> list[UserError]:
-    """What is wrong with the files that the run reads, into which only a `sound` run can look; and, for one
-    that goes on from its folder (`auto`), with those in there. Who holds it now is not asked."""
+def unusable_files(
+    run: RunConfig, look_at_data: Callable[[], object] | None, *, auto: bool = True
+) -> list[UserError]:
+    """What is wrong with the files that the run reads, and, for one that goes on from its folder (`auto`),
+    with those in there. Who holds it now is not asked.
+
+    `look_at_data`, called where all files are there, raises what `planned_data` does; None for settings with
+    which nobody can look.
+    """
     failures: list[UserError] = []
-    looks: list[Callable[[], object]] = []
-    if missing := missing_inputs(run):
-        failures.append(MissingInputError([_missing(path) for path in missing]))
-    elif sound:
-        looks.append(lambda: planned_data(run))
-    if auto:
-        looks.append(lambda: outlook(run))
-    for look in looks:
-        try:
-            look()
-        except UserError as error:
-            failures.append(error)
+    with gathering(failures):
+        if missing := missing_inputs(run):
+            raise MissingInputError([_missing(path) for path in missing])
+        if look_at_data:
+            look_at_data()
+    with gathering(failures):
+        if auto:
+            outlook(run)
     return failures
 
 

@@ -62,9 +62,10 @@ def job_script(config: str, overrides: Sequence[str], job: SlurmJob, *, inputs_a
     if problems:
         failures.append(ConfigError(problems))
     if inputs_are_there:
-        from llama_mcore.launch.run_checks import unusable_files  # loads numpy, which a plan does without
+        # loads numpy, which a plan does without
+        from llama_mcore.launch.run_checks import planned_data, unusable_files
 
-        failures += unusable_files(run, sound=not of_run)
+        failures += unusable_files(run, None if of_run else lambda: planned_data(run))
     raise_all(failures)
     return _render(config, overrides, run, job)
 
