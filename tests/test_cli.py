@@ -110,7 +110,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
     assert "ZeRO-2" in output
     assert f"{tmp_path / 'run'}  new" in output
     assert "available" in output  # the table of the data
-    assert lines[-1].startswith("Ready: 328K tokens on 4 ranks")
+    assert lines[-1].startswith("Ready: 410K tokens on 4 ranks")
     assert not (tmp_path / "run").exists()
 
 
@@ -123,7 +123,7 @@ def test_the_conclusion_of_a_dry_run_is_its_last_word_and_true(tmp_path: Path) -
         return lines
 
     settings = data_in(tmp_path)
-    refused(65, "source train = 1,280 windows", *settings, "data.epochs=1")
+    refused(65, "source train = 1,600 windows", *settings, "data.epochs=1")
     refused(66, "nowhere.bin: no such file or folder", *settings, "data.train=nowhere")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").touch()

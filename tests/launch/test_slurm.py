@@ -269,7 +269,7 @@ def test_inputs_that_are_missing_are_named(tmp_path: Path) -> None:
 
 
 def test_the_data_is_looked_into(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"source train = 1,280 windows: .* more than the 3 planned"):
+    with pytest.raises(DataError, match=r"source train = 1,600 windows: .* more than the 3 planned"):
         tiny(tmp_path, "data.epochs=1")
     write_manifest(tmp_path / "train", build_manifest(tmp_path / "train", vocab_size=999_999))
     with pytest.raises(DataError, match=r"was made with 999999 tokens; model\.vocab_size = 4096"):

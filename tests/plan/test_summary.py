@@ -26,7 +26,7 @@ def test_the_numbers_of_a_run(run: RunConfig) -> None:
         "4 ranks = tp 2 x dp 2, sequence parallel on",
         "ZeRO-1, fp32, recompute selective",
         "16 sequences = micro-batch 8 x dp 2 x accumulation 1",
-        "4,096 a step, 328K in 80 steps",
+        "4,096 a step, 410K in 100 steps",
         "1/2 on each dp rank",
     ):
         assert part in text
@@ -61,7 +61,7 @@ def test_the_folder_of_the_run_is_what_it_was_found_to_be(run: RunConfig, tmp_pa
 
 
 def test_the_conclusion(run: RunConfig) -> None:
-    assert conclude(run, 2, 0) == "Ready: 328K tokens on 2 ranks, 52.5 MiB of model state each."
+    assert conclude(run, 2, 0) == "Ready: 410K tokens on 2 ranks, 52.5 MiB of model state each."
     assert conclude(run, 2, 1) == "Not ready: the settings fit together, 1 problem with the files."
     assert conclude(run, 2, 4).endswith("4 problems with the files.")
 
