@@ -180,10 +180,10 @@ def rank_main(tp: int, dp: int, output: Path) -> Callable[[], None]:
         dist.init_process_group("gloo")
         parallel = run_of(STATES[0], tp, dp).parallel
         found: dict[str, object] = {}
-        for measure, names in ((state, states(tp)), (saved, savings(tp))):
-            for name in names:
-                layout = parallel.model_copy(update={"sequence_parallel": "sp-off" not in name and tp > 1})
-                with model_parallel_groups(layout, 0, torch.device("cpu")) as groups:
+        # Once: the threads of groups stay, and hundreds of them take all of a machine.
+        with model_parallel_groups(parallel, 0, torch.device("cpu")) as groups:
+            for measure, names in ((state, states(tp)), (saved, savings(tp))):
+                for name in names:
                     every: list = [None] * dist.get_world_size()
                     dist.all_gather_object(every, measure(name, groups))
                     found[name] = every

@@ -23,6 +23,7 @@ from llama_mcore.data.loader import MicroBatch
 from llama_mcore.model import rmsnorm
 from llama_mcore.model.build import build_model
 from llama_mcore.model.sharding import cut_of, unshard
+from llama_mcore.parallel.config import ParallelConfig
 from llama_mcore.parallel.groups import Groups, model_parallel_groups
 from llama_mcore.train.engine import build_engine, full_fp32_weight
 from llama_mcore.train.optimizer import build_optimizer
@@ -165,12 +166,14 @@ def main() -> None:
         rmsnorm.copy_to_tensor_model_parallel_region = lambda weight: weight
         todo = [Layout(2, 1, True, 1, 1)]
     dist.init_process_group("gloo")
-    for layout in todo:
-        with model_parallel_groups(layout.run_config().parallel, 0, torch.device("cpu")) as groups:
-            write(output, layout.name, *train_layout(layout, groups), groups)
-    if dist.get_world_size() == 1:
-        with model_parallel_groups(todo[0].run_config().parallel, 0, torch.device("cpu")) as groups:
-            write(output, "reference", *train_reference(groups), groups)
+    for tp in sorted({layout.tp for layout in todo}):
+        # Once: the threads of groups stay, and hundreds of them take all of a machine.
+        with model_parallel_groups(ParallelConfig(tp=tp), 0, torch.device("cpu")) as groups:
+            for layout in todo:
+                if layout.tp == tp:
+                    write(output, layout.name, *train_layout(layout, groups), groups)
+            if dist.get_world_size() == 1:
+                write(output, "reference", *train_reference(groups), groups)
     dist.barrier()
     dist.destroy_process_group()
 
