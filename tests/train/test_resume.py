@@ -80,7 +80,7 @@ CASES = [
     Case(
         "named-step", 0, ["--resume", "{finished}/checkpoints/step-00000002"], nothing, "resuming at step 2"
     ),
-    Case("named-nowhere", 66, ["--resume", "{finished}/nowhere"], nothing, "no such folder"),
+    Case("named-nowhere", 66, ["--resume", "{finished}/nowhere"], nothing, "no such file or folder"),
     Case("named-empty", 66, ["--resume", "{finished}/tensorboard"], nothing, "holds no complete checkpoint"),
 ]
 
