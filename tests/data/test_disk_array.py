@@ -73,7 +73,7 @@ def test_a_file_replaced_while_open_is_read_on_as_it_was(path: Path, array: Disk
 
 
 def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
-    with pytest.raises(MissingInputError, match="No such file"):
+    with pytest.raises(MissingInputError, match="no such file or folder"):
         DiskArray(tmp_path / "absent", np.uint8, 1)
 
 

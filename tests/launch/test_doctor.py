@@ -75,7 +75,7 @@ def test_everything_that_was_asked_for_is_there(healthy) -> None:
         "environment",
     }
     required = {name for group, name in healthy if group == "required packages"}
-    assert {"Python", "torch", "megatron-core", "deepspeed", "safetensors", "tensorboard"} <= required
+    assert {"Python", "torch", "megatron-core", "deepspeed", "tensorboard"} <= required
     optional = {"transformers", "flash-attn", "xformers", "transformer-engine", "apex", "triton"}
     assert optional == {name for group, name in healthy if group == "optional packages"}
 

@@ -133,9 +133,8 @@ def test_the_process_dies_with_its_supervisor(tmp_path: Path) -> None:
 
 def test_a_rank_dies_with_torchrun(tmp_path: Path) -> None:
     """A shell in its place, which leaves the supervisor to others."""
-    line = f"{sys.executable} {WORKER} waits {tmp_path} & wait"
     launcher = subprocess.Popen(
-        ["bash", "-c", line],
+        ["bash", "-c", '"$@" & wait', "bash", sys.executable, str(WORKER), "waits", str(tmp_path)],
         env=os.environ | {"PYTHONPATH": str(ROOT)} | UNDER_TORCHRUN,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -68,7 +68,7 @@ def around(folder: Path, weights: Invented, formats: Sequence[str], limit: int |
                 target=name,
                 tp=2 if form.is_cut else None,
                 dtype=None if form.fp32_only else "bf16",
-                max_shard_bytes=shard,
+                max_shard_size=str(shard),
                 optimizer=weights.kinds == KINDS,
                 verify=False,
             )
