@@ -28,6 +28,7 @@ from llama_mcore import cli  # noqa: E402
 from llama_mcore.launch.heartbeat import Pulse  # noqa: E402
 from llama_mcore.observe.phases import Phase  # noqa: E402
 from llama_mcore.train import loop  # noqa: E402
+from llama_mcore.train.signals import STOP_SIGNALS  # noqa: E402
 from tests.forked import write_output_to  # noqa: E402
 
 LONGEST_S = 120
@@ -140,7 +141,6 @@ def rank_main(life: Life, rank: int, port: int, output: Path) -> None:
     os.environ |= {"TORCHELASTIC_RESTART_COUNT": "0", "SLURM_JOB_ID": life.job}
     os.environ["SLURM_RESTART_COUNT"] = life.restarts
     sys.argv = ["train.py", "--config", "tiny", *life.overrides]
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
     prepare(life, rank)
     cli.main("train")
 
@@ -150,8 +150,11 @@ def live(life: Life, output: Path) -> dict[str, object]:
         port = free.getsockname()[1]
     fork = get_context("fork")
     ranks = [fork.Process(target=rank_main, args=(life, rank, port, output)) for rank in range(life.started)]
+    # As our torchrun has it: a signal kills no rank that is just starting.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     for process in ranks:
         process.start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if life.fault == "never-come":
         time.sleep(1.0)  # whenever it comes, it has to end the rank
         ranks[0].terminate()
