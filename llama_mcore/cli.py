@@ -340,13 +340,13 @@ def _dry_run(run: "RunConfig", ranks: int, auto: bool) -> None:
     raise_all(failures)
 
 
-def _check_progress(run: "RunConfig", all_the_same: bool) -> None:
-    """Each rank for itself, before anything slow. Not where the user asked to start `all_the_same`; that
-    counts once."""
+def _check_progress(run: "RunConfig", anyway: bool) -> None:
+    """Each rank for itself, before anything slow. `anyway`: the user asked to start whatever the last lives
+    came to, which counts for the first start of a job."""
     from llama_mcore.launch.progress import check_progress
     from llama_mcore.observe.lives import is_requeued
 
-    if not all_the_same or is_requeued(Path(run.run.dir)):
+    if not anyway or is_requeued(Path(run.run.dir)):
         check_progress(Path(run.run.dir), os.environ.get("SLURM_JOB_ID", ""))
 
 

@@ -53,7 +53,7 @@ def find_start(run: RunConfig, start: Start, groups: Groups, together: Together,
     named checkpoint is not there, CheckpointError where none of those that are is sound, ConfigError for a
     checkpoint of another model and for a folder that would be overwritten.
     """
-    start = same_on_all_ranks(groups, lambda: _counting(run, start), together)
+    start = same_on_all_ranks(groups, lambda: _still_asked(run, start), together)
     folders = same_on_all_ranks(groups, lambda: _candidates(run, start), together)
     passed_over: list[str] = []
     for folder in reversed(folders):
@@ -75,7 +75,7 @@ def find_start(run: RunConfig, start: Start, groups: Groups, together: Together,
     return Found(None)
 
 
-def _counting(run: RunConfig, asked: Start) -> Start:
+def _still_asked(run: RunConfig, asked: Start) -> Start:
     """What still counts of what was asked for when a job began that Slurm has put back into the queue."""
     if not is_requeued(Path(run.run.dir)) or (asked.resume == "auto" and not asked.fresh):
         return asked
