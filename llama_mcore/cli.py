@@ -3,21 +3,15 @@
 Commands import what they need when they run: `--help` and `--dry-run` load no torch.
 """
 
-import os
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from llama_mcore import __version__
-from llama_mcore.errors import UserError, report_errors
+from llama_mcore.errors import leave, report_errors
 from llama_mcore.plan.cli import app as plan_app
-
-if TYPE_CHECKING:
-    from llama_mcore.config import RunConfig
-    from llama_mcore.parallel.rank import Place
 
 app = typer.Typer(
     name="llama-mcore",
@@ -295,92 +289,27 @@ def train(
         from llama_mcore.parallel.rank import take_place
 
         place = take_place()
+        from llama_mcore import start_run
         from llama_mcore.config import check_run, load_run
 
         if world_size is not None:
-            _check_world_size(world_size, dry_run)
+            start_run.check_world_size(world_size, dry_run)
         run = load_run(config, context.args)
         ranks = place.world_size
         if dry_run and (world_size or place.is_alone):
             ranks = world_size or run.parallel.tp
         check_run(run, ranks)
         if not dry_run:
-            _check_progress(run, retry or fresh)
-            _leave(_train(run, resume, fresh, accept_data_change))
+            start_run.check_lives(run, retry or fresh)
+            leave(start_run.train_watched(run, resume, fresh, accept_data_change))
         from llama_mcore.train.ds_config import deepspeed_config
 
         deepspeed_config(run, ranks)
         auto = resume == "auto" and not fresh
         if place.is_alone or world_size:
-            _dry_run(run, ranks, auto)
+            start_run.print_plan(run, ranks, auto)
         else:
-            _preflight(run, place, json=False, auto=auto, retry=retry or fresh)
-
-
-def _check_world_size(world_size: int, dry_run: bool) -> None:
-    from llama_mcore.errors import ConfigError, Problem
-
-    if not dry_run:
-        remedy = "add it, or start so many ranks by a launcher"
-        raise ConfigError(Problem("--world-size", world_size, "is of --dry-run alone", remedy))
-    if world_size < 1:
-        raise ConfigError(Problem("--world-size", world_size, "must be at least 1"))
-
-
-def _dry_run(run: "RunConfig", ranks: int, auto: bool) -> None:
-    """Print the plan and whether it can start. `auto`: it goes on from what is in its folder."""
-    from llama_mcore.checkpoint.run_folder import state_of
-    from llama_mcore.errors import raise_all
-    from llama_mcore.launch.run_checks import unusable_files
-    from llama_mcore.plan.summary import conclude, describe_run
-
-    typer.echo(describe_run(run, ranks, state_of(Path(run.run.dir))))
-    failures = unusable_files(run, lambda: typer.echo(_data_plan(run)), auto=auto)
-    typer.echo(f"\n{conclude(run, ranks, sum(len(failure.problems) for failure in failures))}")
-    raise_all(failures)
-
-
-def _check_progress(run: "RunConfig", anyway: bool) -> None:
-    """Each rank for itself, before anything slow. `anyway`: the user asked to start whatever the last lives
-    came to, which counts for the first start of a job."""
-    from llama_mcore.launch.progress import check_progress
-    from llama_mcore.observe.lives import is_requeued
-
-    if not anyway or is_requeued(Path(run.run.dir)):
-        check_progress(Path(run.run.dir), os.environ.get("SLURM_JOB_ID", ""))
-
-
-def _leave(exit_code: int) -> NoReturn:
-    """End at once: while an interpreter shuts down, a signal or an output that cannot be written would change
-    the exit code."""
-    import sys
-
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(exit_code)
-
-
-def _train(run: "RunConfig", resume: str, fresh: bool, accept_data_change: bool) -> int:
-    """Fork: this process watches the one that trains, and ends with its exit code."""
-    from llama_mcore.launch.supervisor import Supervisor
-    from llama_mcore.train.signals import stop_signals
-
-    supervisor = Supervisor(run.watchdog, Path(run.run.dir), run.checkpoint.timeout_s)
-    pulse = supervisor.fork()
-    if pulse is None:
-        return supervisor.watch()
-    with stop_signals() as stop:
-        from llama_mcore.observe.log import silence_libraries
-        from llama_mcore.parallel.device import on_gpu, order_kernel_starts
-
-        order_kernel_starts(run.parallel.tp, run.zero.stage)
-        silence_libraries(cpu=not on_gpu())
-        from llama_mcore.observe.phases import Phases
-        from llama_mcore.train.loop import train
-        from llama_mcore.train.resume import Start
-
-        return train(run, stop, Start(resume, fresh, accept_data_change), Phases([pulse], supervisor.began))
+            start_run.preflight_run(run, place, json=False, auto=auto, retry=retry or fresh)
 
 
 @app.command(
@@ -402,51 +331,14 @@ def preflight(
         from llama_mcore.parallel.rank import take_place
 
         place = take_place()
+        from llama_mcore import start_run
         from llama_mcore.config import check_run, load_run
         from llama_mcore.train.ds_config import deepspeed_config
 
         run = load_run(config, context.args)
         check_run(run, place.world_size)
         deepspeed_config(run, place.world_size)
-        _preflight(run, place, json=json)
-
-
-def _preflight(
-    run: "RunConfig", place: "Place", *, json: bool, auto: bool = True, retry: bool = False
-) -> None:
-    """`auto` and `retry` as of `start` in launch/run_checks.py."""
-    from functools import partial
-
-    from llama_mcore.observe.log import silence_libraries
-    from llama_mcore.parallel.device import on_gpu
-    from llama_mcore.plan.summary import describe_run
-
-    silence_libraries(cpu=not on_gpu())
-    from llama_mcore.checkpoint.run_folder import state_of
-    from llama_mcore.launch.limited import LIMIT_S, within
-    from llama_mcore.launch.preflight import preflight
-    from llama_mcore.launch.run_checks import start
-
-    def plan() -> str:
-        return describe_run(run, place.world_size, state_of(Path(run.run.dir)))
-
-    def data_plan() -> str:
-        with suppress(UserError):  # preflight finds it, on every rank
-            return _data_plan(run)
-        return ""
-
-    if place.rank == 0 and not json:
-        typer.echo("\n".join([*within(LIMIT_S, {"run": plan, "data": data_plan}).values(), ""]))
-    preflight(run, json, partial(start, auto=auto, retry=retry))
-
-
-def _data_plan(run: "RunConfig") -> str:
-    """What a run would read. Raises what `planned_data` raises."""
-    from llama_mcore.data.ledger import plan_table
-    from llama_mcore.launch.run_checks import planned_data
-
-    _, plan = planned_data(run)
-    return f"\n{plan_table(plan, run.train.steps * run.train.global_batch_size)}"
+        start_run.preflight_run(run, place, json=json)
 
 
 @app.command("convert")
@@ -635,7 +527,7 @@ def torchrun(context: typer.Context) -> None:
     with held_stop_signals():
         from llama_mcore.launch.torchrun import run
 
-        _leave(run(context.args))
+        leave(run(context.args))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import NoReturn
 
 EXIT_SAVED = 75  # the run was asked to stop and has saved, or stalled: the same command goes on (EX_TEMPFAIL)
 EXIT_SOFTWARE = 70  # a process ended as if all were well, before it was (EX_SOFTWARE)
@@ -180,3 +181,12 @@ def report_errors(debug: bool = False) -> Iterator[None]:
             # A launcher stops the others when one rank ends: let the one that speaks come first.
             time.sleep(_SILENT_RANKS_WAIT_S)
         sys.exit(error.exit_code)
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End at once: while an interpreter shuts down, a signal or an output that cannot be written would change
+    the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(exit_code)

@@ -77,6 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"benchmark", "train", "model", "parallel", "data", "checkpoint", "observe", "plan", "config"},
     "generate": BASE | {"model", "parallel", "data", "checkpoint", "observe", "config"},
     "cli": {""},  # everything
+    "start_run": {""},
     **dict.fromkeys(CONFIGS, BASE | CONFIGS),
 }
 
@@ -434,15 +435,18 @@ def test_torch_is_seen_when_it_is_loaded() -> None:
     assert "numpy" in loaded_by("import numpy")
 
 
-def test_the_command_line_calls_functions_that_exist() -> None:
-    tree = ast.parse((PACKAGE / "cli.py").read_text())
+@pytest.mark.parametrize("importer", ["cli.py", "start_run.py"])
+def test_the_command_line_calls_functions_that_exist(importer: str) -> None:
+    tree = ast.parse((PACKAGE / importer).read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("llama_mcore."):
             path = PACKAGE / Path(*node.module.split(".")[1:]).with_suffix(".py")
-            assert path.is_file(), f"cli.py imports {node.module}"
+            assert path.is_file(), f"{importer} imports {node.module}"
             body = ast.parse(path.read_text()).body
             defined = {getattr(item, "name", "") for item in body}
             defined |= {
                 dotted(target) for item in body if isinstance(item, ast.Assign) for target in item.targets
             }
-            assert {alias.name for alias in node.names} <= defined, f"{path.name} lacks what cli.py imports"
+            assert {alias.name for alias in node.names} <= defined, (
+                f"{path.name} lacks what {importer} imports"
+            )

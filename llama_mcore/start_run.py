@@ -1,0 +1,107 @@
+"""What `train` and `preflight` do with a run whose settings are sound: print its plan, check it from every
+rank, or train it while it is watched.
+
+As in cli.py, functions import what they need when they run: a plan loads no torch, and the process that
+watches has loaded none when it forks.
+"""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import typer
+
+from llama_mcore.config import RunConfig
+from llama_mcore.errors import ConfigError, Problem, UserError, raise_all
+from llama_mcore.parallel.rank import Place
+
+
+def check_world_size(world_size: int, dry_run: bool) -> None:
+    """Raises ConfigError."""
+    if not dry_run:
+        remedy = "add it, or start so many ranks by a launcher"
+        raise ConfigError(Problem("--world-size", world_size, "is of --dry-run alone", remedy))
+    if world_size < 1:
+        raise ConfigError(Problem("--world-size", world_size, "must be at least 1"))
+
+
+def check_lives(run: RunConfig, anyway: bool) -> None:
+    """Each rank for itself, before anything slow. `anyway`: the user asked to start whatever the last lives
+    came to, which counts for the first start of a job."""
+    from llama_mcore.launch.progress import check_progress
+    from llama_mcore.observe.lives import is_requeued
+
+    if not anyway or is_requeued(Path(run.run.dir)):
+        check_progress(Path(run.run.dir), os.environ.get("SLURM_JOB_ID", ""))
+
+
+def train_watched(run: RunConfig, resume: str, fresh: bool, accept_data_change: bool) -> int:
+    """Fork: this process watches the one that trains, and ends with its exit code."""
+    from llama_mcore.launch.supervisor import Supervisor
+    from llama_mcore.train.signals import stop_signals
+
+    supervisor = Supervisor(run.watchdog, Path(run.run.dir), run.checkpoint.timeout_s)
+    pulse = supervisor.fork()
+    if pulse is None:
+        return supervisor.watch()
+    with stop_signals() as stop:
+        from llama_mcore.observe.log import silence_libraries
+        from llama_mcore.parallel.device import on_gpu, order_kernel_starts
+
+        order_kernel_starts(run.parallel.tp, run.zero.stage)
+        silence_libraries(cpu=not on_gpu())
+        from llama_mcore.observe.phases import Phases
+        from llama_mcore.train.loop import train
+        from llama_mcore.train.resume import Start
+
+        return train(run, stop, Start(resume, fresh, accept_data_change), Phases([pulse], supervisor.began))
+
+
+def print_plan(run: RunConfig, ranks: int, auto: bool) -> None:
+    """Print the plan and whether it can start. `auto`: it goes on from what is in its folder."""
+    from llama_mcore.checkpoint.run_folder import state_of
+    from llama_mcore.launch.run_checks import unusable_files
+    from llama_mcore.plan.summary import conclude, describe_run
+
+    typer.echo(describe_run(run, ranks, state_of(Path(run.run.dir))))
+    failures = unusable_files(run, lambda: typer.echo(_data_plan(run)), auto=auto)
+    typer.echo(f"\n{conclude(run, ranks, sum(len(failure.problems) for failure in failures))}")
+    raise_all(failures)
+
+
+def preflight_run(
+    run: RunConfig, place: Place, *, json: bool, auto: bool = True, retry: bool = False
+) -> None:
+    """Check it from every rank. `auto` and `retry` as of `start` in launch/run_checks.py."""
+    from functools import partial
+
+    from llama_mcore.observe.log import silence_libraries
+    from llama_mcore.parallel.device import on_gpu
+    from llama_mcore.plan.summary import describe_run
+
+    silence_libraries(cpu=not on_gpu())
+    from llama_mcore.checkpoint.run_folder import state_of
+    from llama_mcore.launch.limited import LIMIT_S, within
+    from llama_mcore.launch.preflight import preflight
+    from llama_mcore.launch.run_checks import start
+
+    def plan() -> str:
+        return describe_run(run, place.world_size, state_of(Path(run.run.dir)))
+
+    def data_plan() -> str:
+        with suppress(UserError):  # preflight finds it, on every rank
+            return _data_plan(run)
+        return ""
+
+    if place.rank == 0 and not json:
+        typer.echo("\n".join([*within(LIMIT_S, {"run": plan, "data": data_plan}).values(), ""]))
+    preflight(run, json, partial(start, auto=auto, retry=retry))
+
+
+def _data_plan(run: RunConfig) -> str:
+    """What a run would read. Raises what `planned_data` raises."""
+    from llama_mcore.data.ledger import plan_table
+    from llama_mcore.launch.run_checks import planned_data
+
+    _, plan = planned_data(run)
+    return f"\n{plan_table(plan, run.train.steps * run.train.global_batch_size)}"
