@@ -8,12 +8,20 @@ from contextlib import contextmanager
 
 import torch
 
+from llama_mcore.errors import ConfigError, Problem
+
+DEVICE = "LLAMA_MCORE_DEVICE"
+"""Environment variable: `cpu` leaves a machine's GPUs alone, `auto` (the default) takes them."""
 # Linux reports ru_maxrss in KiB.
 _KIB = 1024
 
 
 def on_gpu() -> bool:
-    return torch.cuda.is_available()
+    """Whether this process computes on a GPU. Raises ConfigError for a value of `DEVICE` that is none."""
+    wanted = os.environ.get(DEVICE) or "auto"
+    if wanted not in ("auto", "cpu"):
+        raise ConfigError(Problem(DEVICE, wanted, "must be auto or cpu", "set one of them, or unset it"))
+    return wanted == "auto" and torch.cuda.is_available()
 
 
 def local_device() -> torch.device:
