@@ -10,8 +10,11 @@ PIP_INSTALL := $(VENV_PYTHON) -m pip --disable-pip-version-check install
 # DeepSpeed comes as source and asks for no setuptools of its own; its kernels stay uncompiled.
 SETUPTOOLS := setuptools==84.2.1
 export DS_BUILD_OPS := 0
+# Two workers a core, as half of the tests wait: pytest-xdist takes each module as one piece, in our order.
+WORKERS ?= $(shell getconf _NPROCESSORS_ONLN | awk '{ n = 2 * $$1; print n < 16 ? n : 16 }')
+IN_PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help demo test test-crash test-slurm test-data lint venv clean
+.PHONY: help demo test test-fast test-mutants test-crash test-slurm test-data lint venv clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,10 +28,18 @@ help:
 	@echo "PYTHON=/path/to/python picks another interpreter: 3.11, or 3.12."
 
 demo: $(STAMP)
-	@$(VENV_PYTHON) tools/demo.py
+	@$(VENV_PYTHON) tools/demo.py $(if $(STEPS),--steps $(STEPS))
 
 test: $(STAMP)
-	@$(VENV_PYTHON) -m pytest
+	@$(VENV_PYTHON) -m pytest $(IN_PARALLEL)
+
+# Starts no process: what one runs at each save.
+test-fast: $(STAMP)
+	@$(VENV_PYTHON) -m pytest $(IN_PARALLEL) -m "not process and not crash and not slurm"
+
+# Takes guards of the product out one after another; each must turn a test red.
+test-mutants: $(STAMP)
+	@$(VENV_PYTHON) tests/mutants.py
 
 # Prints what was tried and survived.
 test-crash: $(STAMP)

@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Before torch or DeepSpeed is imported: tests run on the CPU whatever the machine has, but for those marked gpu.
+# Before torch or DeepSpeed is imported: tests run on the CPU whatever the machine has, unless marked gpu.
 os.environ.setdefault("LLAMA_MCORE_DEVICE", "cpu")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from filelock import FileLock  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import numpy as np
+import pytest
+from filelock import FileLock
+from hypothesis import settings
 
-from tests.support.models import Small, write_tokens  # noqa: E402
-from tests.support.product import train  # noqa: E402
+from tests.support.models import Small, write_tokens
+from tests.support.product import train
 
 # A crowded machine is no reason to fail.
 settings.register_profile("llama_mcore", deadline=None)
@@ -79,8 +79,8 @@ def _spread(few: list[Any], many: list[Any]) -> list[Any]:
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
-    """once(name, make): the folder of this name, which `make(folder)` has filled, once for all workers of this
-    run. Where that failed, it fails everywhere."""
+    """once(name, make): the folder of this name, which `make(folder)` has filled once for all workers. Where
+    that failed, it fails everywhere."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
 

@@ -14,7 +14,7 @@ ANY = object()
 def refused(
     kind: type[UserError], field: str, value: object = ANY, *, remedy: bool = True
 ) -> Iterator[pytest.ExceptionInfo[UserError]]:
-    """The block must raise this error, with a problem of `field`, its value and, unless told else, a remedy."""
+    """The block must raise this error, with a problem of `field`, its value and a remedy."""
     with pytest.raises(kind) as caught:
         yield caught
     check_problem(caught.value.problems, field, value, remedy=remedy)

@@ -9,6 +9,6 @@ import megatron.core  # noqa: E402, F401
 import pytest  # noqa: E402, F401
 import torch.utils.tensorboard  # noqa: E402, F401
 
-import llama_mcore.cli  # noqa: E402, F401
-import llama_mcore.launch.preflight  # noqa: E402, F401
+import llama_mcore.cli  # noqa: E402
+import llama_mcore.launch.preflight  # noqa: E402
 import llama_mcore.train.loop  # noqa: E402, F401

@@ -1,22 +1,19 @@
 """The product as a user starts it, and its run folders as a user reads them.
 
-`llama_mcore` runs a command in ranks that are forked, as launchers start them; `start` and `launch` go through a
-real launcher, for tests of launchers.
+`llama_mcore` runs a command in forked ranks, which are told what a launcher tells them; `start` goes through
+a real launcher, for tests of launchers.
 """
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from tests.support.world import ONE_THREAD, ROOT, TIMEOUT_S, Call, call, exit_codes_of, write_output_to
+from tests.support.world import ONE_THREAD, ROOT, TIMEOUT_S, Call, exit_codes_of
 
 TORCHRUN = ("-m", "llama_mcore.cli", "torchrun")
 PLAIN_TORCHRUN = ("-m", "torch.distributed.run")
@@ -59,7 +56,7 @@ class Job:
         return self._call.is_alive()
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes that a launcher would have started: supervisors, each the parent of one that trains."""
+        """What a launcher would have started: supervisors, each the parent of one that trains."""
         return psutil.Process(self._call.pid).children()
 
     def finish(self) -> Finished:

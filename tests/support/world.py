@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -51,7 +51,7 @@ SERVER = ONE_THREAD | {
 }
 TIMEOUT_S = 600.0
 """Ends what hangs; no test is about how long something takes."""
-_STACKS_S = 2.0
+_STACKS_S, _LOOK_S = 2.0, 0.01
 _SHOWN = 8000
 _in_host = False
 
@@ -102,7 +102,7 @@ class Call:
         self._process.start()
         results.close()
         # also where a test fails before it has asked for the result
-        self._kill = weakref.finalize(self, _signal_session, self.pid, signal.SIGKILL)
+        self._kill = weakref.finalize(self, _kill_session, self._process)
 
     @property
     def pid(self) -> int:
@@ -164,12 +164,14 @@ def _host_main(output: Path, results: Connection, function: Callable[..., Any], 
     results.send(function(*args))
 
 
-def _signal_session(leader: int, number: signal.Signals) -> None:
-    """All processes of the session, also those that have left its process group."""
+def _kill_session(leader: BaseProcess) -> None:
+    """The process, and all of its session, also what has left its process group."""
+    if leader.is_alive():
+        leader.kill()
     for entry in os.listdir("/proc"):
         with suppress(OSError):
-            if entry.isdecimal() and os.getsid(int(entry)) == leader:
-                os.kill(int(entry), number)
+            if entry.isdecimal() and os.getsid(int(entry)) == leader.pid:
+                os.kill(int(entry), signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -239,47 +241,46 @@ def launched_as(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 @contextmanager
 def reserved_port() -> Iterator[int]:
-    """A port that the system gives to nobody else meanwhile; who sets SO_REUSEADDR, as servers do, can take it."""
+    """A port that the system gives to nobody else meanwhile; servers, which set SO_REUSEADDR, can take it."""
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("", 0))
         yield holder.getsockname()[1]
 
 
-def _wait(
-    processes: Sequence[BaseProcess], results: Sequence[Connection], timeout_s: float
-) -> list[_Ended]:
+def _wait(processes: Sequence[BaseProcess], results: Sequence[Connection], timeout_s: float) -> list[_Ended]:
     """The ends of all; what goes on after `timeout_s` prints its stacks, if it can, and is killed."""
     until, received = time.monotonic() + timeout_s, {}
-    pending: dict[Any, int] = {pipe: number for number, pipe in enumerate(results)}
-    alive = {process.sentinel: process for process in processes}
-    while alive and (left := until - time.monotonic()) > 0:
-        for ready in connection.wait([*pending, *alive], left):
-            if ready in pending:
-                with suppress(EOFError):
-                    received[pending[ready]] = ready.recv()
-                del pending[ready]
-            else:
-                del alive[ready]
-    for pipe, number in pending.items():  # came with the end
-        with suppress(EOFError):
-            if pipe.poll():
-                received[number] = pipe.recv()
-    hung = list(alive.values())
-    if hung:
-        _end(hung)
+    # looked at rather than waited for: a child that a process leaves keeps its sentinel from being ready
+    while (alive := [process for process in processes if process.is_alive()]) and time.monotonic() < until:
+        received |= _received(results, received, _LOOK_S)
+    received |= _received(results, received, 0)
+    if alive:
+        _end(alive)
     for process in processes:
         process.join()
     return [
-        _Ended(process.exitcode or 0, process in hung, received.get(number))
+        _Ended(process.exitcode or 0, process in alive, received.get(number))
         for number, process in enumerate(processes)
     ]
+
+
+def _received(results: Sequence[Connection], known: Mapping[int, Any], seconds: float) -> dict[int, Any]:
+    """What has come, by the number of its pipe, from those that nothing is known of."""
+    pending = {pipe: number for number, pipe in enumerate(results) if number not in known}
+    if not pending:
+        time.sleep(seconds)
+    found = {}
+    for pipe in connection.wait(list(pending), seconds) if pending else ():
+        with suppress(EOFError):
+            found[pending[pipe]] = pipe.recv()  # type: ignore[index, union-attr]
+    return found
 
 
 def _end(hung: Sequence[BaseProcess]) -> None:
     for process in hung:
         assert process.pid
         os.kill(process.pid, signal.SIGABRT)
-    connection.wait([process.sentinel for process in hung], _STACKS_S)
+    time.sleep(_STACKS_S)
     for process in hung:
         process.kill()
