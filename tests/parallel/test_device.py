@@ -52,10 +52,12 @@ def beside_a_gpu(settings: list[str], device: str, output: Path) -> None:
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1
 
-    def touched(*_: object) -> None:
-        raise AssertionError("the GPU was touched")
+    for name in ("_lazy_init", "set_device"):
 
-    torch.cuda._lazy_init = torch.cuda.set_device = touched
+        def touched(*_: object) -> None:
+            raise AssertionError("the GPU was touched")
+
+        setattr(torch.cuda, name, touched)
     run_command(["train", "--config", "tiny", *settings])
 
 

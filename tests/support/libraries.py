@@ -1,10 +1,12 @@
 """Everything that ranks import, imported once by the fork server: preloaded by tests/support/world.py."""
 
+import gc
+
 from llama_mcore.observe.log import silence_libraries
 
 silence_libraries(cpu=True)
 
-import deepspeed  # noqa: E402, F401
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401  by every `deepspeed.initialize`
 import megatron.core  # noqa: E402, F401
 import pytest  # noqa: E402, F401
 import torch.utils.tensorboard  # noqa: E402, F401
@@ -12,3 +14,7 @@ import torch.utils.tensorboard  # noqa: E402, F401
 import llama_mcore.cli  # noqa: E402
 import llama_mcore.launch.preflight  # noqa: E402
 import llama_mcore.train.loop  # noqa: E402, F401
+
+# DeepSpeed collects garbage six times while it starts: half of a short run's time went into objects of modules.
+gc.collect()
+gc.freeze()
