@@ -14,16 +14,18 @@ export DS_BUILD_OPS := 0
 WORKERS ?= $(shell getconf _NPROCESSORS_ONLN | awk '{ n = 2 * $$1; print n < 16 ? n : 16 }')
 IN_PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help demo test test-fast test-mutants test-crash test-slurm test-data lint venv clean
+.PHONY: help demo test test-fast test-times test-coverage test-mutants test-crash test-slurm test-data lint venv clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   raw text to a trained, resumed and exported LLaMA on this machine, in minutes"
 	@echo "make test   run the tests"
 	@echo
-	@echo "Also: make test-crash (every fault of saving, every layout, 25 kills; KILLS=1000 for more),"
+	@echo "Also: make test-fast (tests that start no process, at each save), make test-times (where the time goes),"
+	@echo "make test-coverage, make test-mutants (takes 40 guards out; each must turn a test red),"
+	@echo "make test-crash (every fault of saving, every layout, 25 kills; KILLS=1000 for more),"
 	@echo "make test-data (tokens of a whole corpus, by both encoders; TEST_CORPUS_MB=25),"
-	@echo "make test-slurm (the job scripts on a real Slurm of virtual nodes; root),"
+	@echo "make test-slurm (the job scripts on a real Slurm of virtual nodes; root; SAMPLE=1 for three jobs),"
 	@echo "make lint (ruff, mypy, shellcheck), make venv (environment only), make clean (remove it and the caches)."
 	@echo "PYTHON=/path/to/python picks another interpreter: 3.11, or 3.12."
 
@@ -37,6 +39,15 @@ test: $(STAMP)
 test-fast: $(STAMP)
 	@$(VENV_PYTHON) -m pytest $(IN_PARALLEL) -m "not process and not crash and not slurm"
 
+# Seconds by module, and what all processes spend on imports.
+test-times: $(STAMP)
+	@$(VENV_PYTHON) tests/times.py $(IN_PARALLEL)
+
+test-coverage: $(STAMP)
+	@rm -rf build/coverage && mkdir -p build/coverage
+	@$(VENV_PYTHON) -m coverage run -m pytest $(IN_PARALLEL)
+	@$(VENV_PYTHON) -m coverage combine -q && $(VENV_PYTHON) -m coverage report --skip-covered
+
 # Takes guards of the product out one after another; each must turn a test red.
 test-mutants: $(STAMP)
 	@$(VENV_PYTHON) tests/mutants.py
@@ -48,7 +59,7 @@ test-crash: $(STAMP)
 # Starts a Slurm of two nodes on this machine; root also gets the packages that are missing.
 test-slurm: $(STAMP)
 	@if [ "$$(id -u)" -ne 0 ]; then echo "make test-slurm: SKIPPED all: only root can start Slurm's daemons"; else \
-	    bash tests/slurm/slurm-local.sh install && $(VENV_PYTHON) -m pytest -m slurm tests/slurm; fi
+	    bash tests/slurm/slurm-local.sh install && $(VENV_PYTHON) -m pytest -m "slurm$(if $(SAMPLE), and sample)" tests/slurm; fi
 
 test-data: $(STAMP)
 	@TEST_CORPUS_MB="$(or $(TEST_CORPUS_MB),25)" $(VENV_PYTHON) -m pytest tests/data/test_encoder.py
