@@ -25,7 +25,7 @@ help:
 	@echo "make test-coverage, make test-mutants (takes 40 guards out; each must turn a test red),"
 	@echo "make test-crash (every fault of saving, every layout, 25 kills; KILLS=1000 for more),"
 	@echo "make test-data (tokens of a whole corpus, by both encoders; TEST_CORPUS_MB=25),"
-	@echo "make test-slurm (the job scripts on a real Slurm of virtual nodes; root; SAMPLE=1 for three jobs),"
+	@echo "make test-slurm (the job scripts on a real Slurm of virtual nodes; root; SAMPLE=1 for four jobs),"
 	@echo "make lint (ruff, mypy, shellcheck), make venv (environment only), make clean (remove it and the caches)."
 	@echo "PYTHON=/path/to/python picks another interpreter: 3.11, or 3.12."
 

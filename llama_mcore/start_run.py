@@ -5,6 +5,7 @@ As in cli.py, functions import what they need when they run: a plan loads no tor
 watches has loaded none when it forks.
 """
 
+import gc
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -54,6 +55,9 @@ def train_watched(run: RunConfig, resume: str, fresh: bool, accept_data_change: 
         from llama_mcore.train.loop import train
         from llama_mcore.train.resume import Start
 
+        # Modules stay to the end: DeepSpeed looks for garbage six times while it starts, a third of a second
+        # each with them.
+        gc.freeze()
         return train(run, stop, Start(resume, fresh, accept_data_change), Phases([pulse], supervisor.began))
 
 

@@ -26,7 +26,7 @@ settings.load_profile("llama_mcore")
 
 PACKAGE = Path(__file__).parents[1] / "llama_mcore"
 SOURCES = ("cli.py", "config.py", "errors.py", "generate.py")
-STARTS_A_PROCESS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"}
+STARTS_A_PROCESS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "world.Call"}
 Once = Callable[[str, Callable[[Path], object]], Path]
 
 _running: pytest.Item | None = None

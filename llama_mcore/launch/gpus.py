@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from llama_mcore.launch.finding import Finding
-from llama_mcore.parallel.device import communication_backend, on_gpu
+from llama_mcore.parallel.device import DEVICE, communication_backend, on_gpu
 
 DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -23,6 +23,10 @@ def devices() -> list[Finding]:
         findings.append(Finding("devices", "driver", "ok", driver))
     if on_gpu():
         return findings + [_gpu(index) for index in range(torch.cuda.device_count())]
+    if torch.cuda.is_available():
+        meaning = "this machine's GPUs are left alone: everything goes on the CPU"
+        remedy = f"unset {DEVICE} to use them"
+        return [*findings, Finding("devices", "GPU", "note", f"none: {DEVICE}=cpu", meaning, remedy)]
     if build is None and (driver or shutil.which("nvidia-smi")):
         meaning = "this machine has NVIDIA's driver, and torch cannot use it: a run goes on the CPU"
         remedy = "install torch's build for CUDA"

@@ -1,83 +1,195 @@
-"""Worker: a preflight of two forked ranks in every condition that test_preflight.py looks at.
-
-    python tests/launch/preflights.py FOLDER SETTING ...
-
-The settings are overrides of --config tiny. Rank r of case NAME leaves in FOLDER/NAME-r.json its exit code
-and what was found; what it printed is in NAME-r.txt.
-"""
+"""A preflight of forked ranks in every condition that test_preflight.py looks at."""
 
 import json
 import os
-import sys
+import shutil
+import socket
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
-from unittest.mock import patch
+from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 
 from llama_mcore.checkpoint.layout import step_dir
 from llama_mcore.checkpoint.manifest import Layout, Manifest, RankFile, manifest_bytes
 from llama_mcore.config import RunConfig, load_run
-from llama_mcore.errors import UserError
+from llama_mcore.errors import Problem, UserError
 from llama_mcore.launch import all_reduce, node_checks, preflight, run_checks, versions
 from llama_mcore.launch.finding import Finding
+from llama_mcore.launch.limited import within
 from llama_mcore.launch.progress import LIVES
 from llama_mcore.observe.lives import EndedLife, add_life
-from llama_mcore.plan.search import memory_of
+from llama_mcore.plan.footprint import memory_of
 from llama_mcore.train import alike
-from tests.forked import run_ranks, write_output_to
+from tests.support.world import run_ranks, write_output_to
+
+Changes = tuple[tuple[object, str, object], ...]
+"""Of attributes: whose, which, and what they become. A rank ends with its case."""
+SPEEDS = {"ranks": (40, 41, 42, 4), "tp": (40, 40, 13, 13), "dp": (40, 21, 40, 21)}
+"""GB/s that the ranks of the case "slow-group" measure, tp 2 x dp 2."""
 
 
-def main() -> None:
-    folder, settings = Path(sys.argv[1]), sys.argv[2:]
+@dataclass(frozen=True)
+class Case:
+    settings: list[str]
+    """Overrides of --config tiny."""
+    on_rank_1: Changes = ()
+    """Rank 1 is the second node."""
+    of_rank_1: tuple[str, ...] = ()
+    """More overrides."""
+    everywhere: Changes = ()
+    start: preflight.StartCheck = run_checks.start
+    as_json: bool = False
+    ranks: int = 2
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a rank came to."""
+
+    exit_code: int
+    findings: list[Finding]
+    problems: list[Problem]
+    output: str = field(compare=False)
+
+
+def look_at_all(folder: Path, settings: list[str]) -> dict[str, list[Seen]]:
+    """Name of a case -> what each rank came to."""
+    return {
+        name: run_ranks(case.ranks, look, case, folder / name)
+        for name, case in cases(folder, settings).items()
+    }
+
+
+def look(case: Case, output: Path) -> Seen:
+    rank = int(os.environ["RANK"])
+    output = output.with_suffix(f".{rank}")
+    write_output_to(output)
+    for owner, name, value in [*case.everywhere, *(case.on_rank_1 if rank == 1 else ())]:
+        setattr(owner, name, value)
+    all_reduce.BYTES = 64_000  # how fast they are is no matter here
+    socket.gethostname = lambda: f"n{1 + rank}"
+    exit_code, findings, problems, examine = 0, [], [], preflight.examine
+
+    def observed(*arguments: Any) -> list[Finding]:
+        findings.extend(examine(*arguments))
+        return findings
+
+    preflight.examine = observed
+    try:
+        run = load_run("tiny", [*case.settings, *(case.of_rank_1 if rank == 1 else ())])
+        preflight.preflight(run, case.as_json, case.start)
+    except UserError as error:
+        exit_code, problems = error.exit_code, error.problems
+    return Seen(exit_code, findings, problems, output.read_text())
+
+
+def cases(folder: Path, settings: list[str]) -> dict[str, Case]:
     run = load_run("tiny", settings)
     memory = memory_of(run, 2)
     certain = memory.state.total + memory.saved_layers + memory.saved_rest
-    # What differs on rank 1, which is the second node.
-    cases: dict[str, Callable[[], object]] = {
-        "sound": partial(look, folder, settings, []),
-        "dp": partial(look, folder, [*settings, "parallel.tp=1"], []),
-        "other-folder": partial(look, folder, settings, [], run_folder=folder / "elsewhere" / "run"),
-        "no-data": partial(look, folder, settings, [], train=str(folder / "nothing")),
-        "other-data": partial(look, folder, settings, [], train=run.data.valid),
-        "other-settings": partial(look, folder, settings, ["optim.lr=0.5"]),
-        "another-ds-file": partial(look, folder, settings, [], ds_file={"prescale_gradients": True}),
-        "too-little-data": partial(look, folder, [*settings, "train.steps=100000"], []),
-        "unwritable": partial(look, folder, [*settings, f"run.dir={folder / 'file' / 'run'}"], []),
-        "version": partial(look, folder, settings, [], numpy="1.0"),
-        "checkout": partial(look, folder, settings, [], sources=folder / "checkout"),
-        "clock": partial(look, folder, settings, [], clock_ahead=60.0),
-        "full": partial(look, folder, settings, [], free=1000),
-        "memory": partial(look, folder, settings, [], memory=memory.state.total + 1),
-        "tight": partial(look, folder, settings, [], memory=certain + 1),
-        "wrong-sum": partial(look, folder, settings, [], wrong_sum=True),
-        "data-hangs": partial(look, folder, settings, [], hangs="data"),
-        "folder-hangs": partial(look, folder, settings, [], hangs="run_folder"),
-        "start-hangs": partial(look, folder, settings, [], start_hangs=True),
-        "json": partial(look, folder, settings, [], as_json=True),
-    }
     (folder / "file").touch()
     (folder / "checkout").mkdir()
-    for name, prepare in PREPARED.items():
-        run_dir = folder / "prepared" / name
-        run_dir.mkdir(parents=True)
-        prepare(run_dir, run)
-        there = [*settings, f"run.dir={run_dir}"]
-        cases[name] = partial(look, folder, there, [])
-    three_layers = [*there, f"run.dir={folder / 'prepared' / 'continues'}", "model.num_layers=3"]
-    fruitless, foreign = (
-        [*there, f"run.dir={folder / 'prepared' / name}"] for name in ("no-progress", "foreign")
-    )
-    cases["another-model"] = partial(look, folder, three_layers, [])
-    cases["retried"] = partial(look, folder, fruitless, [], retry=True)
-    cases["not-auto"] = partial(look, folder, foreign, [], auto=False)
-    for name, case in cases.items():
-        run_ranks(2, partial(record, folder, name, case))
+    in_prepared = {name: [*settings, f"run.dir={prepared(folder, name, run)}"] for name in PREPARED}
+    return {
+        **{name: Case(there) for name, there in in_prepared.items()},
+        "sound": Case(settings),
+        "dp": Case([*settings, "parallel.tp=1"]),
+        "json": Case(settings, as_json=True),
+        "other-folder": Case(settings, (sees_another_folder(folder / "elsewhere" / "run"),)),
+        "no-data": Case(settings, (reads(run, folder / "nothing"),)),
+        "other-data": Case(settings, (reads(run, run.data.valid),)),
+        "other-settings": Case(settings, of_rank_1=("optim.lr=0.5",)),
+        "another-ds-file": Case(
+            settings, ((alike, "read_ds_file", lambda _: (Path(), {"prescale_gradients": True})),)
+        ),
+        "too-little-data": Case([*settings, "train.steps=100000"]),
+        "unwritable": Case([*settings, f"run.dir={folder / 'file' / 'run'}"]),
+        "version": Case(settings, (has_numpy("1.0"),)),
+        "checkout": Case(settings, ((versions, "SOURCES", folder / "checkout"),)),
+        "clock": Case(settings, (clock_ahead(60.0),)),
+        "full": Case(settings, (has_free(1000),)),
+        "memory": Case(settings, ((node_checks, "memory_limit", lambda: memory.state.total + 1),)),
+        "tight": Case(settings, ((node_checks, "memory_limit", lambda: certain + 1),)),
+        "wrong-sum": Case(settings, everywhere=(adds_wrong(),)),
+        "data-hangs": Case(settings, ((preflight, "data", hang), gives_up(preflight.DATA))),
+        "folder-hangs": Case(settings, ((preflight, "run_folder", hang), gives_up(preflight.FOLDER))),
+        "start-hangs": Case(settings, everywhere=(gives_up(preflight.START),), start=hang),
+        "another-model": Case([*in_prepared["continues"], "model.num_layers=3"]),
+        "retried": Case(in_prepared["no-progress"], start=partial(run_checks.start, retry=True)),
+        "not-auto": Case(in_prepared["foreign"], start=partial(run_checks.start, auto=False)),
+        "slow-group": Case(settings, everywhere=((preflight, "all_reduce_speed", measured),), ranks=4),
+    }
+
+
+def reads(run: RunConfig, data: object) -> tuple[object, str, object]:
+    changed = run.changed(data={"train": str(data)})
+    return preflight, "data", lambda _: run_checks.data(changed)
+
+
+def sees_another_folder(run_dir: Path) -> tuple[object, str, object]:
+    def run_folder(path: Path, rank: int, mark: str) -> Finding:
+        return node_checks.run_folder(run_dir, rank, mark, wait_s=1.0)
+
+    return preflight, "run_folder", run_folder
+
+
+def has_numpy(numpy: str) -> tuple[object, str, object]:
+    version = versions.metadata.version
+    return versions.metadata, "version", lambda name: numpy if name == "numpy" else version(name)
+
+
+def clock_ahead(seconds: float) -> tuple[object, str, object]:
+    now = time.time
+    return time, "time", lambda: now() + seconds
+
+
+def has_free(free: int) -> tuple[object, str, object]:
+    usage = shutil.disk_usage
+    return shutil, "disk_usage", lambda path: usage(path)._replace(free=free)
+
+
+def adds_wrong() -> tuple[object, str, object]:
+    reduce = dist.all_reduce
+
+    def off_by_one(tensor: torch.Tensor, *arguments: Any, **options: Any) -> None:
+        reduce(tensor, *arguments, **options)
+        tensor.view(-1)[0] += 1
+
+    return all_reduce.dist, "all_reduce", off_by_one
+
+
+def measured(_: torch.device, group: dist.ProcessGroup | None = None) -> float:
+    ranks = dist.get_process_group_ranks(group)
+    kind = "ranks" if len(ranks) == 4 else "tp" if ranks[1] - ranks[0] == 1 else "dp"
+    return SPEEDS[kind][dist.get_rank()] * 1e9
+
+
+def gives_up(hanging: tuple[str, str]) -> tuple[object, str, object]:
+    """Soon on the look that hangs; the others may be slow."""
+
+    def look(limit_s: float, looks: Mapping[tuple[str, str], preflight.Look]) -> dict:
+        others = {name: look for name, look in looks.items() if name != hanging}
+        return within(limit_s, others) | within(1.0, {name: looks[name] for name in looks.keys() - others})
+
+    return preflight, "within", look
+
+
+def hang(*_: object) -> NoReturn:
+    threading.Event().wait()
+    raise AssertionError
+
+
+def prepared(folder: Path, name: str, run: RunConfig) -> Path:
+    run_dir = folder / "prepared" / name
+    run_dir.mkdir(parents=True)
+    PREPARED[name](run_dir, run)
+    return run_dir
 
 
 def checkpoint(run_dir: Path, run: RunConfig, step: int) -> Path:
@@ -133,7 +245,7 @@ def no_progress(run_dir: Path, run: RunConfig) -> None:
         add_life(run_dir, life)
 
 
-PREPARED = {
+PREPARED: dict[str, Callable[[Path, RunConfig], None]] = {
     "continues": two_checkpoints,
     "newest-damaged": newest_damaged,
     "no-sound-checkpoint": no_sound_checkpoint,
@@ -142,104 +254,3 @@ PREPARED = {
     "no-progress": no_progress,
 }
 """What lies in a run's folder before."""
-
-
-def record(folder: Path, name: str, case: Callable[[], object]) -> None:
-    rank = os.environ["RANK"]
-    write_output_to(folder / f"{name}-{rank}.txt")
-    found: dict[str, object] = {"exit_code": 0}
-    real = preflight.examine
-
-    def examine(*arguments: object) -> object:
-        findings = real(*arguments)  # type: ignore[arg-type]
-        found["findings"] = [asdict(finding) for finding in findings]
-        return findings
-
-    with patch.object(preflight, "examine", examine):
-        try:
-            case()
-        except UserError as error:
-            found |= {"exit_code": error.exit_code, "problems": [str(problem) for problem in error.problems]}
-    (folder / f"{name}-{rank}.json").write_text(json.dumps(found))
-
-
-def look(
-    folder: Path,
-    settings: list[str],
-    more_on_rank_1: list[str],
-    *,
-    as_json: bool = False,
-    numpy: str = "",
-    sources: Path | None = None,
-    clock_ahead: float = 0.0,
-    free: int = 0,
-    memory: int = 0,
-    wrong_sum: bool = False,
-    run_folder: Path | None = None,
-    train: str = "",
-    ds_file: dict[str, object] | None = None,
-    hangs: str = "",
-    start_hangs: bool = False,
-    auto: bool = True,
-    retry: bool = False,
-) -> None:
-    here = os.environ["RANK"] == "1"
-    start = partial(run_checks.start, auto=auto, retry=retry)
-    run = load_run("tiny", settings + more_on_rank_1 * here)
-    version, now, usage, reduce = (
-        versions.metadata.version,
-        time.time,
-        node_checks.shutil.disk_usage,
-        (dist.all_reduce),
-    )
-    patches = [patch.object(preflight.socket, "gethostname", lambda: f"n{1 + here}")]
-    if numpy:
-        patches.append(
-            patch.object(
-                versions.metadata, "version", lambda name: numpy if name == "numpy" else version(name)
-            )
-        )
-    if sources:
-        patches.append(patch.object(versions, "SOURCES", sources))
-    if clock_ahead:
-        patches.append(patch.object(preflight.time, "time", lambda: now() + clock_ahead))
-    if free:
-        patches.append(
-            patch.object(node_checks.shutil, "disk_usage", lambda path: usage(path)._replace(free=free))
-        )
-    if memory:
-        patches.append(patch.object(node_checks, "memory_limit", lambda: memory))
-    if run_folder:
-
-        def another_folder(path: Path, rank: int, mark: str) -> Finding:
-            return node_checks.run_folder(run_folder, rank, mark, wait_s=1.0)
-
-        patches.append(patch.object(preflight, "run_folder", another_folder))
-    if train:
-        changed = run.changed(data={"train": train})
-        patches.append(patch.object(preflight, "data", lambda _: run_checks.data(changed)))
-    if ds_file:
-        patches.append(patch.object(alike, "read_ds_file", lambda _: (Path(), ds_file)))
-    if hangs:
-        patches.append(patch.object(preflight, hangs, hang))
-    if wrong_sum:
-
-        def off_by_one(tensor: object, *arguments: object, **options: object) -> None:
-            reduce(tensor, *arguments, **options)  # type: ignore[arg-type]
-            tensor.view(-1)[0] += 1  # type: ignore[attr-defined]
-
-        patches.append(patch.object(all_reduce.dist, "all_reduce", off_by_one))
-    for one in patches if here or wrong_sum else patches[:1]:
-        one.start()
-    if hangs or start_hangs:
-        preflight.LIMIT_S = 1.0
-    preflight.preflight(run, as_json, hang if start_hangs else start)
-
-
-def hang(*_: object) -> NoReturn:
-    threading.Event().wait()
-    raise AssertionError
-
-
-if __name__ == "__main__":
-    main()

@@ -12,31 +12,46 @@ import sys
 import time
 from pathlib import Path
 
+from llama_mcore.launch import stacks, stall
 from llama_mcore.launch import supervisor as supervisor_module
 from llama_mcore.launch.config import WatchdogConfig
 from llama_mcore.launch.supervisor import Supervisor
 from llama_mcore.observe.phases import Phase
+from llama_mcore.train import signals
 from llama_mcore.train.signals import held_stop_signals, stop_signals
 
+
+def step_limit(seconds: float, enabled: bool = True) -> WatchdogConfig:
+    return WatchdogConfig(first_step_s=seconds, min_step_s=seconds, enabled=enabled)
+
+
 what, run_dir = sys.argv[1:]
-QUICK = WatchdogConfig(start_s=1.0, setup_s=1.0, first_step_s=1.0, min_step_s=1.0, end_s=30)
 PATIENT = WatchdogConfig()
-OFF = QUICK.model_copy(update={"enabled": False})
-LONGER = WatchdogConfig(first_step_s=4.0, min_step_s=1.0)  # than what makes a process silent
 CONFIGS = {
-    **dict.fromkeys(("hangs", "unkillable", "never-ready"), QUICK),
-    **dict.fromkeys(("gil", "stopped", "suspended"), LONGER),
-    "slow-but-off": OFF,
+    "hangs": step_limit(1.0),
+    "unkillable": step_limit(1.0),
+    "gil": step_limit(2.5),  # longer than what makes a process silent
+    "stopped": step_limit(2.5),
+    "suspended": step_limit(3.0),
+    "slow-but-off": step_limit(0.5, enabled=False),
+    "never-ready": WatchdogConfig(start_s=1.0),
 }
 
+if what in ("gil", "stopped"):
+    stall.SILENT_S = 1.0
 if what == "alone":
-    supervisor_module.ALONE_S = 1.0
+    supervisor_module.ALONE_S = supervisor_module.LEAVING_S = 1.0
 if what == "sets-up":
     supervisor_module.SETUP_ENDS_S = 1.0
 if what == "suspended":
     supervisor_module.PAUSED_S = 1.0
+if what == "stuck":
+    supervisor_module.ECHO_S, supervisor_module.LAST_WORDS_S = 0.0, 1.0
+if what == "obeys-slowly":
+    supervisor_module.ECHO_S, supervisor_module.LAST_WORDS_S, signals.ECHO_S = 1000.0, 0.0, 1000.0
 if what == "disk-hangs":
     supervisor_module.add_life = lambda *_: time.sleep(600)
+    supervisor_module.LONGEST_NOTE_S = 1.0
 with held_stop_signals():
     if what == "early":
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -44,7 +59,7 @@ with held_stop_signals():
     pulse = supervisor.fork()
     if pulse is None:
         if what == "unkillable":  # as one that waits in the kernel
-            supervisor_module.UNKILLABLE_S = 1.0
+            supervisor_module.UNKILLABLE_S, stacks.WAIT_S = 1.0, 0.5
             os.kill = lambda *_: None
         os._exit(supervisor.watch())
     with stop_signals() as stop:
@@ -81,14 +96,16 @@ with held_stop_signals():
         if what in ("hangs", "unkillable"):
             time.sleep(600)
         if what == "suspended":
-            for _ in range(30):
+            while stop.received is None:
                 pulse.beat()
                 time.sleep(0.1)
         if what == "slow-but-off":
-            time.sleep(2.5)
-        if what == "obeys":
+            time.sleep(1.5)
+        if what in ("obeys", "obeys-slowly"):
             while stop.received is None:
                 time.sleep(0.01)
+            if what == "obeys-slowly":
+                time.sleep(1.5)  # in which the supervisor looks more than once
             pulse.enter(Phase.END, 7)
             sys.exit(75)
         if what == "killed-saving":

@@ -2,54 +2,64 @@
 
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
+import pytest
 
-from tests.conftest import Small
-from tests.distributed import ROOT, on_cpu
-from tests.train.product import TIMEOUT, metrics
+from tests.launch.waiting import wait_until
+from tests.support.errors import is_shown
+from tests.support.models import Small
+from tests.support.product import metrics
+from tests.support.world import ROOT, Call, exit_codes_of, reserved_port
 
-PROGRAM = Path(sys.executable).with_name("deepspeed")
+pytestmark = pytest.mark.process
 
 
-def start(folder: Path, *settings: str) -> "subprocess.Popen[str]":
+def start(folder: Path, port: int, *settings: str) -> Call:
+    """All that the `deepspeed` program does: it starts a launcher for this node, which starts the ranks."""
     hosts = folder / "hosts"
     hosts.write_text("localhost slots=2\n")
-    where = ["--hostfile", hosts, "--no_ssh", "--node_rank", "0", "--master_addr", "127.0.0.1"]
-    words = [sys.executable, PROGRAM, "--quiet", *where, "tools/train.py", "--config", "tiny", *settings]
+    where = ["--hostfile", str(hosts), "--no_ssh", "--node_rank", "0", "--master_addr", "127.0.0.1"]
+    words = [*where, "--master_port", str(port), "tools/train.py", "--config", "tiny", *settings]
+    return Call(exit_codes_of, 1, deepspeed, ["--quiet", *words])
+
+
+def deepspeed(words: list[str]) -> None:
+    from deepspeed.launcher import runner
+
+    for name in ("DS_ACCELERATOR", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]  # a user's shell has none of them
+    os.chdir(ROOT)
     # the program starts others by name
-    environ = on_cpu() | {"PATH": f"{PROGRAM.parent}:{os.environ['PATH']}"}
-    output = subprocess.PIPE
-    return subprocess.Popen(words, cwd=ROOT, env=environ, text=True, stdout=output, stderr=subprocess.STDOUT)
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    runner.main(words)
 
 
-def workers(launcher: psutil.Process) -> list[psutil.Process]:
-    """The program starts a launcher for this node, which starts the ranks."""
-    return [process for process in launcher.children(recursive=True) if "--local_rank=1" in process.cmdline()]
+def rank_1(job: Call) -> psutil.Process:
+    """The one of its two processes that watches the other."""
+    started = psutil.Process(job.pid).children(recursive=True)
+    of_rank = [process for process in started if "--local_rank=1" in process.cmdline()]
+    return next(process for process in of_rank if process.parent() not in of_rank)
 
 
 def test_a_signal_to_one_rank_saves_and_its_75_comes_through(small: Small, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    job = start(tmp_path, *small.overrides(run_dir), "train.steps=3000", "data.epochs=200", "eval.interval=0")
-    until = time.monotonic() + TIMEOUT
-    while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < 2:
-        assert time.monotonic() < until
-        assert job.poll() is None, job.communicate()[0]
-        time.sleep(0.1)
-    workers(psutil.Process(job.pid))[0].send_signal(signal.SIGUSR1)
-    said, _ = job.communicate(timeout=TIMEOUT)
-    assert job.returncode == 75, said
-    assert "on 2 ranks: tp 2, dp 1" in said
-    assert "the same command goes on" in said
-    assert "Traceback" not in said
+    endless = ["train.steps=3000", "data.epochs=200", "eval.interval=0"]
+    with reserved_port() as port:
+        job = start(tmp_path, port, *small.overrides(run_dir), *endless)
+        wait_until(lambda: len(metrics(run_dir)) >= 2, job.is_alive)
+        rank_1(job).send_signal(signal.SIGUSR1)
+        assert job.result() == [75], job.output
+    assert "on 2 ranks: tp 2, dp 1" in job.output
+    assert "the same command goes on" in job.output
+    assert "Traceback" not in job.output
 
 
 def test_a_wrong_setting_ends_it_with_64(small: Small, tmp_path: Path) -> None:
-    job = start(tmp_path, *small.overrides(tmp_path / "run"), "optim.warmup_steps=99")
-    said, _ = job.communicate(timeout=TIMEOUT)
-    assert job.returncode == 64
-    assert said.count("configuration error: optim.warmup_steps = 99") == 1
+    with reserved_port() as port:
+        job = start(tmp_path, port, *small.overrides(tmp_path / "run"), "optim.warmup_steps=99")
+        assert job.result() == [64], job.output
+    assert is_shown(job.output, "optim.warmup_steps", 99, remedy=False)
+    assert job.output.count("optim.warmup_steps = 99") == 1

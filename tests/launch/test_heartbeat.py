@@ -17,6 +17,7 @@ CONFIG = WatchdogConfig(
 )
 
 
+@pytest.mark.process
 def test_another_process_reads_what_was_written() -> None:
     heartbeat = Heartbeat(start_s=7)
     assert heartbeat.read().phase is Phase.START

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_mcore.errors import NoProgressError
 from llama_mcore.launch.progress import LIVES, check_progress, is_fruitless, last_fruitless
 from llama_mcore.observe.lives import EndedLife, NotedLife, add_life
+from tests.support.errors import refused
 
 CODES = (0, 1, 2, 64, 65, 66, 69, 70, 73, 75, 93, 134, 137, 139)
 
@@ -38,7 +39,6 @@ def test_a_request_explains_75_alone() -> None:
     assert is_fruitless(life(143, asked=True))
 
 
-@settings(deadline=None)
 @given(st.lists(any_life, max_size=12), JOBS)
 def test_the_rule(lives: list[EndedLife], job: str) -> None:
     """The last three of the job, and nothing else, decide."""
@@ -46,13 +46,11 @@ def test_the_rule(lives: list[EndedLife], job: str) -> None:
     assert refuses(lives, job) == (len(own) >= LIVES and all(is_fruitless(one) for one in own[-LIVES:]))
 
 
-@settings(deadline=None)
 @given(st.lists(any_life, max_size=8))
 def test_a_new_job_starts_whatever_was(lives: list[EndedLife]) -> None:
     assert not refuses(lives, "3")
 
 
-@settings(deadline=None)
 @given(st.lists(any_life, max_size=8), JOBS)
 def test_a_checkpoint_breaks_the_row(lives: list[EndedLife], job: str) -> None:
     assert not refuses([*lives, life(137, job, saved=True), life(1, job), life(1, job)], job)
@@ -64,8 +62,9 @@ def test_a_life_that_nobody_saw_end_counts(tmp_path: Path) -> None:
     for began in range(LIVES):
         check_progress(tmp_path, "7")
         add_life(tmp_path, killed.model_copy(update={"began": float(began)}))
-    with pytest.raises(NoProgressError, match="everything on n7 is killed"):
+    with refused(NoProgressError, "run.dir", tmp_path) as caught:
         check_progress(tmp_path, "7")
+    assert "n7" in caught.value.message()
     add_life(tmp_path, killed.model_copy(update={"began": 9.0, "saved": True}))
     check_progress(tmp_path, "7")
 
@@ -75,10 +74,9 @@ def test_the_message_says_how_they_ended_and_what_to_do(tmp_path: Path) -> None:
     for code in (0, 1, 137, 75):
         check_progress(tmp_path, "7")
         add_life(tmp_path, life(code, "7"))
-    with pytest.raises(NoProgressError) as caught:
+    with refused(NoProgressError, "run.dir", tmp_path) as caught:
         check_progress(tmp_path, "7")
     assert caught.value.exit_code == 93
-    message = caught.value.message()
-    for part in (str(tmp_path), "1 in step 12 on n7, after 31 s", "137 in step", "75 in step", "--retry"):
-        assert part in message
+    for part in ("1 in step 12 on n7", "31 s", "137 in step 12", "75 in step 12", "--retry"):
+        assert part in caught.value.message()
     check_progress(tmp_path, "8")

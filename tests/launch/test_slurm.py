@@ -16,10 +16,17 @@ from typer.testing import CliRunner
 from llama_mcore.cli import app
 from llama_mcore.data.manifest import build_manifest, write_manifest
 from llama_mcore.errors import ConfigError, DataError, MissingInputError, OutputError
-from llama_mcore.launch import slurm
-from llama_mcore.launch.slurm import LONGEST_NAME, SlurmJob, bash_word, job_script, write_script
-from tests.conftest import write_tokens
-from tests.distributed import ROOT
+from llama_mcore.launch.slurm import (
+    LONGEST_NAME,
+    LONGEST_WARNING_S,
+    SlurmJob,
+    bash_word,
+    job_script,
+    write_script,
+)
+from tests.support.errors import check_problem, is_shown, refused
+from tests.support.models import write_tokens
+from tests.support.world import ROOT, TIMEOUT_S
 
 SHIPPED = {"7b": 16, "13b": 32, "33b": 128, "65b": 256}
 NASTY = [
@@ -92,13 +99,17 @@ def words_of(command: str) -> list[str]:
     """What bash makes of the arguments of `train`."""
     show = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]))"]
     program = f'train() {{ "${{SHOW[@]}}" "$@"; }}\nSHOW=({" ".join(map(bash_word, show))})\n{command}'
-    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", program], capture_output=True, text=True, check=True, timeout=TIMEOUT_S
+    )
     return json.loads(done.stdout)
 
 
 def found_by_shellcheck(script: str) -> str:
     command = [Path(sys.prefix, "bin", "shellcheck"), "-x", "-"]
-    return subprocess.run(command, input=script, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run(
+        command, input=script, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S
+    ).stdout
 
 
 @pytest.mark.parametrize("size", SHIPPED)
@@ -135,6 +146,7 @@ def test_a_job_is_called_like_the_folder_of_its_run(tmp_path: Path) -> None:
     assert options(tiny(tmp_path))["job-name"] == "llama-run"
 
 
+@pytest.mark.process
 def test_every_text_is_one_word_of_bash() -> None:
     assert words_of(" ".join(["train", *map(bash_word, NASTY)])) == NASTY
 
@@ -145,23 +157,31 @@ def test_every_text_is_one_word_of_bash() -> None:
         ("4", 240),
         ("4:30", 270),
         ("1:00:05", 3605),
-        ("2-0", 172_800),
-        ("2-1:30", 178_200),
-        ("1-00:00:01", 86_401),
-        ("0", 0),
-        ("UNLIMITED", 0),
+        ("0-1", 3600),
+        ("0-1:30", 5400),
+        ("0-2:00:01", 7201),
     ],
 )
-def test_time_limits_in_all_forms(limit: str, seconds: int) -> None:
-    assert slurm._seconds(limit) == seconds
+def test_time_limits_in_all_forms(tmp_path: Path, limit: str, seconds: int) -> None:
+    """The signal must come before: the one second that decides says how the limit is read."""
+    tiny(tmp_path, time=limit, signal_seconds=seconds - 1)
+    with refused(ConfigError, "--signal-seconds", seconds, remedy=False):
+        tiny(tmp_path, time=limit, signal_seconds=seconds)
 
 
+@pytest.mark.parametrize("limit", ["1-1", "1-0:01", "1-0:00:01", "0", "UNLIMITED"])
+def test_long_limits_and_none_leave_time_for_the_longest_warning(tmp_path: Path, limit: str) -> None:
+    tiny(tmp_path, time=limit, signal_seconds=LONGEST_WARNING_S)
+
+
+@pytest.mark.process
 @CASES
 @given(st.lists(TEXT, min_size=1, max_size=20))
 def test_any_text_is_one_word_of_bash(texts: list[str]) -> None:
     assert words_of(" ".join(["train", *map(bash_word, texts)])) == texts
 
 
+@pytest.mark.process
 def test_shellcheck_has_nothing_against_any_ascii_character() -> None:
     characters = [chr(code) for code in range(1, 128)]
     words = [*NASTY, *characters, *(f"a{c}b {c}" for c in characters)]
@@ -189,6 +209,7 @@ def as_sbatch_reads(value: str) -> str:
     return argument
 
 
+@pytest.mark.process
 @CASES
 @given(name=TEXT.filter(bool), text=SHORT_TEXT)
 @example(name="a \"b\\c'd # e", text="$(x)\n")
@@ -200,18 +221,19 @@ def as_sbatch_reads(value: str) -> str:
 def test_names_and_values_are_safe_or_refused(name: str, text: str, tmp_path: Path) -> None:
     override = "run.dir=" + json.dumps(f"runs/{text}x")
     if not name.isprintable() or "/" in name or len(name.encode()) > LONGEST_NAME:
-        with pytest.raises(ConfigError, match=r"^configuration error: --job-name = "):
+        with refused(ConfigError, "--job-name", name):
             tiny(tmp_path, override, job_name=name)
         return
     script = tiny(tmp_path, override, job_name=name)
     assert as_sbatch_reads(options(script)["job-name"]) == name
     assert len([line for line in script.split("\n") if line.startswith("#SBATCH")]) == 11
     assert words_of(script.split("\n")[-2])[2:] == [*data(tmp_path), override]
-    checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, timeout=60)
+    checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert (checked.returncode, checked.stderr) == (0, "")
     assert found_by_shellcheck(script) == ""
 
 
+@pytest.mark.process
 def test_a_file_is_named_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(ROOT / "llama_mcore" / "configs" / "tiny.yaml", tmp_path / "-my run.yaml")
     monkeypatch.chdir(tmp_path)
@@ -223,37 +245,40 @@ def test_all_problems_are_said_at_once(tmp_path: Path) -> None:
     fields = {"time": "tomorrow", "signal_seconds": 0, "job_name": "a\nb", "partition": "gpu big", "nodes": 3}
     with pytest.raises(ConfigError) as error:
         tiny(tmp_path, "data.train=nowhere", "zero.config=nothing.json", "optim.warmup_steps=99999", **fields)
-    named = ["--time = tomorrow", "--signal-seconds = 0", "--job-name = a\\nb", "--partition = gpu big"]
-    named += ["world size = 3", "optim.warmup_steps = 99999", "input = nowhere.bin"]
-    assert [text for text in named if text not in str(error.value)] == []
+    problems = {problem.field: str(problem.value) for problem in error.value.problems}
+    assert problems.items() >= {
+        ("--time", "tomorrow"),
+        ("--signal-seconds", "0"),
+        ("--job-name", "a\nb"),
+        ("--partition", "gpu big"),
+        ("world size", "3"),
+        ("optim.warmup_steps", "99999"),
+    }
+    assert "nowhere.bin" in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("override", "fields", "named"),
+    ("override", "fields", "field", "value"),
     [
-        ("zero.config=nothing.json", {}, "zero.config = nothing.json"),
-        ("train.setps=3", {"time": "never"}, "train.setps = 3"),
-        ("train.setps=3", {"time": "never"}, "--time = never"),
-        ("run.seed=1", {"nodes": 0}, "--nodes = 0"),
-        ("run.seed=1", {"gpus_per_node": -1}, "--gpus-per-node = -1"),
-        ("run.seed=1", {"account": "-x y"}, "--account = -x y"),
-        ("run.seed=1", {"qos": "a\n#SBATCH --nodes=9"}, "--qos = a\\n#SBATCH"),
-        ("run.seed=1", {"signal_seconds": 65536}, "--signal-seconds = 65536"),
-        ("run.seed=1", {"time": "3"}, "--signal-seconds = 180: must be below the 180 s of --time 3"),
-        ("run.seed=1", {"time": "2:30"}, "must be below the 150 s"),
-        ("run.seed=1", {"time": "0-0:02"}, "must be below the 120 s"),
-        ("run.seed=1", {"job_name": "x" * (LONGEST_NAME + 1)}, "must not exceed"),
-        ("run.dir=/", {}, "--job-name = "),
-        ("run.dir=a\udcffb", {}, "must be UTF-8"),
-        ('run.dir="a\\ud800b"', {"job_name": "x"}, "run.dir = 'a\\ud800b': cannot be the name of a folder"),
+        ("zero.config=nothing.json", {}, "zero.config", "nothing.json"),
+        ("train.setps=3", {"time": "never"}, "train.setps", "3"),
+        ("train.setps=3", {"time": "never"}, "--time", "never"),
+        ("run.seed=1", {"nodes": 0}, "--nodes", 0),
+        ("run.seed=1", {"gpus_per_node": -1}, "--gpus-per-node", -1),
+        ("run.seed=1", {"account": "-x y"}, "--account", "-x y"),
+        ("run.seed=1", {"qos": "a\n#SBATCH --nodes=9"}, "--qos", "a\n#SBATCH --nodes=9"),
+        ("run.seed=1", {"signal_seconds": 65536}, "--signal-seconds", 65536),
+        ("run.seed=1", {"job_name": "x" * (LONGEST_NAME + 1)}, "--job-name", "x" * (LONGEST_NAME + 1)),
+        ("run.dir=/", {}, "--job-name", ""),
+        ("run.dir=a\udcffb", {}, "override", r"'run.dir=a\udcffb'"),
+        ('run.dir="a\\ud800b"', {"job_name": "x"}, "run.dir", r"'a\ud800b'"),
     ],
 )
 def test_what_cannot_run_is_refused(
-    override: str, fields: dict[str, object], named: str, tmp_path: Path
+    override: str, fields: dict[str, object], field: str, value: object, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError) as error:
+    with refused(ConfigError, field, value, remedy=False):
         tiny(tmp_path, override, **fields)
-    assert named in str(error.value)
 
 
 @pytest.mark.parametrize("time", ["90", "90:30", "12:00:00", "2-12", "2-12:30", "2-12:30:00", "UNLIMITED"])
@@ -269,10 +294,10 @@ def test_inputs_that_are_missing_are_named(tmp_path: Path) -> None:
 
 
 def test_the_data_is_looked_into(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"source train = 1,600 windows: .* more than the 3 planned"):
+    with refused(DataError, "source train", "1,600 windows"):
         tiny(tmp_path, "data.epochs=1")
     write_manifest(tmp_path / "train", build_manifest(tmp_path / "train", vocab_size=999_999))
-    with pytest.raises(DataError, match=r"was made with 999999 tokens; model\.vocab_size = 4096"):
+    with pytest.raises(DataError, match="999999 tokens"):
         tiny(tmp_path)
     (tmp_path / "train.bin").write_bytes(b"cut")
     with pytest.raises(DataError, match=r"train\.bin"):
@@ -280,23 +305,23 @@ def test_the_data_is_looked_into(tmp_path: Path) -> None:
 
 
 def test_the_folder_of_the_run_is_looked_into(tmp_path: Path) -> None:
-    (tmp_path / "llama-run").mkdir()
+    run_dir = tmp_path / "llama-run"
+    run_dir.mkdir()
     tiny(tmp_path)
-    (tmp_path / "llama-run" / "thesis.txt").touch()
-    with pytest.raises(ConfigError, match=r"run\.dir = .* is not empty, and the run would begin anew there"):
+    (run_dir / "thesis.txt").touch()
+    with refused(ConfigError, "run.dir", run_dir):
         tiny(tmp_path)
-    with pytest.raises(ConfigError) as error:
+    with refused(ConfigError, "run.dir", run_dir) as error:
         tiny(tmp_path, "data.epochs=1", time="never")
-    assert [
-        text for text in ("--time = never", "source train", "run.dir = ") if text not in str(error.value)
-    ] == []
+    for field in ("--time", "source train"):
+        check_problem(error.value.problems, field)
     job_script("tiny", data(tmp_path), SlurmJob(2, 1), inputs_are_there=False)
 
 
 def test_settings_that_do_not_fit_are_told_before_the_data_is_read(tmp_path: Path) -> None:
     train = tmp_path / "train"
     mixed = f"data.sources={{a: {{train: {train}, epochs: 1}}, b: {{train: {train}, weight: 1}}}}"
-    with pytest.raises(ConfigError, match=r"data\.sources = .*all must give epochs, or all weight"):
+    with refused(ConfigError, "data.sources", "a: epochs, b: weight", remedy=False):
         tiny(tmp_path, mixed, "data.train=null", "data.valid=null", "data.epochs=1", "eval.interval=0")
 
 
@@ -317,7 +342,7 @@ def test_the_command_prints_or_writes_it(tmp_path: Path) -> None:
     path.write_text("mine")
     code, said = command(*settings, "--output", str(path))
     assert code == 73
-    assert "already there" in said
+    assert is_shown(said, "--output", path)
     assert path.read_text() == "mine"
     assert command(*settings, "--output", str(path), "--force") == (0, "")
     assert path.read_text() == printed

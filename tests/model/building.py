@@ -11,23 +11,15 @@ from llama_mcore.model.sharding import cut_of, shard
 from llama_mcore.parallel.config import ParallelConfig
 from llama_mcore.parallel.groups import Groups
 from tests.model import paper
+from tests.support import models
 
 # float64 rounds by 1e-16; sums of some thousand products stay well below this.
 EXACT = 1e-11
 
 
 def model_config(**fields: object) -> ModelConfig:
-    """A small model: every size differs from the others and half of them are odd multiples."""
-    small = {
-        "num_layers": 2,
-        "hidden_size": 40,
-        "num_attention_heads": 8,
-        "head_dim": 6,
-        "ffn_hidden_size": 28,
-        "vocab_size": 52,
-        "seq_length": 16,
-    }
-    return ModelConfig.model_validate(small | fields)
+    """A small model, in which no mixed-up dimension fits."""
+    return models.model_config(models.DISTINCT, **fields)
 
 
 def random_weights(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:

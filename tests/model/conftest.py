@@ -1,16 +1,21 @@
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import orjson
 import pytest
+import torch
 
 from llama_mcore.parallel.config import ParallelConfig
+from llama_mcore.parallel.device import DEVICE
 from llama_mcore.parallel.groups import Groups, process_groups
-from tests.distributed import torchrun
+from tests.conftest import Once
+from tests.model.cases import answers
+from tests.support.world import run_ranks
 
-WORKER = Path(__file__).with_name("worker.py")
+OnRanks = Callable[[ModuleType, int], dict[str, list[Any]]]
 
 
 @pytest.fixture(scope="module")
@@ -20,24 +25,28 @@ def alone() -> Iterator[Groups]:
         yield groups
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """This machine's GPU, which all other tests leave alone; for tests marked `gpu`."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    monkeypatch.delenv(DEVICE, raising=False)
+    return torch.device("cuda")
+
+
 @pytest.fixture(scope="session")
-def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, Any]]:
-    """What tests/model/worker.py found on so many ranks; each job runs once, also one that fails."""
-    folder = tmp_path_factory.mktemp("model")
+def on_ranks(once: Once) -> OnRanks:
+    """on_ranks(module, tp): what each rank of one tensor-parallel group found in each case of a module of
+    tests/model/cases. A job runs once, also one that fails."""
 
     @cache
-    def results_or_failure(world_size: int) -> dict[str, Any] | AssertionError:
-        output = folder / f"{world_size}.json"
-        try:
-            torchrun(world_size, WORKER, output, timeout=300)
-        except AssertionError as failure:
-            return failure
-        return orjson.loads(output.read_bytes())
+    def found(module: ModuleType, tp: int) -> dict[str, list[Any]]:
+        def make(folder: Path) -> None:
+            ranks = run_ranks(tp, answers, module.cases)
+            by_case = {case: [rank[case] for rank in ranks] for case in ranks[0]}
+            (folder / "found.json").write_bytes(orjson.dumps(by_case))
 
-    def results(world_size: int) -> dict[str, Any]:
-        found = results_or_failure(world_size)
-        if isinstance(found, AssertionError):
-            pytest.fail(str(found), pytrace=False)
-        return found
+        folder = once(f"{module.__name__}-{tp}", make)
+        return orjson.loads((folder / "found.json").read_bytes())
 
-    return results
+    return found

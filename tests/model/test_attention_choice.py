@@ -5,8 +5,7 @@ import torch
 
 from llama_mcore.errors import ConfigError
 from llama_mcore.model.attention import REQUIRES, attention_backend, installed
-
-GPU = torch.cuda.is_available()
+from tests.support.errors import refused
 
 
 def test_auto_is_sdpa() -> None:
@@ -19,29 +18,30 @@ def test_what_is_installed_has_its_halves_or_says_so() -> None:
         assert attention_backend(name, by_hand=False).attend
 
 
-@pytest.mark.skipif(GPU, reason="shows what a machine without a GPU says")
 @pytest.mark.parametrize("name", ["flash", "xformers", "te"])
 def test_a_backend_that_is_not_here_is_refused(name: str) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"model.attention = {name}: needs .* available here: reference, sdpa"
-    ):
+    with refused(ConfigError, "model.attention", name) as caught:
         attention_backend(name, by_hand=False)
+    (problem,) = caught.value.problems
+    assert problem.remedy.endswith("reference, sdpa")
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.process  # Triton compiles in one
 @pytest.mark.parametrize("groups", [8, 2])
-@pytest.mark.parametrize("name", [name for name in installed() if name != "reference"])
-def test_gpu_backends_agree_with_the_reference(name: str, groups: int) -> None:
+@pytest.mark.parametrize("name", [name for name in REQUIRES if name != "reference"])
+def test_gpu_backends_agree_with_the_reference(gpu: torch.device, name: str, groups: int) -> None:
     """bf16 against the reference in fp32; outputs are averages of values of size 1, each rounded by 2^-9."""
+    if name not in installed():
+        pytest.skip(f"needs the package {REQUIRES[name]}")
     backend = attention_backend(name, by_hand=False)
     reference = attention_backend("reference", by_hand=True)
     torch.manual_seed(0)
     q, k, v = (
-        torch.randn(256, 2, heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        torch.randn(256, 2, heads, 64, device=gpu, dtype=torch.bfloat16, requires_grad=True)
         for heads in (8, groups, groups)
     )
-    grad = torch.randn(256, 2, 8, 64, device="cuda", dtype=torch.bfloat16)
+    grad = torch.randn(256, 2, 8, 64, device=gpu, dtype=torch.bfloat16)
     wide = [x.detach().float() for x in (q, k, v)]
     expected, log_sum_exp = reference.forward(*wide)
     expected_grads = reference.backward(grad.float(), *wide, expected, log_sum_exp)

@@ -34,5 +34,5 @@ def test_more_than_the_context_is_refused() -> None:
     weights = Invented(SHAPES["mha"], torch.float32)
     decoder = Decoder(weights.model, weights.full, torch.float32, CPU)
     decoder.read([1] * 60)
-    with pytest.raises(ValueError, match=r"60 \+ 5 tokens are more than 64"):
+    with pytest.raises(ValueError, match=r"60 \+ 5\b.* 64"):
         decoder.read([1] * 5)

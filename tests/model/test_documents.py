@@ -5,9 +5,9 @@ import torch
 
 from llama_mcore.model.attention import Documents, attention_backend, documents_of, per_document
 from llama_mcore.model.build import build_model
-from llama_mcore.model.config import ModelConfig
 from llama_mcore.parallel.config import ParallelConfig
-from llama_mcore.parallel.groups import process_groups
+from llama_mcore.parallel.groups import Groups
+from tests.support.models import model_config
 
 EOD = 2
 # documents of length 3, 1, 2, then an unfinished one; the second row is one document
@@ -55,18 +55,14 @@ def test_each_document_attends_to_itself_alone(name: str, groups: int) -> None:
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_logits_after_a_boundary_do_not_depend_on_the_document_before(recompute: str) -> None:
-    model = ModelConfig(
-        num_layers=2, hidden_size=32, num_attention_heads=2, vocab_size=64, seq_length=8, recompute=recompute
-    )
+def test_logits_after_a_boundary_do_not_depend_on_the_document_before(alone: Groups, recompute: str) -> None:
     changed = TOKENS.clone()
     changed[0, :2] += 20
-    with process_groups(ParallelConfig(), seed=0) as groups:
-        gpt = build_model(model, ParallelConfig(), groups, torch.float64, seed=0)
-        documents = documents_of(TOKENS, EOD)
-        assert documents_of(changed, EOD) == documents
-        before, after = (gpt(tokens, documents=documents) for tokens in (TOKENS, changed))
-        assert torch.equal(before[0, 3:], after[0, 3:])
-        assert not torch.equal(before[0, :3], after[0, :3])
-        without = gpt(TOKENS), gpt(changed)
-        assert not torch.equal(without[0][0, 3:], without[1][0, 3:])
+    gpt = build_model(model_config(recompute=recompute), ParallelConfig(), alone, torch.float64, seed=0)
+    documents = documents_of(TOKENS, EOD)
+    assert documents_of(changed, EOD) == documents
+    before, after = (gpt(tokens, documents=documents) for tokens in (TOKENS, changed))
+    assert torch.equal(before[0, 3:], after[0, 3:])
+    assert not torch.equal(before[0, :3], after[0, :3])
+    without = gpt(TOKENS), gpt(changed)
+    assert not torch.equal(without[0][0, 3:], without[1][0, 3:])

@@ -3,7 +3,6 @@
 The weights travel as a user's would: written and read as conversions do, and read by from_pretrained.
 """
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,16 +70,6 @@ class RandomWeights:
 
     def full(self, name: str, kind: str = WEIGHT) -> Tensor:
         return self._tensors[name]
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job of one process; the variables that it sets do not outlive the test."""
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": str(port)}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
 
 
 @pytest.fixture(params=MODELS)

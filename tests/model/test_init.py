@@ -8,18 +8,21 @@ from llama_mcore.model.init import RESIDUAL_PROJECTIONS
 from llama_mcore.parallel.config import ParallelConfig
 from llama_mcore.parallel.groups import Groups
 from tests.model.building import model_config
-from tests.model.cases.initialisation import MODELS
+from tests.model.cases import initialisation
+from tests.model.conftest import OnRanks
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_full_weights_are_bitwise_the_same_for_every_tp(on_ranks, name: str) -> None:
-    (expected,) = on_ranks(1)["initialisation"][name]
+@pytest.mark.process
+@pytest.mark.parametrize("name", initialisation.MODELS)
+def test_full_weights_are_bitwise_the_same_for_every_tp(on_ranks: OnRanks, name: str) -> None:
+    (expected,) = on_ranks(initialisation, 1)[name]
     for tp in (2, 4):
-        assert on_ranks(tp)["initialisation"][name] == [expected] * tp
+        assert on_ranks(initialisation, tp)[name] == [expected] * tp
 
 
-def test_no_two_weights_are_the_same(on_ranks) -> None:
-    (found,) = on_ranks(1)["initialisation"]["multi-head"]
+@pytest.mark.process
+def test_no_two_weights_are_the_same(on_ranks: OnRanks) -> None:
+    (found,) = on_ranks(initialisation, 1)["multi-head"]
     digests = [digest for name, (_, digest) in found.items() if "layernorm" not in name]
     assert len(set(digests)) == len(digests)
 

@@ -3,8 +3,6 @@
 The layers are computed by tests/model/cases on 1, 2 and 4 ranks and compared with tests/model/paper.py.
 """
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +14,7 @@ from llama_mcore.parallel.groups import Groups
 from tests.model import paper
 from tests.model.building import EXACT, build, error, leaves, model_config, random_tensor, random_weights
 from tests.model.cases import layers, left_out
+from tests.model.conftest import OnRanks
 from tests.model.pairs import check_pair
 
 BACKENDS = ("reference", "sdpa")
@@ -166,40 +165,45 @@ def test_a_forward_without_gradients_keeps_nothing(alone: Groups) -> None:
     assert not kept
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("tp", "name"), [(tp, name) for tp in (1, 2, 4) for name in layers.names(tp)])
-def test_layers_are_the_papers_under_every_layout(on_ranks: Callable, tp: int, name: str) -> None:
-    for errors in on_ranks(tp)["layers"][name]:
+def test_layers_are_the_papers_under_every_layout(on_ranks: OnRanks, tp: int, name: str) -> None:
+    for errors in on_ranks(layers, tp)[name]:
         assert {"output", "output without graph", "input"} < errors.keys()
         assert max(errors.values()) < EXACT, errors
 
 
-def test_errors_are_taken_of_every_weight(on_ranks: Callable) -> None:
+@pytest.mark.process
+def test_errors_are_taken_of_every_weight(on_ranks: OnRanks) -> None:
     expected = {f"decoder.{name}" for name in ("final_layernorm.weight", "layers.1.mlp.linear_fc2.weight")}
-    for errors in on_ranks(2)["layers"]["grouped/sp-on/selective/once"]:
+    for errors in on_ranks(layers, 2)["grouped/sp-on/selective/once"]:
         assert expected < errors.keys()
         assert len(errors) == 3 + 2 * 6 + 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("layout", ["sp-on", "sp-off"])
-def test_with_every_collective_the_layer_is_right(on_ranks: Callable, layout: str) -> None:
+def test_with_every_collective_the_layer_is_right(on_ranks: OnRanks, layout: str) -> None:
     collectives = {"sp-on": left_out.WITH_SEQUENCE_PARALLEL, "sp-off": left_out.WITHOUT}[layout]
     # the forward without a graph, which is compared too, runs its own again
     forward = [name for name in collectives if "forward" in name]
-    for found in on_ranks(2)["left_out"][f"{layout}/{left_out.NOTHING}"]:
+    for found in on_ranks(left_out, 2)[f"{layout}/{left_out.NOTHING}"]:
         assert max(found["errors"].values()) < EXACT
         assert found["collectives"] == len(collectives) + len(forward)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", [name for name in left_out.names(2) if left_out.NOTHING not in name])
-def test_every_collective_is_needed(on_ranks: Callable, name: str) -> None:
-    for found in on_ranks(2)["left_out"][name]:
+def test_every_collective_is_needed(on_ranks: OnRanks, name: str) -> None:
+    for found in on_ranks(left_out, 2)[name]:
         assert max(found["errors"].values()) > WRONG
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["attention norm sum", "mlp norm sum", left_out.PLAIN_NORM_SUM])
-def test_a_missing_norm_sum_shows_in_norms_alone(on_ranks: Callable, name: str) -> None:
+def test_a_missing_norm_sum_shows_in_norms_alone(on_ranks: OnRanks, name: str) -> None:
     """The loss looks right, so nothing but this comparison would show it."""
-    for found in on_ranks(2)["left_out"][f"sp-on/{name}"]:
+    for found in on_ranks(left_out, 2)[f"sp-on/{name}"]:
         wrong = {key for key, value in found["errors"].items() if value > EXACT}
         assert wrong
         assert all("layernorm" in key for key in wrong)

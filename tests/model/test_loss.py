@@ -1,12 +1,4 @@
-"""The fused loss against logits held whole and torch's cross-entropy.
-
-    python -m torch.distributed.run --nproc-per-node N tests/model/test_loss.py
-
-runs the comparison over N tensor-parallel ranks.
-"""
-
-import os
-from pathlib import Path
+"""The fused loss against logits held whole and torch's cross-entropy."""
 
 import pytest
 import torch
@@ -21,7 +13,7 @@ from llama_mcore.model.sharding import Cut, shard, unshard
 from llama_mcore.parallel.config import ParallelConfig
 from llama_mcore.parallel.groups import process_groups
 from llama_mcore.parallel.overlap import TensorParallel
-from tests.distributed import torchrun
+from tests.support.world import run_ranks
 
 S, B, H, V = 12, 3, 16, 40
 ROWS_PER_CHUNK = 5  # does not divide S * B
@@ -85,9 +77,17 @@ def test_one_process(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
         compare(TensorParallel(groups.tp_group, sequence_parallel=False))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_tensor_parallel(ranks: int) -> None:
-    torchrun(ranks, Path(__file__))
+    run_ranks(ranks, compare_on_ranks, ranks)
+
+
+def compare_on_ranks(size: int) -> None:
+    loss_module.CHUNK_BYTES = 4 * (V // size) * ROWS_PER_CHUNK
+    with process_groups(ParallelConfig(tp=size), seed=0) as job:
+        for split in (False, True):
+            compare(TensorParallel(job.tp_group, sequence_parallel=split))
 
 
 def test_logits_are_never_held_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,11 +122,3 @@ class _Largest(TorchDispatchMode):
             self.numel = max(self.numel, result.numel())
         self.gemms += "mm" in function.__name__
         return result
-
-
-if __name__ == "__main__":
-    size = int(os.environ["WORLD_SIZE"])
-    loss_module.CHUNK_BYTES = 4 * (V // size) * ROWS_PER_CHUNK
-    with process_groups(ParallelConfig(tp=size), seed=0) as job:
-        for split in (False, True):
-            compare(TensorParallel(job.tp_group, sequence_parallel=split))

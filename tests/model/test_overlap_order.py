@@ -1,11 +1,16 @@
 """The backward's collectives run beside computation: started before it, waited for after it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 
 from tests.model.building import model_config
+from tests.model.cases import overlap
 from tests.model.cases.overlap import BATCH, LENGTH, Event
+from tests.model.conftest import OnRanks
+
+pytestmark = pytest.mark.process
 
 TP = 2
 MODEL = model_config(num_layers=1)
@@ -34,6 +39,9 @@ class Collective:
         return {operator for _, operator, _ in self.beside}
 
 
+Backwards = Callable[[str], list[list[Collective]]]
+
+
 def collectives_of_halves(events: list[Event]) -> dict[str, list[Collective]]:
     """Four collectives for each half: gathers of output gradient and norm output, reduction, norm sum."""
     found = []
@@ -53,40 +61,40 @@ def half(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def backwards(on_ranks, half: str):
+def backwards(on_ranks: OnRanks, half: str) -> Backwards:
     """The half's collectives on every rank."""
 
     def of(case: str) -> list[list[Collective]]:
-        return [collectives_of_halves(events)[half] for events in on_ranks(TP)["overlap"][case]]
+        return [collectives_of_halves(events)[half] for events in on_ranks(overlap, TP)[case]]
 
     return of
 
 
-def test_gather_of_the_output_gradient_runs_beside_recomputation(backwards) -> None:
+def test_gather_of_the_output_gradient_runs_beside_recomputation(backwards: Backwards) -> None:
     for gather, *_ in backwards("sp-on/real"):
         assert "rsqrt" in gather.operators
         assert not gather.gemms
 
 
-def test_gather_of_the_norm_output_runs_beside_the_data_gradient_gemms(backwards) -> None:
+def test_gather_of_the_norm_output_runs_beside_the_data_gradient_gemms(backwards: Backwards) -> None:
     for _, gather, _, _ in backwards("sp-on/real"):
         assert [LENGTH * BATCH, MODEL.hidden_size] in gather.gemms
 
 
 @pytest.mark.parametrize("layout", ["sp-on", "sp-off"])
 def test_reduction_of_the_input_gradient_runs_beside_the_weight_gradient_gemm(
-    backwards, half: str, layout: str
+    backwards: Backwards, half: str, layout: str
 ) -> None:
     for _, _, reduction, _ in backwards(f"{layout}/real"):
         assert WEIGHT_OF_HALF[half] in reduction.gemms
 
 
-def test_norm_sum_runs_beside_the_residual_gradient(backwards) -> None:
+def test_norm_sum_runs_beside_the_residual_gradient(backwards: Backwards) -> None:
     for *_, norm_sum in backwards("sp-on/real"):
         assert "add_" in norm_sum.operators
 
 
 @pytest.mark.parametrize("layout", ["sp-on", "sp-off"])
-def test_waiting_at_the_start_shows(backwards, layout: str) -> None:
+def test_waiting_at_the_start_shows(backwards: Backwards, layout: str) -> None:
     for collectives in backwards(f"{layout}/eager"):
         assert not any(collective.beside for collective in collectives)

@@ -5,16 +5,17 @@ import pytest
 from llama_mcore.model.config import PRESETS, ModelConfig
 from llama_mcore.model.shapes import parameter_shapes
 from tests.model.building import model_config
-from tests.model.cases.initialisation import MODELS
+from tests.model.cases import initialisation
+from tests.model.conftest import OnRanks
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("name", MODELS)
-def test_shapes_are_those_of_the_built_model(on_ranks, name: str, tp: int) -> None:
-    expected = {
-        parameter: list(shape) for parameter, shape in parameter_shapes(model_config(**MODELS[name])).items()
-    }
-    for found in on_ranks(tp)["initialisation"][name]:
+@pytest.mark.parametrize("name", initialisation.MODELS)
+def test_shapes_are_those_of_the_built_model(on_ranks: OnRanks, name: str, tp: int) -> None:
+    shapes = parameter_shapes(model_config(**initialisation.MODELS[name]))
+    expected = {parameter: list(shape) for parameter, shape in shapes.items()}
+    for found in on_ranks(initialisation, tp)[name]:
         built = {parameter: shape for parameter, (shape, _) in found.items()}
         assert built == expected
         # megatron-core's own layer registers its norms elsewhere

@@ -2,13 +2,16 @@
 
 import pytest
 
-from tests.model.cases.stock import names
+from tests.model.cases import stock
+from tests.model.conftest import OnRanks
+
+pytestmark = pytest.mark.process
 
 # fp32 rounds by 6e-8; sums of some hundred products stay two orders of magnitude below this.
 TOLERANCE = 1e-5
 
 
-@pytest.mark.parametrize(("tp", "name"), [(tp, name) for tp in (1, 2) for name in names(tp)])
-def test_logits_and_gradients(on_ranks, tp: int, name: str) -> None:
-    for errors in on_ranks(tp)["stock"][name]:
+@pytest.mark.parametrize(("tp", "name"), [(tp, name) for tp in (1, 2) for name in stock.names(tp)])
+def test_logits_and_gradients(on_ranks: OnRanks, tp: int, name: str) -> None:
+    for errors in on_ranks(stock, tp)[name]:
         assert max(errors.values()) < TOLERANCE, errors

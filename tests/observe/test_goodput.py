@@ -21,6 +21,7 @@ from llama_mcore.observe.goodput_report import show_goodput, to_dict
 from llama_mcore.observe.lives import EndedLife, add_life
 from llama_mcore.observe.phases import Phase, Phases
 from llama_mcore.observe.timeline import TIMELINE_FILE, Timeline
+from tests.support.errors import refused
 
 # As earlier versions wrote them: only the first line says of which life it is.
 # Begins at 1000; trains steps 1 to 3, of which 1 and 2 are saved; is killed in step 4, last seen at 1050.
@@ -219,7 +220,7 @@ def test_a_full_disk_costs_lines_and_nothing_else(caplog: pytest.LogCaptureFixtu
     with Timeline(tmp_path, life=1, ranks=1, began=0.0) as timeline:
         timeline.settled()
         timeline.enter(Phase.TRAIN, 1)
-    assert caplog.text.count("timeline.jsonl cannot be written (No space left on device)") == 1
+    assert caplog.text.count("No space left on device") == caplog.text.count("timeline.jsonl") == 1
 
 
 def test_the_command_prints_a_table_json_and_a_picture(
@@ -228,7 +229,8 @@ def test_the_command_prints_a_table_json_and_a_picture(
     write(tmp_path, KILLED + FINISHED)
     show_goodput(tmp_path)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "goodput 5.4% of 1m52s; the most of the rest: down, 70.5%"
+    for part in ("5.4%", "1m52s", "down", "70.5%"):
+        assert part in lines[0]
     assert [line.split()[0] for line in lines[1:]] == ["life", "1", "2", "total", "share"]
     assert lines[2].split()[-1] == "killed"
     assert lines[3].split()[-1] == "0"
@@ -250,7 +252,7 @@ def test_a_life_whose_lease_is_touched_runs(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_life_without_time_is_no_run_yet(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no time"):
+    with refused(DataError, "timeline", tmp_path / TIMELINE_FILE, remedy=False):
         show_goodput(write(tmp_path, KILLED[:1]))
 
 
@@ -340,16 +342,16 @@ def test_without_a_timeline_lives_are_accounted_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", [".", "nowhere"])
 def test_a_folder_without_a_timeline_is_refused(tmp_path: Path, folder: str) -> None:
-    with pytest.raises(MissingInputError, match=r"has no timeline\.jsonl"):
+    with refused(MissingInputError, "RUN_DIR", tmp_path / folder):
         show_goodput(tmp_path / folder)
 
 
 def test_what_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / TIMELINE_FILE).mkdir()
-    with pytest.raises(DataError, match=r"timeline\.jsonl: cannot be read \(Is a directory\)"):
+    with pytest.raises(DataError, match=r"timeline\.jsonl: .*Is a directory"):
         show_goodput(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"cannot be read \(Not a directory\)"):
+    with pytest.raises(DataError, match="Not a directory"):
         show_goodput(tmp_path / "file")
 
     def locked(path: Path, follow_symlinks: bool = True) -> None:
@@ -357,7 +359,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
 
     for access in ("stat", "read_bytes"):
         monkeypatch.setattr(Path, access, locked)
-    with pytest.raises(DataError, match=r"cannot be read \(Permission denied\)"):
+    with pytest.raises(DataError, match="Permission denied"):
         show_goodput(tmp_path)
 
 

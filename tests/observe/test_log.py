@@ -1,13 +1,17 @@
 """llama_mcore.observe.log: who logs what, and that start-up noise alone is silenced."""
 
 import logging
+import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
 
-from llama_mcore.observe.log import get_logger, prints_as_debug, setup_logging
+from llama_mcore.observe.log import get_logger, prints_as_debug, setup_logging, silence_libraries
+from tests.support.product import launched_environment
+from tests.support.world import TIMEOUT_S
 
 IMPORTS = """
 from llama_mcore.observe.log import silence_libraries
@@ -15,6 +19,14 @@ silence_libraries(cpu=True)
 import deepspeed
 import megatron.core
 from megatron.core.models.gpt import GPTModel
+
+import logging, sys, warnings
+for stream in (sys.stdout, sys.stderr):
+    print("imported", file=stream, flush=True)
+warnings.warn("our own warning")
+warnings.warn("something else in torch is deprecated", FutureWarning)
+logging.getLogger("DeepSpeed").error("DeepSpeed failed")
+raise SystemError("an error of ours")
 """
 
 
@@ -26,8 +38,15 @@ def restored_logger() -> Iterator[None]:
     logger.handlers, logger.level, logger.propagate = state
 
 
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+@pytest.fixture(scope="module")
+def imported() -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", IMPORTS],
+        env=launched_environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
 
 
 def test_rank_0_informs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,55 +98,54 @@ def test_what_was_printed_before_an_exception_is_shown(capsys: pytest.CaptureFix
     assert capsys.readouterr().err == "WARNING no such device\n"
 
 
-def test_the_libraries_are_imported_without_a_word() -> None:
-    result = python(IMPORTS)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+@pytest.mark.process
+def test_the_libraries_are_imported_without_a_word(imported: subprocess.CompletedProcess[str]) -> None:
+    """And leave without one."""
+    assert imported.stdout.startswith("imported\n")
+    assert imported.stderr.startswith("imported\n")
+    assert imported.stderr.endswith("SystemError: an error of ours\n")
 
 
-def test_warnings_and_errors_still_show() -> None:
-    result = python(
-        IMPORTS
-        + """
-import logging, warnings
-warnings.warn("our own warning")
-warnings.warn("something else in torch is deprecated", FutureWarning)
-logging.getLogger("DeepSpeed").error("DeepSpeed failed")
-raise SystemError("an error of ours")
-"""
-    )
-    assert result.returncode == 1
-    assert "DeepSpeed failed" in result.stdout
+@pytest.mark.process
+def test_warnings_and_errors_still_show(imported: subprocess.CompletedProcess[str]) -> None:
+    assert imported.returncode == 1
+    assert "DeepSpeed failed" in imported.stdout
     for text in ("our own warning", "something else in torch", "Traceback", "an error of ours"):
-        assert text in result.stderr
+        assert text in imported.stderr
 
 
-def test_warnings_about_renamed_collectives_are_silenced() -> None:
+@pytest.fixture
+def unsilenced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[warnings.WarningMessage]]:
+    """As in a process that has silenced nothing yet: the warnings that it shows."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        yield shown
+    os.environ.pop("DS_ACCELERATOR", None)
+
+
+def test_warnings_about_renamed_collectives_are_silenced(unsilenced: list[warnings.WarningMessage]) -> None:
     # The text of torch 2.13; both libraries call the collectives by these names.
-    result = python(
-        """
-from llama_mcore.observe.log import silence_libraries
-silence_libraries(cpu=True)
-import warnings
-for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
-    warnings.warn(f"`torch.distributed.{name}` is deprecated. Please use another.", FutureWarning)
-for name in ("_all_gather_base", "_reduce_scatter_base"):
-    text = f"`torch.distributed.{name}` is a private function and will be deprecated. "
-    warnings.warn(text, FutureWarning)
-"""
-    )
-    assert (result.returncode, result.stderr) == (0, "")
+    silence_libraries(cpu=True)
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        text = f"`torch.distributed.{name}` is deprecated. Please use another."
+        warnings.warn(text, FutureWarning, stacklevel=1)
+    for name in ("_all_gather_base", "_reduce_scatter_base"):
+        text = f"`torch.distributed.{name}` is a private function and will be deprecated. "
+        warnings.warn(text, FutureWarning, stacklevel=1)
+    assert unsilenced == []
+    warnings.warn("of another function", FutureWarning, stacklevel=1)
+    assert len(unsilenced) == 1
 
 
+@pytest.mark.usefixtures("unsilenced")
 @pytest.mark.parametrize(
     ("cpu", "given", "expected"), [(True, None, "cpu"), (False, None, None), (True, "cuda", "cuda")]
 )
-def test_deepspeed_is_told_of_a_missing_gpu(cpu: bool, given: str | None, expected: str | None) -> None:
-    given_line = (
-        f"os.environ['DS_ACCELERATOR'] = {given!r}" if given else "os.environ.pop('DS_ACCELERATOR', None)"
-    )
-    result = python(
-        f"import os\n{given_line}\n"
-        f"from llama_mcore.observe.log import silence_libraries\nsilence_libraries(cpu={cpu})\n"
-        "print(os.environ.get('DS_ACCELERATOR'))"
-    )
-    assert result.stdout.strip() == str(expected)
+def test_deepspeed_is_told_of_a_missing_gpu(
+    monkeypatch: pytest.MonkeyPatch, cpu: bool, given: str | None, expected: str | None
+) -> None:
+    if given:
+        monkeypatch.setenv("DS_ACCELERATOR", given)
+    silence_libraries(cpu=cpu)
+    assert os.environ.get("DS_ACCELERATOR") == expected

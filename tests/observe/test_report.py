@@ -9,6 +9,7 @@ from matplotlib.image import imread
 
 from llama_mcore.errors import DataError, MissingInputError, OutputError
 from llama_mcore.observe.report import loss_curve, read_metrics, smoothed
+from tests.support.errors import refused
 
 
 def row(step: int, **fields: object) -> bytes:
@@ -35,12 +36,12 @@ def test_a_line_still_being_written_is_left_out(metrics: Path) -> None:
 
 def test_a_damaged_line_is_named(metrics: Path) -> None:
     metrics.write_bytes(row(1) + b"{oops\n" + row(3))
-    with pytest.raises(DataError, match=r"metrics\.jsonl:2: is not JSON"):
+    with refused(DataError, "metrics", f"{metrics}:2", remedy=False):
         read_metrics(metrics)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(MissingInputError, match=r"metrics\.jsonl: no such file"):
+    with refused(MissingInputError, "metrics", tmp_path / "metrics.jsonl"):
         read_metrics(tmp_path / "metrics.jsonl")
 
 
@@ -72,14 +73,14 @@ def test_steps_without_a_finite_loss_are_gaps(metrics: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("content", [b"", row(1, loss=None)])
 def test_a_run_without_a_loss_has_no_picture(metrics: Path, tmp_path: Path, content: bytes) -> None:
     metrics.write_bytes(content)
-    with pytest.raises(DataError, match="no finite loss"):
+    with refused(DataError, "metrics", metrics):
         loss_curve(metrics, tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()
 
 
 def test_an_unwritable_picture_is_one_clear_error(metrics: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"loss\.png: .*file is a file, not a folder"):
+    with refused(OutputError, "output", tmp_path / "file" / "loss.png"):
         loss_curve(metrics, tmp_path / "file" / "loss.png")
 
 

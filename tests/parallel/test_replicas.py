@@ -8,28 +8,59 @@ import socket
 import pytest
 import torch
 
-from llama_mcore.parallel import replicas
-from llama_mcore.parallel.replicas import bit_hash
-from tests.parallel.conftest import Results
+from llama_mcore.errors import NumericalError, Problem
+from llama_mcore.parallel.config import ParallelConfig
+from llama_mcore.parallel.groups import process_groups
+from llama_mcore.parallel.replicas import bit_hash, check_replicas
+from tests.support.world import run_ranks
+
+HERE = socket.gethostname()
+Found = dict[str, list[Problem]]
 
 
-def test_equal_copies_are_fine(results: Results) -> None:
-    assert [found["equal"] for found in results("replicas", 3)] == [[]] * 3
+@pytest.fixture(scope="module")
+def found() -> list[Found]:
+    """What each of three ranks is told: of equal weights, and of those of rank 2, then of all, a bit off."""
+    return run_ranks(3, problems_of_copies)
 
 
-def test_all_ranks_name_the_one_that_differs_from_two(results: Results) -> None:
-    for found in results("replicas", 3):
-        (problem,) = found["one"]
-        where = f"bias = rank 2 on {socket.gethostname()}: differs from the 2 others that agree"
-        assert problem.startswith(where)
-        assert "found after step 7, which is not saved" in problem
+def problems_of_copies() -> Found:
+    found: Found = {}
+    with process_groups(ParallelConfig(tp=1), seed=1) as groups:
+        model = torch.nn.Linear(3, 2)
+        for parameter in model.parameters():
+            parameter.tensor_model_parallel = True
+            torch.nn.init.ones_(parameter)
+        for name, bits in {"equal": 0, "one": int(groups.rank == 2), "all": groups.rank + 1}.items():
+            torch.nn.init.ones_(model.bias)
+            model.bias.detach().view(torch.int32)[1] ^= bits
+            found[name] = []
+            try:
+                check_replicas(model, groups, step=7)
+            except NumericalError as error:
+                found[name] = error.problems
+    return found
 
 
-def test_without_a_majority_all_are_named(results: Results) -> None:
-    for found in results("replicas", 3):
-        assert [problem.split(" on ")[0] for problem in found["all"]] == [
-            f"bias = rank {n}" for n in range(3)
-        ]
+@pytest.mark.process
+def test_equal_copies_are_fine(found: list[Found]) -> None:
+    assert [of_rank["equal"] for of_rank in found] == [[]] * 3
+
+
+@pytest.mark.process
+def test_all_ranks_name_the_one_that_differs_from_two(found: list[Found]) -> None:
+    for of_rank in found:
+        (problem,) = of_rank["one"]
+        assert (problem.field, problem.value) == ("bias", f"rank 2 on {HERE}")
+        assert "2 others" in problem.bound
+        assert "step 7" in problem.remedy
+
+
+@pytest.mark.process
+def test_without_a_majority_all_are_named(found: list[Found]) -> None:
+    for of_rank in found:
+        named = [(problem.field, problem.value) for problem in of_rank["all"]]
+        assert named == [("bias", f"rank {rank} on {HERE}") for rank in range(3)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -51,10 +82,11 @@ def test_an_exchange_of_two_elements_changes_the_hash() -> None:
     assert bit_hash(torch.tensor([0.0])).item() != bit_hash(torch.tensor([-0.0])).item()
 
 
-def test_the_hash_is_the_sum_by_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In Python's integers, which do not overflow, and over several chunks."""
-    monkeypatch.setattr(replicas, "_CHUNK", 4)
-    values = torch.randn(11, generator=torch.Generator().manual_seed(2))
-    words = values.view(torch.int32).tolist()
-    total = sum(word * ((place * 0x9E3779B97F4A7C15) | 1) for place, word in enumerate(words))
+def test_the_hash_is_the_sum_by_its_definition() -> None:
+    """In Python's integers, which do not overflow; of more than are hashed at a time, most of them zeros."""
+    values = torch.zeros(2**22 + 11)
+    places = [0, 1, 2**22 - 1, 2**22, 2**22 + 1, 2**22 + 10]
+    values[places] = torch.randn(len(places), generator=torch.Generator().manual_seed(2))
+    words = values[places].view(torch.int32).tolist()
+    total = sum(word * ((place * 0x9E3779B97F4A7C15) | 1) for place, word in zip(places, words, strict=True))
     assert bit_hash(values).item() % 2**64 == total % 2**64

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from llama_mcore.cli import app
 from llama_mcore.plan.how import NOTED_DIFFERENCE
+from tests.plan.fresh import LOOPS_OF_TWO_SECONDS, loaded_and_loops
+from tests.support.world import ROOT
 
-ROOT = Path(__file__).parents[2]
 QUESTION = ["size", "--gpus", "64", "--gpu", "h100", "--days", "30", "--inference-tokens", "10T"]
 
 
@@ -72,9 +73,7 @@ def test_one_command_says_what_to_train_and_how() -> None:
     assert layout["tokens_per_s_per_gpu"] == pytest.approx(laid_out["tokens_per_s_per_gpu"])
     # Whole steps, and a command that writes five digits of the tokens.
     assert layout["days"] == pytest.approx(laid_out["days"], rel=1e-4)
-    printed = run(*QUESTION)[1]
-    assert "How to train it" in printed
-    assert "The size follows from what this layout is predicted to reach" in printed
+    assert "How to train it" in run(*QUESTION)[1]
 
 
 @pytest.mark.parametrize("gpus", ["8", "64", "960", "2048"])
@@ -87,32 +86,32 @@ def test_the_size_is_what_the_layout_trains_in_the_days(gpus: str, gpu: str) -> 
 
 
 def test_gpus_without_a_sequence_each_are_named_as_what_is_slow() -> None:
-    hint = "a larger batch is faster"
+    hint = "--global-batch-tokens"
     assert hint in run("size", "--gpus", "4096", "--gpu", "b200", "--days", "90")[1]
     assert hint not in run("size", "--gpus", "2048", "--gpu", "a100-80gb", "--days", "21")[1]
 
 
 def test_an_mfu_that_is_given_stays() -> None:
     printed = run(*QUESTION, "--mfu", "0.4")[1]
-    assert "days, not 30.0: it reaches an MFU of" in printed
+    assert ", not 30.0: " in printed
     assert "With --mfu 0." in printed
 
 
 def test_an_mfu_that_agrees_with_the_prediction_is_said_to() -> None:
     printed = run("size", "--gpus", "64", "--gpu", "h100", "--days", "20", "--mfu", "0.5")[1]
-    assert "The prediction agrees with --mfu 0.5" in printed
+    assert "agrees with --mfu 0.5" in printed
 
 
 def test_without_gpus_there_is_the_command_alone() -> None:
     arguments = ("size", "--flops", "1e23")
     assert json.loads(run(*arguments, "--json")[1])["layout"] is None
-    assert "How to train it:\n    llama-mcore plan layout" in run(*arguments)[1]
+    assert "llama-mcore plan layout" in run(*arguments)[1]
 
 
 def test_a_model_that_fits_nowhere_is_said_to() -> None:
     arguments = ("size", "--gpus", "1", "--gpu", "a100-40gb", "--flops", "5e23")
     assert json.loads(run(*arguments, "--json")[1])["layout"] is None
-    assert "on 1 a100-40gb no layout runs and fits" in run(*arguments)[1]
+    assert "on 1 a100-40gb no layout" in run(*arguments)[1]
 
 
 def test_data_begins_with_its_conclusion() -> None:
@@ -184,31 +183,21 @@ def test_the_picture_is_drawn_and_kept(tmp_path: Path) -> None:
     assert run(*QUESTION, "--picture", str(picture))[0] == 73
 
 
+@pytest.mark.process
 def test_the_script_is_the_command() -> None:
     script = ROOT / "tools" / "plan.py"
     result = subprocess.run(
         [sys.executable, script, *QUESTION, "--json"],
         capture_output=True,
         text=True,
-        timeout=60,
         check=True,
         cwd=ROOT,
     )
     assert json.loads(result.stdout) == json.loads(run(*QUESTION, "--json")[1])
 
 
+@pytest.mark.process
 def test_an_answer_takes_less_than_two_seconds_of_cpu() -> None:
-    """Processor time of the whole process, which another load does not lengthen as it does the clock's."""
-    code = (
-        "import sys, resource\nfrom llama_mcore.cli import app\n"
-        f"try: app({['plan', *QUESTION]!r})\nexcept SystemExit: pass\n"
-        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
-        "loaded = [name in sys.modules for name in ('torch', 'matplotlib')]\n"
-        "print(used.ru_utime + used.ru_stime, *loaded, file=sys.stderr)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT
-    )
-    seconds, torch, matplotlib = result.stderr.split()
-    assert (torch, matplotlib) == ("False", "False")
-    assert float(seconds) < 2
+    loaded, loops = loaded_and_loops(QUESTION)
+    assert loaded == []
+    assert loops < LOOPS_OF_TWO_SECONDS

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from llama_mcore.errors import ConfigError, MissingInputError
+from llama_mcore.errors import ConfigError, MissingInputError, Problem
 from llama_mcore.plan.data import PREPROCESS_MB_PER_S, TABLE_1, DataPlan, SourcePlan, plan_data, table_1_plan
+from tests.support.errors import check_problem, refused
 
 # LLaMA paper, Table 1: sampling proportion, epochs at 1.4T tokens, disk size in GB.
 PAPER = {
@@ -23,10 +24,10 @@ def sources(plan: DataPlan) -> dict[str, SourcePlan]:
     return {source.name: source for source in plan.sources}
 
 
-def problems(*arguments: object, **options: object) -> list[str]:
+def problems(*arguments: object, **options: object) -> list[Problem]:
     with pytest.raises(ConfigError) as caught:
         plan_data(*arguments, **options)  # type: ignore[arg-type]
-    return [str(problem) for problem in caught.value.problems]
+    return caught.value.problems
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -122,42 +123,45 @@ def test_a_mixture_of_epochs(tmp_path: Path) -> None:
 def test_a_source_of_unknown_size_is_asked_for(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("prose: {train: a, epochs: 2}\nwikipedia: {train: b, epochs: 1}\n")
-    (found,) = problems("1T", str(file))
-    assert "--tokens-available = (not given for prose)" in found
+    found = problems("1T", str(file))
+    assert len(found) == 1
+    check_problem(found, "--tokens-available", "(not given for prose)")
 
 
 @pytest.mark.parametrize("tokens", ["0", "-1T", "nan", "1e400", "", "lots"])
 def test_impossible_tokens(tokens: str) -> None:
-    assert problems(tokens)[0].startswith("--tokens = ")
+    check_problem(problems(tokens), "--tokens", tokens)
 
 
 def test_all_problems_are_told_at_once() -> None:
     found = problems("0", "mixture_llama1", ["wikipedai=1T", "books=0", "c4"], "0", "0", "1.5")
     assert len(found) == 7
-    assert any("did you mean wikipedia?" in problem for problem in found)
+    misspelt = check_problem(found, "--tokens-available", "wikipedai=1T")
+    assert "did you mean wikipedia?" in misspelt.remedy
 
 
 def test_a_source_is_said_once() -> None:
-    with pytest.raises(ConfigError, match="c4=2: says it again"):
+    with refused(ConfigError, "--tokens-available", "c4=2"):
         plan_data("1T", available=["c4=1", "c4=2"])
 
 
 def test_a_mixture_that_is_not_there() -> None:
-    with pytest.raises(MissingInputError, match=r"--mixture = mixtur: no such file or folder; .*llama1"):
+    with refused(MissingInputError, "--mixture", "mixtur") as caught:
         plan_data("1T", "mixtur")
+    assert "mixture_llama1" in caught.value.problems[0].remedy
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "field"),
     [
-        ("{}", "names no source"),
-        ("prose: {train: a, epochs: 1}\ncode: {train: b, weight: 1}", "all must give epochs, or all weight"),
-        ("prose: {train: a, epoch: 1}", "did you mean epochs?"),
-        ("prose: {epochs: 1}", "is required"),
-        ("- a", "must hold sections"),
+        ("{}", "--mixture"),
+        ("prose: {train: a, epochs: 1}\ncode: {train: b, weight: 1}", "data.sources"),
+        ("prose: {train: a, epoch: 1}", "data.sources.prose.epoch"),
+        ("prose: {epochs: 1}", "data.sources.prose.train"),
+        ("- a", "--mixture"),
     ],
 )
-def test_a_mixture_that_does_not_hold_together(tmp_path: Path, text: str, message: str) -> None:
+def test_a_mixture_that_does_not_hold_together(tmp_path: Path, text: str, field: str) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text(text)
-    assert message in "\n".join(problems("1T", str(file)))
+    check_problem(problems("1T", str(file)), field, remedy=False)

@@ -14,6 +14,7 @@ from llama_mcore.plan.activations import saved_bytes_besides_layers, saved_bytes
 from llama_mcore.plan.footprint import LOSS_CHUNK, MARGIN, Footprint, footprint, zero_settings
 from llama_mcore.plan.layout_report import memory_json, memory_lines
 from llama_mcore.plan.memory import PERSISTENT_VALUES, params_per_rank
+from tests.support.errors import refused
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 MODEL = ModelConfig.model_validate(PRESETS["65b"])
@@ -85,7 +86,7 @@ def test_a_device_that_is_none_takes_nothing_to_the_host(tmp_path: Path) -> None
 
 
 def test_a_file_that_was_named_must_be_there() -> None:
-    with pytest.raises(MissingInputError, match=r"zero\.config = no such\.json"):
+    with refused(MissingInputError, "zero.config", "no such.json"):
         of(2, config="no such.json")
 
 

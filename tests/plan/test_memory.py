@@ -5,10 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_mcore.model.config import PRESETS, ModelConfig
+from llama_mcore.model.shapes import parameter_shapes
 from llama_mcore.parallel.config import ParallelConfig, ZeroConfig
-from llama_mcore.plan.memory import ModelState, _padded, _Parameters, _touched, model_state, params_per_rank
+from llama_mcore.plan.memory import ModelState, model_state, params_per_rank
+from tests.support.models import GROUPED, model_config
 
-SMALL = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, ffn_hidden_size=176, vocab_size=512)
+SMALL = model_config(GROUPED)
 P = SMALL.num_params()
 
 
@@ -50,26 +52,34 @@ def test_each_group_is_padded_to_two_values_a_rank() -> None:
     assert state(1, "bf16", dp=3) == ModelState(2 * padded, 4 * padded, 4 * padded // 3, 8 * padded // 3)
 
 
-@given(
-    st.lists(st.integers(1, 60), min_size=1, max_size=9),
-    st.lists(st.integers(1, 9), min_size=1, max_size=5),
-    st.integers(1, 40),
+SMALLEST = st.builds(
+    model_config,
+    num_layers=st.integers(1, 4),
+    hidden_size=st.integers(1, 12),
+    num_attention_heads=st.integers(1, 4),
+    head_dim=st.sampled_from([2, 4, 6]),
+    ffn_hidden_size=st.integers(1, 30),
+    vocab_size=st.integers(2, 60),
+    tie_embeddings=st.booleans(),
 )
-def test_gradients_that_fp32_stage_2_keeps_are_those_of_the_fullest_rank(
-    matrices: list[int], norms: list[int], dp: int
-) -> None:
-    """Against every rank looked at."""
+
+
+@given(model=SMALLEST, dp=st.integers(1, 40))
+def test_gradients_that_fp32_stage_2_keeps_are_those_of_the_fullest_rank(model: ModelConfig, dp: int) -> None:
+    """Against every rank looked at: it keeps each parameter of which a value is in its part."""
+    shapes = list(parameter_shapes(model).values())
     most = 0
     for rank in range(dp):
         kept = 0
-        for group in (matrices, norms):
-            size, start = _padded(group, dp) // dp, 0
+        for dims in (2, 1):  # matrices, norms
+            group = [shape.numel() for shape in shapes if len(shape) == dims]
+            size, start = 2 * -(-sum(group) // (2 * dp)), 0
             for values in group:
                 if start < (rank + 1) * size and start + values > rank * size:
                     kept += values
                 start += values
         most = max(most, kept)
-    assert _touched(_Parameters(matrices, norms), dp) == most
+    assert model_state(model, ParallelConfig(), ZeroConfig(stage=2), "fp32", dp).gradients == 4 * most
 
 
 def test_65b_as_the_paper_trained_it_fits_one_gpu() -> None:

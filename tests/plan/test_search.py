@@ -20,6 +20,7 @@ from llama_mcore.plan.search import (
     nothing_fits,
     search,
 )
+from tests.support.errors import refused
 
 FOUR_M = 4 * 2**20
 CASES = [
@@ -89,9 +90,8 @@ def test_52_heads_do_not_divide_by_8() -> None:
 def test_tensor_parallelism_stays_within_a_node() -> None:
     result = found("7b", 64, "h100", per_node=4)
     assert max(option.run.parallel.tp for option in result.options) == 4
-    assert result.rejected["tensor parallelism: tp must divide the 4 GPUs of a node"] == (
-        2 * len(STAGES) * len(MICRO_BATCHES) * 3
-    )
+    (count,) = (count for reason, count in result.rejected.items() if "4 GPUs of a node" in reason)
+    assert count == 2 * len(STAGES) * len(MICRO_BATCHES) * 3
 
 
 @pytest.mark.parametrize("gpus", [96, 120, 448, 896, 960, 1784, 1856, 2048, 2400, 3096])
@@ -178,5 +178,5 @@ def test_what_is_wrong_with_the_model_is_said_of_the_model() -> None:
     run = base_run("65b").model_copy(
         update={"model": base_run("65b").model.model_copy(update={"num_query_groups": 7})}
     )
-    with pytest.raises(ConfigError, match="num_query_groups = 7"):
+    with refused(ConfigError, "model.num_query_groups", 7, remedy=False):
         check_model(Goal(run, 1e12, 2048))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from llama_mcore.errors import ConfigError
+from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.model.config import PRESETS, ModelConfig
 from llama_mcore.plan.energy import GPU_WATTS
 from llama_mcore.plan.flops import token_flops
@@ -12,6 +12,7 @@ from llama_mcore.plan.hardware import GPUS
 from llama_mcore.plan.scaling import PARAMETRIC_LAWS
 from llama_mcore.plan.size import SizePlan, plan_size, request
 from llama_mcore.plan.size_report import notes, size_dict
+from tests.support.errors import check_problem
 
 LAW = PARAMETRIC_LAWS["epoch"]
 CLUSTER = {"gpus": "64", "gpu": "h100", "days": "30"}
@@ -22,10 +23,10 @@ def answer(**asked: str) -> SizePlan:
     return plan_size(request(**asked))
 
 
-def problems(**asked: str) -> list[str]:
+def problems(**asked: str) -> list[Problem]:
     with pytest.raises(ConfigError) as caught:
         answer(**asked)
-    return [str(problem) for problem in caught.value.problems]
+    return caught.value.problems
 
 
 def test_gpus_and_days_for_ten_trillion_tokens_of_inference() -> None:
@@ -220,12 +221,13 @@ def test_laws_share_the_budget() -> None:
 def test_impossible_arguments_are_refused_by_name(field: str, value: str) -> None:
     found = problems(**{"flops": "1e23", field: value})
     assert len(found) == 1
-    assert found[0].startswith(f"--{field.replace('_', '-')} = ")
+    check_problem(found, f"--{field.replace('_', '-')}", value or "(not given)", remedy=False)
 
 
 @pytest.mark.parametrize(("field", "bad", "meant"), [("gpu", "h10", "h100"), ("law", "epoc", "epoch")])
 def test_the_nearest_name_is_suggested(field: str, bad: str, meant: str) -> None:
-    assert f"did you mean {meant}?" in problems(**{"flops": "1e23", field: bad})[0]
+    (problem,) = problems(**{"flops": "1e23", field: bad})
+    assert problem.remedy == f"did you mean {meant}?"
 
 
 @pytest.mark.parametrize(("name", "listed"), [("b200", "b200"), ("a100", "a100-80gb"), ("H100-SXM", "h100")])
@@ -246,27 +248,27 @@ def test_all_problems_are_told_at_once() -> None:
     ("asked", "field"), [({}, "--flops"), ({"gpus": "8"}, "--days"), ({"days": "8"}, "--gpus")]
 )
 def test_half_a_budget_is_refused(asked: dict[str, str], field: str) -> None:
-    assert [problem.split(" = ")[0] for problem in problems(**asked)] == [field]
+    assert [problem.field for problem in problems(**asked)] == [field]
 
 
 def test_a_loss_that_the_budget_does_not_buy_names_the_one_that_it_does() -> None:
     (found,) = problems(flops="1e21", loss="2.0")
-    reachable = found.split("aim for ")[1].split(",")[0]
+    reachable = found.remedy.split("aim for ")[1].split(",")[0]
     best = LAW.optimum(1e21)
     assert 0 <= float(reachable) - LAW.loss(best.params, best.tokens) <= 1e-4
     assert answer(flops="1e21", loss=reachable).recommended.loss == pytest.approx(float(reachable))
 
 
 def test_a_loss_beyond_any_budget_is_refused() -> None:
-    assert "takes at least" in problems(loss="1.8173")[0]
+    check_problem(problems(loss="1.8173"), "--loss", 1.8173)
 
 
 def test_gpus_that_come_to_no_budget_are_refused() -> None:
-    assert "FLOPs of training" in problems(gpus="1", days="0.001", mfu="0.001")[0]
+    check_problem(problems(gpus="1", days="0.001", mfu="0.001"), "--gpus x --days", remedy=False)
 
 
 def test_a_model_of_no_size_is_refused() -> None:
-    assert "no LLaMA-like shape" in problems(flops="1e15")[0]
+    check_problem(problems(flops="1e15"), "budget")
 
 
 def test_every_figure_in_json_is_finite() -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.train.product import ROOT, metrics
+from tests.support.product import launched_environment, metrics
+from tests.support.world import ROOT
 
 LOCAL = Path(__file__).with_name("slurm-local.sh")
 SECONDS = 500
@@ -25,12 +26,9 @@ def cluster(folder: Path, nodes: int) -> Iterator[dict[str, str]]:
     try:
         commands = Path(sys.executable).parent
         yield {
-            **os.environ,
+            **launched_environment(),
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": f"{commands}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
         }
     finally:
         subprocess.run(["bash", str(LOCAL), "stop", str(folder)], check=True, timeout=60)

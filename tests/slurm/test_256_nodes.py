@@ -16,10 +16,11 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from llama_mcore.launch import torchrun
 from tests.slurm.cluster import Job, cluster
-from tests.train.product import ROOT
+from tests.support.world import ROOT
 
 pytestmark = [
     pytest.mark.slurm,
+    pytest.mark.process,
     pytest.mark.skipif(shutil.which("sbatch") is None, reason="needs Slurm"),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to start Slurm"),
 ]

@@ -9,11 +9,12 @@ import pytest
 from llama_mcore.data.preprocess import preprocess
 from llama_mcore.data.tokenizer_training import train_tokenizer
 from tests.data.conftest import write_jsonl
-from tests.distributed import ROOT
 from tests.slurm.cluster import Job, cluster
+from tests.support.world import ROOT
 
 pytestmark = [
     pytest.mark.slurm,
+    pytest.mark.process,
     pytest.mark.skipif(shutil.which("sbatch") is None, reason="needs Slurm"),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to start Slurm"),
 ]

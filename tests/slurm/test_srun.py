@@ -5,18 +5,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Small
+from tests.launch.waiting import wait_until
 from tests.slurm.cluster import SECONDS, cluster
-from tests.train.product import ROOT, metrics
+from tests.support.models import Small
+from tests.support.product import metrics
+from tests.support.world import ROOT
 
 pytestmark = [
     pytest.mark.slurm,
+    pytest.mark.process,
     pytest.mark.skipif(shutil.which("sbatch") is None, reason="needs Slurm"),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to start Slurm"),
 ]
@@ -68,11 +70,7 @@ def test_a_signal_to_srun_saves_and_its_75_comes_through(
     run_dir = tmp_path / "run"
     settings = [*SETTINGS, *small.overrides(run_dir), "train.steps=4000", "data.epochs=200"]
     step = Step(slurm, *ON_TWO_NODES, "--", *settings)
-    until = time.monotonic() + SECONDS
-    while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < 3:
-        assert time.monotonic() < until
-        assert step.process.poll() is None, step.ended()
-        time.sleep(0.2)
+    wait_until(lambda: len(metrics(run_dir)) >= 3, lambda: step.process.poll() is None)
     step.process.send_signal(signal.SIGUSR1)
     code, said = step.ended()
     assert code == 75, said
@@ -83,7 +81,7 @@ def test_a_wrong_setting_comes_through_srun(slurm: dict[str, str], small: Small,
     settings = [*SETTINGS, *small.overrides(tmp_path / "run"), "optim.warmup_steps=99"]
     code, said = Step(slurm, *ON_ONE_NODE, "--", *settings).ended()
     assert code == 64, said
-    assert said.count("configuration error: optim.warmup_steps = 99") == 1
+    assert said.count("optim.warmup_steps = 99") == 1
 
 
 def test_an_address_that_means_nothing_is_said_and_nobody_waits(

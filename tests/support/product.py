@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +57,11 @@ class Job:
         return self._call.is_alive()
 
     def ranks(self) -> list[psutil.Process]:
-        """What a launcher would have started: supervisors, each the parent of one that trains."""
-        return psutil.Process(self._call.pid).children()
+        """What a launcher would have started: supervisors, each the parent of one that trains. None if all
+        have ended."""
+        with suppress(psutil.NoSuchProcess):
+            return psutil.Process(self._call.pid).children()
+        return []
 
     def finish(self) -> Finished:
         codes = self._call.result()

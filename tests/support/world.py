@@ -92,8 +92,9 @@ class Call:
     """A function at work in a process of its own, forked from the server."""
 
     def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        sys.audit("world.Call", function)  # forks without one of the interpreter's own events
         context = _fork_server()
-        self._name = function.__qualname__
+        self._name = _name(function)
         self._output = tempfile.NamedTemporaryFile(prefix="world-")  # noqa: SIM115
         self._results, results = context.Pipe(duplex=False)
         self._process = context.Process(
@@ -141,6 +142,11 @@ def check_server() -> None:
     assert "deepspeed" in sys.modules, "the fork server could not import tests/support/libraries.py"
     distributed = sys.modules["torch.distributed"]
     assert not distributed.is_initialized(), "the fork server has joined a process group"
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """Also of a partial, which has none."""
+    return getattr(function, "__qualname__", repr(function))
 
 
 @cache
@@ -195,7 +201,7 @@ def _results_of_ranks(
     ended = _run(method, world_size, function, args, timeout_s)
     failed = [f"rank {rank} {one.fate}" for rank, one in enumerate(ended) if one.exit_code]
     if failed:
-        raise AssertionError(f"{function.__qualname__}: {', '.join(failed)}")
+        raise AssertionError(f"{_name(function)}: {', '.join(failed)}")
     return [one.result for one in ended]
 
 

@@ -1,54 +1,88 @@
-"""Lives of a run on two ranks in which something happens at a known moment: worker of other tests.
+"""Lives of a run, each one start of it, in which something happens at a known moment.
 
-    python tests/train/lives.py FOLDER LIVES.json
-
-LIVES.json: for each name, in their order, a `Life`: overrides, the fault, its place and the ranks it meets.
-FOLDER/NAME.json has the exit codes and what was printed. Ranks are forked, so that torch is imported once,
-and this script ends the others when one has failed, as launchers do.
+Ranks are forked, and as torchrun does, this ends the others when one has failed.
 """
 
-import json
 import os
 import signal
 import socket
-import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
-from llama_mcore.observe.log import silence_libraries
+import psutil
 
-silence_libraries(cpu=True)
+from llama_mcore.launch.heartbeat import Pulse
+from llama_mcore.observe.goodput import PRODUCTIVE, read_lives
+from llama_mcore.observe.phases import Phase
+from llama_mcore.train.signals import STOP_SIGNALS, StopRequest
+from tests.support.product import metrics, run_command
+from tests.support.world import Call, launched_as, reserved_port
 
-from llama_mcore import cli  # noqa: E402
-from llama_mcore.launch.heartbeat import Pulse  # noqa: E402
-from llama_mcore.observe.phases import Phase  # noqa: E402
-from llama_mcore.train import loop  # noqa: E402
-from llama_mcore.train.signals import STOP_SIGNALS  # noqa: E402
-from tests.forked import write_output_to  # noqa: E402
-
-LONGEST_S = 120
-LAUNCHER_KILLS_S = 30
+SHORT = ["parallel.tp=1", "train.steps=9", "eval.interval=4", "checkpoint.interval=3"]
+"""For several tests, which so compare with the same undisturbed run."""
+LAST_WORDS_S = 60.0
 
 
 @dataclass(frozen=True)
 class Life:
     overrides: list[str]
-    fault: str = ""
+    """Also flags."""
+    fault: Callable[[], object] | None = None
+    """A function of a module, or a partial of one."""
     phase: str = "train"
-    step: int = 5
-    ranks: list[int] = field(default_factory=list)
+    """At whose beginning the fault happens; "data": when the step is read; "before": before all else."""
+    step: int = 0
+    ranks: Sequence[int] = ()
+    """Those that it happens to."""
     world_size: int = 2
-    """As the ranks are told."""
-    started: int = 2
+    missing: int = 0
+    """So many ranks never come, and those that wait for them are ended."""
     job: str = ""
     """SLURM_JOB_ID."""
-    restarts: str = "0"
+    restarts: int = 0
     """SLURM_RESTART_COUNT."""
+
+
+@dataclass(frozen=True)
+class Lived:
+    codes: list[int]
+    """Exit codes of the ranks; negative: by which signal."""
+    first: int
+    """That of the first that failed; 0 if none did."""
+    left_over: list[str]
+    """Processes that had not ended long after the ranks."""
+    output: str
+
+
+def live(life: Life) -> Lived:
+    host = Call(_live, life)
+    codes, first, left_over = host.result()
+    return Lived(codes, first, left_over, host.output)
+
+
+def first_steps(run_dir: Path) -> list[int]:
+    """The step that each life of a run began to train with; 0: it did not train."""
+    return [
+        next((step for _, kind, step in life.entries if kind == PRODUCTIVE), 0)
+        for life in read_lives(run_dir)
+    ]
+
+
+def wait_for_steps(run_dir: Path, steps: int, is_alive: Callable[[], bool]) -> None:
+    """Until a run has done so many steps, or has ended."""
+    while len(metrics(run_dir)) < steps and is_alive():
+        time.sleep(0.02)
+
+
+# Faults.
 
 
 def keep_the_interpreter() -> None:
@@ -69,122 +103,141 @@ def be_killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def leave_early() -> None:
-    os._exit(0)
-
-
 def fail() -> None:
     raise RuntimeError("a fault of the test")
 
 
-def ask(number: signal.Signals) -> Callable[[], None]:
-    """A request to stop, as a launcher passes it on: to the process that it started."""
-    return lambda: os.kill(os.getppid(), number)
+def ask(number: signal.Signals) -> None:
+    """Send a request to stop, as a launcher does, to the process that it started, and wait until that has
+    passed it on to this one, which may be killed instead."""
+    os.kill(os.getppid(), number)
+    while not _is_asked(number):
+        time.sleep(0.01)
 
 
-def ask_twice() -> None:
-    """By another process, as this one is stuck."""
-    supervisor = os.getppid()
-    if os.fork() == 0:
-        for pause in (0.5, 4.0):
-            time.sleep(pause)
-            os.kill(supervisor, signal.SIGTERM)
-        os._exit(0)
-    keep_the_interpreter()
+def _is_asked(number: signal.Signals) -> bool:
+    request = getattr(signal.getsignal(number), "__self__", None)
+    return isinstance(request, StopRequest) and request.received is not None
 
 
-FAULTS: dict[str, Callable[[], None]] = {
-    "gil": keep_the_interpreter,
-    "read": read_what_never_comes,
-    "stopped": be_stopped,
-    "killed": be_killed,
-    "leaves": leave_early,
-    "fails": fail,
-    "USR1": ask(signal.SIGUSR1),
-    "TERM": ask(signal.SIGTERM),
-    "twice": ask_twice,
-}
+def spoil_loss() -> None:
+    """The next loss that this rank computes is NaN."""
+    from llama_mcore.train import step
+
+    mean_loss = step.mean_loss
+
+    def spoilt(*arguments: Any) -> Any:
+        step.mean_loss = mean_loss
+        return mean_loss(*arguments) * float("nan")
+
+    step.mean_loss = spoilt
 
 
-def prepare(life: Life, rank: int) -> None:
-    """Let the fault happen in this rank when the phase of its step begins; "data": when the step is read."""
-    if rank not in life.ranks:
-        return
-    fault = FAULTS[life.fault]
-    if life.phase == "before":
-        os.kill(os.getpid(), signal.Signals[f"SIG{life.fault}"])
-        return
-    if life.phase == "data":
-        read, count = loop.islice, iter(range(1, 1000))
+# In the process that forks the ranks.
 
-        def islice(batches, number):
-            if next(count) == life.step:
-                fault()
-            return read(batches, number)
 
-        loop.islice = islice  # type: ignore[assignment,misc]
-        return
+def _live(life: Life) -> tuple[list[int], int, list[str]]:
+    fork = get_context("fork")
+    with reserved_port() as port:
+        ranks = [
+            fork.Process(target=_rank_main, args=(life, rank, port))
+            for rank in range(life.world_size - life.missing)
+        ]
+        # As our torchrun has it: a signal kills no rank that is just starting.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        for process in ranks:
+            process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if life.missing:
+            _wait_until_served(port)
+            _end(ranks)
+        first = _wait_for_all(ranks)
+    return [process.exitcode or 0 for process in ranks], first, _left_over()
+
+
+def _wait_until_served(port: int) -> None:
+    """By rank 0, which then waits for the others."""
+    while True:
+        with suppress(OSError), socket.create_connection(("localhost", port)):
+            return
+        time.sleep(0.05)
+
+
+def _wait_for_all(ranks: Sequence[BaseProcess]) -> int:
+    """Exit code of the first that failed, upon which the others are ended. (Who waits for their sentinels
+    waits for their children too.)"""
+    first = 0
+    while any(process.is_alive() for process in ranks):
+        failed = [process.exitcode for process in ranks if process.exitcode]
+        if failed and not first:
+            first = failed[0]
+            _end(ranks)
+        time.sleep(0.02)
+    return first or next((process.exitcode for process in ranks if process.exitcode), 0)
+
+
+def _end(ranks: Sequence[BaseProcess]) -> None:
+    for process in ranks:
+        process.terminate()
+
+
+def _left_over() -> list[str]:
+    """What is still at work in this session, when it has had time to end."""
+    until = time.monotonic() + LAST_WORDS_S
+    while (others := _others_at_work()) and time.monotonic() < until:
+        time.sleep(0.05)
+    return others
+
+
+def _others_at_work() -> list[str]:
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            is_mine = process.pid != os.getpid() and os.getsid(process.pid) == os.getpid()
+            if is_mine and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(str(process))
+    return found
+
+
+def _rank_main(life: Life, rank: int, port: int) -> None:
+    os.environ |= launched_as(rank, life.world_size, port)
+    os.environ |= {"TORCHELASTIC_RESTART_COUNT": "0", "SLURM_JOB_ID": life.job}
+    os.environ["SLURM_RESTART_COUNT"] = str(life.restarts)
+    if life.fault and rank in life.ranks:
+        _prepare(life.fault, life.phase, life.step)
+    run_command(["train", "--config", "tiny", *life.overrides])
+
+
+def _prepare(fault: Callable[[], object], phase: str, step: int) -> None:
+    """Let the fault happen in this rank when its time comes."""
+    if phase == "before":
+        fault()
+    elif phase == "data":
+        _fail_in_read(fault, step)
+    else:
+        _fail_in_phase(fault, Phase(phase), step)
+
+
+def _fail_in_read(fault: Callable[[], object], step: int) -> None:
+    """`step`: counted from the first of this life."""
+    from llama_mcore.train import loop
+
+    read, steps = loop.islice, count(1)
+
+    def islice(*arguments: Any) -> Any:
+        if next(steps) == step:
+            fault()
+        return read(*arguments)
+
+    loop.islice = islice  # type: ignore[assignment,misc]
+
+
+def _fail_in_phase(fault: Callable[[], object], where: Phase, at: int) -> None:
     enter = Pulse.enter
 
     def entered(pulse: Pulse, phase: Phase, step: int) -> None:
         enter(pulse, phase, step)
-        if phase is Phase(life.phase) and step == life.step:
+        if (phase, step) == (where, at):
             fault()
 
     Pulse.enter = entered  # type: ignore[method-assign]
-
-
-def rank_main(life: Life, rank: int, port: int, output: Path) -> None:
-    write_output_to(output)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(life.world_size)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    os.environ |= {"TORCHELASTIC_RESTART_COUNT": "0", "SLURM_JOB_ID": life.job}
-    os.environ["SLURM_RESTART_COUNT"] = life.restarts
-    sys.argv = ["train.py", "--config", "tiny", *life.overrides]
-    prepare(life, rank)
-    cli.main("train")
-
-
-def live(life: Life, output: Path) -> dict[str, object]:
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    fork = get_context("fork")
-    ranks = [fork.Process(target=rank_main, args=(life, rank, port, output)) for rank in range(life.started)]
-    # As our torchrun has it: a signal kills no rank that is just starting.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    for process in ranks:
-        process.start()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    if life.fault == "never-come":
-        time.sleep(1.0)  # whenever it comes, it has to end the rank
-        ranks[0].terminate()
-    first = wait_for_all(ranks)
-    codes = [process.exitcode for process in ranks]
-    return {"codes": codes, "first": first, "output": output.read_text()}
-
-
-def wait_for_all(ranks: list[BaseProcess]) -> int | None:
-    """Exit code of the first that failed; as torchrun, it then ends the others, the patient way."""
-    until, first = time.monotonic() + LONGEST_S, None
-    while any(process.is_alive() for process in ranks):
-        failed = [process.exitcode for process in ranks if process.exitcode]
-        if failed and first is None:
-            first, until = failed[0], time.monotonic() + LAUNCHER_KILLS_S
-            for process in ranks:
-                process.terminate()
-        if time.monotonic() > until:
-            for process in ranks:
-                process.kill()
-        time.sleep(0.02)
-    return first if first is not None else next((code for p in ranks if (code := p.exitcode)), 0)
-
-
-def main() -> None:
-    folder = Path(sys.argv[1])
-    for name, settings in json.loads(Path(sys.argv[2]).read_text()).items():
-        found = live(Life(**settings), folder / f"{name}.txt")
-        (folder / f"{name}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

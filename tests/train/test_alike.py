@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Small
+from tests.support.models import Small
 from tests.support.product import run_command
 from tests.support.world import exit_codes_of, write_output_to
 

@@ -2,35 +2,36 @@
 turn ends where a run ends that was given the same NaN and else left alone, and every second is accounted for.
 """
 
+import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
 
 from llama_mcore.observe.goodput import read_lives, seconds_by_kind, spans_of
-from llama_mcore.observe.timeline import TIMELINE_FILE
-from tests.conftest import Small
-from tests.train.product import Finished, finish, left_over, metrics, signal_launcher, start, tensor_bytes
-from tests.train.test_dying_ranks import to_the_training_process_of_rank_1
-from tests.train.test_run import numbers
+from llama_mcore.observe.lives import read_ended_lives
+from tests.support.models import Small
+from tests.support.product import metrics, numbers, tensor_bytes
+from tests.train.lives import Life, Lived, ask, be_killed, be_stopped, first_steps, live, spoil_loss
 
-STEPS, NAN_AT = 100, 95
+pytestmark = pytest.mark.process
+
+STEPS, NAN_AT = 30, 25
 SETTINGS = [
     "parallel.tp=1",
     f"train.steps={STEPS}",
-    "data.epochs=20",
-    "eval.interval=40",
     "checkpoint.interval=5",
     "observe.tensorboard=false",
 ]
-IMPATIENT = ["watchdog.min_step_s=4", "watchdog.first_step_s=15"]
-WITH_NAN = ("tests/train/nan_at.py", str(NAN_AT))
+IMPATIENT = ["watchdog.min_step_s=8"]
 DISK = 16 << 20
 LARGEST_FILE = 256 << 10
 """Less than a checkpoint's files have, more than all others."""
@@ -39,7 +40,7 @@ LARGEST_FILE = 256 << 10
 @dataclass(frozen=True)
 class Disturbed:
     run_dir: Path
-    lives: list[Finished]
+    lives: list[Lived]
     began: float
     ended: float
 
@@ -58,77 +59,66 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def disturbed(small: Small, small_disk: Path) -> Disturbed:
     run_dir, ballast = small_disk / "run", small_disk / "ballast"
-    overrides = small.overrides(run_dir) + SETTINGS
-    faults: list[tuple[Callable[[psutil.Process], None], list[str]]] = [
-        (signal_launcher(signal.SIGTERM), []),
-        (to_the_training_process_of_rank_1(signal.SIGKILL), []),
-        (to_the_training_process_of_rank_1(signal.SIGSTOP), IMPATIENT),
-        (lambda launcher: starve(launcher, ballast), []),
-    ]
+    run = [*small.overrides(run_dir), *SETTINGS]
     began = time.time()
     lives = [
-        disturb(overrides + settings, run_dir, number, fault)
-        for number, (fault, settings) in enumerate(faults, start=1)
+        live_after_a_pause(life)
+        for life in (
+            Life(run, partial(ask, signal.SIGTERM), step=3, ranks=[0, 1]),
+            Life(run, be_killed, step=8, ranks=[1]),
+            Life([*run, *IMPATIENT], be_stopped, step=12, ranks=[1]),
+            Life(run, partial(starve, ballast), step=13, ranks=[0]),
+        )
     ]
     ballast.unlink(missing_ok=True)
-    lives.append(finish(start(overrides, ranks=2, script=WITH_NAN)))
+    lives.append(live_after_a_pause(with_nan(run)))
     return Disturbed(run_dir, lives, began, time.time())
 
 
 @pytest.fixture(scope="module")
 def whole(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("whole")
-    found = finish(start(small.overrides(run_dir) + SETTINGS, ranks=2, script=WITH_NAN))
-    assert found.exit_code == 0, "\n".join(found.lines)
+    found = live(with_nan([*small.overrides(run_dir), *SETTINGS]))
+    assert found.codes == [0, 0], found.output
     return run_dir
 
 
-def disturb(
-    overrides: list[str], run_dir: Path, life: int, fault: Callable[[psutil.Process], None]
-) -> Finished:
-    """Train until a few steps of this life are done, and let the fault happen."""
-    process = start(overrides, ranks=2)
-    while steps_begun(run_dir, life) < 6:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    fault(psutil.Process(process.pid))
-    return finish(process)
+def with_nan(run: list[str]) -> Life:
+    return Life(run, spoil_loss, step=NAN_AT, ranks=[1])
 
 
-def steps_begun(run_dir: Path, life: int) -> int:
-    path = run_dir / TIMELINE_FILE
-    lines = path.read_text().splitlines() if path.exists() else []
-    begun = [number for number, line in enumerate(lines) if '"life"' in line]
-    return sum('"train"' in line for line in lines[begun[-1] :]) if len(begun) == life else 0
+def live_after_a_pause(life: Life) -> Lived:
+    time.sleep(0.1)  # so that the run is down for longer than a tick of the kernel's clock
+    return live(life)
 
 
-def starve(launcher: psutil.Process, ballast: Path) -> None:
-    """Fill the disk; where it is not ours alone, take the right to write large files."""
+def starve(ballast: Path) -> None:
+    """Fill the disk so that no checkpoint fits; where it is not ours alone, lose the right to write large
+    files."""
     if os.path.ismount(ballast.parent):
-        with ballast.open("wb", buffering=0) as file:
-            while file.write(bytes(1 << 16)) == 1 << 16:
-                pass
-        return
-    for process in launcher.children(recursive=True):
-        process.rlimit(psutil.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
+        ballast.write_bytes(bytes(shutil.disk_usage(ballast.parent).free - LARGEST_FILE))
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
 
 
 def test_each_life_ends_as_its_fault_demands(disturbed: Disturbed) -> None:
-    codes = [life.exit_code for life in disturbed.lives]
-    said = "\n".join(line for life in disturbed.lives for line in life.lines)
+    """By the rank that ended first: a launcher ends the others then."""
+    codes = [life.first for life in disturbed.lives]
+    said = "\n".join(life.output for life in disturbed.lives)
     assert codes[0] == 75, said
-    assert codes[1] in (1, 137), said  # which of the two ranks ends first is chance
+    assert codes[1] in (1, 128 + signal.SIGKILL), said  # which of the two ranks that is is chance
     assert codes[2:] == [75, 73, 0], said
-    assert left_over(disturbed.run_dir) == []
+    assert [life.left_over for life in disturbed.lives] == [[]] * 5
 
 
 def test_the_faults_were_what_they_are_meant_to_be(disturbed: Disturbed) -> None:
-    preempted, killed, stopped, starved, last = ("\n".join(life.lines) for life in disturbed.lives)
-    assert "the same command goes on" in preempted
-    assert "killed by SIGKILL" in killed
-    assert "behind: rank 1 on " in stopped
-    assert "output error: " in starved
-    assert "resuming at step " in last
+    asked = [life.asked for life in read_ended_lives(disturbed.run_dir)]
+    assert asked == [True, False, False, False, False]
+    assert "killed by SIGKILL" in disturbed.lives[1].output
+    (report,) = disturbed.run_dir.glob("stalls/*/rank-00001.json")
+    assert json.loads(report.read_text())["state"] == "stopped"
+    assert "output error: " in disturbed.lives[3].output
+    assert min(first_steps(disturbed.run_dir)[1:]) > 1  # each went on
 
 
 def test_it_ends_as_the_run_that_was_left_alone_bit_for_bit(disturbed: Disturbed, whole: Path) -> None:
@@ -153,14 +143,12 @@ def test_goodput_accounts_for_every_second(disturbed: Disturbed) -> None:
     tick = 0.02  # the kernel's clock of process starts has steps of 0.01 s
     assert disturbed.began - tick <= first
     assert last <= disturbed.ended + tick
-    kinds = ("productive", "lost", "saving", "evaluation", "restarting", "ending", "down")
-    assert [kind for kind in kinds if seconds[kind] == 0] == []
+    assert [kind for kind in seconds if seconds[kind] == 0] == []
     assert first == lives[0].began
     assert last == lives[-1].ended
 
 
 def test_goodput_has_every_life_with_its_end(disturbed: Disturbed) -> None:
-    """As rank 0 ended: by itself, or by torchrun, when the other one was killed."""
-    codes = [life.left for life in read_lives(disturbed.run_dir)]
-    assert codes == [75, codes[1], 75, 73, 0]
-    assert codes[1] in (1, 128 + signal.SIGTERM)
+    """As rank 0 ended."""
+    left = [life.left for life in read_lives(disturbed.run_dir)]
+    assert left == [life.codes[0] for life in disturbed.lives]

@@ -1,15 +1,20 @@
 """One rank that dies or is stopped ends the whole job, under the launcher that jobs are started with."""
 
+import json
+import re
 import signal
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.conftest import Small
-from tests.train.product import LLAMA_MCORE, Finished, left_over, metrics, stop_after_a_step, train
+from llama_mcore.observe.lives import read_ended_lives
+from tests.support.models import Small
+from tests.support.product import Finished, finish, left_over, metrics, start
+from tests.train.lives import Life, ask, live, wait_for_steps
+
+pytestmark = pytest.mark.process
 
 SETTINGS = [
     "parallel.tp=1",
@@ -18,71 +23,68 @@ SETTINGS = [
     "eval.interval=0",
     "checkpoint.interval=1000",
 ]
-FEW_STEPS = ["train.steps=60"]
-IMPATIENT = ["watchdog.min_step_s=6", "watchdog.first_step_s=9"]
+IMPATIENT = ["watchdog.min_step_s=8"]
+STEPS = 5
+"""Enough to know how long a step takes."""
+Ended = tuple[Path, Finished]
 
 
-def to_the_training_process_of_rank_1(number: signal.Signals) -> Callable[[psutil.Process], None]:
-    """Launcher, supervisor, training process: each the child of the one before."""
-
-    def send(launcher: psutil.Process) -> None:
-        (supervisor,) = [child for child in launcher.children() if child.environ()["RANK"] == "1"]
-        supervisor.children()[0].send_signal(number)
-
-    return send
+def signal_rank_1(overrides: list[str], run_dir: Path, number: signal.Signals) -> Finished:
+    """Train on two ranks; after some steps the process of rank 1 that trains gets a signal."""
+    launcher = start(overrides, ranks=2)
+    wait_for_steps(run_dir, STEPS, lambda: launcher.poll() is None)
+    # launcher, supervisor, training process: each the child of the one before
+    for supervisor in psutil.Process(launcher.pid).children():
+        if supervisor.environ()["RANK"] == "1":
+            supervisor.children()[0].send_signal(number)
+    return finish(launcher)
 
 
 @pytest.fixture(scope="module")
-def killed(small: Small, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished, float]:
-    """Its folder, what came of it, and the seconds from the fault to the end."""
+def killed(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     run_dir = tmp_path_factory.mktemp("killed")
-    since = []
-    send = to_the_training_process_of_rank_1(signal.SIGKILL)
-
-    def stop(launcher: psutil.Process) -> None:
-        since.append(time.monotonic())
-        send(launcher)
-
-    found = stop_after_a_step(small.overrides(run_dir) + SETTINGS, run_dir, stop, LLAMA_MCORE)
-    return run_dir, found, time.monotonic() - since[0]
+    return run_dir, signal_rank_1([*small.overrides(run_dir), *SETTINGS], run_dir, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
-def stopped(small: Small, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
+def stopped(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     run_dir = tmp_path_factory.mktemp("stopped")
-    overrides = small.overrides(run_dir) + SETTINGS + FEW_STEPS + IMPATIENT
-    send = to_the_training_process_of_rank_1(signal.SIGSTOP)
-    return run_dir, stop_after_a_step(overrides, run_dir, send, LLAMA_MCORE)
+    overrides = [*small.overrides(run_dir), *SETTINGS, *IMPATIENT]
+    return run_dir, signal_rank_1(overrides, run_dir, signal.SIGSTOP)
 
 
-def test_a_rank_that_is_killed_ends_the_job(killed: tuple[Path, Finished, float]) -> None:
-    run_dir, found, seconds = killed
-    output = "\n".join(found.lines)
-    assert found.exit_code in (1, 137), output  # which of the two ends first is chance
-    assert "the training process was killed by SIGKILL in train of step " in output
-    assert seconds < 30
+def test_a_rank_that_is_killed_ends_the_job(killed: Ended) -> None:
+    run_dir, found = killed
+    assert found.exit_code in (1, 137), found.output  # which of the two ends first is chance
+    assert "killed by SIGKILL" in found.output
+    # Rank 0 ended in time: torchrun kills what goes on, which then writes down no end.
+    (life,) = read_ended_lives(run_dir)
+    assert life.exit_code in (1, 128 + signal.SIGTERM)
     assert left_over(run_dir) == []
 
 
-def test_a_rank_that_is_stopped_ends_the_job_to_be_started_again(stopped: tuple[Path, Finished]) -> None:
+def test_a_rank_that_is_stopped_ends_the_job_to_be_started_again(stopped: Ended) -> None:
     run_dir, found = stopped
-    output = "\n".join(found.lines)
-    assert found.exit_code == 75, output
-    assert output.count("behind: rank 1 on ") == 1
-    assert "(stopped for " in output
-    assert "Traceback" not in output
+    (summary,) = run_dir.glob("stalls/*/summary.txt")
+    said = summary.read_text().strip()
+    assert found.exit_code == 75, found.output
+    assert found.output.count(said) == 1
+    assert re.findall(r"rank (\d+) on ", said) == ["1"]
+    assert "Traceback" not in found.output
     assert left_over(run_dir) == []
 
 
-def test_both_ranks_leave_what_they_know(stopped: tuple[Path, Finished]) -> None:
+def test_both_ranks_leave_what_they_know(stopped: Ended) -> None:
     (folder,) = (stopped[0] / "stalls").iterdir()
     assert "llama_mcore/train/loop.py" in (folder / "rank-00000.txt").read_text()
-    assert "does not answer: it is stopped" in (folder / "rank-00001.txt").read_text()
-    assert {path.name for path in folder.glob("*.json")} == {"rank-00000.json", "rank-00001.json"}
+    assert "stopped" in (folder / "rank-00001.txt").read_text()
+    reports = [json.loads((folder / f"rank-0000{rank}.json").read_text()) for rank in range(2)]
+    assert [report["state"] == "stopped" for report in reports] == [False, True]
 
 
-def test_the_same_command_begins_again(small: Small, stopped: tuple[Path, Finished]) -> None:
+def test_the_same_command_begins_again(small: Small, stopped: Ended) -> None:
     """There was no checkpoint yet: what the stall left in the folder must not stand in the way."""
-    resumed = train(small.overrides(stopped[0]) + SETTINGS + FEW_STEPS + IMPATIENT, ranks=2)
-    assert resumed.exit_code == 0, "\n".join(resumed.lines)
-    assert len(metrics(stopped[0])) == 60
+    overrides = [*small.overrides(stopped[0]), *SETTINGS, *IMPATIENT]
+    again = live(Life(overrides, partial(ask, signal.SIGTERM), step=3, ranks=[0, 1]))
+    assert again.codes == [75, 75], again.output
+    assert [row["step"] for row in metrics(stopped[0])] == [1, 2, 3]

@@ -6,16 +6,20 @@ and the same run undisturbed. Bound: two layouts differ by at most 1e-5 over fiv
 zero). Twelve steps accumulate the differences of as many: 12/5 of that.
 """
 
-import json
+import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Small
-from tests.forked import run_worker
-from tests.train.product import metrics
+from tests.support.errors import is_shown
+from tests.support.models import Small
+from tests.support.product import metrics, train
+from tests.train.lives import Life, Lived, ask, first_steps, live
 
-WORKER = Path(__file__).with_name("lives.py")
+pytestmark = pytest.mark.process
+
 STEPS = 12
 TOLERANCE = 1e-5 * STEPS / 5
 SAME = ["train.precision=fp32", f"train.steps={STEPS}", "eval.interval=0", "checkpoint.interval=100"]
@@ -30,52 +34,53 @@ WORLDS = [
 
 
 @pytest.fixture(scope="module")
-def lives(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("elastic")
-    run = small.overrides(folder / "run") + SAME
-    todo: dict[str, dict] = {}
-    for number, (ranks, settings) in enumerate(WORLDS, start=1):
-        world = {"overrides": run + settings, "world_size": ranks, "started": ranks}
-        stop = {"fault": "USR1", "step": 3 * number, "ranks": [0]} if number < len(WORLDS) else {}
-        todo[f"life-{number}"] = world | stop
-        if number == 1:
-            todo["impossible"] = {"overrides": [*run, "parallel.tp=1"], "world_size": 3, "started": 3}
-    whole = small.overrides(folder / "whole") + SAME + FOUR
-    todo["whole"] = {"overrides": whole, "world_size": 4, "started": 4}
-    (folder / "lives.json").write_text(json.dumps(todo))
-    run_worker(WORKER, folder, folder / "lives.json")
-    return folder
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("elastic") / "run"
 
 
-def life(lives: Path, name: str) -> dict:
-    return json.loads((lives / f"{name}.json").read_text())
+@pytest.fixture(scope="module")
+def lives(small: Small, run_dir: Path) -> list[Lived]:
+    run = [*small.overrides(run_dir), *SAME]
+    lives = [
+        Life([*run, *settings], partial(ask, signal.SIGUSR1), step=3 * number, ranks=[0], world_size=ranks)
+        for number, (ranks, settings) in enumerate(WORLDS[:-1], start=1)
+    ]
+    ranks, settings = WORLDS[-1]
+    return [live(life) for life in (*lives, Life([*run, *settings], world_size=ranks))]
 
 
-def test_each_goes_on_where_the_one_before_stopped(lives: Path) -> None:
-    for number, (ranks, _) in enumerate(WORLDS, start=1):
-        found = life(lives, f"life-{number}")
-        assert found["codes"] == [0 if number == len(WORLDS) else 75] * ranks, found["output"]
-        if number > 1:
-            assert f"resuming at step {3 * (number - 1)} from" in found["output"]
+@pytest.fixture(scope="module")
+def whole(uninterrupted: Callable[..., Path]) -> Path:
+    return uninterrupted([*SAME, *FOUR], ranks=4)
 
 
-def test_the_data_and_their_order_are_the_same(lives: Path) -> None:
-    found, whole = metrics(lives / "run"), metrics(lives / "whole")
+def test_each_goes_on_where_the_one_before_stopped(lives: list[Lived], run_dir: Path) -> None:
+    *stopped, last = lives
+    assert [life.codes for life in stopped] == [[75] * 4, [75] * 2, [75]], stopped[-1].output
+    assert last.codes == [0] * 4, last.output
+    assert first_steps(run_dir) == [1, 4, 7, 10]
+
+
+def test_the_data_and_their_order_are_the_same(lives: list[Lived], run_dir: Path, whole: Path) -> None:
+    found, expected = metrics(run_dir), metrics(whole)
     for key in ("step", "tokens", "windows", "lr"):
-        assert [row[key] for row in found] == [row[key] for row in whole]
+        assert [row[key] for row in found] == [row[key] for row in expected]
     assert len(found) == STEPS
 
 
-def test_the_losses_are_those_of_the_undisturbed_run(lives: Path) -> None:
+def test_the_losses_are_those_of_the_undisturbed_run(lives: list[Lived], run_dir: Path, whole: Path) -> None:
     """Also the gradients' norms: a window more or less would change both by far more."""
-    found, whole = metrics(lives / "run"), metrics(lives / "whole")
+    found, expected = metrics(run_dir), metrics(whole)
     for key in ("loss", "grad_norm"):
-        assert [row[key] for row in found] == pytest.approx([row[key] for row in whole], rel=TOLERANCE)
-    assert [row["loss"] for row in found] != pytest.approx([whole[0]["loss"]] * STEPS, rel=100 * TOLERANCE)
+        assert [row[key] for row in found] == pytest.approx([row[key] for row in expected], rel=TOLERANCE)
+    assert [row["loss"] for row in found] != pytest.approx([expected[0]["loss"]] * STEPS, rel=100 * TOLERANCE)
 
 
-def test_a_number_of_ranks_that_does_not_fit_is_refused_with_those_that_do(lives: Path) -> None:
-    found = life(lives, "impossible")
-    assert found["codes"] == [64] * 3
-    assert "train.micro_batch_size * dp = 2 * 3 = 6" in found["output"]
-    assert "or start 2 or 4 ranks" in found["output"]
+def test_a_number_of_ranks_that_does_not_fit_is_refused_with_those_that_do(
+    small: Small, tmp_path: Path
+) -> None:
+    refused = train([*small.overrides(tmp_path / "run"), *SAME, "parallel.tp=1"], ranks=3)
+    assert refused.exit_codes == [64] * 3
+    assert is_shown(refused.output, "train.global_batch_size", 8)
+    assert "2 * 3 = 6" in refused.output
+    assert "2 or 4 ranks" in refused.output

@@ -1,59 +1,52 @@
 """A wrong number on one of two ranks: every rank knows, no weight takes it up, no checkpoint holds it."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.forked import run_worker
-from tests.train.faults import CASES, NORM
+from tests.support.world import run_ranks
+from tests.train.faults import CASES, NORM, config, examine
 
-WORKER = Path(__file__).with_name("faults.py")
+pytestmark = pytest.mark.process
+
 GOOD = {"skipped": False, "changed": True, "finite": True, "loss_finite": True, "norm_finite": True}
 HELD = GOOD | {"skipped": True, "changed": False, "norm_finite": False}
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("faults")
-    run_worker(WORKER, folder)
-    return folder
+Case = tuple[str, list[dict[str, Any]]]
+"""Name, and what each rank found."""
 
 
-@pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest, folder: Path) -> tuple[str, list[dict[str, Any]]]:
-    """Name, and what each rank found."""
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     name = request.param
-    return name, [json.loads((folder / f"{name}.rank{rank}.json").read_text()) for rank in (0, 1)]
+    run = config(tmp_path_factory.mktemp("faults") / name, *CASES[name])
+    return name, run_ranks(2, examine, run)
 
 
-def test_a_nan_in_one_ranks_loss_changes_no_weight(case: tuple[str, list[dict[str, Any]]]) -> None:
+def test_a_nan_in_one_ranks_loss_changes_no_weight(case: Case) -> None:
     """Though its gradient would be finite."""
     for found in case[1]:
         assert found["nan_in_the_first_step"] == found["nan_loss"] == HELD | {"loss_finite": False}
 
 
-def test_an_infinity_in_one_gradient_changes_no_weight(case: tuple[str, list[dict[str, Any]]]) -> None:
+def test_an_infinity_in_one_gradient_changes_no_weight(case: Case) -> None:
     for found in case[1]:
         assert found["inf_gradient"] == HELD
 
 
-def test_training_goes_on_before_and_after(case: tuple[str, list[dict[str, Any]]]) -> None:
+def test_training_goes_on_before_and_after(case: Case) -> None:
     for found in case[1]:
         assert found["before"] == found["after"] == GOOD
 
 
 @pytest.mark.parametrize(("when", "adam_steps"), [("unfinished_state", 0), ("rolled_back", 2)])
-def test_an_engine_returns_to_a_checkpoint(
-    case: tuple[str, list[dict[str, Any]]], when: str, adam_steps: int
-) -> None:
+def test_an_engine_returns_to_a_checkpoint(case: Case, when: str, adam_steps: int) -> None:
     """Weights, moments and Adam's count of steps, which skipped ones are not part of."""
     for found in case[1]:
         assert found[when] == {"moved": True, "returned": True, "same_step": True, "adam_steps": adam_steps}
 
 
-def test_a_flipped_bit_in_a_copy_is_found_and_named(case: tuple[str, list[dict[str, Any]]]) -> None:
+def test_a_flipped_bit_in_a_copy_is_found_and_named(case: Case) -> None:
     for found in case[1]:
         assert found["replicas"]["equal"] == []
         flipped = found["replicas"]["flipped"]
@@ -64,7 +57,7 @@ def test_a_flipped_bit_in_a_copy_is_found_and_named(case: tuple[str, list[dict[s
             assert f"{axis}-parallel group" in problem
 
 
-def test_a_state_with_a_nan_is_not_saved(case: tuple[str, list[dict[str, Any]]]) -> None:
+def test_a_state_with_a_nan_is_not_saved(case: Case) -> None:
     for found in case[1]:
         assert "weight of output_layer.weight on rank" in found["save"]["problems"][0]
         assert found["save"]["before"] == found["save"]["after"]

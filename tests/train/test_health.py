@@ -167,7 +167,7 @@ OUTCOMES = st.lists(
 
 
 @given(outcomes=OUTCOMES, killed_after=st.integers(0, 200))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_killed_run_decides_again_as_the_whole_one(
     outcomes: list[tuple[float, bool]], killed_after: int
 ) -> None:
@@ -191,7 +191,7 @@ def test_a_killed_run_decides_again_as_the_whole_one(
 
 
 @given(outcomes=OUTCOMES)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_never_more_rollbacks_than_the_limit(outcomes: list[tuple[float, bool]]) -> None:
     run = Run(outcomes, TrainState())
     while run.step():

@@ -5,68 +5,75 @@ errors mostly cancel. Adam divides by the gradient's own size, so where a gradie
 error becomes a full-size update error; over five steps that stays under 1e-5 of a weight's norm.
 """
 
-import json
-from pathlib import Path
+from collections.abc import Callable
+from functools import cache
 
+import numpy as np
 import pytest
-from safetensors.torch import load_file
-from torch import Tensor
 
-from tests.distributed import torchrun
-from tests.train.layouts import Layout, layouts
+from tests.support.world import call, run_ranks
+from tests.train.layouts import (
+    Layout,
+    Trained,
+    layouts,
+    train_layouts,
+    train_reference,
+    train_without_norm_sum,
+)
 
-WORKER = Path(__file__).parent / "layouts.py"
+pytestmark = pytest.mark.process
+
 TOLERANCE = 1e-5
-EVERY = [layout for world_size in (1, 2, 4) for layout in layouts(world_size)]
+EVERY = [
+    pytest.param(layout, id=layout.name, marks=pytest.mark.xdist_group(f"layouts-{world_size}"))
+    for world_size in (1, 2, 4)
+    for layout in layouts(world_size)
+]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("layouts")
-    for world_size in (1, 2, 4):
-        torchrun(world_size, WORKER, folder, world_size)
-    return folder
+def reference() -> Trained:
+    return call(train_reference)
 
 
-@pytest.mark.parametrize("layout", EVERY, ids=lambda layout: layout.name)
-def test_layout_equals_one_process(results: Path, layout: Layout) -> None:
-    expected, found = _read(results, "reference"), _read(results, layout.name)
-    assert found["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE)
-    assert found["grad_norms"] == pytest.approx(expected["grad_norms"], rel=TOLERANCE)
-    assert _worst_weight_error(results, layout.name) < TOLERANCE
-    assert found["differing"] == []
+@pytest.fixture(scope="module")
+def trained() -> Callable[[Layout], Trained]:
+    """trained(layout): what it computed; all of a world size are trained in the same ranks."""
+
+    @cache
+    def all_of(world_size: int) -> dict[str, Trained]:
+        return run_ranks(world_size, train_layouts, layouts(world_size))[0]
+
+    return lambda layout: all_of(layout.world_size)[layout.name]
 
 
-def test_clipping_is_active(results: Path) -> None:
+@pytest.mark.parametrize("layout", EVERY)
+def test_layout_equals_one_process(
+    trained: Callable[[Layout], Trained], reference: Trained, layout: Layout
+) -> None:
+    found = trained(layout)
+    assert found.losses == pytest.approx(reference.losses, rel=TOLERANCE)
+    assert found.grad_norms == pytest.approx(reference.grad_norms, rel=TOLERANCE)
+    assert found.weights.keys() == reference.weights.keys()
+    assert max(errors(found, reference).values()) < TOLERANCE
+    assert found.differing == []
+
+
+def test_clipping_is_active(reference: Trained) -> None:
     """Otherwise a wrong gradient norm could not show in the weights."""
-    assert min(_read(results, "reference")["grad_norms"]) > 1.0
+    assert min(reference.grad_norms) > 1.0
 
 
-def test_leaving_out_the_norm_gradient_sum_is_caught(tmp_path: Path, results: Path) -> None:
-    torchrun(2, WORKER, tmp_path, 2, "--without-norm-sum")
-    name = Layout(2, 1, True, 1, 1).name
-    broken = _read(tmp_path, name)
-    assert set(broken["differing"]) == {key for key in _weights(tmp_path, name) if "layernorm" in key}
-    worst = max(
-        _error(_weights(tmp_path, name)[key], _weights(results, "reference")[key])
-        for key in broken["differing"]
-    )
+def test_leaving_out_the_norm_gradient_sum_is_caught(reference: Trained) -> None:
+    broken = run_ranks(2, train_without_norm_sum, Layout(2, 1, True, 1, 1))[0]
+    assert set(broken.differing) == {name for name in broken.weights if "layernorm" in name}
+    worst = max(errors(broken, reference)[name] for name in broken.differing)
     assert worst > 100 * TOLERANCE
 
 
-def _read(folder: Path, name: str) -> dict:
-    return json.loads((folder / f"{name}.json").read_text())
-
-
-def _weights(folder: Path, name: str) -> dict[str, Tensor]:
-    return load_file(folder / f"{name}.safetensors")
-
-
-def _worst_weight_error(folder: Path, name: str, found_in: Path | None = None) -> float:
-    expected, found = _weights(folder, "reference"), _weights(found_in or folder, name)
-    assert expected.keys() == found.keys()
-    return max(_error(found[key], expected[key]) for key in expected)
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
+def errors(found: Trained, expected: Trained) -> dict[str, float]:
+    """Of each weight, relative to its norm."""
+    return {
+        name: float(np.linalg.norm(found.weights[name] - weight) / np.linalg.norm(weight))
+        for name, weight in expected.weights.items()
+    }

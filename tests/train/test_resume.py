@@ -1,30 +1,22 @@
 """Where a run begins: --resume, --fresh, and the folder that is in use. Never silently anew."""
 
-import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from llama_mcore.checkpoint.compare import changed_settings
-from tests.conftest import Small
-from tests.forked import run_worker
-from tests.train.product import checkpoints, metrics
+from tests.support.errors import ANY, is_shown
+from tests.support.models import Small
+from tests.support.product import Finished, checkpoints, metrics, train
 
-WORKER = Path(__file__).with_name("two_sources.py")
+pytestmark = pytest.mark.process
 
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    exit_code: int
-    flags: list[str]
-    prepare: Callable[[Path, Path], None]
-    """Makes the run's folder, given it and a finished run of four steps."""
-    says: str = ""
-    steps: int = 6
+SETTINGS = ["parallel.tp=1", "checkpoint.interval=2", "checkpoint.keep=9"]
+STEPS = 6
 
 
 def nothing(run_dir: Path, finished: Path) -> None:
@@ -66,70 +58,90 @@ def leftovers(run_dir: Path, finished: Path) -> None:
         (run_dir / name).touch()
 
 
+@dataclass(frozen=True)
+class Case:
+    name: str
+    prepare: Callable[[Path, Path], None]
+    """Makes the run's folder, given it and a finished run of four steps."""
+    flags: list[str] = field(default_factory=list)
+    begins_at: int = 0
+    """The step whose checkpoint it goes on from."""
+    refused: tuple[int, str] | None = None
+    """Exit code, and field of the problem."""
+
+
+NEVER = ["--resume", "never"]
 CASES = [
-    Case("auto-goes-on", 0, [], copied, "resuming at step 4"),
-    Case("auto-begins", 0, [], nothing),
-    Case("leftovers", 0, [], leftovers),
-    Case("died-before-its-first-save", 0, [], without_checkpoints),
-    Case("another-runs-folder", 64, [], without_checkpoints_of_another_run, "--fresh"),
-    Case("somebody-elses-folder", 64, [], somebody_elses, "is not empty"),
-    Case("never-into-a-run", 64, ["--resume", "never"], copied, "is not empty"),
-    Case("never-into-nothing", 0, ["--resume", "never"], nothing),
-    Case("fresh", 0, ["--fresh"], copied),
-    Case("named-run", 0, ["--resume", "{finished}"], nothing, "resuming at step 4"),
-    Case(
-        "named-step", 0, ["--resume", "{finished}/checkpoints/step-00000002"], nothing, "resuming at step 2"
-    ),
-    Case("named-nowhere", 66, ["--resume", "{finished}/nowhere"], nothing, "no such file or folder"),
-    Case("named-empty", 66, ["--resume", "{finished}/tensorboard"], nothing, "holds no complete checkpoint"),
+    Case("auto-goes-on", copied, begins_at=4),
+    Case("auto-begins", nothing),
+    Case("leftovers", leftovers),
+    Case("died-before-its-first-save", without_checkpoints),
+    Case("another-runs-folder", without_checkpoints_of_another_run, refused=(64, "run.dir")),
+    Case("somebody-elses-folder", somebody_elses, refused=(64, "run.dir")),
+    Case("never-into-a-run", copied, NEVER, refused=(64, "run.dir")),
+    Case("never-into-nothing", nothing, NEVER),
+    Case("fresh", copied, ["--fresh"]),
+    Case("named-run", nothing, ["--resume", "{finished}"], begins_at=4),
+    Case("named-step", nothing, ["--resume", "{finished}/checkpoints/step-00000002"], begins_at=2),
+    Case("named-nowhere", nothing, ["--resume", "{finished}/nowhere"], refused=(66, "--resume")),
+    Case("named-empty", nothing, ["--resume", "{finished}/tensorboard"], refused=(66, "checkpoint")),
 ]
 
 
 @dataclass(frozen=True)
-class Done:
-    folder: Path
-    exit_codes: dict[str, list[int]]
+class Started:
+    run_dir: Path
+    finished: Path
+    ended: Finished
+
+    def trained(self) -> list[int]:
+        """Steps that this start has added to those of the finished run."""
+        before = metrics(self.finished)
+        return [row["step"] for row in metrics(self.run_dir) if row not in before]
+
+    def losses(self) -> dict[int, float]:
+        return {row["step"]: row["loss"] for row in metrics(self.run_dir)}
 
 
 @pytest.fixture(scope="module")
-def done(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Done:
+def started(
+    small: Small, uninterrupted: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Started]:
+    """started(name): what became of the case of this name, which is tried once."""
     folder = tmp_path_factory.mktemp("resume")
+    finished = uninterrupted([*SETTINGS, "train.steps=4"], ranks=1)
+    cases = {case.name: case for case in CASES}
 
-    def command(run_dir: Path, steps: int, *flags: str) -> list[str]:
-        settings = [*small.overrides(run_dir), "parallel.tp=1", "checkpoint.interval=2", "checkpoint.keep=9"]
-        return ["train", "--config", "tiny", *settings, f"train.steps={steps}", *flags]
-
-    finished = folder / "finished"
-    run(folder, [("finished", 1, command(finished, 4))])
-    jobs = []
-    for case in CASES:
-        case.prepare(folder / case.name, finished)
+    @cache
+    def ended(name: str) -> Started:
+        case, run_dir = cases[name], folder / name
+        case.prepare(run_dir, finished)
         flags = [flag.format(finished=finished) for flag in case.flags]
-        jobs.append((case.name, 1, command(folder / case.name, case.steps, *flags)))
-    return Done(folder, run(folder, jobs))
+        settings = [*small.overrides(run_dir), *SETTINGS, f"train.steps={STEPS}"]
+        return Started(run_dir, finished, train(settings, *flags))
 
-
-def run(folder: Path, jobs: list[tuple[str, int, list[str]]]) -> dict[str, list[int]]:
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    run_worker(WORKER, folder, folder / "jobs.json")
-    return json.loads((folder / "exit_codes.json").read_text())
+    return ended
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_each_start_ends_as_it_should(done: Done, case: Case) -> None:
-    said = (done.folder / f"{case.name}.txt").read_text()
-    assert done.exit_codes[case.name] == [case.exit_code], said
-    assert case.says in said
-    if case.exit_code == 0:
-        rows = metrics(done.folder / case.name)
-        assert rows[-1]["step"] == 6
-        assert checkpoints(done.folder / case.name)[-1] == "step-00000006"
+def test_each_start_ends_as_it_should(started: Callable[[str], Started], case: Case) -> None:
+    found = started(case.name)
+    output = found.ended.output
+    if case.refused:
+        exit_code, problem = case.refused
+        assert found.ended.exit_code == exit_code, output
+        assert is_shown(output, problem, ANY), output
+    else:
+        assert found.ended.exit_code == 0, output
+        assert found.trained() == list(range(case.begins_at + 1, STEPS + 1))
+        assert metrics(found.run_dir)[-1]["step"] == STEPS
+        assert checkpoints(found.run_dir)[-1] == "step-00000006"
 
 
-def test_a_resume_says_which_settings_changed(done: Done) -> None:
-    said = (done.folder / "auto-goes-on.txt").read_text()
-    assert "since the checkpoint: train.steps: 4 -> 6" in said
-    assert "since the checkpoint: optim" not in said
+def test_a_resume_says_which_settings_changed(started: Callable[[str], Started]) -> None:
+    output = started("auto-goes-on").ended.output
+    assert "train.steps: 4 -> 6" in output
+    assert "optim." not in output
 
 
 def test_changed_settings_are_found_in_every_depth() -> None:
@@ -142,24 +154,27 @@ def test_changed_settings_are_found_in_every_depth() -> None:
     ]
 
 
-def test_what_was_refused_is_untouched(done: Done) -> None:
-    assert [path.name for path in (done.folder / "somebody-elses-folder").glob("[!l]*")] == ["thesis.txt"]
-    assert not (done.folder / "named-nowhere").exists()
-    assert not (done.folder / "never-into-a-run/checkpoints/step-00000006").exists()
+def test_what_was_refused_is_untouched(started: Callable[[str], Started]) -> None:
+    left = started("somebody-elses-folder").run_dir.glob("[!l]*")
+    assert [path.name for path in left] == ["thesis.txt"]
+    assert not started("named-nowhere").run_dir.exists()
+    assert not (started("never-into-a-run").run_dir / "checkpoints/step-00000006").exists()
 
 
-def test_what_fresh_replaces_is_kept_aside(done: Done) -> None:
-    (aside,) = done.folder.glob("fresh.before-*")
+def test_where_a_run_would_be_overwritten_the_way_out_is_named(started: Callable[[str], Started]) -> None:
+    assert "--fresh" in started("another-runs-folder").ended.output
+
+
+def test_what_fresh_replaces_is_kept_aside(started: Callable[[str], Started]) -> None:
+    run_dir = started("fresh").run_dir
+    (aside,) = run_dir.parent.glob("fresh.before-*")
     assert checkpoints(aside) == ["step-00000002", "step-00000004"]
-    assert checkpoints(done.folder / "fresh")[0] == "step-00000002"
-    assert [row["step"] for row in metrics(done.folder / "fresh")] == list(range(1, 7))
+    assert checkpoints(run_dir)[0] == "step-00000002"
+    assert [row["step"] for row in metrics(run_dir)] == list(range(1, STEPS + 1))
 
 
-def test_a_named_checkpoint_gives_the_same_steps(done: Done) -> None:
-    def losses(name: str) -> dict[int, float]:
-        return {row["step"]: row["loss"] for row in metrics(done.folder / name)}
-
-    from_two, went_on = losses("named-step"), losses("auto-goes-on")
+def test_a_named_checkpoint_gives_the_same_steps(started: Callable[[str], Started]) -> None:
+    from_two, went_on = started("named-step").losses(), started("auto-goes-on").losses()
     assert list(from_two) == [3, 4, 5, 6]
     # the schedule of four steps decided steps 3 and 4 of the finished run
     assert from_two[3] == went_on[3]

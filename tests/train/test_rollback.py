@@ -7,7 +7,7 @@ One bad batch is left: its update is skipped, and the rest is good.
 
 import json
 import shutil
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,12 +18,17 @@ from llama_mcore.config import load_run
 from llama_mcore.data.dataset import WindowDataset
 from llama_mcore.errors import DataError
 from llama_mcore.train.schedule import learning_rate
-from tests.conftest import Small
-from tests.forked import run_worker
-from tests.train.product import checkpoints, metrics, tensor_bytes
-from tests.train.unhealthy import KILLED, Run
+from tests.conftest import Once
+from tests.support.errors import is_shown, refused
+from tests.support.models import Small
+from tests.support.product import checkpoints, metrics, tensor_bytes
+from tests.support.world import call
+from tests.train.unhealthy import KILLED, Lived, Run, all_lives, moved_on
 
-WORKER = Path(__file__).with_name("unhealthy.py")
+pytestmark = pytest.mark.process
+of_stages = pytest.mark.xdist_group("rollback-stages")
+of_kills = pytest.mark.xdist_group("rollback-kills")
+
 STEPS, BATCH, WINDOW = 14, 8, 32
 BAD = (48, 88)
 STAGES = {
@@ -32,8 +37,27 @@ STAGES = {
     "bf16-zero2-dp": ["zero.stage=2", "parallel.tp=1"],
     "bf16-zero3-dp": ["zero.stage=3", "parallel.tp=1"],
 }
-KILLS = {"early": [6], "lowered": [10], "in-rollback": ["rollback"], "after": [12, 3]}
-DP = STAGES["bf16-zero2-dp"]
+WHOLE = "bf16-zero2-dp"
+DP = STAGES[WHOLE]
+KILLS: dict[str, tuple[int | str, ...]] = {
+    "early": (6,),
+    "lowered": (10,),
+    "in-rollback": ("rollback",),
+    "after": (12, 3),
+}
+RUNS = {
+    **{name: ([*settings, "checkpoint.keep=9"], Run(bad=BAD)) for name, settings in STAGES.items()},
+    **{f"killed-{name}": (DP, Run(bad=BAD, kills=kills)) for name, kills in KILLS.items()},
+    "stopped": (DP, Run(bad=BAD, stops=(6, 3))),
+    "flipped": (["zero.stage=1"], Run(flip_after=8)),
+    "one-skipped": ([*DP, "train.steps=9"], Run(bad=(48, 56))),
+    "one-left-out": ([*DP, "train.steps=9"], Run(left_out=7)),
+    "spikes": (DP, Run(bad=BAD, add=5.0)),
+    "limits": ([*DP, "health.max_rollbacks=1"], Run(bad=(48, 200))),
+    "too-short": ([*DP, "data.epochs={short}"], Run(bad=BAD)),
+    "no-checkpoint": ([*DP, "checkpoint.interval=100"], Run(bad=BAD)),
+}
+"""Settings, and what happens."""
 READS = 2 + 1 + 3 * 8
 """Of a rank that loads: the headers of both files, the content of one, and weight and moments of 8 tensors or
 more."""
@@ -56,42 +80,40 @@ def overrides(small: Small, run_dir: Path, *settings: str) -> list[str]:
     ]
 
 
+Live = Callable[[str], Lived]
+
+
 @pytest.fixture(scope="module")
-def folder(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("unhealthy")
+def lived(once: Once, small: Small) -> Live:
+    """lived(name): the run of this name."""
+    short = (STEPS * BATCH + 8) / WindowDataset(small.train, WINDOW, 256).num_windows
 
-    def run(name: str, settings: list[str], **fields: object) -> Run:
-        return Run(overrides(small, folder / name, *settings), **fields)
+    def run(name: str) -> Lived:
+        settings, asked = RUNS[name]
 
-    windows = WindowDataset(small.train, WINDOW, 256).num_windows
-    short = f"data.epochs={(STEPS * BATCH + 8) / windows}"
-    runs = [
-        *(run(name, [*settings, "checkpoint.keep=9"], bad=BAD) for name, settings in STAGES.items()),
-        *(
-            run(f"{name}-reference", settings, bad=BAD, resume_from=[str(folder / name), 4, 80])
-            for name, settings in STAGES.items()
-        ),
-        *(run(f"killed-{name}", DP, bad=BAD, kills=kills) for name, kills in KILLS.items()),
-        run("stopped", DP, bad=BAD, stops=[6, 3]),
-        run("flipped", ["zero.stage=1"], flip_after=8),
-        run("one-skipped", [*DP, "train.steps=9"], bad=(48, 56)),
-        run("one-left-out", [*DP, "train.steps=9"], left_out=7),
-        run("spikes", DP, bad=(48, 88), add=5.0),
-        run("limits", [*DP, "health.max_rollbacks=1"], bad=(48, 200)),
-        run("too-short", [*DP, short], bad=BAD),
-        run("no-checkpoint", [*DP, "checkpoint.interval=100"], bad=BAD),
-    ]
-    (folder / "runs.json").write_text(json.dumps([asdict(run) for run in runs]))
-    run_worker(WORKER, folder / "runs.json")
-    return folder
+        def live(folder: Path) -> None:
+            given = [setting.format(short=short) for setting in settings]
+            call(all_lives, folder, overrides(small, folder / "run", *given), asked)
+
+        return Lived(once(f"rollback-{name}", live))
+
+    return run
 
 
-def exit_codes(folder: Path, name: str) -> list[list[int]]:
-    return json.loads((folder / f"{name}.exit_codes.json").read_text())
+@pytest.fixture(scope="module")
+def reference(once: Once, small: Small, lived: Live) -> Live:
+    """reference(name): what began at step 4 of the run of this name, with the data after its rollback."""
 
+    def run(name: str) -> Lived:
+        other = lived(name).run_dir
 
-def said(folder: Path, name: str) -> str:
-    return (folder / f"{name}.txt").read_text()
+        def live(folder: Path) -> None:
+            moved_on(folder / "run", other, step=4, sample=80)
+            call(all_lives, folder, overrides(small, folder / "run", *STAGES[name]), Run(bad=BAD))
+
+        return Lived(once(f"rollback-{name}-reference", live))
+
+    return run
 
 
 def computed(run_dir: Path, after: int = 0) -> list[tuple]:
@@ -106,45 +128,60 @@ def last_tensors(run_dir: Path, step: int = STEPS) -> list[bytes]:
     return [tensor_bytes(path) for path in files]
 
 
+def given_up(run_dir: Path) -> list[dict]:
+    lines = (run_dir / "metrics-given-up.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def decisions(rows: list[dict]) -> dict[int, str]:
+    """What was decided after a step, without the reason."""
+    return {row["step"]: row["decision"].partition(":")[0] for row in rows if "decision" in row}
+
+
+@of_stages
 @pytest.mark.parametrize("name", STAGES)
-def test_a_run_rolls_back_jumps_and_goes_on(folder: Path, name: str) -> None:
-    assert exit_codes(folder, name) == [[0, 0]], said(folder, name)
-    rows = metrics(folder / name)
+def test_a_run_rolls_back_jumps_and_goes_on(lived: Live, name: str) -> None:
+    run = lived(name)
+    assert run.exit_codes == [[0, 0]], run.output
+    rows = metrics(run.run_dir)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     samples = [BATCH * n for n in (1, 2, 3, 4, *range(11, 21))]
     assert [row["tokens"] for row in rows] == [WINDOW * count for count in samples]
     assert [row["step"] for row in rows if row.get("skipped")] == [5]
-    rollback = {"at_step": 10, "to_step": 4, "first_sample": 32, "end_sample": 80}
-    told = [(row["step"], row["rolled_back"]) for row in rows if "rolled_back" in row]
-    reason = "4 updates in a row were skipped: loss or gradient was not finite"
-    assert told == [(5, [rollback | {"reason": reason}])]
+    ((step, (told,)),) = [(row["step"], row["rolled_back"]) for row in rows if "rolled_back" in row]
+    assert step == 5
+    assert told.pop("reason")
+    assert told == {"at_step": 10, "to_step": 4, "first_sample": 32, "end_sample": 80}
 
 
+@of_stages
 @pytest.mark.parametrize("name", STAGES)
-def test_what_was_given_up_is_kept_with_its_decisions(folder: Path, small: Small, name: str) -> None:
-    lines = (folder / name / "metrics-given-up.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+def test_what_was_given_up_is_kept_with_its_decisions(lived: Live, small: Small, name: str) -> None:
+    rows = given_up(lived(name).run_dir)
     assert [row["step"] for row in rows] == list(range(5, 11))
-    decided = {row["step"]: row["decision"].partition(":")[0] for row in rows if "decision" in row}
-    assert decided == {8: "lower the learning rate", 10: "roll back"}
-    optim = load_run("tiny", overrides(small, folder)).optim
+    assert decisions(rows) == {8: "lower the learning rate", 10: "roll back"}
+    optim = load_run("tiny", overrides(small, lived(name).run_dir)).optim
     for row in rows:
         scale = 0.5 if row["step"] in (9, 10) else 1
         assert row["lr"] == learning_rate(row["step"], STEPS, optim) * scale
 
 
+@of_stages
 @pytest.mark.parametrize("name", STAGES)
-def test_it_goes_on_as_a_fresh_process_would_from_that_checkpoint(folder: Path, name: str) -> None:
+def test_it_goes_on_as_a_fresh_process_would_from_that_checkpoint(
+    lived: Live, reference: Live, name: str
+) -> None:
     """Weights, moments and Adam's count returned, within an engine that had gone on."""
-    reference = folder / f"{name}-reference"
-    assert exit_codes(folder, reference.name) == [[0, 0]], said(folder, reference.name)
-    assert computed(reference) == computed(folder / name, after=4)
-    assert last_tensors(folder / name) == last_tensors(reference)
+    fresh = reference(name)
+    assert fresh.exit_codes == [[0, 0]], fresh.output
+    assert computed(fresh.run_dir) == computed(lived(name).run_dir, after=4)
+    assert last_tensors(lived(name).run_dir) == last_tensors(fresh.run_dir)
 
 
+@of_stages
 @pytest.mark.parametrize("name", STAGES)
-def test_signs_of_life_come_all_through_a_rollback(folder: Path, name: str) -> None:
-    ranks = [json.loads(Path(f"{folder / name}.phases-{rank}.json").read_text()) for rank in range(2)]
+def test_signs_of_life_come_all_through_a_rollback(lived: Live, name: str) -> None:
+    ranks = [lived(name).phases(rank) for rank in range(2)]
     saves = [[told[2:] for told in rank if told[:2] == ["save", 10]] for rank in ranks]
     for (beats, worked), *_ in saves:
         assert beats == 2
@@ -153,93 +190,100 @@ def test_signs_of_life_come_all_through_a_rollback(folder: Path, name: str) -> N
     assert told_alike[0] == told_alike[1]  # else one would seem to be behind
 
 
+@of_stages
 @pytest.mark.parametrize("name", STAGES)
-def test_signs_of_life_come_all_through_a_start(folder: Path, name: str) -> None:
+def test_signs_of_life_come_all_through_a_start(reference: Live, name: str) -> None:
     for rank in range(2):
-        told = json.loads(Path(f"{folder / name}-reference.phases-{rank}.json").read_text())
+        told = reference(name).phases(rank)
         assert told[0][:2] == ["setup", 0]
         assert told[0][3] >= READS
 
 
+@of_kills
 @pytest.mark.parametrize("name", KILLS)
-def test_a_killed_run_decides_and_computes_the_same(folder: Path, name: str) -> None:
-    killed, whole = folder / f"killed-{name}", folder / "bf16-zero2-dp"
+def test_a_killed_run_decides_and_computes_the_same(lived: Live, name: str) -> None:
+    killed, whole = lived(f"killed-{name}"), lived(WHOLE)
     lives = [[KILLED, KILLED]] * len(KILLS[name])
-    assert exit_codes(folder, killed.name) == [*lives, [0, 0]], said(folder, killed.name)
-    assert computed(killed) == computed(whole)
-    assert last_tensors(killed) == last_tensors(whole)
+    assert killed.exit_codes == [*lives, [0, 0]], killed.output
+    assert computed(killed.run_dir) == computed(whole.run_dir)
+    assert last_tensors(killed.run_dir) == last_tensors(whole.run_dir)
 
 
-def test_checkpoints_of_signals_change_no_decision(folder: Path) -> None:
+@of_kills
+def test_checkpoints_of_signals_change_no_decision(lived: Live) -> None:
     """Saved at step 6, and at step 9 while updates were skipped: the run returns to step 4 all the same,
     which was kept, and what it gave up is put aside."""
-    stopped, whole = folder / "stopped", folder / "bf16-zero2-dp"
-    assert exit_codes(folder, "stopped") == [[75, 75], [75, 75], [0, 0]], said(folder, "stopped")
-    assert "stopped at step 9 of 14" in said(folder, "stopped")
-    assert computed(stopped) == computed(whole)
-    assert last_tensors(stopped) == last_tensors(whole)
-    assert checkpoints(stopped) == ["given-up-step-00000009", "step-00000014"]
+    stopped, whole = lived("stopped"), lived(WHOLE)
+    assert stopped.exit_codes == [[75, 75], [75, 75], [0, 0]], stopped.output
+    assert computed(stopped.run_dir) == computed(whole.run_dir)
+    assert last_tensors(stopped.run_dir) == last_tensors(whole.run_dir)
+    assert checkpoints(stopped.run_dir) == ["given-up-step-00000009", "step-00000014"]
 
 
-def test_copies_that_differ_are_not_saved(folder: Path) -> None:
-    assert exit_codes(folder, "flipped") == [[70, 70]]
-    assert "decoder.final_layernorm.weight = rank 1 on " in said(folder, "flipped")
-    assert checkpoints(folder / "flipped") == ["step-00000004"]
+def test_copies_that_differ_are_not_saved(lived: Live) -> None:
+    flipped = lived("flipped")
+    assert flipped.exit_codes == [[70, 70]]
+    assert "decoder.final_layernorm.weight = rank 1 on " in flipped.output
+    assert checkpoints(flipped.run_dir) == ["step-00000004"]
 
 
-def test_a_skipped_update_equals_one_that_was_left_out(folder: Path) -> None:
-    skipped, left_out = computed(folder / "one-skipped"), computed(folder / "one-left-out")
-    assert [row[0] for row in skipped if row[6]] == [7]
-    assert skipped == left_out
-    assert last_tensors(folder / "one-skipped", 9) == last_tensors(folder / "one-left-out", 9)
+def test_a_skipped_update_equals_one_that_was_left_out(lived: Live) -> None:
+    skipped, left_out = lived("one-skipped").run_dir, lived("one-left-out").run_dir
+    assert [row["step"] for row in metrics(skipped) if row.get("skipped")] == [7]
+    assert computed(skipped) == computed(left_out)
+    assert last_tensors(skipped, 9) == last_tensors(left_out, 9)
 
 
-def test_spikes_are_applied_and_lead_to_the_same(folder: Path) -> None:
-    assert exit_codes(folder, "spikes") == [[0, 0]], said(folder, "spikes")
-    given_up = (folder / "spikes/metrics-given-up.jsonl").read_text().splitlines()
-    decided = [(row["step"], row["decision"]) for row in map(json.loads, given_up) if "decision" in row]
-    assert [(step, text.partition(":")[0]) for step, text in decided] == [
-        (8, "lower the learning rate"),
-        (10, "roll back"),
-    ]
-    assert "losses in a row stand out" in decided[-1][1]
-    assert not any(json.loads(line).get("skipped") for line in given_up)
-    assert [row["step"] for row in metrics(folder / "spikes")] == list(range(1, STEPS + 1))
+def test_spikes_are_applied_and_lead_to_the_same(lived: Live) -> None:
+    run = lived("spikes")
+    assert run.exit_codes == [[0, 0]], run.output
+    rows = given_up(run.run_dir)
+    assert decisions(rows) == {8: "lower the learning rate", 10: "roll back"}
+    assert not any(row.get("skipped") for row in rows)
+    assert [row["step"] for row in metrics(run.run_dir)] == list(range(1, STEPS + 1))
 
 
-def test_the_audit_tells_what_was_given_up(folder: Path) -> None:
-    text = audit_run(folder / "bf16-zero2-dp")
-    assert "Samples 32 to 80 were read and given up: after step 10 the run rolled back to step 4" in text
-    manifest = read_manifest(folder / f"bf16-zero2-dp/checkpoints/step-{STEPS:08d}")
+@of_stages
+def test_the_audit_tells_what_was_given_up(lived: Live) -> None:
+    run_dir = lived(WHOLE).run_dir
+    (told,) = [line for line in audit_run(run_dir).splitlines() if "given up" in line]
+    assert all(part in told for part in ("32 to 80", "step 10", "step 4"))
+    manifest = read_manifest(run_dir / f"checkpoints/step-{STEPS:08d}")
     assert sum(manifest.windows_read.values()) == manifest.consumed_samples == 160
     assert manifest.health is not None
     assert manifest.health.skipped == 1
 
 
-def test_the_audit_finds_a_step_that_read_what_was_given_up(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder / "bf16-zero2-dp", tmp_path / "run")
-    path = tmp_path / "run/metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+@of_stages
+def test_the_audit_finds_a_step_that_read_what_was_given_up(lived: Live, tmp_path: Path) -> None:
+    shutil.copytree(lived(WHOLE).run_dir, tmp_path / "run")
+    rows = metrics(tmp_path / "run")
     rows[4] |= {"tokens": 72 * WINDOW, "windows": {"train": 72}}
     assert list(rows[5]["windows"]) == ["train"]
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    with pytest.raises(DataError, match="step 5: samples = 72: must be more than the 80"):
+    (tmp_path / "run/metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with refused(DataError, "step 5: samples", 72, remedy=False):
         audit_run(tmp_path / "run")
 
 
-def test_at_the_limit_the_run_stops_and_keeps_what_it_has(folder: Path) -> None:
-    assert exit_codes(folder, "limits") == [[70, 70]]
-    assert "1 rollbacks within 5,000 steps" in said(folder, "limits")
-    assert checkpoints(folder / "limits") == ["step-00000004"]
+def test_at_the_limit_the_run_stops_and_keeps_what_it_has(lived: Live) -> None:
+    limits = lived("limits")
+    assert limits.exit_codes == [[70, 70]]
+    assert is_shown(limits.output, "step")
+    assert "1 rollbacks" in limits.output
+    assert checkpoints(limits.run_dir) == ["step-00000004"]
 
 
-def test_without_data_to_jump_to_it_says_so_and_stays(folder: Path) -> None:
-    assert exit_codes(folder, "too-short") == [[70, 70]]
-    assert "after which the data would not suffice" in said(folder, "too-short")
-    manifest = read_manifest(folder / "too-short/checkpoints/step-00000004")
+def test_without_data_to_jump_to_it_says_so_and_stays(lived: Live) -> None:
+    run = lived("too-short")
+    assert run.exit_codes == [[70, 70]]
+    assert is_shown(run.output, "step 10", remedy=False)
+    assert is_shown(run.output, "source train")
+    manifest = read_manifest(run.run_dir / "checkpoints/step-00000004")
     assert manifest.consumed_samples == 32
 
 
-def test_without_a_checkpoint_there_is_nothing_to_return_to(folder: Path) -> None:
-    assert exit_codes(folder, "no-checkpoint") == [[70, 70]]
-    assert "no sound checkpoint" in said(folder, "no-checkpoint")
+def test_without_a_checkpoint_there_is_nothing_to_return_to(lived: Live) -> None:
+    run = lived("no-checkpoint")
+    assert run.exit_codes == [[70, 70]]
+    assert is_shown(run.output, "step 10")
+    assert checkpoints(run.run_dir) == []

@@ -1,11 +1,10 @@
-"""Training as a user meets it: real launchers, real signals, real files.
+"""Training as a user meets it: launchers, real signals, real files.
 
 Each case is stopped by a signal, resumed by the same command, and compared with a run that was left alone.
 """
 
-import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,23 +12,26 @@ import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import Small
-from tests.forked import run_worker
-from tests.train.product import (
-    LLAMA_MCORE,
+from tests.support.models import Small
+from tests.support.product import (
     PLAIN_TORCHRUN,
+    TORCHRUN,
     Finished,
+    Job,
     checkpoints,
+    finish,
     left_over,
     metrics,
-    signal_launcher,
-    signal_one_worker,
-    stop_after_a_step,
+    numbers,
+    start,
     tensor_bytes,
     train,
 )
+from tests.support.world import TIMEOUT_S
+from tests.train.lives import first_steps, wait_for_steps
 
-WORKER = Path(__file__).with_name("uninterrupted.py")
+pytestmark = pytest.mark.process
+
 STEPS, EVALUATED = 30, [12, 24, 30]
 EVERY_STEP = {
     *("step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_time_s", "memory_bytes", "windows")
@@ -40,75 +42,95 @@ EVERY_STEP = {
 class Case:
     name: str
     settings: list[str]
-    stop: Callable[[psutil.Process], None]
-    launcher: tuple[str, ...] = LLAMA_MCORE
+    signal: signal.Signals
+    launcher: tuple[str, ...] = ()
+    """It gets the signal; without one, ranks are forked."""
+    asked: Sequence[int] = ()
+    """Forked ranks that get the signal."""
     exit_code: int = 75
-
-    def overrides(self, small: Small, run_dir: Path) -> list[str]:
-        return small.overrides(run_dir) + self.settings
 
 
 DP = "parallel.tp=1"
 CASES = [
-    Case("zero1-tp2-sp", ["zero.stage=1"], signal_launcher(signal.SIGTERM)),
+    Case("zero1-tp2-sp", ["zero.stage=1"], signal.SIGTERM, TORCHRUN),
     # Plain torchrun passes SIGTERM on and then raises: the run is saved, the exit code is lost.
-    Case("zero2", ["zero.stage=2", DP], signal_launcher(signal.SIGTERM), PLAIN_TORCHRUN, exit_code=1),
-    Case("zero3", ["zero.stage=3", DP], signal_one_worker(signal.SIGUSR1)),
-    Case("zero1-fp32", ["train.precision=fp32", DP], signal_launcher(signal.SIGINT)),
+    Case("zero2", ["zero.stage=2", DP], signal.SIGTERM, PLAIN_TORCHRUN, exit_code=1),
+    Case("zero3", ["zero.stage=3", DP], signal.SIGUSR1, asked=[1]),
+    # from the keyboard, to all
+    Case("zero1-fp32", ["train.precision=fp32", DP], signal.SIGINT, asked=[0, 1]),
 ]
-REPEATED = [*CASES, CASES[-1]]  # the last one is started again when it has finished
 
 
 @dataclass(frozen=True)
 class Stopped:
     """A run that was stopped and resumed, and the same run without interruption."""
 
-    case: Case
     stopped: Finished
     resumed: Finished
     stopped_at: int
     saved: list[str]
     """Checkpoints between stop and resume."""
+    left_over: Sequence[object]
+    """Processes after either."""
+    exit_code: int
+    """To be expected of the first."""
     run_dir: Path
     whole: Path
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with an uninterrupted run of each case."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    todo = [case.overrides(small, folder / case.name) for case in REPEATED]
-    (folder / "cases.json").write_text(json.dumps(todo))
-    run_worker(WORKER, folder / "cases.json")
-    return folder
-
-
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name)) for case in CASES],
+)
 def run(
     request: pytest.FixtureRequest,
     small: Small,
-    uninterrupted: Path,
+    uninterrupted: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Stopped:
-    case = request.param
+    case: Case = request.param
     run_dir = tmp_path_factory.mktemp(case.name)
-    overrides = case.overrides(small, run_dir)
-    stopped = stop_after_a_step(overrides, run_dir, case.stop, case.launcher)
+    overrides = [*small.overrides(run_dir), *case.settings]
+    stop = stop_launched if case.launcher else stop_forked
+    stopped, left = stop(case, overrides, run_dir)
     stopped_at, saved = len(metrics(run_dir)), checkpoints(run_dir)
-    resumed = train(overrides, ranks=2, launcher=case.launcher)
-    return Stopped(case, stopped, resumed, stopped_at, saved, run_dir, uninterrupted / case.name)
+    if case.launcher:
+        resumed = finish(start(overrides, ranks=2, launcher=case.launcher))
+    else:
+        resumed = train(overrides, ranks=2)
+    left = [*left, *left_over(run_dir)]
+    whole = uninterrupted(case.settings)
+    return Stopped(stopped, resumed, stopped_at, saved, left, case.exit_code, run_dir, whole)
+
+
+def stop_launched(case: Case, overrides: list[str], run_dir: Path) -> tuple[Finished, Sequence[object]]:
+    process = start(overrides, ranks=2, launcher=case.launcher)
+    wait_for_steps(run_dir, 1, lambda: process.poll() is None)
+    process.send_signal(case.signal)
+    return finish(process), left_over(run_dir)
+
+
+def stop_forked(case: Case, overrides: list[str], run_dir: Path) -> tuple[Finished, Sequence[object]]:
+    """A signal that a launcher would pass on to the supervisors that it has started."""
+    job = Job(("train", "--config", "tiny", *overrides), ranks=2)
+    wait_for_steps(run_dir, 1, job.is_alive)
+    ranks = job.ranks()
+    processes = [*ranks, *(child for rank in ranks for child in rank.children())]
+    for rank in case.asked:
+        ranks[rank].send_signal(case.signal)
+    _, left = psutil.wait_procs(processes, TIMEOUT_S)
+    return job.finish(), left
 
 
 def test_a_signal_saves_on_all_ranks_and_the_exit_code_says_so(run: Stopped) -> None:
-    assert run.stopped.exit_code == run.case.exit_code, "\n".join(run.stopped.lines)
+    assert run.stopped.exit_code == run.exit_code, run.stopped.output
     assert 0 < run.stopped_at < STEPS
     assert run.saved[-1] == f"step-{run.stopped_at:08d}"
-    assert f"stopped at step {run.stopped_at} of {STEPS}" in "\n".join(run.stopped.lines)
 
 
 def test_the_same_command_resumes_to_the_end(run: Stopped) -> None:
-    assert run.resumed.exit_code == 0, "\n".join(run.resumed.lines)
-    assert f"resuming at step {run.stopped_at} " in "\n".join(run.resumed.lines)
+    assert run.resumed.exit_code == 0, run.resumed.output
+    assert first_steps(run.run_dir) == [1, run.stopped_at + 1]
 
 
 def test_every_step_is_reported_once_with_the_promised_keys(run: Stopped) -> None:
@@ -158,23 +180,20 @@ def test_two_ranks_are_quiet_before_the_first_step(run: Stopped) -> None:
     """Fewer than 10 lines on stdout and stderr together, at the first start and at a resume."""
     for finished, first in ((run.stopped, 1), (run.resumed, run.stopped_at + 1)):
         number = next(n for n, line in enumerate(finished.lines) if line.startswith(f"step {first}/"))
-        assert number < 10, "\n".join(finished.lines)
+        assert number < 10, finished.output
 
 
 def test_no_process_is_left_over(run: Stopped) -> None:
-    assert left_over(run.run_dir) == []
+    assert list(run.left_over) == []
 
 
-def test_a_finished_run_is_left_as_it_is(uninterrupted: Path) -> None:
-    finished = uninterrupted / REPEATED[-1].name
-    started_again = (finished / "config.yaml").stat().st_mtime
-    assert (finished / f"checkpoints/step-{STEPS:08d}").stat().st_mtime < started_again
-    assert len(metrics(finished)) == STEPS
-
-
-def numbers(run_dir: Path) -> list[tuple]:
-    """What a run computed, without how fast it was."""
-    return [
-        (row["step"], row["loss"], row["grad_norm"], row["lr"], row["tokens"], row.get("valid"))
-        for row in metrics(run_dir)
-    ]
+def test_a_finished_run_is_left_as_it_is(small: Small, tmp_path: Path) -> None:
+    overrides = [*small.overrides(tmp_path), DP, "train.steps=2", "optim.warmup_steps=0"]
+    files = []
+    for _ in range(2):
+        done = train(overrides, ranks=2)
+        assert done.exit_codes == [0, 0], done.output
+        files.append({path: path.stat().st_mtime_ns for path in tmp_path.glob("checkpoints/step-*/*")})
+    assert first_steps(tmp_path) == [1, 0]
+    assert files[0] == files[1] != {}
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2]

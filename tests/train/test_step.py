@@ -1,22 +1,90 @@
 """llama_mcore.train.step through real engines: an update that must not happen, and evaluation."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from tests.forked import run_worker
+from llama_mcore.config import RunConfig
+from llama_mcore.data.loader import MicroBatch
+from llama_mcore.model.build import build_model
+from llama_mcore.parallel.config import ParallelConfig
+from llama_mcore.parallel.groups import Groups, process_groups
+from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of, full_fp32_weight
+from llama_mcore.train.step import evaluate, mean_loss, train_step
+from tests.support.models import run_config
+from tests.support.world import call
 
-WORKER = Path(__file__).with_name("steps.py")
-CASES = [f"{precision}-zero{stage}" for precision in ("bf16", "fp32") for stage in (1, 2, 3)]
+pytestmark = pytest.mark.process
+
+CASES = {
+    f"{precision}-zero{stage}": (precision, stage) for precision in ("bf16", "fp32") for stage in (1, 2, 3)
+}
+
+
+def steps_of_all_cases() -> dict[str, dict[str, Any]]:
+    """In one process."""
+    with process_groups(ParallelConfig(), seed=1) as groups:
+        return {name: steps(config(*case), groups) for name, case in CASES.items()}
+
+
+def config(precision: str, stage: int) -> RunConfig:
+    batch = {"micro_batch_size": 2, "global_batch_size": 4}
+    return run_config(Path("unused"), train=batch | {"precision": precision}, zero={"stage": stage})
+
+
+def steps(run: RunConfig, groups: Groups) -> dict[str, Any]:
+    """Three, the second of which has a gradient that is not finite, and an evaluation."""
+    model = build_model(run.model, run.parallel, groups, dtype_of(run), run.run.seed)
+    engine = build_engine(model, run, groups)
+    results = [take_step(engine, groups)]
+    with_nan = model.output_layer.weight.register_hook(lambda gradient: gradient * float("nan"))
+    results.append(take_step(engine, groups))
+    with_nan.remove()
+    results.append(take_step(engine, groups))
+    return {"steps": results, "evaluation": evaluation(engine, groups)}
+
+
+def take_step(engine: DeepSpeedEngine, groups: Groups) -> dict[str, Any]:
+    before = state(engine)
+    result = train_step(engine, iter(batches(2)), 2, 1e-2, groups)
+    after = state(engine)
+    return {
+        "changed": not all(torch.equal(*pair) for pair in zip(before, after, strict=True)),
+        "finite": all(bool(tensor.isfinite().all()) for tensor in after),
+        "skipped": result.skipped,
+        "grad_norm_finite": result.grad_norm < float("inf"),
+    }
+
+
+def evaluation(engine: DeepSpeedEngine, groups: Groups) -> dict[str, Any]:
+    with torch.no_grad():
+        one_by_one = [mean_loss(engine, batch, groups).item() for batch in batches(3)]
+    before = state(engine)
+    found, tokens = evaluate(engine, batches(3), groups)
+    return {
+        "expected": sum(one_by_one) / 3,
+        "found": found,
+        "tokens": tokens,
+        "changed": not all(torch.equal(*pair) for pair in zip(before, state(engine), strict=True)),
+        "training_goes_on": engine.module.training,
+    }
+
+
+def state(engine: DeepSpeedEngine) -> list[Tensor]:
+    return [full_fp32_weight(parameter).clone() for parameter in engine.module.parameters()]
+
+
+def batches(count: int) -> list[MicroBatch]:
+    tokens = torch.randint(64, (count, 2, 9), generator=torch.Generator().manual_seed(1))
+    return [MicroBatch(part[:, :-1], part[:, 1:]) for part in tokens]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    output = tmp_path_factory.mktemp("steps") / "found.json"
-    run_worker(WORKER, output)
-    return json.loads(output.read_text())
+def results() -> dict[str, dict[str, Any]]:
+    return call(steps_of_all_cases)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -32,5 +100,6 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(results: dict[str, Any]
 def test_evaluation_is_the_mean_and_changes_nothing(results: dict[str, Any], case: str) -> None:
     found = results[case]["evaluation"]
     assert found["found"] == pytest.approx(found["expected"], rel=1e-6)
+    assert found["tokens"] == 3 * 2 * 8
     assert not found["changed"]
     assert found["training_goes_on"]

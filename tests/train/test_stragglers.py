@@ -1,8 +1,6 @@
 """llama_mcore.train.stragglers: who is slow, on which host, and that only a whole window says so."""
 
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +8,7 @@ from llama_mcore.parallel.config import ParallelConfig
 from llama_mcore.parallel.device import Stopwatch
 from llama_mcore.parallel.groups import process_groups
 from llama_mcore.train.stragglers import SLOWER, Straggler, Stragglers, slow_ranks
-from tests.distributed import torchrun
+from tests.support.world import run_ranks
 
 HOSTS = ["node1", "node1", "node2", "node2"]
 
@@ -37,21 +35,16 @@ def test_a_stopwatch_adds_up_and_begins_anew() -> None:
     assert watch.take() == 0
 
 
+@pytest.mark.process
 def test_three_ranks_agree_who_was_slow() -> None:
-    torchrun(3, Path(__file__))
+    assert run_ranks(3, slow_in_each_step) == [[[], [], [], [], [], [2]]] * 3
 
 
-def main() -> None:
+def slow_in_each_step() -> list[list[object]]:
+    """One slow step makes no slow window: rank 2 is slow in the first, and in all of the second three."""
     with process_groups(ParallelConfig(tp=1), 1) as groups:
-        stragglers = Stragglers(3, groups)
-        found = []
+        stragglers, found = Stragglers(3, groups), []
         for step in range(6):
-            # One slow step makes no slow window: rank 2 is slow in the first, and in all of the second three.
-            slow = groups.rank == 2 and step in (0, 3, 4, 5)
-            found.append([late["rank"] for late in stragglers.add(60.0 if slow else 30.0)])
-    if found != [[], [], [], [], [], [2]]:
-        sys.exit(f"rank {groups.rank} found {found}")
-
-
-if __name__ == "__main__":
-    main()
+            is_slow = groups.rank == 2 and step in (0, 3, 4, 5)
+            found.append([late["rank"] for late in stragglers.add(60.0 if is_slow else 30.0)])
+        return found

@@ -1,10 +1,4 @@
-"""Worker: runs on two ranks whose loss goes wrong on some of their data, killed now and then.
-
-    python tests/train/unhealthy.py RUNS.json
-
-RUNS.json: a list of runs, each as the fields of `Run`. What a run printed goes to RUN_DIR.txt, the exit codes
-of all lives to RUN_DIR.exit_codes.json, what each rank told of its phases to RUN_DIR.phases-RANK.json.
-"""
+"""Runs on two ranks whose loss goes wrong on some of their data, killed now and then."""
 
 import json
 import os
@@ -19,21 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from llama_mcore.checkpoint.layout import step_dir
+from llama_mcore.checkpoint.manifest import MANIFEST, manifest_bytes, read_manifest
 from llama_mcore.config import RunConfig, load_run
+from llama_mcore.data.loader import Samples
+from llama_mcore.data.sources import open_sources, plan_run
 from llama_mcore.errors import report_errors
-from llama_mcore.observe.log import silence_libraries
-
-silence_libraries(cpu=True)
-
-from llama_mcore.checkpoint.layout import step_dir  # noqa: E402
-from llama_mcore.checkpoint.manifest import MANIFEST, manifest_bytes, read_manifest  # noqa: E402
-from llama_mcore.data.loader import Samples  # noqa: E402
-from llama_mcore.data.sources import open_sources, plan_run  # noqa: E402
-from llama_mcore.observe.phases import Listener, Phase, Phases  # noqa: E402
-from llama_mcore.train import loop  # noqa: E402
-from llama_mcore.train.signals import StopRequest  # noqa: E402
-from llama_mcore.train.step import StepResult  # noqa: E402
-from tests.forked import exit_codes_of, write_output_to  # noqa: E402
+from llama_mcore.observe.phases import Listener, Phase, Phases
+from llama_mcore.train import loop
+from llama_mcore.train.signals import StopRequest
+from llama_mcore.train.step import StepResult
+from tests.support.world import exit_codes_of, write_output_to
 
 train_step = loop.train_step
 roll_back = loop.roll_back
@@ -42,7 +32,6 @@ KILLED = 9
 
 @dataclass(frozen=True)
 class Run:
-    overrides: list[str]
     bad: tuple[int, int] = (0, 0)
     """Samples [first, end) on which the loss goes wrong on the last rank."""
     add: float = float("nan")
@@ -55,29 +44,43 @@ class Run:
     """The call after which a bit of a norm weight is wrong on the last rank."""
     left_out: int = 0
     """A step whose update is never even computed."""
-    resume_from: tuple[str, int, int] | None = None
-    """Begin with a copy of this folder's checkpoint of this step, and read on from this sample."""
 
 
-def main() -> None:
-    for fields in json.loads(Path(sys.argv[1]).read_text()):
-        asked = Run(**fields)
-        run = load_run("tiny", asked.overrides)
-        if asked.resume_from:
-            prepare(Path(run.run.dir), *asked.resume_from)
-        lives = [
-            exit_codes_of(2, lambda run=run, asked=asked, life=life: live(run, asked, *life))
-            for life in [
-                *((kill, 0) for kill in asked.kills),
-                *((None, stop) for stop in asked.stops),
-                (None, 0),
-            ]
-        ]
-        Path(f"{run.run.dir}.exit_codes.json").write_text(json.dumps(lives))
+@dataclass(frozen=True)
+class Lived:
+    """What is left of a run in a folder: run, and files beside it."""
+
+    folder: Path
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def output(self) -> str:
+        return (self.folder / "output.txt").read_text()
+
+    @property
+    def exit_codes(self) -> list[list[int]]:
+        """Of both ranks in each life."""
+        return json.loads((self.folder / "exit_codes.json").read_text())
+
+    def phases(self, rank: int) -> list[list[Any]]:
+        """What it told in its last life, as `Told` has it."""
+        return json.loads((self.folder / f"phases-{rank}.json").read_text())
 
 
-def live(run: RunConfig, asked: Run, kill: int | str | None, stop_in: int) -> None:
-    write_output_to(Path(f"{run.run.dir}.txt"))
+def all_lives(folder: Path, overrides: list[str], asked: Run) -> None:
+    """One after the other."""
+    run = load_run("tiny", overrides)
+    ends: list[tuple[int | str | None, int]] = [(kill, 0) for kill in asked.kills]
+    ends += [(None, stop) for stop in asked.stops]
+    exit_codes = [exit_codes_of(2, live, folder, run, asked, *end) for end in (*ends, (None, 0))]
+    (folder / "exit_codes.json").write_text(json.dumps(exit_codes))
+
+
+def live(folder: Path, run: RunConfig, asked: Run, kill: int | str | None, stop_in: int) -> None:
+    write_output_to(folder / "output.txt")
     stop = StopRequest()
     loop.train_step = faulty_step(bad_windows(run, asked.bad), asked, kill, stop, stop_in)
     if kill == "rollback":
@@ -85,7 +88,7 @@ def live(run: RunConfig, asked: Run, kill: int | str | None, stop_in: int) -> No
     told = Told()
     with report_errors():
         exit_code = loop.train(run, stop, phases=Phases([told]))
-        Path(f"{run.run.dir}.phases-{os.environ['RANK']}.json").write_text(json.dumps(told.entries))
+        (folder / f"phases-{os.environ['RANK']}.json").write_text(json.dumps(told.entries))
         sys.exit(exit_code)
 
 
@@ -153,16 +156,12 @@ def bad_windows(run: RunConfig, bad: tuple[int, int]) -> set[bytes]:
     return {row[:-1].astype(np.int64).tobytes() for row in ids}
 
 
-def prepare(run_dir: Path, other: str, step: int, sample: int) -> None:
-    """A run that stands at `step` of another one, and at another place of the data."""
-    there, here = step_dir(Path(other), step), step_dir(run_dir, step)
+def moved_on(run_dir: Path, other: Path, step: int, sample: int) -> None:
+    """Make a run that stands at `step` of another one, and at another place of the data."""
+    there, here = step_dir(other, step), step_dir(run_dir, step)
     here.mkdir(parents=True)
     for path in there.iterdir():
         (here / path.name).write_bytes(path.read_bytes())
     manifest = read_manifest(here)
     moved = {"consumed_samples": sample, "windows_read": manifest.segments[-1].used(sample)}
     (here / MANIFEST).write_bytes(manifest_bytes(manifest.model_copy(update=moved)))
-
-
-if __name__ == "__main__":
-    main()
