@@ -16,9 +16,10 @@ from llama_mcore.cli import app
 from llama_mcore.errors import Problem, report_errors
 from llama_mcore.parallel.rank import Place
 from llama_mcore.plan.cli import app as plan_app
-from tests.conftest import write_tokens
+from tests.support.errors import is_shown
+from tests.support.models import write_tokens
+from tests.support.world import ROOT, TIMEOUT_S
 
-ROOT = Path(__file__).parents[1]
 COMMANDS = [command.name or "" for command in app.registered_commands]
 WITH_OPTIONS = [name for name in COMMANDS if name != "torchrun"]  # which passes everything on, --help too
 
@@ -68,25 +69,29 @@ def test_a_missing_option_is_a_usage_error_that_names_it() -> None:
     assert "--config" in output
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "script", ["train", "train_tokenizer", "preprocess_data", "convert_checkpoint", "generate"]
 )
 def test_each_script_is_its_command(script: str) -> None:
     path = ROOT / "tools" / f"{script}.py"
     assert len(path.read_text().splitlines()) < 60
-    result = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, path, "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert result.returncode == 0
     assert "--debug" in result.stdout
     assert result.stdout.startswith((f"Usage: {script}.py --config", f"Usage: {script}.py [OPTIONS]"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("nonsense", 2)])
 def test_the_demo_touches_nothing_when_it_is_only_asked(argument: str, code: int, tmp_path: Path) -> None:
     (tmp_path / "tools").mkdir()
     script = shutil.copy(ROOT / "tools/demo.py", tmp_path / "tools")
     earlier = tmp_path / "runs/demo/corpus"
     earlier.mkdir(parents=True)
-    result = subprocess.run([sys.executable, script, argument], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, script, argument]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert (result.returncode, earlier.is_dir()) == (code, True)
 
 
@@ -114,34 +119,37 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+MISSING = ("input", "nowhere.bin")
+
+
 def test_the_conclusion_of_a_dry_run_is_its_last_word_and_true(tmp_path: Path) -> None:
-    def refused(code: int, said: str, *settings: str) -> list[str]:
+    def refused(code: int, problem: tuple[str, object], *settings: str) -> list[str]:
         found, lines, errors = dry_run(*settings)
-        assert (found, said in errors, "Traceback" in errors) == (code, True, False), errors
+        assert (found, is_shown(errors, *problem), "Traceback" in errors) == (code, True, False), errors
         assert lines[-1].startswith("Not ready: ")
         assert "Ready: " not in "\n".join(lines)
         return lines
 
     settings = data_in(tmp_path)
-    refused(65, "source train = 1,600 windows", *settings, "data.epochs=1")
-    refused(66, "nowhere.bin: no such file or folder", *settings, "data.train=nowhere")
+    refused(65, ("source train", "1,600 windows"), *settings, "data.epochs=1")
+    refused(66, MISSING, *settings, "data.train=nowhere")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").touch()
-    lines = refused(64, "is not empty, and the run would begin anew there", *settings)
+    lines = refused(64, ("run.dir", tmp_path / "run"), *settings)
     assert f"{tmp_path / 'run'}  is not a run's folder" in "\n".join(lines)
-    refused(64, "nowhere.bin: no such file or folder", *settings, "data.train=nowhere")
+    refused(64, MISSING, *settings, "data.train=nowhere")
     assert dry_run(*settings, "--fresh")[0] == 0
 
 
 @pytest.mark.parametrize("size", ["0", "-2"])
 def test_a_number_of_ranks_is_at_least_one(size: str) -> None:
     code, _, errors = dry_run("--world-size", size)
-    assert (code, f"--world-size = {size}: must be at least 1" in errors) == (64, True)
+    assert (code, is_shown(errors, "--world-size", size, remedy=False)) == (64, True)
 
 
 def test_a_number_of_ranks_is_for_a_dry_run(tmp_path: Path) -> None:
     code, output = run("train", "--config", "tiny", "--world-size", "2", f"run.dir={tmp_path / 'run'}")
-    assert (code, "--world-size = 2: is of --dry-run alone" in output) == (64, True)
+    assert (code, is_shown(output, "--world-size", 2)) == (64, True)
 
 
 def test_a_dry_run_without_a_world_plans_for_one_tensor_parallel_group() -> None:
@@ -153,33 +161,30 @@ def test_a_dry_run_checks_for_the_ranks_that_its_launcher_started(monkeypatch: p
     for name, value in place.variables().items():
         monkeypatch.setenv(name, value)
     code, output = run("train", "--config", "tiny", "--dry-run", "parallel.tp=3")
-    assert (code, "world size = 4: must be divisible" in output) == (64, True)
+    assert (code, is_shown(output, "world size", 4)) == (64, True)
     assert "2 ranks" in run("train", "--config", "tiny", "--dry-run", "--world-size", "2")[1]
 
 
 def test_a_process_alone_is_one_rank() -> None:
     code, output = run("train", "--config", "tiny")
-    assert code == 64
-    assert "world size = 1: must be divisible by parallel.tp = 2; start 2 ranks" in output
+    assert (code, is_shown(output, "world size", 1)) == (64, True)
+    assert "start 2 ranks" in output
 
 
 def test_a_launcher_that_is_not_understood_ends_with_69(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     code, output = run("train", "--config", "tiny", "--dry-run")
-    assert code == 69
-    assert "WORLD_SIZE = (not set)" in output
+    assert (code, is_shown(output, "WORLD_SIZE", "(not set)")) == (69, True)
 
 
 def test_a_wrong_setting_exits_with_64() -> None:
     code, output = run("train", "--config", "tiny", "--dry-run", "--world-size", "3")
-    assert code == 64
-    assert "world size = 3" in output
+    assert (code, is_shown(output, "world size", 3)) == (64, True)
 
 
 def test_a_missing_file_exits_with_66() -> None:
     code, output = run("train", "--config", "no-such-file.yaml")
-    assert code == 66
-    assert "no-such-file.yaml" in output
+    assert (code, is_shown(output, "--config", "no-such-file.yaml")) == (66, True)
 
 
 @pytest.mark.parametrize(

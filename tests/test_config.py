@@ -1,18 +1,19 @@
-"""llama_mcore.config: what is read, what is refused and in which words."""
+"""llama_mcore.config: what is read, and what is refused."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
+from typer.testing import CliRunner, Result
 
+from llama_mcore.cli import app
 from llama_mcore.config import RunConfig, check_run, dump_run, load_run
-from llama_mcore.errors import ConfigError, MissingInputError
+from llama_mcore.errors import ConfigError, MissingInputError, Problem
+from tests.support.errors import check_problem, is_shown
 
-ROOT = Path(__file__).parents[1]
 VALID = {
     "run": {"dir": "runs/test"},
     "model": {
@@ -35,18 +36,22 @@ def config(tmp_path: Path) -> str:
     return str(path)
 
 
-def refused(config: str, *overrides: str) -> str:
-    """The message with which `overrides` are refused when they are read."""
+def refused(config: str, *overrides: str) -> list[Problem]:
+    """The problems with which `overrides` are refused when they are read."""
     with pytest.raises(ConfigError) as error:
         load_run(config, overrides)
-    return str(error.value)
+    return error.value.problems
 
 
-def unfit(config: str, *overrides: str, world_size: int = 1) -> str:
-    """The message with which settings that are fine one by one are refused together."""
+def unfit(config: str, *overrides: str, world_size: int = 1) -> list[Problem]:
+    """The problems with which settings that are fine one by one are refused together."""
     with pytest.raises(ConfigError) as error:
         check_run(load_run(config, overrides), world_size)
-    return str(error.value)
+    return error.value.problems
+
+
+def fields(problems: list[Problem]) -> set[str]:
+    return {problem.field for problem in problems}
 
 
 def test_a_valid_file_passes_every_check(config: str) -> None:
@@ -66,64 +71,67 @@ def test_an_empty_override_means_null(config: str) -> None:
 
 @pytest.mark.parametrize("override", ["train.steps", "steps=3", "train.=3", "=3"])
 def test_an_override_of_another_form_is_refused(config: str, override: str) -> None:
-    assert "section.key=value" in refused(config, override)
+    problem = check_problem(refused(config, override), "override", override, remedy=False)
+    assert "section.key=value" in problem.bound
 
 
 @pytest.mark.parametrize(
-    ("override", "nearest"),
+    ("override", "field", "nearest"),
     [
-        ("train.micro_batchsize=4", "micro_batch_size"),
-        ("paralel.tp=2", "parallel"),
-        ("model.hiden_size=64", "hidden_size"),
-        ("model.presset=7b", "preset"),
-        ("zero.stages=2", "stage"),
+        ("train.micro_batchsize=4", "train.micro_batchsize", "micro_batch_size"),
+        ("paralel.tp=2", "paralel", "parallel"),
+        ("model.hiden_size=64", "model.hiden_size", "hidden_size"),
+        ("model.presset=7b", "model.presset", "preset"),
+        ("zero.stages=2", "zero.stages", "stage"),
     ],
 )
-def test_an_unknown_key_is_refused_with_the_nearest_name(config: str, override: str, nearest: str) -> None:
-    message = refused(config, override)
-    assert override.partition("=")[0].partition(".")[0] in message
-    assert f"did you mean {nearest}?" in message
+def test_an_unknown_key_is_refused_with_the_nearest_name(
+    config: str, override: str, field: str, nearest: str
+) -> None:
+    assert check_problem(refused(config, override), field).remedy.endswith(f" {nearest}?")
 
 
 def test_an_unknown_key_like_no_other_lists_the_known_ones(config: str) -> None:
-    assert "known: stage, config, reduce_dtype" in refused(config, "zero.qqqq=1")
+    remedy = check_problem(refused(config, "zero.qqqq=1"), "zero.qqqq", 1).remedy
+    assert all(key in remedy for key in ("stage", "config", "reduce_dtype"))
 
 
 def test_all_problems_come_in_one_message(config: str) -> None:
-    message = refused(config, "train.steps=0", "optim.lr=fast", "zero.stage=7", "model.layers=3")
-    assert "4 problems" in message
-    for field in ("train.steps", "optim.lr", "zero.stage", "model.layers"):
-        assert field in message
+    problems = refused(config, "train.steps=0", "optim.lr=fast", "zero.stage=7", "model.layers=3")
+    assert len(problems) == 4
+    assert fields(problems) == {"train.steps", "optim.lr", "zero.stage", "model.layers"}
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({**VALID, "run": {}}))
-    assert "run.dir = (not given): is required" in refused(str(path))
+    check_problem(refused(str(path)), "run.dir", "(not given)")
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "train: 3", "", "\x00"])
 def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    assert str(path) in refused(str(path))
+    check_problem(refused(str(path)), "--config", path, remedy=False)
 
 
 def test_a_file_of_other_bytes_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(b"\xff\xfe\x00\x81")
-    assert "is not YAML" in refused(str(path))
+    check_problem(refused(str(path)), "--config", path, remedy=False)
 
 
 def test_a_missing_file_names_the_shipped_ones() -> None:
-    with pytest.raises(MissingInputError, match=r"13b, 33b, 65b, 7b, tiny"):
+    with pytest.raises(MissingInputError) as error:
         load_run("no-such-config")
+    remedy = check_problem(error.value.problems, "--config", "no-such-config").remedy
+    assert all(name in remedy for name in ("tiny", "7b", "13b", "33b", "65b"))
 
 
 def test_yaml_tags_build_no_objects(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(f"run: !!python/object/apply:pathlib.Path.touch [{tmp_path / 'made'}]")
-    assert "is not YAML" in refused(str(path))
+    check_problem(refused(str(path)), "--config", path, remedy=False)
     assert not (tmp_path / "made").exists()
 
 
@@ -135,12 +143,12 @@ def test_a_preset_stands_for_its_fields_and_fields_beside_it_win(tmp_path: Path)
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest(config: str) -> None:
-    assert "did you mean 65b?" in refused(config, "model.preset=65")
+    assert "65b" in check_problem(refused(config, "model.preset=65"), "model.preset", 65).remedy
 
 
 def test_sections_are_frozen(config: str) -> None:
     run = load_run(config)
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(ValidationError):
         run.train.steps = 5  # type: ignore[misc]
 
 
@@ -175,8 +183,8 @@ def test_a_dumped_run_reads_back_equal(
 
 
 def test_hidden_size_must_divide_by_heads(config: str) -> None:
-    message = unfit(config, "model.hidden_size=66")
-    assert "model.hidden_size = 66: must be divisible by model.num_attention_heads = 4" in message
+    problem = check_problem(unfit(config, "model.hidden_size=66"), "model.hidden_size", 66)
+    assert "model.num_attention_heads = 4" in problem.bound
 
 
 def test_head_dim_frees_hidden_size_from_the_heads(config: str) -> None:
@@ -184,11 +192,12 @@ def test_head_dim_frees_hidden_size_from_the_heads(config: str) -> None:
 
 
 def test_query_groups_must_divide_heads(config: str) -> None:
-    assert "model.num_query_groups = 3" in unfit(config, "model.num_query_groups=3")
+    problems = unfit(config, "model.num_query_groups=3")
+    check_problem(problems, "model.num_query_groups", 3, remedy=False)
 
 
 def test_head_dim_must_be_even(config: str) -> None:
-    assert "model.head_dim = 15: must be even" in unfit(config, "model.head_dim=15")
+    check_problem(unfit(config, "model.head_dim=15"), "model.head_dim", 15)
 
 
 @pytest.mark.parametrize(
@@ -201,36 +210,38 @@ def test_head_dim_must_be_even(config: str) -> None:
     ],
 )
 def test_what_tensor_parallelism_splits_must_divide(config: str, field: str, overrides: list[str]) -> None:
-    message = unfit(config, "parallel.tp=4", *overrides, world_size=4)
-    assert f"{field} = " in message
-    assert "must be divisible by parallel.tp = 4; choose tp from 1, 2" in message
+    problem = check_problem(unfit(config, "parallel.tp=4", *overrides, world_size=4), field)
+    assert "parallel.tp = 4" in problem.bound
+    assert "1, 2" in problem.remedy
 
 
 def test_33b_cannot_be_split_by_eight() -> None:
-    assert "model.num_attention_heads = 52" in unfit("33b", "parallel.tp=8", world_size=8)
+    check_problem(unfit("33b", "parallel.tp=8", world_size=8), "model.num_attention_heads", 52)
 
 
 def test_the_sequence_must_divide_only_under_sequence_parallelism(config: str) -> None:
     overrides = ["parallel.tp=2", "model.seq_length=33"]
     check_run(load_run(config, overrides), 2)
-    assert "model.seq_length = 33" in unfit(
-        config, "parallel.sequence_parallel=true", *overrides, world_size=2
-    )
+    problems = unfit(config, "parallel.sequence_parallel=true", *overrides, world_size=2)
+    check_problem(problems, "model.seq_length", 33)
 
 
 def test_the_world_must_divide_by_tp(config: str) -> None:
-    message = unfit(config, "parallel.tp=2", world_size=3)
-    assert "world size = 3: must be divisible by parallel.tp = 2; start 2 or 4 ranks" in message
+    problem = check_problem(unfit(config, "parallel.tp=2", world_size=3), "world size", 3)
+    assert "parallel.tp = 2" in problem.bound
+    assert "2 or 4 ranks" in problem.remedy
 
 
 def test_a_negative_world_is_refused(config: str) -> None:
-    assert "world size = -2" in unfit(config, "parallel.tp=2", world_size=-2)
+    check_problem(unfit(config, "parallel.tp=2", world_size=-2), "world size", -2)
 
 
 def test_the_batch_must_divide_by_what_one_pass_takes(config: str) -> None:
-    message = unfit(config, "train.global_batch_size=9", world_size=2)
-    assert "train.micro_batch_size * dp = 2 * 2 = 4; nearest that fits: 8" in message
-    assert "start" not in message  # nothing divides 9 into batches of 2
+    problems = unfit(config, "train.global_batch_size=9", world_size=2)
+    problem = check_problem(problems, "train.global_batch_size", 9)
+    assert "2 * 2 = 4" in problem.bound
+    assert "8" in problem.remedy
+    assert "ranks" not in problem.remedy  # nothing divides 9 into batches of 2
 
 
 @pytest.mark.parametrize(
@@ -248,32 +259,31 @@ def test_the_nearest_worlds_that_fit_are_named(
 ) -> None:
     fits = [n for n in range(1, 100) if 24 % (2 * n) == 0]
     assert fits == [1, 2, 3, 4, 6, 12]
-    message = unfit(
-        config, "train.global_batch_size=24", "train.micro_batch_size=2", *overrides, world_size=world_size
-    )
-    assert f"start {worlds} ranks" in message
+    batches = ["train.global_batch_size=24", "train.micro_batch_size=2"]
+    (problem,) = unfit(config, *batches, *overrides, world_size=world_size)
+    assert f" {worlds} ranks" in problem.remedy
 
 
 def test_bf16_without_zero_is_refused_with_the_reason(config: str) -> None:
-    message = unfit(config, "zero.stage=0")
-    assert "gradient norm" in message
-    assert "zero.stage=1" in message
+    problem = check_problem(unfit(config, "zero.stage=0"), "zero.stage", 0)
+    assert "gradient norm" in problem.bound
+    assert "zero.stage=1" in problem.remedy
     check_run(load_run(config, ["zero.stage=0", "train.precision=fp32"]), 1)
 
 
 def test_warm_up_must_end_within_the_run(config: str) -> None:
-    assert "must not exceed train.steps = 10" in unfit(config, "optim.warmup_steps=11")
+    problems = unfit(config, "optim.warmup_steps=11")
+    assert "10" in check_problem(problems, "optim.warmup_steps", 11, remedy=False).bound
 
 
 def test_evaluation_needs_held_out_data(config: str) -> None:
-    assert "set data.valid" in unfit(config, "eval.interval=5")
+    assert "data.valid" in check_problem(unfit(config, "eval.interval=5"), "eval.interval", 5).remedy
     check_run(load_run(config, ["eval.interval=5", "data.valid=held_out"]), 1)
 
 
 def test_problems_of_several_sections_come_together(config: str) -> None:
-    message = unfit(config, "model.head_dim=15", "parallel.tp=3", "zero.stage=0", world_size=4)
-    for field in ("model.head_dim", "parallel.tp = 3", "world size", "zero.stage"):
-        assert field in message
+    problems = unfit(config, "model.head_dim=15", "parallel.tp=3", "zero.stage=0", world_size=4)
+    assert fields(problems) >= {"model.head_dim", "world size", "zero.stage", "model.vocab_size"}
 
 
 def test_batch_arithmetic(config: str) -> None:
@@ -283,42 +293,40 @@ def test_batch_arithmetic(config: str) -> None:
     assert run.tokens_per_step == 8 * 32
 
 
-def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/train.py", "--config", "tiny", "--dry-run", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+def dry_run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["train", "--config", "tiny", "--dry-run", *arguments])
 
 
 def test_a_wrong_setting_ends_the_command_with_64_and_no_traceback() -> None:
     result = dry_run("--world-size", "2", "train.setps=3", "optim.lr=-1")
-    assert result.returncode == 64
-    assert "train.setps" in result.stderr
-    assert "did you mean steps?" in result.stderr
-    assert "optim.lr" in result.stderr
+    assert result.exit_code == 64
+    assert is_shown(result.stderr, "train.setps", 3)
+    assert is_shown(result.stderr, "optim.lr", -1, remedy=False)
     assert "Traceback" not in result.stderr
 
 
 def test_debug_adds_the_traceback() -> None:
     result = dry_run("--debug", "train.setps=3")
-    assert result.returncode == 64
+    assert result.exit_code == 64
     assert "Traceback" in result.stderr
 
 
 def test_the_stock_layer_has_no_selective_recompute() -> None:
-    with pytest.raises(ConfigError, match=r"model.recompute = selective: .*model.recompute=none or full"):
-        check_run(load_run("tiny", ["model.layer=stock"]), 2)
+    problems = unfit("tiny", "model.layer=stock", world_size=2)
+    assert "recompute=none or full" in check_problem(problems, "model.recompute", "selective").remedy
     check_run(load_run("tiny", ["model.layer=stock", "model.recompute=none"]), 2)
 
 
 def test_the_stock_layer_stretches_rope_in_one_way() -> None:
     stock = ["model.layer=stock", "model.recompute=none"]
     check_run(load_run("tiny", [*stock, "model.rope_scaling.factor=4"]), 2)
-    with pytest.raises(ConfigError, match=r"model\.rope_scaling"):
-        check_run(load_run("tiny", [*stock, "model.rope_scaling.low_freq_factor=2"]), 2)
+    problems = unfit("tiny", *stock, "model.rope_scaling.low_freq_factor=2", world_size=2)
+    assert fields(problems) == {"model.rope_scaling"}
 
 
 def test_an_unknown_key_of_an_optional_section_gets_its_nearest_name() -> None:
-    with pytest.raises(ConfigError, match=r"did you mean low_freq_factor\?"):
-        load_run("tiny", ["model.rope_scaling.low_freq=2"])
+    problems = refused("tiny", "model.rope_scaling.low_freq=2")
+    assert "low_freq_factor" in check_problem(problems, "model.rope_scaling.low_freq", 2).remedy
 
 
 SOURCES = {
@@ -346,9 +354,9 @@ def test_sources_are_read_and_overridden_by_name(mixed: str) -> None:
 def test_one_source_or_several(config: str, mixed: str, tmp_path: Path) -> None:
     nothing = tmp_path / "nothing.yaml"
     nothing.write_text(yaml.safe_dump({**VALID, "data": {}}))
-    assert "data.train = (not given): is required" in unfit(str(nothing))
-    assert "stands for a single source" in unfit(config, "data.sources.prose.train=p")
-    assert "data.epochs = 4.0: belongs to data.train" in unfit(mixed, "data.epochs=4")
+    check_problem(unfit(str(nothing)), "data.train", "(not given)")
+    check_problem(unfit(config, "data.sources.prose.train=p"), "data.train", "train_document")
+    check_problem(unfit(mixed, "data.epochs=4"), "data.epochs", 4.0)
     # on the command line the one stands for the other
     run = load_run(mixed, ["data.train=single"])
     check_run(run, 1)
@@ -356,14 +364,12 @@ def test_one_source_or_several(config: str, mixed: str, tmp_path: Path) -> None:
 
 
 def test_sources_are_planned_in_one_way(mixed: str) -> None:
-    assert "all must give epochs, or all weight" in unfit(
-        mixed, "data.sources.prose.epochs=", "data.sources.prose.weight=1"
-    )
-    assert "all must give epochs, or all weight" in unfit(
-        mixed, "data.sources.prose.epochs=", "data.sources.code.epochs="
-    )
-    assert "exclude each other" in unfit(mixed, "data.sources.prose.weight=1")
-    assert "data.sources.a b" in refused(mixed, "data.sources.a b.train=x")
+    no_epochs = "data.sources.prose.epochs="
+    for other in ("data.sources.prose.weight=1", "data.sources.code.epochs="):
+        check_problem(unfit(mixed, no_epochs, other), "data.sources", remedy=False)
+    check_problem(unfit(mixed, "data.sources.prose.weight=1"), "data.sources.prose")
+    (problem,) = refused(mixed, "data.sources.a b.train=x")
+    assert problem.field.startswith("data.sources.a b")
 
 
 def test_a_mixture_is_a_file_of_sources(config: str, tmp_path: Path) -> None:
@@ -377,8 +383,9 @@ def test_a_mixture_is_a_file_of_sources(config: str, tmp_path: Path) -> None:
         2,
     )
     assert load_run(config, [f"data.mixture={path}"]).data.sources["code"].train == ["c1", "c2"]
-    with pytest.raises(MissingInputError, match=r"data\.mixture = nowhere: no such file.* mixture_llama1"):
+    with pytest.raises(MissingInputError) as error:
         load_run(config, ["data.mixture=nowhere"])
+    assert "mixture_llama1" in check_problem(error.value.problems, "data.mixture", "nowhere").remedy
 
 
 def test_a_resolved_mixture_reads_back(mixed: str, tmp_path: Path) -> None:
@@ -390,19 +397,16 @@ def test_a_resolved_mixture_reads_back(mixed: str, tmp_path: Path) -> None:
 
 
 def test_problems_of_overrides_presets_and_values_are_told_together() -> None:
-    wrong = ["nonsense", "model.preset=[1]", "parallel.tpp=2", "optim.lr=-1"]
-    with pytest.raises(ConfigError) as caught:
-        load_run("tiny", wrong)
-    fields = [problem.field for problem in caught.value.problems]
-    assert fields[:2] == ["override", "model.preset"]
-    assert {"parallel.tpp", "optim.lr"} <= set(fields)
-    assert len(fields) == 4
+    problems = refused("tiny", "nonsense", "model.preset=[1]", "parallel.tpp=2", "optim.lr=-1")
+    assert [problem.field for problem in problems[:2]] == ["override", "model.preset"]
+    assert fields(problems[2:]) == {"parallel.tpp", "optim.lr"}
+    assert len(problems) == 4
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_source_and_a_mixture_on_one_command_line_are_refused(order: int) -> None:
-    with pytest.raises(ConfigError, match=r"data\.train = mine: .*beside data\.mixture = m\.yaml; drop one"):
-        load_run("tiny", ["data.train=mine", "data.mixture=m.yaml"][::order])
+    problems = refused("tiny", *["data.train=mine", "data.mixture=m.yaml"][::order])
+    assert "m.yaml" in check_problem(problems, "data.train", "mine").bound
     assert load_run("tiny", ["data.train=mine", "data.mixture="][::order]).data.train == "mine"
 
 
@@ -411,12 +415,11 @@ def test_no_mixture_is_none(config: str) -> None:
 
 
 def test_a_missing_mixture_is_told_with_all_other_problems() -> None:
-    with pytest.raises(ConfigError) as caught:
-        load_run("7b", ["data.mixture=nowhere", "train.steps=0", "nonsense"])
-    assert [problem.field for problem in caught.value.problems] == ["override", "data.mixture", "train.steps"]
+    problems = refused("7b", "data.mixture=nowhere", "train.steps=0", "nonsense")
+    assert [problem.field for problem in problems] == ["override", "data.mixture", "train.steps"]
 
 
 @pytest.mark.parametrize("value", ["3", "[]", "[a, 3]"])
 def test_what_names_no_dataset_is_one_problem(value: str) -> None:
-    with pytest.raises(ConfigError, match=r"^[^\n]*data\.train = .*: must be a prefix of \.bin and \.idx"):
-        load_run("tiny", [f"data.train={value}"])
+    (problem,) = refused("tiny", f"data.train={value}")
+    assert problem.field == "data.train"

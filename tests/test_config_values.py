@@ -103,5 +103,6 @@ def test_derived_sizes_follow_numbers_that_were_written_as_text() -> None:
 def test_a_key_that_is_a_number_is_no_known_key(key: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(key)
-    with pytest.raises(ConfigError, match=r"3"):
+    with pytest.raises(ConfigError) as error:
         load_run(str(path))
+    assert "3" in str(error.value)

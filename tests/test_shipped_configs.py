@@ -1,15 +1,14 @@
 """Every configuration and DeepSpeed file that is shipped loads and says what the LLaMA paper says."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llama_mcore.config import CONFIG_DIR, check_run, load_run
 from llama_mcore.plan.summary import describe_run
+from tests.support.world import ROOT
 
-ROOT = Path(__file__).parents[1]
 WORLDS = {"tiny": [2, 4], "7b": [8, 128, 256], "13b": [16, 512], "33b": [128, 1024], "65b": [512, 2048]}
 
 # Table 2 of the paper: parameters, dimension, heads, layers, learning rate, tokens.

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.world import ROOT, TIMEOUT_S
+
 PACKAGE = ROOT / "llama_mcore"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((ROOT / "tools").glob("*.py"))
@@ -414,23 +415,25 @@ def test_a_good_source_passes(checker, module: str, source: str) -> None:
 def loaded_by(statement: str) -> set[str]:
     """Top-level names in sys.modules of a fresh interpreter that runs `statement`."""
     code = f"import sys\n{statement}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
-    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
     return set(result.stdout.splitlines()[-1].split())
 
 
+@pytest.mark.process
 def test_configuration_and_planning_load_no_torch() -> None:
     statement = "\n".join(f"import llama_mcore.{module}" for module in WITHOUT_TORCH)
     assert not loaded_by(statement) & {"torch", "deepspeed", "megatron", "numpy"}
 
 
+@pytest.mark.process
 def test_help_loads_nothing_heavy() -> None:
     loaded = loaded_by("from llama_mcore.cli import app\ntry: app(['--help'])\nexcept SystemExit: pass")
     assert "typer" in loaded
     assert not loaded & {"torch", "deepspeed", "megatron", "numpy", "pydantic", "yaml", "matplotlib"}
 
 
+@pytest.mark.process
 def test_torch_is_seen_when_it_is_loaded() -> None:
     assert "numpy" in loaded_by("import numpy")
 

@@ -2,6 +2,7 @@ import pytest
 
 from llama_mcore.errors import ConfigError
 from llama_mcore.units import format_bytes, format_count, parse_bytes, parse_count
+from tests.support.errors import refused
 
 
 @pytest.mark.parametrize(
@@ -13,7 +14,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "big", "-5GB", "0", "5XB", "1e9"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"--max-shard-size = .*is not a size"):
+    with refused(ConfigError, "--max-shard-size", text):
         parse_bytes("--max-shard-size", text)
 
 
@@ -37,13 +38,14 @@ def test_counts(text: str, count: float) -> None:
     "text", ["", "many", "-1T", "0", "nan", "inf", "1e400", "1e31", "1.4TB", "1_000", "1.", "9" * 500]
 )
 def test_what_is_no_count_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"--tokens = .*must be a number from 1 to 1e\+30"):
+    with refused(ConfigError, "--tokens", text) as error:
         parse_count("--tokens", text, 1, 1e30)
+    assert "1e+30" in error.value.problems[0].bound
 
 
 def test_a_part_of_a_thing_that_has_none_is_refused() -> None:
     assert parse_count("--gpus", "1.5k", 1, 1e6, whole=True) == 1500
-    with pytest.raises(ConfigError, match="must be a whole number"):
+    with refused(ConfigError, "--gpus", 1.5):
         parse_count("--gpus", "1.5", 1, 1e6, whole=True)
 
 

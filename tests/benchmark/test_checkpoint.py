@@ -24,6 +24,7 @@ from llama_mcore.benchmark.checkpoint import (
 from llama_mcore.benchmark.runner import describe
 from llama_mcore.errors import MissingInputError
 from llama_mcore.model.config import ModelConfig
+from tests.support.errors import refused
 
 SECONDS = {
     PLAIN: [0.7, 7.0, 0.6],
@@ -38,6 +39,7 @@ SECONDS = {
 }
 
 
+@pytest.mark.process
 def test_it_runs_and_leaves_nothing(tmp_path: Path) -> None:
     small = SHAPE | {"num_layers": 1, "hidden_size": 64, "ffn_hidden_size": 128, "vocab_size": 256}
     result = measure(rounds=2, folder=tmp_path, shape=small)
@@ -68,5 +70,5 @@ def test_a_busy_machine_is_said() -> None:
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(MissingInputError, match="--folder"):
+    with refused(MissingInputError, "--folder", tmp_path / "none"):
         measure(folder=tmp_path / "none")

@@ -19,6 +19,7 @@ SMALL = {
 }
 
 
+@pytest.mark.process
 def test_it_runs_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert, "SHAPE", SMALL)
     result = measure(layers=1, rounds=1, folder=tmp_path)

@@ -2,14 +2,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import run_worker
-
-WORKER = Path(__file__).with_name("jobs.py")
+from tests.conftest import Once
+from tests.support.world import call
 
 
 @pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(once: Once) -> Path:
     """What the jobs of jobs.py saved, one run folder each."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    run_worker(WORKER, folder, "sample")
-    return folder
+    from tests.checkpoint.jobs import SAMPLE, save_and_load  # which import DeepSpeed
+
+    return once("checkpoints", lambda folder: call(save_and_load, folder, SAMPLE))

@@ -1,46 +1,34 @@
-"""Worker: break the saves of two ranks in every way, then see what a run would resume from and save again.
-
-    python tests/checkpoint/crash_jobs.py FOLDER sample|all
-
-FOLDER gets one JSON file for each kind of fault, a list of `Case`s; one that holds a text says why the fault
-cannot be made here.
-"""
+"""Break the saves of two ranks in every way, then see what a run would resume from and save again."""
 
 import ctypes
 import errno
-import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from llama_mcore.observe.log import silence_libraries
+import torch.distributed as dist
 
-silence_libraries(cpu=True)
-
-import torch.distributed as dist  # noqa: E402
-
-from llama_mcore.checkpoint.layout import checkpoints_dir, rank_file, step_dir  # noqa: E402
-from llama_mcore.errors import OutputError  # noqa: E402
-from tests.checkpoint.crash_run import LAST, RANKS, SAVES, Rank, Save, Watch, joined, names_in, watched  # noqa: E402
-from tests.forked import exit_codes_of, run_ranks, write_output_to  # noqa: E402
+from llama_mcore.checkpoint.layout import checkpoints_dir, rank_file, step_dir
+from llama_mcore.errors import OutputError
+from tests.checkpoint.crash_run import LAST, RANKS, SAVES, Rank, Save, Watch, joined, names_in, watched
+from tests.support.world import exit_codes_of, run_ranks
 
 T = TypeVar("T")
 
 CLONE_NEWNS = 0x00020000  # sched.h
 PAGE = 4096
 CASES_A_LIFE = 200
+EVERYTHING: Mapping[str, int] = {}
 SAMPLE = {"kills": 12, "errors": 30, "strace": 5}
-
+"""How many of each kind of fault; of those that are not named all."""
 
 Break = Callable[[Rank], AbstractContextManager[Callable[[], bool]]]
 """Breaks something of a rank for as long as the context lasts, which gives whether it has come to that."""
@@ -64,33 +52,37 @@ class Case:
     """What that save left in the folder of the checkpoints."""
 
 
-def main() -> None:
-    folder, everything = Path(sys.argv[1]), sys.argv[2] == "all"
-    write_output_to(folder / "output.txt")
-    operations = undisturbed(folder)
-    retention(folder)
-    for name, job in (("kills", kills), ("errors", errors), ("full_disk", full_disk), ("strace", strace)):
-        random.seed(0)
-        count = None if everything else SAMPLE.get(name)
-        found = job(folder / name, operations, count)
-        result = found if isinstance(found, str) else [asdict(case) for case in found]
-        (folder / f"{name}.json").write_text(json.dumps(result))
+@dataclass
+class Tried:
+    cases: dict[str, list[Case] | str]
+    """Of each kind of fault; or why it cannot be made here."""
+    retention: tuple[int, list[str]]
+    """Version found, and names, where newer checkpoints are damaged."""
+
+
+def try_all(folder: Path, counts: Mapping[str, int]) -> Tried:
+    operations = run_ranks(RANKS, undisturbed, folder)
+    cases = {
+        job.__name__: job(made(folder / job.__name__), operations, counts.get(job.__name__))
+        for job in (kills, errors, strace, full_disk)
+    }
+    return Tried(cases, run_ranks(RANKS, retention, folder)[0])
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def some(cases: list[T], count: int | None) -> list[T]:
-    return cases if count is None else random.sample(cases, min(count, len(cases)))
+    return cases if count is None else random.Random(0).sample(cases, min(count, len(cases)))
 
 
-def undisturbed(folder: Path) -> list[list[str]]:
-    """The operations of each rank in `SAVES`, with the exchanges between the ranks."""
-
-    def job() -> None:
-        with joined() as groups, watched(Watch(), agreements=True) as watch:
-            save_all(Rank(folder / "undisturbed", groups), folder / "acknowledged")
-            (folder / f"operations-{groups.rank}.json").write_text(json.dumps(watch.operations))
-
-    run_ranks(RANKS, job)
-    return [json.loads((folder / f"operations-{rank}.json").read_text()) for rank in range(RANKS)]
+def undisturbed(folder: Path) -> list[str]:
+    """This rank's operations in `SAVES`, with the exchanges between the ranks."""
+    with joined() as groups, watched(Watch(), agreements=True) as watch:
+        save_all(Rank(folder / "undisturbed", groups), folder / "acknowledged")
+    return watch.operations
 
 
 def save_all(rank: Rank, acknowledged: Path, saves: list[Save] = SAVES) -> list[str]:
@@ -125,30 +117,32 @@ def go_on(case: Case, rank: Rank) -> None:
     case.names = names_in(rank.run_dir)
 
 
-def resume(case: Case, run_dir: Path) -> None:
+def resume(cases: list[Case], run_dirs: list[Path]) -> list[Case]:
     """Go on in two new processes."""
-    case.acknowledged = newest_noted(run_dir.with_suffix(".acknowledged"))
-    result = run_dir.with_suffix(".json")
 
-    def job() -> None:
+    def job() -> list[Case]:
         with joined() as groups:
-            go_on(case, Rank(run_dir, groups))
-            if groups.rank == 0:
-                result.write_text(json.dumps(asdict(case)))
+            for case, run_dir in zip(cases, run_dirs, strict=True):
+                rank = Rank(run_dir, groups)
+                go_on(case, rank)
+                clear(rank)
+        return cases
 
-    exit_codes_of(RANKS, job)
-    if result.exists():  # else the case shows that nothing was found
-        vars(case).update(json.loads(result.read_text()))
-    shutil.rmtree(run_dir, ignore_errors=True)
+    for case, run_dir in zip(cases, run_dirs, strict=True):
+        case.acknowledged = newest_noted(run_dir.with_suffix(".acknowledged"))
+    return run_ranks(RANKS, job)[0]
 
 
 def kills(folder: Path, operations: list[list[str]], count: int | None) -> list[Case]:
     """SIGKILL before every operation and exchange of either rank."""
-    folder.mkdir()
     points = [(rank, at) for rank in range(RANKS) for at in range(1, len(operations[rank]) + 1)]
-    return [
-        kill(folder / f"{rank}-{at}", rank, at, operations[rank][at - 1]) for rank, at in some(points, count)
+    chosen = some(points, count)
+    run_dirs = [folder / f"{rank}-{at}" for rank, at in chosen]
+    cases = [
+        kill(run_dir, rank, at, operations[rank][at - 1])
+        for run_dir, (rank, at) in zip(run_dirs, chosen, strict=True)
     ]
+    return resume(cases, run_dirs)
 
 
 def kill(run_dir: Path, victim: int, at: int, where: str) -> Case:
@@ -159,9 +153,7 @@ def kill(run_dir: Path, victim: int, at: int, where: str) -> Case:
                 save_all(Rank(run_dir, groups), run_dir.with_suffix(".acknowledged"))
 
     codes = exit_codes_of(RANKS, job)
-    case = Case("SIGKILL", victim, where, fired=codes[victim] == -signal.SIGKILL)
-    resume(case, run_dir)
-    return case
+    return Case("SIGKILL", victim, where, fired=codes[victim] == -signal.SIGKILL)
 
 
 def errors(folder: Path, operations: list[list[str]], count: int | None) -> list[Case]:
@@ -185,22 +177,19 @@ def errors(folder: Path, operations: list[list[str]], count: int | None) -> list
             todo.append((Case("short write", victim, f"write {at}"), partial(short_write, at)))
     broken = [(Case("RuntimeError", rank, "snapshot"), broken_snapshot) for rank in range(RANKS)]
     chosen = [*some(todo, count), *broken]
-    folder.mkdir()
     lives = [chosen[start : start + CASES_A_LIFE] for start in range(0, len(chosen), CASES_A_LIFE)]
     return [case for number, part in enumerate(lives) for case in fail_all(part, folder / str(number))]
 
 
 def fail_all(todo: list[tuple[Case, Break]], folder: Path) -> list[Case]:
-    def job() -> None:
+    def job() -> list[Case]:
         with joined() as groups:
             for number, (case, breaking) in enumerate(todo):
                 fail(case, breaking, Rank(folder / str(number), groups))
-            if groups.rank == 0:
-                (folder / "cases.json").write_text(json.dumps([asdict(case) for case, _ in todo]))
+        return [case for case, _ in todo]
 
     folder.mkdir()
-    run_ranks(RANKS, job)
-    return [Case(**case) for case in json.loads((folder / "cases.json").read_text())]
+    return run_ranks(RANKS, job)[0]
 
 
 def fail(case: Case, breaking: Break, rank: Rank) -> None:
@@ -280,59 +269,38 @@ class AtCreate(Watch):
             self._act()
 
 
-def retention(folder: Path) -> None:
+def retention(folder: Path) -> tuple[int, list[str]]:
     """Save where newer checkpoints are damaged, or belong to a future that was given up."""
-
-    def job() -> None:
-        with joined() as groups:
-            before, rank = (Rank(folder / "retention", groups, keep=keep) for keep in (4, 2))
-            for step in (1, 2, 7, 8):
-                before.save(step, step)
-            if groups.rank == 0:
-                for step in (7, 8):
-                    path = step_dir(rank.run_dir, step) / rank_file(0)
-                    path.write_bytes(path.read_bytes()[:-4] + b"lost")
-            dist.barrier()
-            rank.save(3, 3)
-            found = rank.newest()
-            if groups.rank == 0:
-                (folder / "retention.json").write_text(json.dumps([found, names_in(rank.run_dir)]))
-
-    run_ranks(RANKS, job)
+    with joined() as groups:
+        before, rank = (Rank(folder / "retention", groups, keep=keep) for keep in (4, 2))
+        for step in (1, 2, 7, 8):
+            before.save(step, step)
+        if groups.rank == 0:
+            for step in (7, 8):
+                path = step_dir(rank.run_dir, step) / rank_file(0)
+                path.write_bytes(path.read_bytes()[:-4] + b"lost")
+        dist.barrier()
+        rank.save(3, 3)
+        return rank.newest(), names_in(rank.run_dir)
 
 
 def full_disk(folder: Path, operations: list[list[str]], count: int | None) -> list[Case] | str:
-    """A real file system that fills up while a save is on its way, at every page of it."""
-    folder.mkdir()
-    process = multiprocessing.get_context("fork").Process(target=on_small_disk, args=(folder,))
-    process.start()
-    process.join()
-    found = json.loads((folder.parent / "full_disk_cases.json").read_text())
-    return found if isinstance(found, str) else [Case(**case) for case in found]
-
-
-def on_small_disk(folder: Path) -> None:
-    result = folder.parent / "full_disk_cases.json"
-    result.write_text(json.dumps("the job that mounts the disk failed"))
+    """A real file system that fills up while a save is on its way, at every page of it. Other processes do
+    not see it."""
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
-        reason = f"no mount namespace ({os.strerror(ctypes.get_errno())})"
-        result.write_text(json.dumps(reason))
-        return
+        return f"no mount namespace ({os.strerror(ctypes.get_errno())})"
     private = ["mount", "--make-rprivate", "/"]
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
     for command in (private, mount):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            result.write_text(json.dumps(f"no tmpfs ({done.stderr.strip()})"))
-            return
+            return f"no tmpfs ({done.stderr.strip()})"
 
-    def job() -> None:
+    def job() -> list[Case]:
         with joined() as groups:
-            cases = [fill_up(folder, pages, Rank(folder / str(pages), groups)) for pages in range(20)]
-            if groups.rank == 0:
-                result.write_text(json.dumps([asdict(case) for case in cases]))
+            return [fill_up(folder, pages, Rank(folder / str(pages), groups)) for pages in range(20)]
 
-    run_ranks(RANKS, job)
+    return run_ranks(RANKS, job)[0]
 
 
 def fill_up(disk: Path, pages: int, rank: Rank) -> Case:
@@ -362,14 +330,14 @@ def strace(folder: Path, operations: list[list[str]], count: int | None) -> list
     """Have the kernel fail system calls of the second save, or kill in them."""
     if shutil.which("strace") is None:
         return "strace is not installed"
-    folder.mkdir()
-    cases = []
+    cases, run_dirs = [], []
     for number, (victim, call, name, at, fault) in enumerate(some(list(injections()), count)):
         run_dir = folder / str(number)
         case = Case(fault, victim, f"{call} {name}, call {at}")
         inject(case, run_dir, call, checkpoints_dir(run_dir) / name, at)
         cases.append(case)
-    return cases
+        run_dirs.append(run_dir)
+    return resume(cases, run_dirs)
 
 
 def injections() -> Iterator[tuple[int, str, str, int, str]]:
@@ -414,7 +382,6 @@ def inject(case: Case, run_dir: Path, call: str, path: Path, at: int) -> None:
     case.fired = killed if case.fault == "signal=KILL" else "(INJECTED)" in log.read_text()
     texts = [run_dir.with_suffix(f".said{rank}") for rank in range(RANKS)]
     case.said = [text for path in texts if path.exists() and (text := path.read_text())]
-    resume(case, run_dir)
 
 
 @contextmanager
@@ -430,7 +397,3 @@ def traced(log: Path, call: str, path: Path, fault: str) -> Iterator[None]:
             raise RuntimeError(f"strace: {said}")
         yield
         process.terminate()
-
-
-if __name__ == "__main__":
-    main()

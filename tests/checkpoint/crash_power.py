@@ -1,49 +1,39 @@
-"""Worker: what a power cut can leave of the saves of two ranks, and what a run would resume from.
-
-    python tests/checkpoint/crash_power.py FOLDER sample|all
+"""What a power cut can leave of the saves of two ranks, and what a run would resume from.
 
 Every operation of real saves is recorded with its content. After each of them the power may fail: content
 that was not fsynced is there, torn, zero or absent; of the names whose folder was not fsynced, any may be
 missing. Every such state is made in a folder and read by what reads checkpoints. A kill cannot show this: it
-leaves what the system still has in memory. FOLDER/power.json gets the violations, then those that show
-without a single fsync, with a changed order and without a hash check, each of which must have some.
+leaves what the system still has in memory. What is found are the violations, then those that show without a
+single fsync, with a changed order and without a hash check, each of which must have some.
 """
 
-import inspect
 import json
 import logging
 import os
 import shutil
-import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from itertools import product
+from itertools import product, takewhile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from llama_mcore.observe.log import silence_libraries
-
-silence_libraries(cpu=True)
-
-from llama_mcore.checkpoint import manifest, reader, save  # noqa: E402
-from llama_mcore.checkpoint.layout import LATEST, checkpoints_dir, rank_file, step_dir  # noqa: E402
-from llama_mcore.errors import UserError  # noqa: E402
-from llama_mcore.observe.log import NAME  # noqa: E402
-from llama_mcore.observe.phases import Phases  # noqa: E402
-from llama_mcore.parallel.config import ParallelConfig  # noqa: E402
-from llama_mcore.parallel.groups import Groups, process_groups  # noqa: E402
-from llama_mcore.train.resume import Start, find_start  # noqa: E402
-from tests.checkpoint.crash_run import RANKS, SAVES, Rank, Save, joined, run_config, version_of, watched  # noqa: E402
-from tests.forked import run_ranks, write_output_to  # noqa: E402
+from llama_mcore.checkpoint.layout import LATEST, REPLACED, TEMPORARY, checkpoints_dir, rank_file, step_dir
+from llama_mcore.checkpoint.manifest import MANIFEST
+from llama_mcore.errors import UserError
+from llama_mcore.observe.log import NAME
+from llama_mcore.observe.phases import Phases
+from llama_mcore.parallel.config import ParallelConfig
+from llama_mcore.parallel.groups import Groups, process_groups
+from llama_mcore.train.resume import Start, find_start
+from tests.checkpoint.crash_run import RANKS, SAVES, Rank, Save, joined, run_config, version_of, watched
+from tests.checkpoint.damage import edit_manifest
+from tests.support.world import run_ranks
 
 RUN = Path("new/run")
 """Two folders that the first save makes."""
-SAVED = {"sample": SAVES[:2], "all": SAVES}
 NO_CHECKPOINT, REFUSED, MIXED = 0, -1, -2
 
 State = dict[str, bytes | None]
@@ -59,76 +49,88 @@ class Operation:
     path: str
     """Relative to the folder that is recorded; of `acknowledge` the version."""
     to: str = ""
-    content: str = ""
-    """Of a write, a character for a byte."""
+    content: bytes = b""
+    """Of a write."""
 
 
-def main() -> None:
-    folder, how_many = Path(sys.argv[1]), sys.argv[2]
-    write_output_to(folder / "power.txt")
-    logging.getLogger(NAME).addHandler(logging.NullHandler())
-    saves = SAVED[how_many]
+Log = list[Operation]
+
+
+@dataclass
+class Found:
+    states: int
+    """Of the disk, that were looked at."""
+    violations: list[str]
+    fsyncs: dict[str, list[str]]
+    """Violations without a single fsync."""
+    orders: dict[str, list[str]]
+    checks: dict[str, dict[str, int]]
+
+
+def cut_power(folder: Path, saves: list[Save]) -> Found:
     log = record(folder / "recorded", saves)
-    orders = {
-        name: record(folder / name, saves, mutation)
-        for name, (least, mutation) in ORDERS.items()
-        if len(saves) >= least
-    }
     record(folder / "sound", saves[:1])
+    logging.getLogger(NAME).addHandler(logging.NullHandler())  # else each state would print what is damaged
+    return look(folder, log, len(saves))
+
+
+def look(folder: Path, log: Log, saves: int) -> Found:
     with process_groups(ParallelConfig(), seed=0) as groups:
         checker = Checker(folder / "states", groups)
-        result = {
-            "states": 0,
-            "violations": checker.violations(log),
-            "fsyncs": {
+        found = Found(
+            states=0,
+            violations=checker.violations(log),
+            fsyncs={
                 f"{number}: {log[number].path}": checker.violations(log[:number] + log[number + 1 :], until=1)
                 for number in significant_fsyncs(log)
             },
-            "orders": {name: checker.violations(changed, until=1) for name, changed in orders.items()},
-            "checks": {name: unchecked(folder / "sound", name, checker) for name in CHECKS},
-        }
-        result["states"] = len(checker.known)
-    (folder / "power.json").write_text(json.dumps(result))
+            orders={
+                name: checker.violations(of_each_publication(log, change), until=1)
+                for name, (least, change) in ORDERS.items()
+                if saves >= least
+            },
+            checks={name: checked(folder / "sound", name, checker) for name in CHECKS},
+        )
+        found.states = len(checker.known)
+        return found
 
 
 # Recording
 
 
-def record(folder: Path, saves: list[Save], mutate: Callable[[], None] = lambda: None) -> list[Operation]:
+def record(folder: Path, saves: list[Save]) -> Log:
     """The operations of both ranks in the order of the clock, consecutive writes of a file as one."""
     folder.mkdir()
 
-    def job() -> None:
-        mutate()
+    def job() -> Log:
         with joined() as groups, recording(folder) as operations:
             rank = Rank(folder / RUN, groups)
             for step, version in saves:
                 rank.save(step, version)
                 operations.append(Operation(time.monotonic_ns(), "acknowledge", str(version)))
-            path = folder.with_name(f"{folder.name}-{groups.rank}.json")
-            path.write_text(json.dumps([vars(operation) for operation in operations]))
+        return together(operations)
 
-    run_ranks(RANKS, job)
-    logs = [json.loads(folder.with_name(f"{folder.name}-{rank}.json").read_text()) for rank in range(RANKS)]
-    merged = [Operation(**operation) for log in logs for operation in together(log)]
-    return sorted(merged, key=lambda operation: operation.at)
+    logs = run_ranks(RANKS, job)
+    return sorted((operation for log in logs for operation in log), key=lambda operation: operation.at)
 
 
-def together(log: list[dict]) -> Iterator[dict]:
-    for operation, following in zip(log, [*log[1:], {}], strict=True):
-        if operation["kind"] == following.get("kind") == "write" and operation["path"] == following["path"]:
-            following["content"] = operation["content"] + following["content"]
+def together(log: Log) -> Log:
+    found: Log = []
+    for operation in log:
+        if found and operation.kind == found[-1].kind == "write" and operation.path == found[-1].path:
+            found[-1] = replace(operation, content=found[-1].content + operation.content)
         else:
-            yield operation
+            found.append(operation)
+    return found
 
 
 @contextmanager
-def recording(folder: Path) -> Iterator[list[Operation]]:
+def recording(folder: Path) -> Iterator[Log]:
     """What this process does in `folder`: of what makes things durable the calls themselves are recorded."""
-    operations: list[Operation] = []
+    operations: Log = []
     write, fsync, rename = os.write, os.fsync, Path.rename
 
-    def note(kind: str, path: Path, to: str = "", content: str = "") -> None:
+    def note(kind: str, path: Path, to: str = "", content: bytes = b"") -> None:
         if path.is_relative_to(folder):
             relative = str(path.relative_to(folder))
             operations.append(Operation(time.monotonic_ns(), kind, relative, to, content))
@@ -138,7 +140,7 @@ def recording(folder: Path) -> Iterator[list[Operation]]:
 
     def noting_write(descriptor: int, content: memoryview) -> int:
         written = write(descriptor, content)
-        note("write", path_of(descriptor), content=bytes(content[:written]).decode("latin-1"))
+        note("write", path_of(descriptor), content=bytes(content[:written]))
         return written
 
     def noting_fsync(descriptor: int) -> None:
@@ -227,7 +229,7 @@ class Disk:
             case "mkdir":
                 self.make_folders(path)
             case "write":
-                self.at(operation.path).content += operation.content.encode("latin-1")
+                self.at(operation.path).content += operation.content
             case "fsync":
                 self.sync(self.at(operation.path))
             case "rename":
@@ -320,7 +322,7 @@ class Checker:
         self.known: dict[frozenset, int] = {}
         self._folder, self._groups = folder, groups
 
-    def violations(self, log: list[Operation], until: int = 1000) -> list[str]:
+    def violations(self, log: Log, until: int = 1000) -> list[str]:
         """Of a power cut after each operation of the log; at most `until`."""
         disk, acknowledged, found = Disk(), 0, []
         for number, operation in enumerate(log):
@@ -339,7 +341,7 @@ class Checker:
         return found
 
     def version_in(self, state: State) -> int:
-        key = frozenset((path, content and sha256(content).digest()) for path, content in state.items())
+        key = frozenset(state.items())
         if key not in self.known:
             shutil.rmtree(self._folder, ignore_errors=True)
             make(self._folder, state)
@@ -370,7 +372,7 @@ def hint_is_whole(state: State) -> bool:
     return hint is None or hint.decode() in {f"{step_dir(RUN, step).name}\n" for step, _ in SAVES}
 
 
-def significant_fsyncs(log: list[Operation]) -> list[int]:
+def significant_fsyncs(log: Log) -> list[int]:
     """Those that made something durable: at others all was so already."""
     disk, found = Disk(), []
     for number, operation in enumerate(log):
@@ -383,60 +385,71 @@ def significant_fsyncs(log: list[Operation]) -> list[int]:
     return found
 
 
-# The product with something taken from it
+# With something taken away
 
 
-def changed(owner: ModuleType | type, name: str, *changes: tuple[str, str]) -> None:
-    """Replace a function by itself with other lines."""
-    source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
-    for old, new in changes:
-        assert source.count(old) == 1, f"{name} has no {old!r}"
-        source = source.replace(old, new)
-    namespace: dict[str, Any] = {}
-    exec(source, vars(save), namespace)
-    setattr(owner, name, namespace[name])
+def of_each_publication(log: Log, change: Callable[[Log], Log]) -> Log:
+    """The log with what happens from the manifest to the acknowledgement of each save changed."""
+    found: Log = []
+    while starts := [number for number, each in enumerate(log) if is_of_manifest(each)]:
+        start = starts[0]
+        end = next(n for n, each in enumerate(log) if n > start and each.kind == "acknowledge")
+        found += [*log[:start], *change(log[start:end])]
+        log = log[end:]
+    return found + log
 
 
-WRITE_MANIFEST = "    write_file(temporary / MANIFEST, [manifest_bytes(manifest)])\n"
-WRITE_IT_LATE = "    write_file(final / MANIFEST, [manifest_bytes(manifest)])\n    sync_folder(final)\n"
-RENAME, SYNC_NAMES = "    rename(temporary, final)\n", "    sync_names(final)\n"
-PUBLISH = "        _publish(writing.final, manifest, self._lease)\n"
-TIDY = "        _tidy(writing.final, self._run.checkpoint.keep, anchor)\n"
-ORDERS: dict[str, tuple[int, Callable[[], None]]] = {
-    "manifest after the rename": (
-        1,
-        lambda: changed(save, "_publish", (WRITE_MANIFEST, ""), (RENAME, RENAME + WRITE_IT_LATE)),
-    ),
-    "names made durable before the rename": (
-        1,
-        lambda: changed(
-            save, "_publish", (RENAME + SYNC_NAMES, SYNC_NAMES.replace("final", "temporary") + RENAME)
-        ),
-    ),
-    "old ones removed before the rename": (
-        2,
-        lambda: changed(save.Saver, "_begin_to_publish", (PUBLISH, ""), (TIDY, TIDY + PUBLISH)),
-    ),
-    "the step's earlier checkpoint removed first": (
-        3,
-        lambda: changed(save, "_publish", ("rename(final, replaced)", "_remove(final)")),
-    ),
+def is_of_manifest(operation: Operation) -> bool:
+    return Path(operation.path).name == MANIFEST
+
+
+def publishing(log: Log) -> int:
+    """Number of the rename that gives a checkpoint its name."""
+    (number,) = (
+        number
+        for number, operation in enumerate(log)
+        if operation.kind == "rename" and operation.path == f"{operation.to}{TEMPORARY}"
+    )
+    return number
+
+
+def manifest_late(log: Log) -> Log:
+    final = log[publishing(log)].to
+    late = [replace(each, path=f"{final}/{MANIFEST}") for each in log if is_of_manifest(each)]
+    others = [each for each in log if not is_of_manifest(each)]
+    after = publishing(others) + 1
+    return [*others[:after], *late, Operation(0, "fsync", final), *others[after:]]
+
+
+def names_early(log: Log) -> Log:
+    number = publishing(log)
+    names = list(takewhile(lambda each: each.kind == "fsync", log[number + 1 :]))
+    return [*log[:number], *names, log[number], *log[number + 1 + len(names) :]]
+
+
+def removal_early(log: Log) -> Log:
+    hint = next(number for number, each in enumerate(log) if Path(each.path).name == f".{LATEST}.tmp")
+    return log[hint:] + log[:hint]
+
+
+def earlier_removed(log: Log) -> Log:
+    changed: Log = []
+    for each in log:
+        if each.to.endswith(REPLACED):
+            doomed = str(Path(each.to).with_suffix(f".removed{TEMPORARY}"))
+            changed += [replace(each, to=doomed), Operation(0, "remove", doomed)]
+        elif not each.path.endswith(REPLACED):
+            changed.append(each)
+    return changed
+
+
+ORDERS: dict[str, tuple[int, Callable[[Log], Log]]] = {
+    "manifest after the rename": (1, manifest_late),
+    "names made durable before the rename": (1, names_early),
+    "old ones removed before the rename": (2, removal_early),
+    "the step's earlier checkpoint removed first": (3, earlier_removed),
 }
 """How many saves show it, and how to make it."""
-
-
-@contextmanager
-def without_file_hashes() -> Iterator[None]:
-    kept, reader.damaged_files = reader.damaged_files, lambda folder, files, advance: []
-    yield
-    reader.damaged_files = kept
-
-
-@contextmanager
-def without_manifest_hash() -> Iterator[None]:
-    kept, manifest._checksum = manifest._checksum, lambda content: "0" * 64
-    yield
-    manifest._checksum = kept
 
 
 def lose_a_page(folder: Path) -> None:
@@ -444,28 +457,33 @@ def lose_a_page(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4096] + bytes(4096))
 
 
+def take_its_hash(folder: Path) -> None:
+    found = sha256((folder / rank_file(1)).read_bytes()).hexdigest()
+    edit_manifest(folder, lambda manifest: manifest["files"][1].update(sha256=found))
+
+
 def change_the_manifest(folder: Path) -> None:
-    content = json.loads((folder / manifest.MANIFEST).read_text())
-    content |= {"manifest_sha256": "0" * 64, "consumed_samples": 2}
-    (folder / manifest.MANIFEST).write_text(json.dumps(content))
+    content = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(content | {"consumed_samples": 2}))
+
+
+def seal(folder: Path) -> None:
+    edit_manifest(folder, lambda manifest: None)
 
 
 CHECKS = {
-    "hashes of the files": (lose_a_page, without_file_hashes),
-    "hash of the manifest": (change_the_manifest, without_manifest_hash),
+    "hashes of the files": (lose_a_page, take_its_hash),
+    "hash of the manifest": (change_the_manifest, seal),
 }
+"""What a disk does that has lost what it said it had, and what makes the hash fit that."""
 
 
-def unchecked(sound: Path, name: str, checker: Checker) -> dict[str, int]:
-    """What is found where a disk has lost what it said it had, with the check and without."""
-    damage, without = CHECKS[name]
+def checked(sound: Path, name: str, checker: Checker) -> dict[str, int]:
+    """What is found after the damage, and where the hash is that of what is there."""
+    damage, make_fit = CHECKS[name]
     folder = shutil.copytree(sound, sound.with_name(name))
-    damage(step_dir(folder / RUN, SAVES[0][0]))
-    found = {"checked": checker.version_at(folder / RUN)}
-    with without():
-        found["unchecked"] = checker.version_at(folder / RUN)
-    return found
-
-
-if __name__ == "__main__":
-    main()
+    checkpoint = step_dir(folder / RUN, SAVES[0][0])
+    damage(checkpoint)
+    found = {"damaged": checker.version_at(folder / RUN)}
+    make_fit(checkpoint)
+    return found | {"with its hash": checker.version_at(folder / RUN)}

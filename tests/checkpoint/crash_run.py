@@ -29,10 +29,18 @@ from llama_mcore.parallel.groups import Groups, model_parallel_groups
 from llama_mcore.train.agreement import together as all_together
 from llama_mcore.train.resume import Start, find_start
 from llama_mcore.train.state import TrainState
+from tests.support import models
 
 RANKS = 2
 RUN_ID = "a" * 32
-VERSIONS = range(1, 10)
+
+SHAPE = models.PLAIN | {
+    "num_layers": 1,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "ffn_hidden_size": 32,
+    "vocab_size": 32,
+}
 
 Save = tuple[int, int]
 """(step, version)."""
@@ -43,26 +51,13 @@ LAST: Save = (9, 9)
 
 
 def run_config(run_dir: Path, keep: int = 1) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "run": {"dir": str(run_dir)},
-            "model": {
-                "num_layers": 1,
-                "hidden_size": 16,
-                "num_attention_heads": 2,
-                "num_query_groups": 2,
-                "head_dim": 8,
-                "ffn_hidden_size": 32,
-                "vocab_size": 32,
-                "seq_length": 8,
-            },
-            "parallel": {"tp": RANKS},
-            "zero": {"stage": 0},
-            "data": {"train": "unused"},
-            "train": {"steps": 10, "micro_batch_size": 1, "global_batch_size": 1, "precision": "fp32"},
-            "optim": {"lr": 1e-3},
-            "checkpoint": {"keep": keep, "timeout_s": 60},
-        }
+    return models.run_config(
+        run_dir,
+        SHAPE,
+        parallel={"tp": RANKS},
+        zero={"stage": 0},
+        train={"micro_batch_size": 1, "global_batch_size": 1},
+        checkpoint={"keep": keep, "timeout_s": 600},
     )
 
 

@@ -1,10 +1,7 @@
-"""Worker: commands of the product on files that somebody made to break them, each in a process of its own.
+"""Files that somebody made to break what reads them, and the commands of the product that read them.
 
-    python tests/checkpoint/hostile.py FOLDER
-
-Case NAME lies in FOLDER/NAME/, what the command printed in FOLDER/NAME.txt; FOLDER/exit_codes.json has the
-exit codes of all. A process may take `MEMORY` beyond what it has when it begins, and `SECONDS` of a
-processor.
+Each command runs in a process of its own, which may take `MEMORY` beyond what it has when it begins, and
+`SECONDS` of a processor.
 """
 
 import gzip
@@ -13,29 +10,48 @@ import io
 import json
 import os
 import resource
-import sys
 import zipfile
 from collections.abc import Callable
-from functools import partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
+from llama_mcore.checkpoint.convert.formats import NAMES, get_format
 from tests.checkpoint.damage import FIRST_RANK, edit_manifest
 from tests.checkpoint.tiny import write_checkpoint
-from tests.conftest import write_tokens
-from tests.forked import exit_codes_of, write_output_to
+from tests.support.models import write_tokens
+from tests.support.product import run_command
+from tests.support.world import exit_codes_of, write_output_to
 
 MEMORY = 512 << 20
 SECONDS = 20
 CANARY = "canary"
-Words = list[str]
-
-ZIP = io.BytesIO()
-with zipfile.ZipFile(ZIP, "w", zipfile.ZIP_DEFLATED) as archive:
-    archive.writestr("../../escaped", bytes(64 << 20))
-BOMBS = {"zip-bomb": ZIP.getvalue(), "gzip-bomb": gzip.compress(bytes(64 << 20))}
 DEEP = 100_000
+
+Words = list[str]
+Content = bytes | Callable[[Path], bytes]
+"""Of a file; made in the folder of the case, where it is large or depends on that."""
+
+
+def made(content: Content, folder: Path) -> bytes:
+    return content if isinstance(content, bytes) else content(folder)
+
+
+@cache
+def zipped() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("../../escaped", bytes(64 << 20))
+    return file.getvalue()
+
+
+def zip_bomb(_: Path) -> bytes:
+    return zipped()
+
+
+def gzip_bomb(_: Path) -> bytes:
+    return gzip.compress(bytes(64 << 20))
 
 
 def payload(folder: Path) -> bytes:
@@ -50,10 +66,10 @@ def inspected(folder: Path) -> Words:
 # Rank files. The manifest has their size and hash: whoever made them knew how to seal it.
 
 
-def rank_file(content: bytes | Callable[[Path], bytes]) -> Callable[[Path], Words]:
+def rank_file(content: Content) -> Callable[[Path], Words]:
     def prepare(folder: Path) -> Words:
         checkpoint = write_checkpoint(folder)
-        written = content if isinstance(content, bytes) else content(folder)
+        written = made(content, folder)
         (checkpoint / FIRST_RANK).write_bytes(written)
         sealed = {"bytes": len(written), "sha256": hashlib.sha256(written).hexdigest()}
         edit_manifest(checkpoint, lambda manifest: manifest["files"][0].update(sealed))
@@ -83,15 +99,16 @@ def named(*names: str, **changes: object) -> bytes:
     return tensors({"__metadata__": METADATA, **{name: entry(**changes) for name in names}})
 
 
-def one_after_the_other(count: int) -> bytes:
-    places = {f"{KEY}{n}": entry(shape=[0], data_offsets=[0, 0]) for n in range(count)}
+def many_names(_: Path) -> bytes:
+    places = {f"{KEY}{n}": entry(shape=[0], data_offsets=[0, 0]) for n in range(100_000)}
     return tensors({"__metadata__": METADATA, **places}, body=0)
 
 
 RANK_FILES = {
     "empty-file": rank_file(b""),
     "pickle-as-tensors": rank_file(payload),
-    **{f"{name}-as-tensors": rank_file(content) for name, content in BOMBS.items()},
+    "zip-bomb-as-tensors": rank_file(zip_bomb),
+    "gzip-bomb-as-tensors": rank_file(gzip_bomb),
     "header-2^63": rank_file(tensors({}, length=1 << 63)),
     "header-2^64": rank_file(tensors({}, length=(1 << 64) - 1)),
     "header-beyond-the-file": rank_file(tensors({KEY: entry()}, length=1000)),
@@ -119,7 +136,7 @@ RANK_FILES = {
     "name-leads-out": rank_file(named("weight/../../escaped/0")),
     "name-with-control-characters": rank_file(named("weight/\x00\x1b[2J\r\n/0")),
     "name-of-a-megabyte": rank_file(named("w" * (1 << 20))),
-    "names-100000": rank_file(one_after_the_other(100_000)),
+    "names-100000": rank_file(many_names),
     "metadata-of-a-megabyte": rank_file(tensors({"__metadata__": {"run_id": "\x1b" * (1 << 20)}}, body=0)),
     "metadata-not-text": rank_file(tensors({"__metadata__": {"rank": 0}}, body=0)),
 }
@@ -136,13 +153,16 @@ def sealed(edit: Callable[[dict], object]) -> Callable[[Path], Words]:
     return prepare
 
 
-def unsealed(content: bytes | Callable[[Path], bytes]) -> Callable[[Path], Words]:
+def unsealed(content: Content) -> Callable[[Path], Words]:
     def prepare(folder: Path) -> Words:
-        written = content if isinstance(content, bytes) else content(folder)
-        (write_checkpoint(folder) / "manifest.json").write_bytes(written)
+        (write_checkpoint(folder) / "manifest.json").write_bytes(made(content, folder))
         return inspected(folder)
 
     return prepare
+
+
+def of_lists(_: Path) -> bytes:
+    return b"[" + b"[]," * 10_000_000 + b"[]]"
 
 
 def said_twice(folder: Path) -> bytes:
@@ -204,8 +224,8 @@ MANIFESTS = {
     "manifest-duplicate-key": unsealed(said_twice),
     "manifest-nan": unsealed(b'{"format": "llama_mcore/1", "lr": NaN}'),
     "manifest-infinite": unsealed(b'{"format": "llama_mcore/1", "lr": 1e999}'),
-    "manifest-of-lists": unsealed(b"[" + b"[]," * 10_000_000 + b"[]]"),
-    "manifest-zip": unsealed(BOMBS["zip-bomb"]),
+    "manifest-of-lists": unsealed(of_lists),
+    "manifest-zip": unsealed(zip_bomb),
     "manifest-of-a-terabyte": endless,
     "format-steers-the-terminal": unsealed(json.dumps({"format": "\x1b[2J\r" * 1000}).encode()),
     **{f"file-name-{name}": file_name(value) for name, value in FILE_NAMES.items()},
@@ -285,7 +305,7 @@ YAML = {
 
 def hugging_face(
     edit: Callable[[dict], object] = lambda config: None,
-    files: dict[str, bytes | Callable[[Path], bytes]] | None = None,
+    files: dict[str, Content] | None = None,
 ) -> Callable[[Path], Words]:
     """Of the tiny model. `edit` changes its config.json; `files` are added, or replace its own."""
 
@@ -304,8 +324,7 @@ def hugging_face(
         edit(settings)
         (folder / "hf/config.json").write_text(json.dumps(settings))
         for name, content in (files or {}).items():
-            written = content if isinstance(content, bytes) else content(folder)
-            (folder / "hf" / name).write_bytes(written)
+            (folder / "hf" / name).write_bytes(made(content, folder))
         return ["generate", "--checkpoint", str(folder / "hf"), "--prompt", "x"]
 
     return prepare
@@ -353,7 +372,7 @@ def other_dtype(folder: Path) -> Words:
 HUGGING_FACE = {
     "hf-only-pickles": only_pickles,
     "hf-pickle-as-tensors": hugging_face(files={"model.safetensors": payload}),
-    "hf-zip-bomb": hugging_face(files={"model.safetensors": BOMBS["zip-bomb"]}),
+    "hf-zip-bomb": hugging_face(files={"model.safetensors": zip_bomb}),
     "hf-pipe": pipe,
     **{f"hf-index-{name}": index(value) for name, value in FILE_NAMES.items()},
     "hf-index-number": index(7),
@@ -409,31 +428,26 @@ SOUND = {
 CASES = RANK_FILES | MANIFESTS | YAML | HUGGING_FACE | SOUND
 
 
-def main() -> None:
+def try_all(root: Path) -> dict[str, int]:
+    """Exit codes. Case NAME lies in ROOT/NAME/, what the command printed in ROOT/NAME.txt."""
+    # once, before the processes are forked
     import llama_mcore.checkpoint.inspect
-    import llama_mcore.generate
-    import llama_mcore.train.ds_config  # noqa: F401  all three once, before the processes are forked
+    import llama_mcore.generate  # noqa: F401
 
-    root = Path(sys.argv[1])
+    for name in NAMES:
+        get_format(name, "--from")
     found = {}
     for name, prepare in CASES.items():
         (root / name).mkdir()
         words = prepare(root / name)
-        (found[name],) = exit_codes_of(1, partial(run, root / f"{name}.txt", words), 4 * SECONDS)
-    (root / "exit_codes.json").write_text(json.dumps(found))
+        (found[name],) = exit_codes_of(1, run, root / f"{name}.txt", words)
+    return found
 
 
 def run(output: Path, words: Words) -> None:
-    from llama_mcore import cli
-
     write_output_to(output)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    sys.argv = ["llama-mcore", *words]
-    cli.main()
-
-
-if __name__ == "__main__":
-    main()
+    run_command(words)

@@ -1,6 +1,4 @@
-"""Worker: save on many layouts, and load each of these checkpoints on many others.
-
-    python tests/checkpoint/jobs.py FOLDER sample|every
+"""Save on many layouts, and load each of these checkpoints on many others.
 
 A job that saves trains three steps and saves to FOLDER/NAME; one that loads does so and saves again to
 FOLDER/SAVED--LOADED. Both then take two steps more, and write their losses and gradient norms to NAME.json.
@@ -8,7 +6,6 @@ FOLDER/SAVED--LOADED. Both then take two steps more, and write their losses and 
 
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,10 +26,10 @@ from llama_mcore.parallel.groups import Groups, model_parallel_groups
 from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of
 from llama_mcore.train.state import TrainState
 from llama_mcore.train.step import train_step
-from tests.forked import run_ranks
+from tests.support.models import UNEVEN, run_config
+from tests.support.world import run_ranks
 
-SHARD_ALL = str(Path(__file__).parents[1] / "train/zero3_shard_all.json")
-SEQUENCES, SEQ_LENGTH, VOCAB = 4, 8, 92
+SEQUENCES, SEQ_LENGTH, VOCAB = 4, UNEVEN["seq_length"], UNEVEN["vocab_size"]
 STEPS = 3
 RANKS_TIMEOUT_S = 3600
 """Sixteen ranks share two cores, and load 36 checkpoints each."""
@@ -52,31 +49,12 @@ class Job:
 
     def run_config(self, folder: Path, name: str | None = None) -> RunConfig:
         """A run under FOLDER/NAME; without `name`, that of the job."""
-        return RunConfig.model_validate(
-            {
-                "run": {"dir": str(folder / (name or self.name))},
-                # Odd sizes where tensor parallelism lets them be, so that ZeRO has to pad
-                "model": {
-                    "num_layers": 2,
-                    "hidden_size": 25,
-                    "num_attention_heads": 8,
-                    "num_query_groups": 4,
-                    "head_dim": 6,
-                    "ffn_hidden_size": 36,
-                    "vocab_size": VOCAB,
-                    "seq_length": SEQ_LENGTH,
-                },
-                "parallel": {"tp": self.tp, "sequence_parallel": True},
-                "zero": {"stage": self.stage, "config": SHARD_ALL if self.stage == 3 else None},
-                "data": {"train": "unused"},
-                "train": {
-                    "steps": 10,
-                    "micro_batch_size": SEQUENCES // self.dp,
-                    "global_batch_size": SEQUENCES,
-                    "precision": self.precision,
-                },
-                "optim": {"lr": 1e-2, "warmup_steps": 0},
-            }
+        return run_config(
+            folder / (name or self.name),
+            UNEVEN,
+            parallel={"tp": self.tp, "sequence_parallel": True},
+            zero={"stage": self.stage},
+            train={"micro_batch_size": SEQUENCES // self.dp, "precision": self.precision},
         )
 
 
@@ -119,9 +97,7 @@ EVERY_JOB = list(itertools.starmap(layout, itertools.product((1, 2, 4), (1, 2, 4
 EVERY = list(itertools.starmap(Pair, itertools.product(EVERY_JOB, repeat=2)))
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    pairs = {"sample": SAMPLE, "every": EVERY}[sys.argv[2]]
+def save_and_load(folder: Path, pairs: list[Pair]) -> None:
     on_each({pair.saved for pair in pairs}, partial(save, folder))
     on_each({pair.loaded for pair in pairs}, partial(load, folder, pairs))
     on_each([A], partial(refuse, folder))
@@ -131,7 +107,7 @@ def on_each(jobs: Iterable[Job], work: Callable[[Job, Groups], None]) -> None:
     """Call `work` for each job on as many ranks as it has, forked for it: groups of a job before would leave
     hundreds of threads."""
     for job in sorted(jobs, key=lambda job: (job.world_size, job.name)):
-        run_ranks(job.world_size, partial(on_rank, job, work), timeout=RANKS_TIMEOUT_S)
+        run_ranks(job.world_size, on_rank, job, work, timeout_s=RANKS_TIMEOUT_S)
 
 
 def on_rank(job: Job, work: Callable[[Job, Groups], None]) -> None:
@@ -209,7 +185,3 @@ def batches(step: int, dp: int, dp_rank: int) -> Iterator[MicroBatch]:
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(VOCAB, (SEQUENCES, SEQ_LENGTH + 1), generator=generator).chunk(dp)[dp_rank]
     yield MicroBatch(tokens[:, :-1], tokens[:, 1:])
-
-
-if __name__ == "__main__":
-    main()

@@ -1,30 +1,24 @@
-"""Worker: two ranks that save while they train, on a disk that waits, fails or hangs.
+"""Two ranks that save while they train, on a disk that waits, fails or hangs."""
 
-    python tests/checkpoint/saver_jobs.py FOLDER WORDS_OF_THE_TRAIN_COMMAND...
-
-Each scenario writes what it saw to FOLDER/SCENARIO-RANK.json. The runs of the product, whose ends matter,
-leave what they printed in FOLDER/RUN.txt, and their exit codes in FOLDER/RUN.json.
-"""
-
-import json
-import multiprocessing
 import os
 import shutil
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from llama_mcore import cli
 from llama_mcore.checkpoint import disk, save
 from llama_mcore.checkpoint.layout import checkpoints_dir
+from llama_mcore.checkpoint.lease import FOLDER, held_lease
 from llama_mcore.checkpoint.save import Saver, save_checkpoint
 from llama_mcore.config import RunConfig
 from llama_mcore.errors import OutputError
@@ -32,13 +26,15 @@ from llama_mcore.parallel.groups import Groups, model_parallel_groups
 from llama_mcore.train.engine import DeepSpeedEngine
 from llama_mcore.train.state import TrainState
 from tests.checkpoint.jobs import SEQUENCES, layout, new_engine, take_steps
-from tests.forked import exit_codes_of, run_ranks, write_output_to
+from tests.support.product import run_command
+
+T = TypeVar("T")
 
 JOB = layout(tp=1, dp=2, stage=1)
 SLOW_S = 0.5
-TIMEOUT_S = 4
-"""checkpoint.timeout_s of a run whose disk hangs; its sound save takes a fraction of that."""
-RUN_TIMEOUT_S = 120
+POLLS = 10
+TIMEOUT_S = 20
+"""checkpoint.timeout_s of a run whose disk hangs; its sound save takes a small fraction of that."""
 FIRST, SECOND, LAST = "step-00000003", "step-00000006", "step-00000008"
 STEPS = 8
 
@@ -55,8 +51,23 @@ class Disk:
             self.opened.wait()
         self.log.append(f"{operation} {path.parent.name}/{path.name}")
 
-    def open_after(self, seconds: float) -> None:
-        threading.Timer(seconds, self.opened.set).start()
+    def open_when(self, condition: Callable[[], bool]) -> None:
+        """`SLOW_S` after that."""
+
+        def wait() -> None:
+            while not condition():
+                time.sleep(0.01)
+            time.sleep(SLOW_S)
+            self.opened.set()
+
+        threading.Thread(target=wait).start()
+
+
+def begin_waits() -> bool:
+    """Whether the main thread is in `Saver.begin`, and there waits for another thread."""
+    stack = sys._current_frames()[threading.main_thread().ident or 0]
+    codes = [frame.f_code for frame, _ in traceback.walk_stack(stack)]
+    return codes[0].co_filename == threading.__file__ and Saver.begin.__code__ in codes
 
 
 @contextmanager
@@ -114,16 +125,31 @@ def moment(rank: Rank) -> dict:
 
 
 def poll_alone(rank: Rank) -> dict:
-    """Publish by polling, as a run does that trains on."""
+    """Publish by polling, as a run does that trains on. The disk waits until `POLLS` polls are over."""
     rank.train(1)
-    waiting, saved, polls = Disk(), None, 0
+    waiting, saved, polls, in_calls_s = Disk(), None, 0, 0.0
+
+    def timed(call: Callable[[], T]) -> T:
+        nonlocal in_calls_s
+        started = time.perf_counter()
+        result = call()
+        in_calls_s += time.perf_counter() - started
+        return result
+
     with observed_by(waiting):
-        rank.saver.begin(rank.state, lr=0.0)
-        waiting.open_after(SLOW_S)
+        timed(lambda: rank.saver.begin(rank.state, lr=0.0))
         while saved is None:
             time.sleep(0.01)
-            saved, polls = rank.saver.poll(), polls + 1
-    return {"polls": polls, "stalled_s": saved.stalled_s, "seconds": saved.seconds, "log": waiting.log}
+            saved, polls = timed(rank.saver.poll), polls + 1
+            if polls == POLLS:
+                waiting.opened.set()
+    return {
+        "polls": polls,
+        "in_calls_s": in_calls_s,
+        "stalled_s": saved.stalled_s,
+        "seconds": saved.seconds,
+        "log": waiting.log,
+    }
 
 
 def back_pressure(rank: Rank) -> dict:
@@ -132,7 +158,7 @@ def back_pressure(rank: Rank) -> dict:
     with observed_by(waiting):
         first = rank.saver.begin(rank.state, lr=0.0)
         rank.train(1)
-        waiting.open_after(SLOW_S)
+        waiting.open_when(begin_waits)
         before = rank.saver.begin(rank.state, lr=0.0)
         last = rank.saver.finish()
     steps = [saved and saved.state.step for saved in (first, before, last)]
@@ -180,6 +206,24 @@ def dies(rank: Rank) -> dict:
     return {"said": said, "left": names(rank)}
 
 
+def taken_over(rank: Rank) -> dict:
+    """Between two saves another job, which thinks this one dead, takes the run."""
+    rank.train(1)
+    said = []
+    with held_lease(rank.folder) if rank.groups.rank == 0 else nullcontext() as lease:
+        saver = Saver(rank.engine, rank.run, rank.groups, lease)
+        for step in (1, 2):
+            if lease and step == 2:
+                (rank.folder / FOLDER / f"{lease.number + 1:08d}.json").touch()
+            said.append(refusal(lambda step=step: save_with(saver, step)))
+    return {"said": said, "left": names(rank)}
+
+
+def save_with(saver: Saver, step: int) -> None:
+    saver.begin(TrainState(step, step, run_id="r"), lr=0.0)
+    saver.finish()
+
+
 def save_checkpoint_at(rank: Rank, step: int) -> None:
     save_checkpoint(rank.engine, rank.run, TrainState(step, step, run_id="r"), rank.groups)
 
@@ -197,18 +241,20 @@ def names(rank: Rank) -> list[str]:
     return sorted(path.name for path in checkpoints_dir(rank.folder).iterdir() if path.is_dir())
 
 
-SCENARIOS = [moment, poll_alone, back_pressure, no_room, occupied, dies]
+SCENARIOS = [moment, poll_alone, back_pressure, no_room, occupied, dies, taken_over]
 
 
-def work(folder: Path) -> None:
+def play(folder: Path) -> dict[str, dict]:
+    """What this rank saw in each scenario."""
     dist.init_process_group("gloo")
+    seen = {}
     for scenario in SCENARIOS:
         with model_parallel_groups(JOB.run_config(folder).parallel, 0, torch.device("cpu")) as groups:
             name = scenario.__name__
-            seen = scenario(rank_of(folder / name, groups))
-            (folder / f"{name}-{groups.rank}.json").write_text(json.dumps(seen))
+            seen[name] = scenario(rank_of(folder / name, groups))
     dist.barrier()
     dist.destroy_process_group()
+    return seen
 
 
 @dataclass(frozen=True)
@@ -253,31 +299,6 @@ def hang() -> None:
     threading.Event().wait()
 
 
-def train(folder: Path, overrides: list[str], run: Run) -> None:
-    def rank_main() -> None:
-        write_output_to(folder / f"{run.name}.txt")
-        disk.observer = run.observer(int(os.environ["RANK"]))
-        limit = [f"checkpoint.timeout_s={TIMEOUT_S}"] if run.fault == "hang" else []
-        sys.argv = ["llama-mcore", "train", *overrides, f"run.dir={folder / run.name}", *limit]
-        cli.main()
-
-    codes = exit_codes_of(2, rank_main, timeout=RUN_TIMEOUT_S)
-    (folder / f"{run.name}.json").write_text(json.dumps(codes))
-
-
-def main() -> None:
-    import llama_mcore.train.loop  # noqa: F401  once, before the ranks are forked
-
-    folder, overrides = Path(sys.argv[1]), sys.argv[2:]
-    run_ranks(2, partial(work, folder))
-    # together: they wait more than they compute
-    fork = multiprocessing.get_context("fork")
-    running = [fork.Process(target=train, args=(folder, overrides, run)) for run in RUNS]
-    for process in running:
-        process.start()
-    for process in running:
-        process.join()
-
-
-if __name__ == "__main__":
-    main()
+def train(run: Run, words: list[str]) -> None:
+    disk.observer = run.observer(int(os.environ["RANK"]))
+    run_command(words)

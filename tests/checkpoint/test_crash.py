@@ -4,57 +4,44 @@ what was acknowledged is never lost; the next save works and cleans up.
 `make test` tries a sample of the operations, `make test-crash` all of them.
 """
 
-import json
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.crash_jobs import Case
+from tests.checkpoint.crash_jobs import EVERYTHING, SAMPLE, Case, Tried, try_all
 from tests.checkpoint.crash_run import LAST
-from tests.forked import run_worker
+from tests.support.world import call
 
-WORKER = Path(__file__).with_name("crash_jobs.py")
+pytestmark = pytest.mark.process
 KINDS = ["kills", "errors", "full_disk", "strace"]
-
-
-@dataclass(frozen=True)
-class Tried:
-    folder: Path
-
-    def cases(self, kind: str) -> list[Case]:
-        found = json.loads((self.folder / f"{kind}.json").read_text())
-        if isinstance(found, str):
-            pytest.skip(found)
-        return [Case(**case) for case in found]
-
-
-def tried(factory: pytest.TempPathFactory, how_many: str) -> Tried:
-    folder = factory.mktemp("crash")
-    run_worker(WORKER, folder, how_many, timeout=3600)
-    return Tried(folder)
 
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Tried:
-    return tried(tmp_path_factory, "sample")
+    return call(try_all, tmp_path_factory.mktemp("crash"), SAMPLE)
 
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Tried:
-    return tried(tmp_path_factory, "all")
+    return call(try_all, tmp_path_factory.mktemp("crash"), EVERYTHING, timeout_s=3600)
+
+
+def cases_of(tried: Tried, kind: str) -> list[Case]:
+    found = tried.cases[kind]
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fault_loses_nothing(sample: Tried, kind: str) -> None:
-    check(sample.cases(kind))
+    check(cases_of(sample, kind))
 
 
 @pytest.mark.crash
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_fault_loses_anything(everything: Tried, kind: str) -> None:
-    cases = everything.cases(kind)
+    cases = cases_of(everything, kind)
     check(cases)
     print(f"\n{'fault':20} {'rank':>4} {'tried':>6} {'survived':>8}")
     for (fault, rank), count in sorted(Counter((case.fault, case.rank) for case in cases).items()):
@@ -62,7 +49,7 @@ def test_no_fault_loses_anything(everything: Tried, kind: str) -> None:
 
 
 def test_ranks_agree_on_what_failed(sample: Tried) -> None:
-    failed = [case for case in sample.cases("errors") if case.said]
+    failed = [case for case in cases_of(sample, "errors") if case.said]
     assert failed
     for case in failed:
         assert len(case.said) == 2, case
@@ -72,13 +59,13 @@ def test_ranks_agree_on_what_failed(sample: Tried) -> None:
 
 def test_the_disk_fills_up_in_every_part_of_a_save(sample: Tried) -> None:
     """Some saves fail, and some go through; else the disk was never full at the right time."""
-    cases = sample.cases("full_disk")
+    cases = cases_of(sample, "full_disk")
     assert {bool(case.said) for case in cases} == {True, False}
     assert all("No space left on device" in message for case in cases for message in case.said)
 
 
 def test_the_newest_sound_checkpoints_stay_where_newer_ones_are_damaged(sample: Tried) -> None:
-    found, names = json.loads((sample.folder / "retention.json").read_text())
+    found, names = sample.retention
     assert found == 3
     kept = [f"step-{step:08d}" for step in (2, 3, 7, 8)]
     assert names == ["latest", *kept]

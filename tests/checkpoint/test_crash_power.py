@@ -5,58 +5,48 @@ there; and no fsync, no order and no hash can go without that being seen.
 again.
 """
 
-import json
-from pathlib import Path
-from typing import Any
-
 import pytest
 
-from tests.checkpoint.crash_power import CHECKS, MIXED, ORDERS, REFUSED
-from tests.forked import run_worker
+from tests.checkpoint.crash_power import CHECKS, MIXED, ORDERS, REFUSED, Found, cut_power
+from tests.checkpoint.crash_run import SAVES
+from tests.support.world import call
 
-WORKER = Path(__file__).with_name("crash_power.py")
-
-
-def power_cut(factory: pytest.TempPathFactory, how_many: str) -> dict[str, Any]:
-    folder = factory.mktemp("power")
-    run_worker(WORKER, folder, how_many, timeout=1800)
-    return json.loads((folder / "power.json").read_text())
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return power_cut(tmp_path_factory, "sample")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return call(cut_power, tmp_path_factory.mktemp("power"), SAVES[:2])
 
 
-def test_a_power_cut_loses_nothing(sample: dict[str, Any]) -> None:
-    assert sample["states"] > 100
-    assert not sample["violations"], "\n".join(sample["violations"])
+def test_a_power_cut_loses_nothing(sample: Found) -> None:
+    assert sample.states > 100
+    assert not sample.violations, "\n".join(sample.violations)
 
 
-def test_no_fsync_can_go(sample: dict[str, Any]) -> None:
+def test_no_fsync_can_go(sample: Found) -> None:
     """In each save of two files, the manifest, the folder, its name and the hint; above it in the first."""
-    assert len(sample["fsyncs"]) == 2 * 6 + 3
-    assert [name for name, violations in sample["fsyncs"].items() if not violations] == []
+    assert len(sample.fsyncs) == 2 * 6 + 3
+    assert [name for name, violations in sample.fsyncs.items() if not violations] == []
 
 
-def test_no_order_can_change(sample: dict[str, Any]) -> None:
-    assert len(sample["orders"]) == len(ORDERS) - 1
-    assert [name for name, violations in sample["orders"].items() if not violations] == []
+def test_no_order_can_change(sample: Found) -> None:
+    assert len(sample.orders) == len(ORDERS) - 1
+    assert [name for name, violations in sample.orders.items() if not violations] == []
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_no_hash_can_go(sample: dict[str, Any], name: str) -> None:
-    assert sample["checks"][name] == {"checked": REFUSED, "unchecked": MIXED}
+def test_no_hash_can_go(sample: Found, name: str) -> None:
+    """It alone refuses what is damaged: with a hash that fits, that is read."""
+    assert sample.checks[name] == {"damaged": REFUSED, "with its hash": MIXED}
 
 
 @pytest.mark.crash
 def test_no_power_cut_loses_anything(tmp_path_factory: pytest.TempPathFactory) -> None:
-    found = power_cut(tmp_path_factory, "all")
-    assert not found["violations"], "\n".join(found["violations"])
-    taken = found["fsyncs"] | found["orders"]
-    assert len(found["orders"]) == len(ORDERS)
+    found = call(cut_power, tmp_path_factory.mktemp("power"), SAVES, timeout_s=1800)
+    assert not found.violations, "\n".join(found.violations)
+    taken = found.fsyncs | found.orders
+    assert len(found.orders) == len(ORDERS)
     assert [name for name, violations in taken.items() if not violations] == []
-    print(f"\npower cuts: {found['states']} states of the disk tried and survived")
-    print(
-        f"one of {len(found['fsyncs'])} fsyncs left out, one of {len(found['orders'])} orders changed: seen"
-    )
+    print(f"\npower cuts: {found.states} states of the disk tried and survived")
+    print(f"one of {len(found.fsyncs)} fsyncs left out, one of {len(found.orders)} orders changed: seen")

@@ -11,6 +11,8 @@ from llama_mcore.checkpoint.layout import KINDS, find_checkpoint
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.model.sharding import cut_of, unshard
 
+pytestmark = [pytest.mark.process, pytest.mark.xdist_group("saved")]
+
 PAGE = Path(__file__).parents[2] / "docs/checkpoint.md"
 
 

@@ -3,34 +3,35 @@
 Where the reader refuses for a reason of its own, and not of the file's, test_damage.py names the reason.
 """
 
-import json
+import pickle
 from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.hostile import CANARY, CASES, SOUND, YAML
-from tests.forked import run_worker
+from tests.checkpoint.hostile import CANARY, CASES, SOUND, YAML, payload, try_all
+from tests.support.world import call
 
-WORKER = Path(__file__).with_name("hostile.py")
+pytestmark = pytest.mark.process
+
 TITLES = ("configuration error: ", "checkpoint error: ", "missing input: ")
 LONGEST_MESSAGE = 4000
 
 
 @pytest.fixture(scope="module")
-def tried(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hostile")
-    run_worker(WORKER, folder)
-    return folder
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hostile")
 
 
 @pytest.fixture(scope="module")
-def exit_codes(tried: Path) -> dict[str, int]:
-    return json.loads((tried / "exit_codes.json").read_text())
+def exit_codes(folder: Path) -> dict[str, int]:
+    return call(try_all, folder)
 
 
-@pytest.mark.parametrize("name", CASES.keys() - SOUND.keys())
-def test_a_hostile_file_is_refused_in_one_message(tried: Path, exit_codes: dict[str, int], name: str) -> None:
-    said = (tried / f"{name}.txt").read_bytes().decode("ascii")
+@pytest.mark.parametrize("name", [name for name in CASES if name not in SOUND])
+def test_a_hostile_file_is_refused_in_one_message(
+    folder: Path, exit_codes: dict[str, int], name: str
+) -> None:
+    said = (folder / f"{name}.txt").read_bytes().decode("ascii")
     assert exit_codes[name] in ((64,) if name in YAML else (65, 66)), said[-3000:]
     assert sum(line.startswith(TITLES) for line in said.splitlines()) == 1, said
     assert "Traceback" not in said
@@ -40,21 +41,18 @@ def test_a_hostile_file_is_refused_in_one_message(tried: Path, exit_codes: dict[
 
 @pytest.mark.parametrize("name", SOUND)
 def test_under_the_same_limits_what_is_sound_is_read(
-    tried: Path, exit_codes: dict[str, int], name: str
+    folder: Path, exit_codes: dict[str, int], name: str
 ) -> None:
-    assert exit_codes[name] == 0, (tried / f"{name}.txt").read_text()
+    assert exit_codes[name] == 0, (folder / f"{name}.txt").read_text()
 
 
-def test_nothing_was_executed_or_written_elsewhere(tried: Path) -> None:
-    assert list(tried.rglob(CANARY)) == []
-    assert list(tried.rglob("escaped")) == []
+@pytest.mark.usefixtures("exit_codes")
+def test_nothing_was_executed_or_written_elsewhere(folder: Path) -> None:
+    assert list(folder.rglob(CANARY)) == []
+    assert list(folder.rglob("escaped")) == []
 
 
 def test_the_canary_would_sing(tmp_path: Path) -> None:
     """The payload works, so that its silence says something."""
-    import pickle
-
-    from tests.checkpoint.hostile import payload
-
     pickle.loads(payload(tmp_path))
     assert (tmp_path / CANARY).exists()

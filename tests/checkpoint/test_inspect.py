@@ -19,7 +19,9 @@ from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.cli import app
 from tests.checkpoint.damage import FIRST_RANK, edit_manifest, edit_tensors
 from tests.checkpoint.tiny import MODEL, tensors_of, write_checkpoint
-from tests.distributed import ROOT, on_cpu
+from tests.support.errors import is_shown
+from tests.support.product import launched_environment
+from tests.support.world import ROOT, TIMEOUT_S
 
 SECOND_RANK = "rank-00001.safetensors"
 NORM = "decoder.final_layernorm.weight"
@@ -87,8 +89,9 @@ def test_a_run_lists_all_its_checkpoints_with_their_state(run_dir: Path) -> None
         ("step-00000010.tmp", "?", "?", "unfinished"),
     ]
     assert code == 65
-    assert f"step-00000006/{SECOND_RANK}" in err
-    assert f"step-00000008/{MANIFEST}" in err
+    of_step = {step: checkpoints_dir(run_dir) / f"step-{step:08d}" for step in (6, 8)}
+    assert is_shown(err, "file", of_step[6] / SECOND_RANK, remedy=False)
+    assert is_shown(err, "manifest", of_step[8] / MANIFEST, remedy=False)
     assert "step-00000010" not in err
 
 
@@ -102,8 +105,8 @@ def test_verify_finds_what_only_the_bytes_show_and_names_all_of_it(run_dir: Path
     code, out, err = run(run_dir, "--verify")
     assert code == 65
     assert out.count("DAMAGED") == 2
-    assert err.count("is damaged: SHA-256") == 3
-    assert all(str(path) in err for path in spoiled)
+    assert err.count("file = ") == 3
+    assert all(is_shown(err, "file", path, remedy=False) for path in spoiled)
 
 
 def test_damage_of_every_kind_is_in_one_list(checkpoint: Path) -> None:
@@ -113,9 +116,8 @@ def test_damage_of_every_kind_is_in_one_list(checkpoint: Path) -> None:
         spoil(wide / f"rank-0000{rank}.safetensors")
     code, _, err = run(wide, "--verify")
     assert code == 65
-    assert "4 problems" in err
-    for says in ("No such file", "is damaged: SHA-256", "has 9 bytes where", "is not a regular file"):
-        assert says in err
+    for rank in range(4):
+        assert is_shown(err, "file", wide / f"rank-0000{rank}.safetensors", remedy=False)
 
 
 def make_pipe(path: Path) -> None:
@@ -129,7 +131,7 @@ def test_verify_looks_at_what_the_tensors_are_too(checkpoint: Path) -> None:
     code, out, err = run(checkpoint)
     assert code == 65
     assert "DAMAGED" in out
-    assert f"exp_avg of {NORM} = 0" in err
+    assert is_shown(err, f"exp_avg of {NORM}", 0, remedy=False)
 
 
 def test_an_unfinished_checkpoint_is_no_damage_and_is_not_read(run_dir: Path, checkpoint: Path) -> None:
@@ -189,9 +191,12 @@ def test_progress_names_rate_and_time_left(checkpoint: Path, monkeypatch: pytest
     assert all(line.startswith("verify: ") and "MB/s" in line and "s left" in line for line in lines)
 
 
+@pytest.mark.process
 def test_the_script_in_tools_is_the_command(checkpoint: Path) -> None:
     command = [sys.executable, "tools/inspect_checkpoint.py", str(checkpoint), "--verify"]
-    done = subprocess.run(command, cwd=ROOT, env=on_cpu(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=ROOT, env=launched_environment(), capture_output=True, text=True, timeout=TIMEOUT_S
+    )
     assert done.returncode == 0
     assert "complete, every byte read" in done.stdout
 

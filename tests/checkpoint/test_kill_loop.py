@@ -4,9 +4,10 @@
 """
 
 import hashlib
-import json
 import os
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,24 +15,21 @@ import pytest
 from llama_mcore.checkpoint.audit import audit_run
 from llama_mcore.checkpoint.layout import KINDS, complete_checkpoints
 from llama_mcore.checkpoint.reader import CheckpointReader
-from tests.checkpoint.crash_loop import MOST_STEPS, RANKS, Fault
-from tests.conftest import Small
-from tests.forked import run_worker
-from tests.train.product import metrics
+from tests.checkpoint.crash_loop import MOST_STEPS, RANKS, Fault, Forked, Launched, Life, run_to_the_end
+from tests.support.models import Small
+from tests.support.product import metrics
 
-WORKER = Path(__file__).with_name("crash_loop.py")
+pytestmark = pytest.mark.process
 FEW = 3
 MANY = int(os.environ.get("KILLS", "25"))
 MEASURED = {"tokens_per_s", "step_time_s", "memory_bytes"}
 """What depends on the clock and the process."""
 
 
-def overrides(small: Small, kills: int) -> list[str]:
-    """A run of which enough is left after every kill: beside its new steps a life may take some before the
+def settings(kills: int) -> list[str]:
+    """Of a run of which enough is left after every kill: beside its new steps a life may take some before the
     signal comes."""
-    _, *settings = small.overrides(Path("unused"))
     return [
-        *settings,
         "parallel.tp=1",
         "zero.stage=1",
         "train.precision=fp32",
@@ -44,19 +42,17 @@ def overrides(small: Small, kills: int) -> list[str]:
     ]
 
 
-def killed(small: Small, folder: Path, kills: int, how: str) -> list[Fault]:
-    settings = folder / "overrides.json"
-    settings.write_text(json.dumps(overrides(small, kills)))
-    run_worker(WORKER, folder, kills, how, settings, timeout=60 + 60 * kills)
-    return [Fault(**fault) for fault in json.loads((folder / "faults.json").read_text())]
+def killed(small: Small, run_dir: Path, kills: int, begin: Callable[[list[str]], Life]) -> list[Fault]:
+    words = [*small.overrides(run_dir), *settings(kills)]
+    return run_to_the_end(partial(begin, words), run_dir, kills)
 
 
-def check(folder: Path) -> None:
-    before, last = complete_checkpoints(folder / "whole")
+def check(run_dir: Path, undisturbed: Path) -> None:
+    before, last = complete_checkpoints(undisturbed)
     assert digest(before) != digest(last)  # or what follows would show nothing
-    assert digest(complete_checkpoints(folder / "killed")[-1]) == digest(last)
-    assert lines(folder / "killed") == lines(folder / "whole")
-    audit_run(folder / "killed")
+    assert digest(complete_checkpoints(run_dir)[-1]) == digest(last)
+    assert lines(run_dir) == lines(undisturbed)
+    audit_run(run_dir)
 
 
 def digest(checkpoint: Path) -> str:
@@ -73,15 +69,21 @@ def lines(run_dir: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in MEASURED} for line in metrics(run_dir)]
 
 
-def test_a_run_that_is_killed_ends_as_one_that_is_not(small: Small, tmp_path: Path) -> None:
-    assert len(killed(small, tmp_path, FEW, "forked")) == FEW
-    check(tmp_path)
+def test_a_run_that_is_killed_ends_as_one_that_is_not(
+    small: Small, tmp_path: Path, uninterrupted: Callable[..., Path]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert killed(small, run_dir, FEW, Forked)
+    check(run_dir, uninterrupted(settings(FEW)))
 
 
 @pytest.mark.crash
-def test_however_often_a_run_is_killed_it_ends_as_one_that_is_not(small: Small, tmp_path: Path) -> None:
-    faults = killed(small, tmp_path, MANY, "torchrun")
-    check(tmp_path)
+def test_however_often_a_run_is_killed_it_ends_as_one_that_is_not(
+    small: Small, tmp_path: Path, uninterrupted: Callable[..., Path]
+) -> None:
+    run_dir = tmp_path / "run"
+    faults = killed(small, run_dir, MANY, Launched)
+    check(run_dir, uninterrupted(settings(MANY)))
     print(f"\n{'signal':20} {'to':>10} {'tried':>6} {'survived':>8}")
     for (name, target), count in sorted(Counter((fault.name, fault.target) for fault in faults).items()):
         print(f"{name:20} {target:>10} {count:6} {count:8}")

@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 
 from llama_mcore.checkpoint import disk
-from llama_mcore.checkpoint.run_folder import foreign, is_same_run, outlook, state_of
+from llama_mcore.checkpoint.run_folder import CONFIG_FILE, foreign, is_same_run, outlook, state_of
 from llama_mcore.config import RunConfig, dump_run, load_run
 from llama_mcore.errors import OutputError
-from llama_mcore.train.job import _prepare_run_dir
+from tests.support.errors import is_shown, refused
+from tests.support.models import Small
+from tests.support.product import run_command, train
+from tests.support.world import exit_codes_of, write_output_to
 
 LEFTOVERS = [
     ".preflight",
@@ -53,7 +56,7 @@ def test_what_a_folder_is_in_a_few_words(tmp_path: Path) -> None:
 
 def test_a_file_is_no_folder(run: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="is not a folder"):
+    with refused(OutputError, "run.dir", tmp_path / "file"):
         outlook(run.changed(run={"dir": str(tmp_path / "file")}))
 
 
@@ -71,16 +74,27 @@ def test_a_whole_configuration_tells_runs_apart(run: RunConfig) -> None:
     assert not is_same_run(Path(run.run.dir), run.changed(run={"seed": 7}))
 
 
-def test_a_start_that_is_killed_leaves_the_configuration_whole(
-    run: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(operation: str, path: Path) -> None:
-        raise OSError(28, "No space left on device")
+@pytest.mark.process
+def test_a_start_that_is_killed_leaves_the_configuration_whole(small: Small, tmp_path: Path) -> None:
+    """As does one on a disk that fails when the new one is all but written."""
+    run_dir, output = tmp_path / "run", tmp_path / "output.txt"
+    words = [*small.overrides(run_dir), "parallel.tp=1", "train.steps=5", "eval.interval=0"]
+    done = train(words)
+    assert done.exit_code == 0, done.output
+    before = (run_dir / CONFIG_FILE).read_text()
+    codes = exit_codes_of(1, start_on_failing_disk, [*words, "optim.lr=0.5"], output)
+    said = output.read_text()
+    assert codes == [73], said
+    assert is_shown(said, "run.dir", run_dir)
+    assert (run_dir / CONFIG_FILE).read_text() == before
+    assert foreign(run_dir) == []
 
-    _prepare_run_dir(run)
-    before = (Path(run.run.dir) / "config.yaml").read_text()
-    monkeypatch.setattr(disk, "observer", lambda *what: fail(*what) if what[0] == "fsync" else None)
-    with pytest.raises(OutputError, match=r"run\.dir.*No space left"):
-        _prepare_run_dir(run.changed(run={"seed": 7}))
-    assert (Path(run.run.dir) / "config.yaml").read_text() == before
-    assert foreign(Path(run.run.dir)) == []
+
+def start_on_failing_disk(words: list[str], output: Path) -> None:
+    def fail(operation: str, path: Path) -> None:
+        if operation == "fsync" and CONFIG_FILE in path.name:
+            raise OSError(28, "No space left on device")
+
+    write_output_to(output)
+    disk.observer = fail
+    run_command(["train", "--config", "tiny", *words])

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from llama_mcore.checkpoint.layout import KINDS, checkpoints_dir, find_checkpoint
 from llama_mcore.checkpoint.reader import CheckpointReader
-from tests.checkpoint.conftest import WORKER
 from tests.checkpoint.jobs import (
     EVERY,
     OTHER_LAYOUT,
@@ -21,9 +20,12 @@ from tests.checkpoint.jobs import (
     STEPS,
     Job,
     Pair,
+    save_and_load,
 )
-from tests.forked import run_worker
-from tests.train.product import tensor_bytes
+from tests.support.product import tensor_bytes
+from tests.support.world import call
+
+pytestmark = [pytest.mark.process, pytest.mark.xdist_group("saved")]
 
 # The bound of tests/train/test_layouts.py; bf16 keeps 8 bits, and layouts round in other places.
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
@@ -129,7 +131,7 @@ def test_every_rank_learns_that_one_cannot_write(saved: Path) -> None:
 @pytest.fixture(scope="module")
 def saved_everywhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("everywhere")
-    run_worker(WORKER, folder, "every", timeout=4 * 3600)
+    call(save_and_load, folder, EVERY, timeout_s=4 * 3600)
     return folder
 
 

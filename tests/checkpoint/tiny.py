@@ -6,26 +6,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_mcore.checkpoint.layout import KINDS, fragment_key, rank_file, step_dir
+from llama_mcore.checkpoint.layout import KINDS, fragment_key, parse_fragment_key, rank_file, step_dir
 from llama_mcore.checkpoint.manifest import MANIFEST, Layout, Manifest, RankFile, manifest_bytes
 from llama_mcore.checkpoint.tensor_file import write_tensors
 from llama_mcore.data.ledger import Segment, SourcePlan
-from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.shapes import parameter_shapes
 from llama_mcore.model.sharding import cut_of, shard
+from tests.support.models import KILOBYTES, model_config
 
 Tensors = dict[tuple[str, str], Tensor]
 """(kind, parameter) -> its full fp32 tensor."""
-MODEL = ModelConfig(
-    num_layers=1,
-    hidden_size=2,
-    num_attention_heads=2,
-    head_dim=2,
-    ffn_hidden_size=2,
-    vocab_size=2,
-    seq_length=8,
-    tie_embeddings=True,
-)
+MODEL = model_config(KILOBYTES)
 RUN_ID = "5f0e"
 LR = 3e-05
 SAMPLES_PER_STEP = 4
@@ -38,21 +29,24 @@ def write_checkpoint(
     step: int = 4,
     *,
     tp: int = 2,
+    dp: int = 1,
     seed: int = 0,
     run_id: str = RUN_ID,
     cut: Callable[[Tensors, int, int], dict[str, Tensor]] | None = None,
 ) -> Path:
-    """A checkpoint of `tp` ranks under its name in the folder of a run.
+    """A checkpoint of `tp` * `dp` ranks under its name in the folder of a run.
 
-    `seed` decides its tensors, `cut` what each rank writes.
+    `seed` decides its tensors, `cut` what each tensor-parallel rank writes.
     """
     folder = step_dir(run_dir, step)
     folder.mkdir(parents=True)
     full, files = tensors_of(seed), []
-    for rank in range(tp):
+    for rank in range(tp * dp):
+        dp_rank, tp_rank = divmod(rank, tp)
+        fragments = part_of((cut or shards_of)(full, tp_rank, tp), dp_rank, dp)
         metadata = {"run_id": run_id, "step": str(step), "rank": str(rank)}
-        size, sha256 = write_tensors(folder / rank_file(rank), (cut or shards_of)(full, rank, tp), metadata)
-        files.append(RankFile(name=rank_file(rank), tp_rank=rank, bytes=size, sha256=sha256))
+        size, sha256 = write_tensors(folder / rank_file(rank), fragments, metadata)
+        files.append(RankFile(name=rank_file(rank), tp_rank=tp_rank, bytes=size, sha256=sha256))
     samples = step * SAMPLES_PER_STEP
     manifest = Manifest(
         run_id=run_id,
@@ -62,7 +56,7 @@ def write_checkpoint(
         segments=(SEGMENT,),
         windows_read=SEGMENT.used(samples),
         config={"model": MODEL.model_dump(mode="json"), "optim": {"lr": LR}},
-        layout=Layout(tp=tp, dp=1, zero_stage=1),
+        layout=Layout(tp=tp, dp=dp, zero_stage=1),
         files=tuple(files),
     )
     (folder / MANIFEST).write_bytes(manifest_bytes(manifest))
@@ -85,3 +79,14 @@ def shards_of(full: Tensors, rank: int, tp: int) -> dict[str, Tensor]:
         for (kind, name), tensor in full.items()
         if rank == 0 or cut_of(name)
     }
+
+
+def part_of(shards: dict[str, Tensor], dp_rank: int, dp: int) -> dict[str, Tensor]:
+    """What ZeRO leaves to one of the ranks that hold the same shards."""
+    if dp == 1:
+        return shards
+    parts = {}
+    for key, flat in shards.items():
+        kind, name, _ = parse_fragment_key(key)
+        parts[fragment_key(kind, name, dp_rank * len(flat) // dp)] = flat.chunk(dp)[dp_rank].contiguous()
+    return parts

@@ -10,6 +10,7 @@ import pytest
 
 from llama_mcore.data.disk_array import DiskArray
 from llama_mcore.errors import DataError, MissingInputError
+from tests.support.errors import refused
 
 NUMBERS = np.arange(100, 200, dtype=np.uint16)
 
@@ -61,7 +62,7 @@ def test_a_file_cut_short_while_open_is_an_error_not_a_crash(path: Path, array: 
     os.truncate(path, 2 + 2 * 50)
     assert array[49] == 149
     for key in (slice(45, 55), slice(60, 61)):
-        with pytest.raises(DataError, match=r"numbers: ends before byte .* it was cut short"):
+        with refused(DataError, "dataset", path):
             array[key]
 
 
@@ -73,7 +74,7 @@ def test_a_file_replaced_while_open_is_read_on_as_it_was(path: Path, array: Disk
 
 
 def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
-    with pytest.raises(MissingInputError, match="no such file or folder"):
+    with refused(MissingInputError, "dataset", tmp_path / "absent", remedy=False):
         DiskArray(tmp_path / "absent", np.uint8, 1)
 
 

@@ -13,6 +13,7 @@ from llama_mcore.data import index as index_module
 from llama_mcore.data.index import HEADER, Index, write_index
 from llama_mcore.errors import DataError
 from tests.data.test_indexed import DOCUMENTS, write
+from tests.support.errors import refused
 
 MAGIC = b"MMIDIDX\x00\x00"
 
@@ -71,40 +72,43 @@ def test_a_changed_byte_is_refused_or_changes_no_token(
     assert sum(lengths.sum() for lengths in index.document_lengths()) == 8
 
 
-@pytest.mark.parametrize(
-    ("offset", "data", "bound"),
-    [
-        (0, b"X", "is not the index of a megatron-core dataset"),
-        (9, struct.pack("<Q", 2), "has version 2 and dtype code 8"),
-        (17, b"\x04", "wrong pointer"),
-        (17, b"\x06", "dtype code 6, which are not known"),
-        (18, struct.pack("<Q", 1 << 62), r"has 102 bytes where its header asks for 55,\d+"),
-        (26, struct.pack("<Q", 1 << 62), r"has 102 bytes where its header asks for 36,\d+"),
-        (34, struct.pack("<i", 2), "wrong pointer at or after sequence 0"),
-        (34, struct.pack("<i", -3), "negative length"),
-        (34 + 8, struct.pack("<i", 5), "has 16 bytes where the .idx asks for at least 18"),
-        (34 + 8, struct.pack("<i", 3), "has 16 bytes where the .idx asks for 14"),
-        (34 + 12 + 8, struct.pack("<q", 10), "wrong pointer"),
-        (70, struct.pack("<q", 1), "must list documents in order from sequence 0 to 3"),
-        (70 + 24, struct.pack("<q", 2), "must list documents in order from sequence 0 to 3"),
-        (70 + 8, struct.pack("<qq", 2, 1), "must list documents in order from sequence 0 to 3"),
-        (70 + 8, struct.pack("<q", 1 << 62), "must list documents in order from sequence 0 to 3"),
-        (70 + 8, struct.pack("<q", -1), "must list documents in order from sequence 0 to 3"),
-        (34, struct.pack("<iii", 9, -5, 4) + struct.pack("<qqq", 0, 18, 8), "has a negative length"),
-    ],
-)
-def test_damage_is_named(prefix: Path, offset: int, data: bytes, bound: str) -> None:
+# Where which bytes are put, the file that is named, and what of them a reader has to be told.
+DAMAGE = [
+    (0, b"X", ".idx", ""),
+    (9, struct.pack("<Q", 2), ".idx", "version 2"),
+    (17, b"\x04", ".idx", "sequence 0"),
+    (17, b"\x06", ".idx", "dtype code 6"),
+    (18, struct.pack("<Q", 1 << 62), ".idx", "102 bytes"),
+    (26, struct.pack("<Q", 1 << 62), ".idx", "102 bytes"),
+    (34, struct.pack("<i", 2), ".idx", "sequence 0"),
+    (34, struct.pack("<i", -3), ".idx", "sequence 0"),
+    (34 + 8, struct.pack("<i", 5), ".bin", "at least 18"),
+    (34 + 8, struct.pack("<i", 3), ".bin", "14"),
+    (34 + 12 + 8, struct.pack("<q", 10), ".idx", "sequence 0"),
+    (70, struct.pack("<q", 1), ".idx", "documents"),
+    (70 + 24, struct.pack("<q", 2), ".idx", "documents"),
+    (70 + 8, struct.pack("<qq", 2, 1), ".idx", "documents"),
+    (70 + 8, struct.pack("<q", 1 << 62), ".idx", "documents"),
+    (70 + 8, struct.pack("<q", -1), ".idx", "documents"),
+    (34, struct.pack("<iii", 9, -5, 4) + struct.pack("<qqq", 0, 18, 8), ".idx", "sequence 0"),
+]
+
+
+@pytest.mark.parametrize(("offset", "data", "suffix", "told"), DAMAGE)
+def test_damage_is_named(prefix: Path, offset: int, data: bytes, suffix: str, told: str) -> None:
     put(prefix, offset, data)
-    with pytest.raises(DataError, match=bound):
+    with refused(DataError, "dataset", f"{prefix}{suffix}") as error:
         Index(prefix)
+    assert told in error.value.problems[0].bound
 
 
 def test_the_sums_stop_at_the_end_of_the_bin(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lengths that the .bin cannot hold are not added up until they leave 64 bits."""
     monkeypatch.setattr(index_module, "_CHUNK", 1)
     Path(f"{prefix}.bin").write_bytes(b"\0\0")
-    with pytest.raises(DataError, match=r"has 2 bytes where the \.idx asks for at least 6"):
+    with refused(DataError, "dataset", f"{prefix}.bin") as error:
         Index(prefix)
+    assert "at least 6" in error.value.problems[0].bound
 
 
 @pytest.mark.parametrize("documents", [0, 1])
@@ -112,13 +116,13 @@ def test_no_documents(tmp_path: Path, documents: int) -> None:
     (tmp_path / "d.bin").touch()
     tables = np.zeros(documents, np.int64).tobytes()
     (tmp_path / "d.idx").write_bytes(HEADER.pack(MAGIC, 1, 8, 0, documents) + tables)
-    with pytest.raises(DataError, match="holds no documents"):
+    with refused(DataError, "dataset", tmp_path / "d.idx"):
         Index(tmp_path / "d")
 
 
 def test_documents_without_tokens(tmp_path: Path) -> None:
     write(tmp_path / "d", [[]])
-    with pytest.raises(DataError, match="holds no tokens"):
+    with refused(DataError, "dataset", tmp_path / "d.bin"):
         Index(tmp_path / "d")
 
 

@@ -11,6 +11,7 @@ from llama_mcore.data import index, indexed
 from llama_mcore.data.indexed import IndexedDataset, IndexedWriter, optimal_dtype
 from llama_mcore.data.manifest import build_manifest, write_manifest
 from llama_mcore.errors import DataError, MissingInputError, OutputError
+from tests.support.errors import refused
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
 
@@ -118,7 +119,7 @@ def test_an_older_dataset_stays_until_the_new_one_is_complete(tmp_path: Path) ->
 
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="is a file, not a folder"):
+    with pytest.raises(OutputError):
         IndexedWriter(tmp_path / "file" / "d", np.uint16)
 
 
@@ -129,21 +130,22 @@ def test_both_missing_files_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "lengths", "message"),
+    ("tokens", "lengths", "field", "value", "most"),
     [
-        ([70000], [1], "token id = 70000: must be from 0 to 65,535, which uint16 holds"),
-        ([4, -1], [2], "token id = -1"),
-        ([4], [1 << 31], "tokens in a document = 2147483648: must be from .* to 2,147,483,647"),
+        ([70000], [1], "token id", 70000, "65,535"),
+        ([4, -1], [2], "token id", -1, "65,535"),
+        ([4], [1 << 31], "tokens in a document", 1 << 31, "2,147,483,647"),
     ],
 )
 def test_what_the_format_cannot_hold_is_refused_at_write(
-    tmp_path: Path, tokens: list[int], lengths: list[int], message: str
+    tmp_path: Path, tokens: list[int], lengths: list[int], field: str, value: int, most: str
 ) -> None:
     with (
-        pytest.raises(DataError, match=message),
+        refused(DataError, field, value, remedy=False) as error,
         IndexedWriter(tmp_path / "d", np.uint16) as writer,
     ):
         writer.add_documents(np.array(tokens, np.int64), np.array(lengths, np.int64))
+    assert most in error.value.problems[0].bound
     assert list(tmp_path.iterdir()) == []
 
 
@@ -168,7 +170,7 @@ def test_a_dataset_without_a_manifest_opens_with_one_warning(
     assert IndexedDataset(tmp_path / "d").manifest is None
     IndexedDataset(tmp_path / "d")
     warning = capsys.readouterr().err
-    assert warning.count("has no manifest") == 1
+    assert len(warning.splitlines()) == 1
     assert f"python tools/inspect_dataset.py {tmp_path / 'd'} --write-manifest" in warning
 
 
@@ -212,5 +214,6 @@ def test_a_dataset_that_differs_from_its_manifest_is_refused(tmp_path: Path) -> 
     write(tmp_path / "d", DOCUMENTS)
     write_manifest(tmp_path / "d", build_manifest(tmp_path / "d"))
     (tmp_path / "d.bin").write_bytes(np.arange(8, dtype=np.uint16).tobytes())
-    with pytest.raises(DataError, match="block 0 does not have its checksum"):
+    with refused(DataError, "dataset", tmp_path / "d.bin") as error:
         IndexedDataset(tmp_path / "d")
+    assert "block 0" in str(error.value)

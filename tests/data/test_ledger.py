@@ -22,6 +22,7 @@ from llama_mcore.data.ledger import (
 )
 from llama_mcore.errors import DataError
 from tests.data.test_indexed import write
+from tests.support.errors import refused
 
 NAMES = "abcdefgh"
 
@@ -120,11 +121,11 @@ def test_epochs_give_shares_and_caps(datasets: dict[str, WindowDataset]) -> None
     plan = plan_segment(sources, datasets, seed=1, seq_length=2)
     assert [(source.share, source.cap) for source in plan.sources] == [(22, 22), (24, 24)]
     check_caps(plan, 46)
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as error:
         check_caps(plan, 47)
-    message = str(refused.value)
-    assert "end the run by sample 46" in message
-    assert "available" in message
+    remedy = error.value.problems[-1].remedy
+    assert "sample 46" in remedy
+    assert plan_table(plan, 47) in remedy
 
 
 def test_weights_give_shares_and_max_epochs_caps(datasets: dict[str, WindowDataset]) -> None:
@@ -135,8 +136,9 @@ def test_weights_give_shares_and_max_epochs_caps(datasets: dict[str, WindowDatas
     plan = plan_segment(sources, datasets, seed=1, seq_length=2)
     assert [(source.share, source.cap) for source in plan.sources] == [(3, 20), (1, 5)]
     check_caps(plan, 20)
-    with pytest.raises(DataError, match=r"source b = 6 windows: .* 5 planned \(0\.50 epochs\)"):
+    with refused(DataError, "source b", "6 windows") as error:
         check_caps(plan, 24)
+    assert "5 planned (0.50 epochs)" in str(error.value)
 
 
 def test_the_table_of_a_plan(datasets: dict[str, WindowDataset]) -> None:
@@ -153,24 +155,30 @@ def changed(plan: Segment, **fields: object) -> Segment:
     return plan.model_copy(update={"sources": (first, *plan.sources[1:])})
 
 
+# What the problem is of, and the change.
 CHANGES = {
-    "seed": lambda plan: plan.model_copy(update={"seed": 8}),
-    "seq_length": lambda plan: plan.model_copy(update={"seq_length": 4}),
-    "tokenizer": lambda plan: plan.model_copy(update={"tokenizer_sha256": "other"}),
-    "content": lambda plan: changed(plan, content_id="other"),
-    "share": lambda plan: changed(plan, share=1),
-    "most windows": lambda plan: changed(plan, cap=1),
-    "was not read before": lambda plan: changed(plan, name="new"),
-    "is gone": lambda plan: plan.model_copy(update={"sources": plan.sources[1:]}),
-    "in the order": lambda plan: plan.model_copy(update={"sources": plan.sources[::-1]}),
+    "seed": ("run.seed", lambda plan: plan.model_copy(update={"seed": 8})),
+    "length": ("model.seq_length", lambda plan: plan.model_copy(update={"seq_length": 4})),
+    "tokenizer": (
+        "tokenizer of the data",
+        lambda plan: plan.model_copy(update={"tokenizer_sha256": "other"}),
+    ),
+    "content": ("source a: content", lambda plan: changed(plan, content_id="other")),
+    "share": ("source a: share", lambda plan: changed(plan, share=1)),
+    "cap": ("source a: most windows to read", lambda plan: changed(plan, cap=1)),
+    "new": ("source", lambda plan: changed(plan, name="new")),
+    "gone": ("source", lambda plan: plan.model_copy(update={"sources": plan.sources[1:]})),
+    "order": ("data.sources", lambda plan: plan.model_copy(update={"sources": plan.sources[::-1]})),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_resuming_with_other_data_is_refused(change: str) -> None:
     plan = segment([20, 10, 5]).model_copy(update={"tokenizer_sha256": "one"})
-    with pytest.raises(DataError, match=f"(?s){change}.*--accept-data-change"):
-        continued([plan], CHANGES[change](plan), 9, accept_change=False)
+    field, changed_by = CHANGES[change]
+    with refused(DataError, field) as error:
+        continued([plan], changed_by(plan), 9, accept_change=False)
+    assert "--accept-data-change" in error.value.problems[0].remedy
     assert continued([plan], plan, 9, accept_change=False) == (plan,)
     assert differences(plan, plan) == []
 

@@ -23,6 +23,7 @@ from llama_mcore.data.manifest import (
 )
 from llama_mcore.errors import DataError, OutputError
 from tests.data.test_indexed import DOCUMENTS, write
+from tests.support.errors import refused
 
 KNOWN: dict[str, Any] = {
     "tokenizer_sha256": "ab" * 32,
@@ -90,7 +91,7 @@ def test_what_is_written_is_read(prefix: Path) -> None:
 def test_a_folder_of_that_name(prefix: Path) -> None:
     manifest = build_manifest(prefix)
     manifest_path(prefix).mkdir()
-    with pytest.raises(OutputError, match="is a folder"):
+    with refused(OutputError, "output", manifest_path(prefix)):
         write_manifest(prefix, manifest)
 
 
@@ -98,13 +99,14 @@ def test_a_folder_of_that_name(prefix: Path) -> None:
     ("vocab_size", "where"), [(12, "1 tokens from position 4"), (7, "2 tokens from position 0")]
 )
 def test_a_vocabulary_that_the_tokens_do_not_fit_into(prefix: Path, vocab_size: int, where: str) -> None:
-    with pytest.raises(DataError, match=f"vocab_size = {vocab_size}: {where} on"):
+    with refused(DataError, "vocab_size", vocab_size) as error:
         build_manifest(prefix, block_bytes=8, vocab_size=vocab_size)
+    assert where in error.value.problems[0].bound
 
 
 def test_negative_tokens_fit_into_no_vocabulary(tmp_path: Path) -> None:
     write(tmp_path / "d", [[4, -1]], np.int32)
-    with pytest.raises(DataError, match="1 tokens from position 0 on"):
+    with refused(DataError, "vocab_size", 99):
         build_manifest(tmp_path / "d", vocab_size=99)
 
 
@@ -141,24 +143,16 @@ def test_a_changed_number_is_named_as_damage_to_the_manifest(prefix: Path) -> No
     write_manifest(prefix, build_manifest(prefix, vocab_size=13))
     path = manifest_path(prefix)
     path.write_bytes(path.read_bytes().replace(b'"vocab_size": 13', b'"vocab_size": 99'))
-    with pytest.raises(DataError, match="is damaged or was edited"):
+    with refused(DataError, "manifest", path):
         read_manifest(prefix)
 
 
 @pytest.mark.parametrize(
-    ("text", "bound"),
-    [
-        (b"", "is not JSON"),
-        (b"\xff\xfe", "is not JSON"),
-        (b"[" * 100_000, "is not JSON"),
-        (b"null", "is not the manifest of a dataset"),
-        (b"[1]", "is not the manifest of a dataset"),
-        (b'{"text": "a document"}', "is not the manifest of a dataset"),
-    ],
+    "text", [b"", b"\xff\xfe", b"[" * 100_000, b"null", b"[1]", b'{"text": "a document"}']
 )
-def test_a_file_that_is_no_manifest(prefix: Path, text: bytes, bound: str) -> None:
+def test_a_file_that_is_no_manifest(prefix: Path, text: bytes) -> None:
     manifest_path(prefix).write_bytes(text)
-    with pytest.raises(DataError, match=bound):
+    with refused(DataError, "manifest", manifest_path(prefix)):
         read_manifest(prefix)
 
 
@@ -177,7 +171,7 @@ def test_all_wrong_fields_are_named(prefix: Path) -> None:
 
 def test_a_later_version_is_not_guessed_at(prefix: Path) -> None:
     write_fields(prefix, {**build_manifest(prefix).model_dump(), "version": 2, "surprise": 0})
-    with pytest.raises(DataError, match="has version 2; this llama_mcore reads version 1"):
+    with refused(DataError, "manifest", manifest_path(prefix)):
         read_manifest(prefix)
 
 

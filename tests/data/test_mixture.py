@@ -1,15 +1,13 @@
 """The mixture is a function of the position, exact to one sample at every prefix."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_mcore.data import mixture
 from llama_mcore.data.mixture import Mixture
 from llama_mcore.errors import ConfigError
+from tests.support.errors import refused
 
 TABLE_1 = (670, 150, 45, 45, 45, 25, 20)
 SHARES = st.lists(st.integers(1, 1000) | st.integers(1, 30), min_size=1, max_size=9).map(tuple)
@@ -90,7 +88,7 @@ def test_one_source_is_itself() -> None:
 
 @pytest.mark.parametrize("shares", [(0, 5), (1, 2**17), ()])
 def test_a_share_too_small_to_plan_for_is_refused(shares: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match="smallest source"):
+    with refused(ConfigError, "data.sources"):
         Mixture(shares)
 
 
@@ -102,35 +100,28 @@ def test_the_sequence_of_a_plan_never_changes() -> None:
 EXPECTED = [0, 0, 0, 1, 0, 0, 1, 0, 0, 2, 0, 0, 3, 0, 0, 1, 0, 0, 4, 0, 0, 1, 0, 0]
 
 
+# The last are such that blocks have the least length that forgets: the comparison sees a fiftieth of it.
 @pytest.mark.parametrize(
     "shares",
-    [TABLE_1, (97, 89, 83, 79, 73, 71), (500, *(3,) * 20), (3, 3, 3, 1), (1000, 7, 11, 13, 17, 19, 400, 300)],
+    [
+        *(TABLE_1, (97, 89, 83, 79, 73, 71), (500, *(3,) * 20), (3, 3, 3, 1)),
+        *((1000, 7, 11, 13, 17, 19, 400, 300), (5000, 3, 7, 11, 1300, 900)),
+    ],
 )
-def test_blocks_do_not_show(shares: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of the least length, each begun anew, give what one long block gives from the start."""
-
-    def of_length(block: int) -> list[int]:
-        monkeypatch.setattr(mixture, "_BLOCK", block)
-        mixture._block.cache_clear()
-        mixture._state.cache_clear()
-        return sources(shares, 0, 6000).tolist()
-
-    assert of_length(1) == of_length(6000)
+def test_blocks_do_not_show(shares: tuple[int, ...]) -> None:
+    """Blocks, each begun anew, give what the rule gives that has seen all of the past."""
+    assert sources(shares, 0, 15_000).tolist() == by_the_rule(shares, 15_000)
 
 
-def test_a_block_too_short_to_forget_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison above sees blocks that begin in another state than the one before ended in."""
-    monkeypatch.setattr(mixture, "_block_length", lambda shares: 5)
-    mixture._block.cache_clear()
-    mixture._state.cache_clear()
-    shares = (1000, 7, 11, 13, 17, 19, 400, 300)
-    found, indices = Mixture(shares).sources_at(np.arange(3000))
-    handed_out = [indices[found == source].tolist() for source in range(len(shares))]
-    assert handed_out != [list(range(len(mine))) for mine in handed_out]
-
-
-@pytest.fixture(autouse=True)
-def _forget_blocks() -> Iterator[None]:
-    yield
-    mixture._block.cache_clear()
-    mixture._state.cache_clear()
+def by_the_rule(shares: tuple[int, ...], count: int) -> list[int]:
+    """Each slot goes to the source whose next sample is due first, of those that may have one already."""
+    total, given, found = sum(shares), [0] * len(shares), []
+    for slot in range(count):
+        due = [
+            (-(-(n + 1) * total // share), source)
+            for source, (n, share) in enumerate(zip(given, shares, strict=True))
+            if n * total // share <= slot
+        ]
+        found.append(min(due)[1])
+        given[found[-1]] += 1
+    return found

@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import itertools
+import math
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,10 @@ import pytest
 import zstandard
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from pyarrow import parquet
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from llama_mcore.cli import app
-from llama_mcore.data import inputs, preprocess_job, progress, unit_encoder
+from llama_mcore.data import preprocess_job, progress, unit_encoder
 from llama_mcore.data.indexed import IndexedDataset
 from llama_mcore.data.inputs import Unit
 from llama_mcore.data.manifest import build_manifest
@@ -30,16 +32,32 @@ from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.data.unit_encoder import shuffle
 from llama_mcore.errors import ConfigError, DataError, PreflightError
 from tests.data.conftest import write_jsonl
+from tests.support.errors import is_shown, refused
+from tests.support.world import ROOT, TIMEOUT_S
 
-TOOLS = Path(__file__).parents[2] / "tools"
+TOOL = (sys.executable, str(ROOT / "tools" / "preprocess_data.py"))
 SUFFIXES = (".bin", ".idx", ".json")
 MEASURED = {"documents", "tokens", "dtype", "longest_document", "block_checksums", "idx_sha256"}
+ONE_AND_TWO_WORKERS = [1, pytest.param(2, marks=pytest.mark.process)]
+PROGRESS = r"(?m)^(preprocess-data|joining): .* s left\n"
 SHUFFLED = ([3, 4, 5, 0, 1, 2, 6, 7, 8, 9], [3, 1, 2, 4])
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOLS / "preprocess_data.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+@pytest.fixture(autouse=True)
+def no_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine is."""
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", math.inf)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["preprocess-data", *map(str, arguments)])
+
+
+def run_tool(*arguments: object, input: bytes | None = None) -> subprocess.CompletedProcess[str]:
+    """`tools/preprocess_data.py`, whose workers are new interpreters that read that file again."""
+    command = [*TOOL, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, input=input, timeout=TIMEOUT_S)
+    return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def texts_of(corpus: Path) -> list[str]:
@@ -61,20 +79,21 @@ def test_without_append_eod_there_is_none(corpus: Path, tokenizer_model: Path, t
     assert Tokenizer(tokenizer_model).eod not in IndexedDataset(tmp_path / "d_text_document").tokens[:]
 
 
+@pytest.mark.process
 def test_workers_and_encoders_change_nothing_through_the_tool(
     corpus: Path, tokenizer_model: Path, tmp_path: Path
 ) -> None:
     many = tmp_path / "many.jsonl"
-    many.write_bytes(corpus.read_bytes() * 200)
-    assert many.stat().st_size > 1 << 20
+    many.write_bytes(corpus.read_bytes() * 130)
+    assert many.stat().st_size > 4 << 20, "this must be work for two workers"
     for name, workers, encoder in (("a", 1, "gigatoken"), ("b", 2, "gigatoken"), ("c", 2, "sentencepiece")):
-        done = run(
+        done = run_tool(
             *("--input", many, corpus, "--tokenizer-model", tokenizer_model, "--encoder", encoder),
             *("--output-prefix", tmp_path / name, "--workers", workers, "--append-eod"),
         )
         assert done.returncode == 0, done.stderr
-        assert "24,120 documents in = 23,517 written + 603 empty + 0 skipped" in done.stdout
-        assert done.stderr == ""
+        assert "15,720 documents in = 15,327 written + 393 empty + 0 skipped" in done.stdout
+        assert re.sub(PROGRESS, "", done.stderr) == ""
     for suffix in SUFFIXES:
         same = {(tmp_path / f"{name}_text_document{suffix}").read_bytes() for name in "abc"}
         assert len(same) == 1
@@ -82,15 +101,13 @@ def test_workers_and_encoders_change_nothing_through_the_tool(
 
 
 @pytest.fixture
-def small_units(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Units of this many bytes instead of at least 4 MB."""
-    monkeypatch.setattr(inputs, "_SMALLEST_UNIT", 700)
-    return 700
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units of 700 bytes instead of at least 4 MB."""
+    monkeypatch.setattr(preprocess_job, "unit_bytes_for", lambda files: 700)
 
 
-def test_bytes_are_those_of_megatrons_tool(
-    corpus: Path, tokenizer_model: Path, tmp_path: Path, small_units: int
-) -> None:
+@pytest.mark.usefixtures("small_units")
+def test_bytes_are_those_of_megatrons_tool(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
     """Its main loop: encode each document, append EOS to one that is not empty, add it to the builder."""
     preprocess([corpus], tokenizer_model, tmp_path / "ours", append_eod=True)
     tokenizer = Tokenizer(tokenizer_model)
@@ -129,9 +146,9 @@ def test_the_manifest_tells_what_was_made_from_what(
     assert [(each.path, each.bytes) for each in manifest.inputs] == [(str(corpus), corpus.stat().st_size)]
 
 
-def test_all_formats_at_once_and_several_values_after_one_flag(
-    tokenizer_model: Path, tmp_path: Path, small_units: int
-) -> None:
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.process
+def test_all_formats_at_once_and_several_values_after_one_flag(tokenizer_model: Path, tmp_path: Path) -> None:
     texts = [f"{name} {number}" for name in "abcde" for number in range(40)]
     parts = [texts[first : first + 40] for first in range(0, 200, 40)]
     folder = tmp_path / "in"
@@ -155,24 +172,24 @@ def test_all_formats_at_once_and_several_values_after_one_flag(
         *("--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", tokenizer_model, "--workers", 1),
         *("--output-prefix", tmp_path / "two", "--log-interval", 10, "--partitions", 1),
     )
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert "80 documents in = 80 written" in done.stdout
     for name in ("a.jsonl", "b.jsonl.gz"):
         assert re.search(rf"{name}: 0\.0 MB, 40 documents, [1-9]\d* tokens", done.stdout)
 
 
+@pytest.mark.process
 def test_a_stream_is_read_from_stdin(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
     preprocess([corpus], tokenizer_model, tmp_path / "file")
     arguments = ["--input", "-", "--tokenizer-model", tokenizer_model, "--output-prefix", tmp_path / "d"]
-    command = [sys.executable, str(TOOLS / "preprocess_data.py"), *map(str, arguments)]
     content = corpus.read_bytes()
-    done = subprocess.run(command, input=content, capture_output=True, timeout=60)
+    done = run_tool(*arguments, input=content)
     assert done.returncode == 0, done.stderr
     for suffix in (".bin", ".idx"):
         paths = (tmp_path / f"{name}_text_document{suffix}" for name in ("d", "file"))
         assert len({path.read_bytes() for path in paths}) == 1
-    done = subprocess.run(command, input=content + b"nonsense\n", capture_output=True, timeout=60)
-    assert (done.returncode, b"- line 121: is not JSON" in done.stderr) == (65, True)
+    done = run_tool(*arguments, input=content + b"nonsense\n")
+    assert (done.returncode, "- line 121" in done.stderr) == (65, True)
 
 
 def test_one_dataset_for_each_key(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
@@ -190,23 +207,22 @@ def test_one_dataset_for_each_key(corpus: Path, tokenizer_model: Path, tmp_path:
     assert text.num_tokens > title.num_tokens
 
 
+# The exit code, and where the input is bad.
 BAD_INPUTS = {
-    "missing file": (None, 66, "no.jsonl: no such file"),
-    "empty file": (b"", 65, "no document holds any text"),
-    "only empty documents": (b'{"text": ""}\n', 65, "no document holds any text"),
-    "text instead of JSONL": (b"Once upon a time\nthere was\n", 65, "line 1: is not JSON"),
-    "bad line": (b'{"text": "fine"}\n{"text": "cut\n', 65, "line 2: is not JSON"),
-    "missing key": (b'{"content": "x"}\n', 65, "line 1: has no key 'text'; keys there: content"),
-    "not a string": (b'{"text": ["x"]}\n', 65, "line 1: holds list under 'text'"),
+    "missing file": (None, 66, ""),
+    "text instead of JSONL": (b"Once upon a time\nthere was\n", 65, " line 1"),
+    "bad line": (b'{"text": "fine"}\n{"text": "cut\n', 65, " line 2"),
+    "missing key": (b'{"content": "x"}\n', 65, " line 1"),
+    "not a string": (b'{"text": ["x"]}\n', 65, " line 1"),
 }
+WITH_TWO_WORKERS = [pytest.param(name, 2, marks=pytest.mark.process) for name in ("missing file", "bad line")]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("name", BAD_INPUTS)
+@pytest.mark.parametrize(("name", "workers"), [*((name, 1) for name in BAD_INPUTS), *WITH_TWO_WORKERS])
 def test_bad_input_ends_with_one_message(
     name: str, workers: int, tokenizer_model: Path, tmp_path: Path
 ) -> None:
-    content, exit_code, message = BAD_INPUTS[name]
+    content, exit_code, place = BAD_INPUTS[name]
     input = tmp_path / "no.jsonl"
     if content is not None:
         input.write_bytes(content)
@@ -214,27 +230,50 @@ def test_bad_input_ends_with_one_message(
         *("--input", input, "--tokenizer-model", tokenizer_model),
         *("--output-prefix", tmp_path / "out" / "d", "--workers", workers),
     )
-    assert done.returncode == exit_code
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert done.exit_code == exit_code
+    assert is_shown(done.stderr, "--input", f"{input}{place}", remedy=content is None)
+    check_one_message(done)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == (
         [input] if content is not None else []
     )
 
 
+def check_one_message(done: Result) -> None:
+    assert len(done.stderr.splitlines()) == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "workers"),
+    [(b"", 1), (b'{"text": ""}\n', 1), pytest.param(b'{"text": ""}\n', 2, marks=pytest.mark.process)],
+)
+def test_input_without_text_ends_with_one_message(
+    content: bytes, workers: int, tokenizer_model: Path, tmp_path: Path
+) -> None:
+    input, prefix = tmp_path / "no.jsonl", tmp_path / "out" / "d"
+    input.write_bytes(content)
+    done = run(
+        *("--input", input, "--tokenizer-model", tokenizer_model),
+        *("--output-prefix", prefix, "--workers", workers),
+    )
+    assert done.exit_code == 65
+    assert is_shown(done.stderr, "--input", "key 'text'")
+    check_one_message(done)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [input]
+
+
 def test_bad_model_and_bad_output_end_with_one_message(
     corpus: Path, tokenizer_model: Path, tmp_path: Path
 ) -> None:
-    for model, prefix, exit_code, message in [
-        (tmp_path / "no.model", tmp_path / "d", 66, "no.model: no such file"),
-        (corpus, tmp_path / "d", 65, "is not a SentencePiece model"),
-        (tokenizer_model, corpus / "d", 73, "is a file, not a folder"),
+    for model, prefix, exit_code, field in [
+        (tmp_path / "no.model", tmp_path / "d", 66, "--tokenizer-model"),
+        (corpus, tmp_path / "d", 65, "--tokenizer-model"),
+        (tokenizer_model, corpus / "d", 73, "--output-prefix"),
     ]:
         done = run("--input", corpus, "--tokenizer-model", model, "--output-prefix", prefix)
-        assert done.returncode == exit_code
-        assert message in done.stderr
-        assert len(done.stderr.splitlines()) == 1
+        assert done.exit_code == exit_code
+        assert is_shown(done.stderr, field)
+        check_one_message(done)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -243,12 +282,14 @@ def test_debug_prints_the_traceback(tmp_path: Path, tokenizer_model: Path) -> No
     done = run(
         "--input", missing, "--tokenizer-model", tokenizer_model, "--output-prefix", tmp_path / "d", "--debug"
     )
-    assert done.returncode == 66
+    assert done.exit_code == 66
     assert "Traceback" in done.stderr
 
 
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.process
 def test_a_failure_late_in_the_input_leaves_the_older_dataset(
-    corpus: Path, tokenizer_model: Path, tmp_path: Path, small_units: int
+    corpus: Path, tokenizer_model: Path, tmp_path: Path
 ) -> None:
     preprocess([corpus], tokenizer_model, tmp_path / "d")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -272,9 +313,10 @@ def spoil(corpus: Path, path: Path) -> tuple[Path, list[int]]:
     return path, bad
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("workers", ONE_AND_TWO_WORKERS)
 def test_skipped_lines_are_listed_counted_and_nothing_else_is_lost(
-    workers: int, corpus: Path, tokenizer_model: Path, tmp_path: Path, small_units: int
+    workers: int, corpus: Path, tokenizer_model: Path, tmp_path: Path
 ) -> None:
     spoilt, bad = spoil(corpus, tmp_path / "spoilt.jsonl")
     settings = {"on_bad_line": "skip", "max_bad_ratio": 0.1, "workers": workers}
@@ -282,7 +324,7 @@ def test_skipped_lines_are_listed_counted_and_nothing_else_is_lost(
     entries = [orjson.loads(line) for line in (tmp_path / "d.quarantine.jsonl").read_bytes().splitlines()]
     assert [(entry["file"], entry["line"]) for entry in entries] == [(str(spoilt), line) for line in bad]
     assert entries[0]["start"] == '{"text": \ufffd}'
-    assert "is not JSON" in entries[0]["reason"]
+    assert "JSON" in entries[0]["reason"]
     twice = preprocess_twice(corpus, tokenizer_model, tmp_path)
     assert (tmp_path / "d_text_document.bin").read_bytes() == twice.read_bytes()
     manifest = IndexedDataset(tmp_path / "d_text_document").manifest
@@ -298,40 +340,50 @@ def preprocess_twice(corpus: Path, tokenizer_model: Path, folder: Path) -> Path:
     return folder / "twice_text_document.bin"
 
 
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.process
 def test_the_number_of_a_bad_line_counts_from_the_start_of_its_file(
-    corpus: Path, tokenizer_model: Path, tmp_path: Path, small_units: int
+    corpus: Path, tokenizer_model: Path, tmp_path: Path
 ) -> None:
     lines = corpus.read_bytes() + b"bad\n"
     (tmp_path / "a.jsonl").write_bytes(lines)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
     for name, workers in itertools.product(("a.jsonl", "a.jsonl.gz"), (1, 2)):
-        with pytest.raises(DataError, match=rf"{name} line 121: is not JSON"):
+        with refused(DataError, "--input", f"{tmp_path / name} line 121", remedy=False):
             preprocess([tmp_path / name], tokenizer_model, tmp_path / "d", workers=workers, restart=True)
 
 
 def test_too_many_bad_lines_end_the_job(
-    corpus: Path, tokenizer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_units: int
+    corpus: Path, tokenizer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoilt, _ = spoil(corpus, tmp_path / "spoilt.jsonl")
     settings = {"on_bad_line": "skip", "max_bad_ratio": 0.05}
-    with pytest.raises(DataError, match=r"0\.05: 12 of 132 documents cannot be used; .*quarantine.jsonl"):
+    with refused(DataError, "--max-bad-ratio", 0.05) as caught:
         preprocess([spoilt], tokenizer_model, tmp_path / "d", **settings)
+    assert "12 of 132" in str(caught.value)
+    assert str(tmp_path / "d.quarantine.jsonl") in str(caught.value)
     assert len((tmp_path / "d.quarantine.jsonl").read_bytes().splitlines()) == 12
-    monkeypatch.setattr(preprocess_job, "_ENOUGH_TO_JUDGE", 5)
-    with pytest.raises(DataError, match=r"of 1?[0-9] documents cannot be used"):
+    # Of a long input it does not wait for the end.
+    spoilt.write_bytes(spoilt.read_bytes() * 20)
+    monkeypatch.setattr(preprocess_job, "unit_bytes_for", lambda files: 20_000)
+    with refused(DataError, "--max-bad-ratio", 0.05) as caught:
         preprocess([spoilt], tokenizer_model, tmp_path / "d", **settings, restart=True)
+    documents = re.search(r" of ([\d,]+) documents", str(caught.value))
+    assert documents
+    assert 1000 <= int(documents[1].replace(",", "")) < 1500 < 20 * 132
     # What is done stays, and a wider limit changes none of it.
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "d.parts").glob("*.bin")}
     assert done
     monkeypatch.setattr(preprocess_job, "remove", lambda folder: None)
     preprocess([spoilt], tokenizer_model, tmp_path / "d", **{**settings, "max_bad_ratio": 0.2})
     assert done.items() <= {p: p.stat().st_mtime_ns for p in (tmp_path / "d.parts").glob("*.bin")}.items()
-    with pytest.raises(DataError, match="line 2: is not JSON"):
+    with refused(DataError, "--input", f"{spoilt} line 2", remedy=False):
         preprocess([spoilt], tokenizer_model, tmp_path / "d")
 
 
+@pytest.mark.usefixtures("small_units")
 def test_held_out_documents_are_chosen_by_their_text_alone(
-    corpus: Path, tokenizer_model: Path, tmp_path: Path, small_units: int
+    corpus: Path, tokenizer_model: Path, tmp_path: Path
 ) -> None:
     preprocess([corpus], tokenizer_model, tmp_path / "d", held_out=0.3, append_eod=True)
     tokenizer = Tokenizer(tokenizer_model)
@@ -350,8 +402,10 @@ def test_nothing_is_held_out_without_a_ratio(corpus: Path, tokenizer_model: Path
     assert not list(tmp_path.glob("*heldout*"))
 
 
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.process
 def test_shuffle_is_by_seed_and_keeps_every_document(
-    corpus: Path, tokenizer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_units: int
+    corpus: Path, tokenizer_model: Path, tmp_path: Path
 ) -> None:
     documents = {}
     for name, seed, workers in (("none", None, 1), ("a", 1, 1), ("b", 1, 2), ("c", 2, 1)):
@@ -370,7 +424,7 @@ def test_shuffled_order_is_the_same_in_every_version() -> None:
 
 
 BAD_SETTINGS = {
-    "--held-out": ["--held-out", "1"],
+    "--held-out": ["--held-out", "1.0"],
     "--max-bad-ratio": ["--max-bad-ratio", "-0.5"],
     "--shard": ["--shard", "3/3"],
     "--encoder": ["--encoder", "fast"],
@@ -386,7 +440,7 @@ def test_bad_settings_are_refused_by_name(
     arguments = ["--input", corpus, "--tokenizer-model", tokenizer_model, "--output-prefix", tmp_path / "d"]
     done = CliRunner().invoke(app, ["preprocess-data", *map(str, arguments), *BAD_SETTINGS[flag]])
     assert done.exit_code == 64
-    assert flag in done.stderr
+    assert is_shown(done.stderr, *BAD_SETTINGS[flag], remedy=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -397,20 +451,22 @@ def test_all_that_is_wrong_with_a_job_is_told_before_it_begins(tmp_path: Path) -
     words = [str(word) for option in wrong.items() for word in option]
     done = CliRunner().invoke(app, ["preprocess-data", *words])
     assert done.exit_code == 64
-    assert all(f"  - {option} = {value}" in done.stderr for option, value in wrong.items())
+    assert all(f" {option} = {value}" in done.stderr for option, value in wrong.items())
 
 
 def test_where_inputs_are_missing_and_nothing_else_is_wrong_the_code_says_so(tmp_path: Path) -> None:
     words = ["--input", "no.jsonl", "--tokenizer-model", "no.model", "--output-prefix", str(tmp_path / "d")]
     done = CliRunner().invoke(app, ["preprocess-data", *words])
-    assert (done.exit_code, "missing input: 2 problems" in done.stderr) == (66, True)
+    assert (done.exit_code, "missing input" in done.stderr) == (66, True)
+    assert is_shown(done.stderr, "--input", "no.jsonl")
+    assert is_shown(done.stderr, "--tokenizer-model", "no.model")
 
 
 def test_text_files_have_one_text_and_streams_one_reader(tokenizer_model: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(ConfigError, match="has one text, not one for each"):
+    with refused(ConfigError, "--input", tmp_path / "a.txt"):
         preprocess([tmp_path], tokenizer_model, tmp_path / "d", json_keys=["text", "title"])
-    with pytest.raises(ConfigError, match="cannot be read by several jobs"):
+    with refused(ConfigError, "--input", "-"):
         preprocess(["-"], tokenizer_model, tmp_path / "d", shard="0/2")
 
 
@@ -430,7 +486,7 @@ def test_an_encoder_that_differs_is_found_at_the_start(
         "load_encoder",
         lambda name, model: Wrong() if name == "gigatoken" else load(name, model),
     )
-    with pytest.raises(DataError, match="gives other tokens than sentencepiece"):
+    with refused(DataError, "encoder", "gigatoken"):
         preprocess([corpus], tokenizer_model, tmp_path / "d")
     assert list(tmp_path.iterdir()) == []
 
@@ -455,50 +511,42 @@ def runs(process: psutil.Process) -> bool:
         return False
 
 
-def wait_for(condition, seconds: float = 30.0) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + seconds
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
+@pytest.mark.process
 def test_a_killed_worker_is_an_error_and_leaves_nothing(
     long_corpus: Path, tokenizer_model: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
 
     def kill_one() -> None:
-        wait_for(lambda: len(workers_of(psutil.Process())) == 2)
+        wait_for(lambda: list(output.glob("d.parts/*-*.json")))
         workers_of(psutil.Process())[0].kill()
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    with pytest.raises(PreflightError, match=r"a worker was killed at .*long\.jsonl, part"):
+    with refused(PreflightError, "workers", 2) as caught:
         preprocess([long_corpus], tokenizer_model, output / "d", workers=2)
     killer.join()
+    assert str(long_corpus) in str(caught.value)
     assert all(path.suffix == ".parts" for path in output.iterdir())
 
 
 def start_tool(corpus: Path, model: Path, output: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     """The tool in a session of its own, and its two workers, which are still starting."""
-    arguments = [
-        "--input",
-        corpus,
-        "--tokenizer-model",
-        model,
-        "--output-prefix",
-        output / "d",
-        "--workers",
-        2,
-        "--encoder",
-        "sentencepiece",
-    ]
-    command = [sys.executable, str(TOOLS / "preprocess_data.py"), *map(str, arguments)]
+    command = [*TOOL, "--input", corpus, "--tokenizer-model", model, "--output-prefix", output / "d"]
+    command += ["--workers", "2", "--encoder", "sentencepiece"]
     tool = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: len(workers_of(psutil.Process(tool.pid))) == 2)
     return tool, workers_of(psutil.Process(tool.pid))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("working", [False, True])
 def test_ctrl_c_leaves_what_is_done(
     long_corpus: Path, tokenizer_model: Path, tmp_path: Path, working: bool
@@ -508,13 +556,14 @@ def test_ctrl_c_leaves_what_is_done(
     if working:
         wait_for(lambda: list(output.glob("d.parts/*-*.bin")))
     os.killpg(tool.pid, signal.SIGINT)  # a terminal signals every process of the group
-    _, errors = tool.communicate(timeout=30)
+    _, errors = tool.communicate(timeout=TIMEOUT_S)
     assert tool.returncode == 130
     assert "Traceback" not in errors
     assert [path.name for path in output.glob("*")] == (["d.parts"] if working else [])
     assert not any(runs(worker) for worker in workers)
 
 
+@pytest.mark.process
 def test_workers_end_with_a_killed_parent_in_the_middle_of_their_work(
     tokenizer_model: Path, tmp_path: Path
 ) -> None:
@@ -523,17 +572,18 @@ def test_workers_end_with_a_killed_parent_in_the_middle_of_their_work(
     tool, workers = start_tool(long, tokenizer_model, output)
     wait_for(lambda: all(worker.cpu_times().user > 1.5 for worker in workers))
     tool.kill()
-    tool.communicate(timeout=30)
-    wait_for(lambda: not any(runs(worker) for worker in workers), seconds=4)
+    tool.communicate(timeout=TIMEOUT_S)
+    wait_for(lambda: not any(runs(worker) for worker in workers))
     assert [path.name for path in output.iterdir()] == ["d.parts"]
-    assert not (output / "d.parts" / "00000-000000.bin").exists()
+    assert not (output / "d.parts" / "00000-000000.bin").exists(), "they went on to the end of their work"
 
 
+@pytest.mark.process
 def test_a_terminal_gets_a_bar(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
     screen, terminal = os.openpty()
     arguments = ["--input", corpus, "--tokenizer-model", tokenizer_model, "--output-prefix", tmp_path / "d"]
-    command = [sys.executable, str(TOOLS / "preprocess_data.py"), *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal, text=True, timeout=60)
+    command = [*TOOL, *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal, text=True, timeout=TIMEOUT_S)
     os.close(terminal)
     shown = os.read(screen, 100_000).decode()
     os.close(screen)
@@ -557,6 +607,7 @@ def test_long_work_without_a_terminal_prints_a_line_now_and_then(
     )
 
 
+@pytest.mark.process
 def test_workers_start_without_torch() -> None:
     code = "import sys, llama_mcore.data.unit_encoder; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=TIMEOUT_S).returncode == 0

@@ -1,22 +1,28 @@
 """A job that is killed at any moment: the same command finishes it with the same bytes."""
 
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from llama_mcore.data import inputs, shards
+from llama_mcore.data import preprocess_job, shards
 from llama_mcore.data.preprocess import preprocess
+from llama_mcore.data.progress import InputProgress
 from llama_mcore.data.tokenizer_training import train_tokenizer
-from llama_mcore.errors import ConfigError, OutputError
+from llama_mcore.errors import ConfigError, DataError, OutputError
+from tests.support.errors import refused
+from tests.support.world import call, exit_codes_of
+
+pytestmark = pytest.mark.process
 
 SETTINGS = {
     "held_out": 0.2,
@@ -25,145 +31,160 @@ SETTINGS = {
     "max_bad_ratio": 0.5,
     "shuffle_seed": 3,
 }
-UNIT_BYTES = 3000
+UNIT_BYTES, LONG_UNIT_BYTES = 9000, 1 << 16
+WHILE_PARTS_ARE_MADE = 22
+"""So many changes on disk into a job, two of its four parts are done."""
+Files = dict[str, bytes]
+
+
+def in_units_of(size: int) -> None:
+    """What is cut in pieces of at least 4 MB is cut in pieces of so many bytes, in this process."""
+    preprocess_job.unit_bytes_for = lambda files: size
 
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "_SMALLEST_UNIT", UNIT_BYTES)
+    monkeypatch.setattr(preprocess_job, "unit_bytes_for", lambda files: UNIT_BYTES)
 
 
-@pytest.fixture
-def spoilt(corpus: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "spoilt.jsonl"
+@pytest.fixture(scope="module")
+def spoilt(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("spoilt") / "spoilt.jsonl"
     path.write_bytes(corpus.read_bytes() + b"bad\n")
     return path
 
 
-def outputs(folder: Path) -> dict[str, bytes]:
+@pytest.fixture(scope="module")
+def begun(spoilt: Path, tokenizer_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The d.parts of a job that was killed: some parts are done, and some are to do."""
+    folder = tmp_path_factory.mktemp("begun")
+    codes = exit_codes_of(1, killed_at, WHILE_PARTS_ARE_MADE, [spoilt], tokenizer_model, folder / "d")
+    assert codes == [-signal.SIGKILL]
+    assert len(parts(folder)) == 2
+    return folder / "d.parts"
+
+
+def outputs(folder: Path) -> Files:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def dies(work: Callable[[], None]) -> bool:
-    """Run it in a forked process; True if that was killed, False if it came to its end."""
-    child = os.fork()
-    if not child:
-        try:
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), 1)
-                os.dup2(nowhere.fileno(), 2)
-            work()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    status = os.waitpid(child, 0)[1]
-    assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)
-    return os.WIFSIGNALED(status)
-
-
-CALLS = ("replace", "unlink", "rmdir", "fsync", "open")
-
-
-def killed_at(number: int, work: Callable[[], None]) -> Callable[[], None]:
-    """`work`, killed before the given one of its calls that change what is on disk."""
-
-    def run() -> None:
-        left = number
-        for name in CALLS:
-            original = getattr(os, name)
-
-            def counted(
-                *arguments: object, original: Callable[..., object] = original, **more: object
-            ) -> object:
-                nonlocal left
-                left -= 1
-                if left < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return original(*arguments, **more)
-
-            setattr(os, name, counted)
-        work()
-
-    return run
-
-
-def test_killed_before_any_change_on_disk(spoilt: Path, tokenizer_model: Path, tmp_path: Path) -> None:
-    """Killed again and again, each time one step later, while going on from what is there."""
-
-    def work(folder: Path) -> None:
-        preprocess([spoilt], tokenizer_model, folder / "d", **SETTINGS)
-
-    work(tmp_path / "clean")
-    expected = outputs(tmp_path / "clean")
-    assert "d.quarantine.jsonl" in expected
-    kills = 0
-    for fresh in (True, False):
-        shutil.rmtree(tmp_path / "killed", ignore_errors=True)
-        number = 0
-        while dies(killed_at(number, lambda: work(tmp_path / "killed"))):
-            kills += 1
-            if fresh:
-                found = {name: data for name, data in outputs(tmp_path / "killed").items() if name[0] != "."}
-                assert found.items() <= expected.items(), "half of a file has its final name"
-                if number % 7 == 0:
-                    work(tmp_path / "killed")
-                    assert outputs(tmp_path / "killed") == expected
-                shutil.rmtree(tmp_path / "killed", ignore_errors=True)
-            number += 1 if fresh else 5
-        assert outputs(tmp_path / "killed") == expected
-        assert [path.name for path in (tmp_path / "killed").iterdir() if path.is_dir()] == []
-    assert kills > 30
-
-
-def tool(spoilt: Path, model: Path, prefix: Path) -> list[str]:
-    code = (
-        "from llama_mcore.data import inputs; from llama_mcore.data.preprocess import preprocess\n"
-        f"if __name__ == '__main__':\n    inputs._SMALLEST_UNIT = {1 << 17}\n"
-        f"    preprocess([{str(spoilt)!r}], __import__('pathlib').Path({str(model)!r}), {str(prefix)!r}, "
-        f"encoder='sentencepiece', workers=2, **{SETTINGS!r})\n"
-    )
-    script = prefix.with_suffix(".py")
-    script.parent.mkdir(parents=True, exist_ok=True)
-    script.write_text(code)
-    return [sys.executable, str(script)]
-
-
-def test_killed_at_random_times_with_workers(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
-    """The main process or a worker; what was done is not done again."""
-    long = tmp_path / "long.jsonl"
-    long.write_bytes((corpus.read_bytes() + b"bad\n") * 120)
-    script = tool(long, tokenizer_model, tmp_path / "runs" / "d")
-    chance = random.Random(0)
-    done: dict[str, int] = {}
-    for victim in ("main", "worker", "main"):
-        job = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        goal = len(done) + chance.randrange(1, 4)
-        while len(parts(tmp_path / "runs")) < goal and job.poll() is None:
-            time.sleep(0.01)
-        time.sleep(chance.random() * 0.1)
-        workers = [p for p in psutil.Process(job.pid).children() if "spawn_main" in " ".join(p.cmdline())]
-        (psutil.Process(job.pid) if victim == "main" else workers[0]).kill()
-        assert job.wait(timeout=30) != 0
-        psutil.wait_procs(workers, timeout=30)
-        found = parts(tmp_path / "runs")
-        assert done.items() <= found.items(), "a part was made twice"
-        assert len(found) >= goal
-        done = found
-    subprocess.run(script, check=True, timeout=120, capture_output=True)
-    inputs._SMALLEST_UNIT = 1 << 17
-    preprocess([long], tokenizer_model, tmp_path / "clean" / "d", **SETTINGS)
-    (tmp_path / "runs" / "d.py").unlink()
-    assert outputs(tmp_path / "runs") == outputs(tmp_path / "clean")
 
 
 def parts(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("d.parts/*-*.json")}
 
 
-def interrupt(input: Path, model: Path, prefix: Path, **settings: object) -> None:
-    """Leave some parts, and some to do."""
-    assert dies(killed_at(25, lambda: preprocess([input], model, prefix, **{**SETTINGS, **settings})))
-    assert parts(prefix.parent)
+CHANGES_OF_THE_DISK = ("replace", "unlink", "rmdir", "fsync", "open")
+
+
+def killed_at(number: int, inputs: list[Path], model: Path, prefix: Path) -> None:
+    """Preprocess in this process, which is killed before the given one of its changes of what is on disk."""
+    left = number
+
+    def counting(original: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **more: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **more)
+
+        return counted
+
+    for name in CHANGES_OF_THE_DISK:
+        setattr(os, name, counting(getattr(os, name)))
+    in_units_of(UNIT_BYTES)
+    preprocess(inputs, model, prefix, **SETTINGS)
+
+
+def dies(number: int, spoilt: Path, model: Path, folder: Path) -> bool:
+    """Whether a job came as far as that change, and so was killed."""
+    (code,) = exit_codes_of(1, killed_at, number, [spoilt], model, folder / "d")
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+def test_killed_before_any_change_on_disk(spoilt: Path, tokenizer_model: Path, tmp_path: Path) -> None:
+    preprocess([spoilt], tokenizer_model, tmp_path / "clean" / "d", **SETTINGS)
+    expected = outputs(tmp_path / "clean")
+    assert "d.quarantine.jsonl" in expected
+    left, finished = call(killed_before_each_change, spoilt, tokenizer_model, tmp_path / "each")
+    assert len(left) > 30
+    for files in left:
+        shown = {name: content for name, content in files.items() if name[0] != "."}
+        assert shown.items() <= expected.items(), "half of a file has its final name"
+    assert all(files == expected for files in finished)
+    assert call(killed_again_and_again, spoilt, tokenizer_model, tmp_path / "again") == expected
+    assert [path.name for path in (tmp_path / "again").iterdir() if path.is_dir()] == []
+
+
+def killed_before_each_change(spoilt: Path, model: Path, folder: Path) -> tuple[list[Files], list[Files]]:
+    """What a kill leaves, for every change on disk; and what going on from every seventh makes of it."""
+    in_units_of(UNIT_BYTES)
+    left: list[Files] = []
+    finished: list[Files] = []
+    while dies(len(left), spoilt, model, folder):
+        left.append(outputs(folder) if folder.exists() else {})
+        if len(left) % 7 == 1:
+            preprocess([spoilt], model, folder / "d", **SETTINGS)
+            finished.append(outputs(folder))
+        shutil.rmtree(folder, ignore_errors=True)
+    return left, [*finished, outputs(folder)]
+
+
+def killed_again_and_again(spoilt: Path, model: Path, folder: Path) -> Files:
+    """What a job makes that goes on from what is there, and each time comes five changes further."""
+    number = 0
+    while dies(number, spoilt, model, folder):
+        number += 5
+    return outputs(folder)
+
+
+def test_killed_at_random_times_with_workers(
+    corpus: Path, tokenizer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main process or a worker; what was done is not done again."""
+    long, runs = tmp_path / "long.jsonl", tmp_path / "runs"
+    long.write_bytes((corpus.read_bytes() + b"bad\n") * 40)
+    chance = random.Random(0)
+    done: dict[str, int] = {}
+    for victim in ("worker", "main"):
+        goal = chance.randrange(1, 4)
+        moment = victim, goal, chance.random() * 0.1
+        (code,) = exit_codes_of(1, with_two_workers, long, tokenizer_model, runs / "d", *moment)
+        assert (code == -signal.SIGKILL) if victim == "main" else (code > 0)
+        found = parts(runs)
+        assert done.items() <= found.items(), "a part was made twice"
+        assert len(found) >= len(done) + goal
+        done = found
+    assert exit_codes_of(1, with_two_workers, long, tokenizer_model, runs / "d", "nobody", 0, 0.0) == [0]
+    monkeypatch.setattr(preprocess_job, "unit_bytes_for", lambda files: LONG_UNIT_BYTES)
+    preprocess([long], tokenizer_model, tmp_path / "clean" / "d", **SETTINGS)
+    assert outputs(runs) == outputs(tmp_path / "clean")
+
+
+def with_two_workers(
+    input: Path, model: Path, prefix: Path, victim: str, finished: int, later_s: float
+) -> None:
+    """Preprocess; a time after so many parts are finished, this process or a worker is killed."""
+    left, advance = finished, InputProgress.advance
+
+    def advance_and_kill(progress: InputProgress, **counts: int) -> None:
+        nonlocal left
+        advance(progress, **counts)
+        left -= 1
+        if left == 0:
+            time.sleep(later_s)
+            process = psutil.Process() if victim == "main" else multiprocessing.active_children()[0]
+            process.kill()
+
+    InputProgress.advance = advance_and_kill  # type: ignore[method-assign]
+    in_units_of(LONG_UNIT_BYTES)
+    preprocess([input], model, prefix, encoder="sentencepiece", workers=2, **SETTINGS)
+
+
+def go_on_from(begun: Path, folder: Path) -> Path:
+    """The prefix of a job that was killed and left its parts in this folder."""
+    shutil.copytree(begun, folder / "d.parts")
+    return folder / "d"
 
 
 CHANGES = {
@@ -177,15 +198,15 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_parts_made_otherwise_are_refused(
-    name: str, spoilt: Path, tokenizer_model: Path, tmp_path: Path
+    name: str, begun: Path, spoilt: Path, tokenizer_model: Path, tmp_path: Path
 ) -> None:
-    prefix = tmp_path / "out" / "d"
-    interrupt(spoilt, tokenizer_model, prefix)
+    prefix = go_on_from(begun, tmp_path / "out")
     before = parts(prefix.parent)
     changed = {**SETTINGS, **CHANGES[name]}
-    with pytest.raises(ConfigError, match=rf"{name} = .* differs .*--restart") as error:
+    with refused(ConfigError, name) as error:
         preprocess([spoilt], tokenizer_model, prefix, **changed)
-    assert len(error.value.problems) == 1
+    (problem,) = error.value.problems
+    assert "--restart" in problem.remedy
     assert parts(prefix.parent) == before
     preprocess([spoilt], tokenizer_model, prefix, **changed, restart=True)
     preprocess([spoilt], tokenizer_model, tmp_path / "clean" / "d", **changed)
@@ -195,56 +216,59 @@ def test_parts_made_otherwise_are_refused(
 def test_parts_of_another_input_or_tokenizer_are_refused(
     spoilt: Path, corpus: Path, tokenizer_model: Path, tmp_path: Path
 ) -> None:
-    prefix = tmp_path / "out" / "d"
-    interrupt(spoilt, tokenizer_model, prefix)
+    input, prefix = tmp_path / "a.jsonl", tmp_path / "out" / "d"
+    input.write_bytes(spoilt.read_bytes())
+    exit_codes_of(1, killed_at, WHILE_PARTS_ARE_MADE, [input], tokenizer_model, prefix)
     train_tokenizer([corpus], tmp_path / "other.model", vocab_size=390)
-    with pytest.raises(ConfigError, match=r"tokenizer_model = .* differs"):
-        preprocess([spoilt], tmp_path / "other.model", prefix, **SETTINGS)
-    with pytest.raises(ConfigError, match=r"input 1 = .*corpus\.jsonl.* differs .*None"):
-        preprocess([spoilt, corpus], tokenizer_model, prefix, **SETTINGS)
-    spoilt.write_bytes(spoilt.read_bytes())
-    os.utime(spoilt, ns=(1, 1))
-    with pytest.raises(ConfigError, match=r"input 0 = .*spoilt\.jsonl.* differs"):
-        preprocess([spoilt], tokenizer_model, prefix, **SETTINGS)
+    with refused(ConfigError, "tokenizer_model"):
+        preprocess([input], tmp_path / "other.model", prefix, **SETTINGS)
+    with refused(ConfigError, "input 1") as error:
+        preprocess([input, corpus], tokenizer_model, prefix, **SETTINGS)
+    assert str(corpus) in str(error.value)
+    os.utime(input, ns=(1, 1))
+    with refused(ConfigError, "input 0") as error:
+        preprocess([input], tokenizer_model, prefix, **SETTINGS)
+    assert str(input) in str(error.value)
 
 
-def test_what_changes_nothing_goes_on(spoilt: Path, tokenizer_model: Path, tmp_path: Path) -> None:
-    prefix = tmp_path / "out" / "d"
-    interrupt(spoilt, tokenizer_model, prefix)
-    before = parts(prefix.parent)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llama_mcore.data.preprocess_job.remove", lambda folder: None)
-        settings = {**SETTINGS, "workers": 2, "encoder": "sentencepiece", "max_bad_ratio": 0.4}
-        preprocess([spoilt], tokenizer_model, prefix, **settings)
-    assert before.items() <= parts(prefix.parent).items()
+def test_what_changes_nothing_goes_on(
+    begun: Path, spoilt: Path, tokenizer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = go_on_from(begun, tmp_path)
+    before = parts(tmp_path)
+    monkeypatch.setattr(preprocess_job, "remove", lambda folder: None)
+    settings = {**SETTINGS, "workers": 2, "encoder": "sentencepiece", "max_bad_ratio": 0.4}
+    preprocess([spoilt], tokenizer_model, prefix, **settings)
+    assert before.items() <= parts(tmp_path).items()
 
 
 def test_a_job_that_fails_at_a_bad_line_goes_on_when_told_to_skip(
     spoilt: Path, tokenizer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefix = tmp_path / "d"
-    with pytest.raises(Exception, match="line 121"):
+    with pytest.raises(DataError, match="line 121"):
         preprocess([spoilt], tokenizer_model, prefix, **{**SETTINGS, "on_bad_line": "fail"})
     before = parts(tmp_path)
     assert before
-    monkeypatch.setattr("llama_mcore.data.preprocess_job.remove", lambda folder: None)
+    monkeypatch.setattr(preprocess_job, "remove", lambda folder: None)
     preprocess([spoilt], tokenizer_model, prefix, **SETTINGS)
     assert before.items() <= parts(tmp_path).items()
 
 
-def test_a_damaged_part_is_found_and_made_again(spoilt: Path, tokenizer_model: Path, tmp_path: Path) -> None:
-    prefix = tmp_path / "out" / "d"
+def test_a_damaged_part_is_found_and_made_again(
+    begun: Path, spoilt: Path, tokenizer_model: Path, tmp_path: Path
+) -> None:
     preprocess([spoilt], tokenizer_model, tmp_path / "clean" / "d", **SETTINGS)
-    interrupt(spoilt, tokenizer_model, prefix)
+    prefix = go_on_from(begun, tmp_path / "out")
     part = next((tmp_path / "out" / "d.parts").glob("*-000000.bin"))
     content = bytearray(part.read_bytes())
     content[10] ^= 1
     part.write_bytes(content)
-    with pytest.raises(OutputError, match="does not hold the bytes that were written"):
+    with refused(OutputError, "output", part):
         preprocess([spoilt], tokenizer_model, prefix, **SETTINGS)
     preprocess([spoilt], tokenizer_model, prefix, **SETTINGS)
     assert outputs(prefix.parent) == outputs(tmp_path / "clean")
-    interrupt(spoilt, tokenizer_model, prefix)
+    go_on_from(begun, tmp_path / "out")
     part.write_bytes(content[:-1])
     part.with_suffix(".json").write_text("{")
     preprocess([spoilt], tokenizer_model, prefix, **SETTINGS)
@@ -252,7 +276,7 @@ def test_a_damaged_part_is_found_and_made_again(spoilt: Path, tokenizer_model: P
 
 
 def test_two_jobs_do_not_make_one_dataset(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
-    with shards.Lock(tmp_path / "d.parts"), pytest.raises(OutputError, match="another process is making"):
+    with shards.Lock(tmp_path / "d.parts"), refused(OutputError, "output", tmp_path / "d.parts"):
         preprocess([corpus], tokenizer_model, tmp_path / "d")
 
 
@@ -260,27 +284,21 @@ def test_a_stream_begins_anew(corpus: Path, tokenizer_model: Path, tmp_path: Pat
     """What it holds the second time may be something else."""
     pipe, prefix = tmp_path / "pipe", tmp_path / "out" / "d"
     os.mkfifo(pipe)
-
-    def feed_and(content: bytes, work: Callable[[], None]) -> bool:
-        feeder = os.fork()
-        if not feeder:
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-            pipe.write_bytes(content)
-            os._exit(0)
-        killed = dies(work)
-        os.kill(feeder, signal.SIGKILL)
-        os.waitpid(feeder, 0)
-        return killed
-
-    def work() -> None:
-        preprocess([pipe], tokenizer_model, prefix, **SETTINGS)
-
     lines = corpus.read_bytes().splitlines(keepends=True)
-    assert feed_and(b"".join(lines), killed_at(25, work))
+    there, back = b"".join(lines), b"".join(reversed(lines))
+    killed, _ = exit_codes_of(2, read_and_feed, pipe, there, WHILE_PARTS_ARE_MADE, tokenizer_model, prefix)
+    assert killed == -signal.SIGKILL
     assert parts(prefix.parent)
-    assert not feed_and(b"".join(reversed(lines)), work)
-    write = tmp_path / "reversed.jsonl"
-    write.write_bytes(b"".join(reversed(lines)))
-    preprocess([write], tokenizer_model, tmp_path / "clean" / "d", **SETTINGS)
+    assert exit_codes_of(2, read_and_feed, pipe, back, sys.maxsize, tokenizer_model, prefix) == [0, 0]
+    (tmp_path / "reversed.jsonl").write_bytes(back)
+    preprocess([tmp_path / "reversed.jsonl"], tokenizer_model, tmp_path / "clean" / "d", **SETTINGS)
     for name in ("d_text_document.bin", "d_text_heldout.idx"):
         assert outputs(prefix.parent)[name] == outputs(tmp_path / "clean")[name]
+
+
+def read_and_feed(pipe: Path, content: bytes, number: int, model: Path, prefix: Path) -> None:
+    """Rank 0 preprocesses what rank 1 writes."""
+    if os.environ["RANK"] == "1":
+        pipe.write_bytes(content)
+    else:
+        killed_at(number, [pipe], model, prefix)

@@ -19,6 +19,7 @@ from llama_mcore.data.inputs import find_inputs, sources_of
 from llama_mcore.data.lines import Lines, lines_before
 from llama_mcore.data.readers import make_reader, read_jsonl, read_records
 from llama_mcore.errors import DataError, MissingInputError
+from tests.support.errors import refused
 
 TEXTS = ["one", "", "deux \u00e9t\u00e9", "\x00 nul", "a\u2028b\u0085c", "\r\n\t", "\U0001f600" * 5, "x" * 70]
 
@@ -147,24 +148,25 @@ def test_lines_before_a_unit(tmp_path: Path) -> None:
     assert [lines_before(source, byte) for byte in range(12)] == [0, 1, 1, 2, 3, 3, 3, 3, 3, 3, 3, 4][:12]
 
 
+# A line, and what the reason has to tell of it.
 BAD_LINES = {
-    "text": (b"Once upon a time", "is not JSON .* it starts 'Once upon a time'"),
-    "cut off": (b'{"text": "cut off', "is not JSON"),
-    "invalid UTF-8": (b'{"text": "\xff"}', "is not JSON .*UTF-8"),
-    "lone surrogate": (b'{"text": "\\ud800"}', "is not JSON .*surrogate"),
-    "raw NUL": (b'{"text": "\x00"}', "is not JSON .*control character"),
-    "NaN": (b'{"text": "a", "n": NaN}', "is not JSON"),
-    "huge number": (b'{"text": "a", "n": 1' + b"0" * 5000 + b"}", "is not JSON"),
-    "nested": (b'{"text": "a", "n": ' + b"[" * 5000 + b"]" * 5000 + b"}", "is not JSON .*depth"),
-    "list": (b'["text"]', "holds a JSON list, not an object"),
-    "number": (b"3", "holds a JSON int, not an object"),
-    "string": (b'"text"', "holds a JSON str, not an object"),
-    "null": (b"null", "holds a JSON NoneType, not an object"),
-    "no key": (b'{"content": "x", "id": 3}', "has no key 'text'; keys there: content, id"),
-    "null text": (b'{"text": null}', "holds NoneType under 'text', not a string"),
-    "list text": (b'{"text": ["a"]}', "holds list under 'text', not a string"),
-    "repeated key": (b'{"text": "a", "n": 1, "text": "b"}', "has key 'text' more than once"),
-    "second BOM": (b'\xef\xbb\xbf{"text": "a"}', "is not JSON .*byte order mark"),
+    "text": (b"Once upon a time", "Once upon a time"),
+    "cut off": (b'{"text": "cut off', "JSON"),
+    "invalid UTF-8": (b'{"text": "\xff"}', "UTF-8"),
+    "lone surrogate": (b'{"text": "\\ud800"}', "surrogate"),
+    "raw NUL": (b'{"text": "\x00"}', "control character"),
+    "NaN": (b'{"text": "a", "n": NaN}', "JSON"),
+    "huge number": (b'{"text": "a", "n": 1' + b"0" * 5000 + b"}", "JSON"),
+    "nested": (b'{"text": "a", "n": ' + b"[" * 5000 + b"]" * 5000 + b"}", "depth"),
+    "list": (b'["text"]', "list"),
+    "number": (b"3", "int"),
+    "string": (b'"text"', "str"),
+    "null": (b"null", "NoneType"),
+    "no key": (b'{"content": "x", "id": 3}', "'text'.* content, id"),
+    "null text": (b'{"text": null}', "NoneType .*'text'"),
+    "list text": (b'{"text": ["a"]}', "list .*'text'"),
+    "repeated key": (b'{"text": "a", "n": 1, "text": "b"}', "'text'"),
+    "second BOM": (b'\xef\xbb\xbf{"text": "a"}', "byte order mark"),
 }
 
 
@@ -183,11 +185,11 @@ def test_bad_line_is_named_and_the_rest_is_read(name: str, tmp_path: Path) -> No
 def test_a_bad_line_ends_the_reading_of_records(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "first"}\n\nsecond\n')
-    with pytest.raises(DataError, match=r"a\.jsonl line 3: is not JSON"):
+    with refused(DataError, "--input", f"{path} line 3", remedy=False):
         list(read_records([path]))
     path.write_bytes(b'{"text": 3}\n')
     (record,) = read_records([path])
-    with pytest.raises(DataError, match="holds int under 'text', not a string"):
+    with refused(DataError, "--input", f"{path} line 1", remedy=False):
         record.text("text")
 
 
@@ -214,7 +216,6 @@ def test_a_line_too_long_is_bad_and_does_not_stay_in_memory(
     texts, bad = read(path)
     assert texts == ["a", "c"]
     assert [line.line for line in bad] == [1, 3]
-    assert "is longer than" in bad[0].reason
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
@@ -224,17 +225,22 @@ def test_a_damaged_file_is_an_error_that_says_where(kind: str, tmp_path: Path) -
     path = tmp_path / f"a.jsonl.{kind}"
     for size in (1, 5, len(second) // 2, len(second) - 1):
         path.write_bytes(first + second[:size])
-        with pytest.raises(DataError, match=rf"at byte {len(first):,} = |at byte {len(first):,}: is cut off"):
-            read(path)
+        check_damage(path, len(first))
     path.write_bytes(first + b"garbage" + second)
-    with pytest.raises(DataError, match=f"at byte {len(first):,}: is damaged"):
-        read(path)
+    check_damage(path, len(first))
     flipped = bytearray(second)
     flipped[len(second) // 2] ^= 0x10
     path.write_bytes(first + flipped)
     if kind == "gz":  # zstd has a checksum only where the writer was asked for one
-        with pytest.raises(DataError, match=f"at byte {len(first):,}: is damaged"):
-            read(path)
+        check_damage(path, len(first))
+
+
+def check_damage(path: Path, byte: int) -> None:
+    with pytest.raises(DataError) as error:
+        read(path)
+    assert str(error.value.problems[0].value).startswith(f"{path}, ")
+    assert f"at byte {byte:,}:" in str(error.value)
+    assert error.value.problems[0].remedy
 
 
 def test_a_bomb_is_read_in_little_memory(tmp_path: Path) -> None:
@@ -266,17 +272,13 @@ def test_parquet_rows_that_are_no_text_are_bad(tmp_path: Path) -> None:
         ]
 
 
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        ({"content": ["a"]}, "has no column 'text'; columns there: content"),
-        ({"text": [1]}, "holds int64 in column 'text', not strings"),
-    ],
-)
-def test_parquet_without_text_is_an_error(table: dict[str, object], message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("table", "found"), [({"content": ["a"]}, "content"), ({"text": [1]}, "int64")])
+def test_parquet_without_text_is_an_error(table: dict[str, object], found: str, tmp_path: Path) -> None:
     parquet.write_table(pa.table(table), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=message):
+    with refused(DataError, "--input", tmp_path / "a.parquet", remedy=False) as error:
         read(tmp_path / "a.parquet")
+    assert "'text'" in str(error.value)
+    assert found in str(error.value)
 
 
 def test_damaged_parquet_is_an_error(tmp_path: Path) -> None:
@@ -284,7 +286,7 @@ def test_damaged_parquet_is_an_error(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"text": TEXTS * 100}), path)
     content = path.read_bytes()
     path.write_bytes(content[:-5])
-    with pytest.raises(DataError, match=r"a\.parquet: is damaged"):
+    with refused(DataError, "--input", path):
         read(path)
 
 
@@ -294,7 +296,7 @@ def test_text_file_that_is_no_text_is_bad(tmp_path: Path) -> None:
     texts, (bad,) = read(tmp_path)
     assert texts == ["one\r\n"]
     assert (bad.path, bad.line) == (tmp_path / "b.txt", None)
-    assert bad.reason.startswith("is not UTF-8 (byte 3")
+    assert "UTF-8 (byte 3" in bad.reason
 
 
 def test_every_missing_input_is_named(tmp_path: Path) -> None:
@@ -309,23 +311,25 @@ def test_every_missing_input_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "found", "remedy"),
     [
-        ("a.jsonl", gzip.compress(b"{}"), r"holds gzip.*name it \.jsonl\.gz"),
-        ("a.txt", zstd(b"{}"), r"holds zstd.*name it \.jsonl\.zst"),
-        ("a.jsonl.gz", zstd(b"{}"), "holds zstd"),
-        ("a.jsonl.gz", b'{"text": "a"}\n', "holds something else"),
-        ("a.parquet", b'{"text": "a"}\n', "holds something else"),
-        ("a.jsonl.zst", b"", "holds something else"),
-        ("a.json", b"BZh91AY", "holds bzip2"),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), "gzip", ".jsonl.gz"),
+        ("a.txt", zstd(b"{}"), "zstd", ".jsonl.zst"),
+        ("a.jsonl.gz", zstd(b"{}"), "zstd", ".jsonl.zst"),
+        ("a.jsonl.gz", b'{"text": "a"}\n', "something else", ""),
+        ("a.parquet", b'{"text": "a"}\n', "something else", ""),
+        ("a.jsonl.zst", b"", "something else", ""),
+        ("a.json", b"BZh91AY", "bzip2", ""),
     ],
 )
 def test_a_name_that_does_not_fit_the_content_is_refused(
-    name: str, content: bytes, message: str, tmp_path: Path
+    name: str, content: bytes, found: str, remedy: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(MissingInputError, match=message):
+    with refused(MissingInputError, "--input", tmp_path / name) as error:
         find_inputs([tmp_path / name])
+    assert found in error.value.problems[0].bound
+    assert remedy in error.value.problems[0].remedy
 
 
 def test_folders_and_patterns_are_sorted_and_a_file_is_taken_once(tmp_path: Path) -> None:
@@ -335,5 +339,5 @@ def test_folders_and_patterns_are_sorted_and_a_file_is_taken_once(tmp_path: Path
     assert [file.path.name for file in find_inputs([tmp_path])] == names
     assert [file.path.name for file in find_inputs([f"{tmp_path}/*.jsonl"])] == names
     assert [file.path.name for file in find_inputs([tmp_path / "c[1].jsonl"])] == names[2:]
-    with pytest.raises(MissingInputError, match=r"a\.jsonl: is named twice"):
+    with refused(MissingInputError, "--input", tmp_path / "a.jsonl"):
         find_inputs([tmp_path, tmp_path / "a.jsonl"])

@@ -30,9 +30,18 @@ from llama_mcore.data.tokenizer_corpus import find_sources, read_texts
 from llama_mcore.data.tokenizer_memory import TrainerMemory
 from llama_mcore.data.tokenizer_report import report_on
 from llama_mcore.data.tokenizer_training import train_tokenizer
-from llama_mcore.errors import ConfigError, DataError, MissingInputError, OutputError, PreflightError
+from llama_mcore.errors import (
+    ConfigError,
+    DataError,
+    MissingInputError,
+    OutputError,
+    PreflightError,
+    UserError,
+)
 from llama_mcore.units import parse_bytes
 from tests.data.conftest import write_jsonl
+from tests.support.errors import refused
+from tests.support.world import TIMEOUT_S
 
 # What protobuf reads in the tokenizer.model released with LLaMA (md5 eeec4125e9c7560836b4873b6f8e3025): every
 # field of it, but those that say where it was made: input, model_prefix, num_threads and vocab_size.
@@ -192,12 +201,13 @@ def test_same_corpus_gives_same_bytes(corpus: Path, tokenizer_model: Path, tmp_p
     assert Tokenizer(tmp_path / "again.model").sha256 == Tokenizer(tokenizer_model).sha256
 
 
+@pytest.mark.process
 def test_same_bytes_in_another_process_on_any_number_of_cores(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", documents(words(0, 300)))
     for name, cores in (("one", "1"), ("all", "1000")):
         command = [sys.executable, "-c", ANOTHER_PROCESS, cores, str(source), str(tmp_path / name)]
         environment = {**os.environ, "PYTHONHASHSEED": str(len(name) + int(cores))}
-        subprocess.run(command, check=True, capture_output=True, timeout=120, env=environment)
+        subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT_S, env=environment)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "all").read_bytes()
     assert record_of(tmp_path / "one")["sources"] == record_of(tmp_path / "all")["sources"]
 
@@ -264,7 +274,7 @@ def test_two_unnamed_sources_cannot_share_a_name(tmp_path: Path) -> None:
     for folder in "ab":
         (tmp_path / folder).mkdir()
         write_jsonl(tmp_path / folder / "wiki.jsonl", documents(["x"]))
-    with pytest.raises(ConfigError, match="second source the name 'wiki'; name it: --input NAME=PATH"):
+    with refused(ConfigError, "--input", tmp_path / "b/wiki.jsonl"):
         find_sources([tmp_path / "a/wiki.jsonl", tmp_path / "b/wiki.jsonl"])
 
 
@@ -316,8 +326,10 @@ def test_text_that_cannot_fit_is_refused_before_it_is_read(tmp_path: Path) -> No
     source = tmp_path / "large.jsonl"
     source.write_bytes(b"not JSON\n")
     os.truncate(source, 10**9)
-    with pytest.raises(PreflightError, match=r"on 1\.00 GB of text needs about 4\.06 GB") as error:
+    with refused(PreflightError, "--max-memory", "2.00 GB") as error:
         train_tokenizer([source], tmp_path / "t.model", vocab_size=32000, max_memory=2 * 10**9)
+    assert "1.00 GB" in str(error.value)
+    assert "4.06 GB" in str(error.value)
     remedy = re.search(r"--bytes-per-source (\w+)", str(error.value))
     assert remedy
     memory = TrainerMemory(2 * 10**9, 1)
@@ -331,16 +343,16 @@ def test_text_that_turns_out_not_to_fit_is_refused_before_training(tmp_path: Pat
     many = write_jsonl(tmp_path / "many.jsonl", documents(words(0, 40_000)))
     few = write_jsonl(tmp_path / "few.jsonl", documents(words(0, 100) * 400))
     for budget in (None, 10**7):
-        with pytest.raises(
-            PreflightError, match=r"--max-memory = 80\.0 MB: .* --bytes-per-source [0-9.]+[KM]B"
-        ):
+        with refused(PreflightError, "--max-memory", "80.0 MB") as error:
             train_tokenizer(
                 [many], tmp_path / "t.model", vocab_size=300, bytes_per_source=budget, max_memory=80 * 10**6
             )
+        assert re.search(r"--bytes-per-source [0-9.]+[KM]B", error.value.problems[0].remedy)
     assert not list(tmp_path.glob("*t.model*"))
     train_tokenizer([few], tmp_path / "t.model", vocab_size=320, max_memory=80 * 10**6)
 
 
+@pytest.mark.process
 def test_the_estimate_covers_what_training_takes(tmp_path: Path) -> None:
     """Measured in a process of its own, on costly text: ideographs without a space, few of them common."""
     draw = random.Random(0)
@@ -357,7 +369,7 @@ def test_the_estimate_covers_what_training_takes(tmp_path: Path) -> None:
         "print(peak() - before)\n"
     )
     command = [sys.executable, "-c", code, str(source), str(tmp_path / "t.model")]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S)
     measured = int(done.stdout.splitlines()[-1])
     assert 0.8 * measured < memory.peak < 3 * measured
 
@@ -366,43 +378,50 @@ def test_the_estimate_covers_what_training_takes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "problem"),
+    ("settings", "option", "bound"),
     [
-        ({"vocab_size": 259}, "--vocab-size = 259: must be at least 260: 3 control tokens, 256 bytes"),
-        ({"vocab_size": 2**31}, "--vocab-size = 2147483648: must be at most"),
-        ({"bytes_per_source": 4191}, "--bytes-per-source = 4191: must be at least 4192 bytes"),
-        ({"seed": -1}, "--seed = -1: must be from 0"),
+        ({"vocab_size": 259}, "--vocab-size", "260"),
+        ({"vocab_size": 2**31}, "--vocab-size", f"{2**31 - 1}"),
+        ({"bytes_per_source": 4191}, "--bytes-per-source", "4192"),
+        ({"seed": -1}, "--seed", "0"),
     ],
 )
-def test_settings_out_of_range(settings: dict[str, int], problem: str, corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=problem):
+def test_settings_out_of_range(
+    settings: dict[str, int], option: str, bound: str, corpus: Path, tmp_path: Path
+) -> None:
+    (value,) = settings.values()
+    with refused(ConfigError, option, value, remedy=option != "--seed") as error:
         train_tokenizer([corpus], tmp_path / "t.model", **{"vocab_size": 400, **settings})
+    assert bound in error.value.problems[0].bound
 
 
 def test_vocabulary_larger_than_the_text_supports(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "small.jsonl", documents(["hello world"]))
-    with pytest.raises(DataError, match=r"vocab-size = 4096: .* at most (\d+); .*--vocab-size \1") as error:
+    with refused(DataError, "--vocab-size", 4096) as error:
         train_tokenizer([source], tmp_path / "t.model", vocab_size=4096)
-    most = int(error.value.problems[0].bound.split()[-1])
+    most = named_vocabulary(error.value)
     train_tokenizer([source], tmp_path / "t.model", vocab_size=most)
     assert Tokenizer(tmp_path / "t.model").vocab_size == most
 
 
-def test_vocabulary_smaller_than_the_characters(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"must be at least (\d+): .*characters; give --vocab-size \1"
-    ) as error:
-        train_tokenizer([corpus], tmp_path / "t.model", vocab_size=270)
-    match = re.search(r"at least (\d+)", str(error.value))
+def named_vocabulary(error: UserError) -> int:
+    """The size that a remedy gives."""
+    match = re.search(r"--vocab-size (\d+)", error.problems[0].remedy)
     assert match
-    train_tokenizer([corpus], tmp_path / "t.model", vocab_size=int(match[1]))
+    return int(match[1])
+
+
+def test_vocabulary_smaller_than_the_characters(corpus: Path, tmp_path: Path) -> None:
+    with refused(DataError, "--vocab-size", 270) as error:
+        train_tokenizer([corpus], tmp_path / "t.model", vocab_size=270)
+    train_tokenizer([corpus], tmp_path / "t.model", vocab_size=named_vocabulary(error.value))
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["x" * 5000]])
 def test_text_without_a_usable_line(texts: list[str], tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "c.jsonl", documents(texts))
     for budget in (None, 5000):
-        with pytest.raises(DataError, match="hold no line of text"):
+        with refused(DataError, "--input", "all documents"):
             train_tokenizer([source], tmp_path / "t.model", vocab_size=300, bytes_per_source=budget)
     assert list(tmp_path.iterdir()) == [source]
 
@@ -411,30 +430,32 @@ def test_a_bad_line_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     source = tmp_path / "c.jsonl"
     source.write_text('{"text": "fine"}\nnot JSON\n')
     for budget in (None, 5000):
-        with pytest.raises(DataError, match=rf"^data error: --input = {source} line 2: is not JSON"):
+        with refused(DataError, "--input", f"{source} line 2", remedy=False):
             train_tokenizer([source], tmp_path / "t.model", vocab_size=300, bytes_per_source=budget)
     assert list(tmp_path.iterdir()) == [source]
 
 
 def test_output_that_cannot_be_written(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="is a file, not a folder"):
-        train_tokenizer([corpus], tmp_path / "file" / "t.model", vocab_size=300)
-    with pytest.raises(OutputError, match="cannot be written"):
-        train_tokenizer([corpus], tmp_path / "file" / "deeper" / "t.model", vocab_size=300)
-    with pytest.raises(OutputError, match="is a folder"):
-        train_tokenizer([corpus], tmp_path, vocab_size=300)
     (tmp_path / "t.model.json").mkdir()
-    with pytest.raises(OutputError, match=r"t\.model\.json: is a folder"):
-        train_tokenizer([corpus], tmp_path / "t.model", vocab_size=300)
+    for output, named in [
+        (tmp_path / "file" / "t.model", tmp_path / "file" / "t.model"),
+        (tmp_path / "file" / "deeper" / "t.model", tmp_path / "file" / "deeper" / "t.model"),
+        (tmp_path, tmp_path),
+        (tmp_path / "t.model", tmp_path / "t.model.json"),
+    ]:
+        with pytest.raises(OutputError) as error:
+            train_tokenizer([corpus], output, vocab_size=300)
+        assert error.value.problems[0].value == named
 
 
 # --- what is said and stored
 
 
 def test_training_speaks_in_lines_of_its_own(
-    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tokenizer_training, "SECONDS_BETWEEN_LINES", 1e6)
     train_tokenizer([corpus], tmp_path / "quiet.model", vocab_size=400)
     out, err = capfd.readouterr()
     assert Tokenizer(tmp_path / "quiet.model").sha256 in out
@@ -447,8 +468,8 @@ def test_learning_says_that_it_goes_on(
     monkeypatch.setattr(tokenizer_training, "SECONDS_BETWEEN_LINES", 0.001)
     train_tokenizer([corpus], tmp_path / "t.model", vocab_size=400)
     lines = capfd.readouterr().err.splitlines()
-    assert re.fullmatch(r"train-tokenizer: text read, learning the merges in up to \d\.\d\d GB", lines[0])
-    assert re.fullmatch(r"train-tokenizer: learning the merges, \d+ s so far, \d\.\d\d GB held", lines[-1])
+    assert re.search(r"\d\.\d\d GB", lines[0])
+    assert re.search(r"\d+ s .* \d\.\d\d GB", lines[-1])
 
 
 def test_the_record_tells_what_made_the_model(corpus: Path, tmp_path: Path) -> None:
@@ -466,6 +487,7 @@ def test_the_record_tells_what_made_the_model(corpus: Path, tmp_path: Path) -> N
     assert record["report"] is None
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("moment", ["reading", "learning"])
 def test_an_interrupt_ends_it_at_once_and_leaves_nothing(tmp_path: Path, moment: str) -> None:
     """While it learns the signal itself ends the process: Python would hear of it after the last merge."""
@@ -483,12 +505,12 @@ def test_an_interrupt_ends_it_at_once_and_leaves_nothing(tmp_path: Path, moment:
                 stream.write('{"text": "a"}\n')
                 stream.flush()
                 process.send_signal(signal.SIGINT)
-                process.communicate(timeout=60)
+                process.communicate(timeout=TIMEOUT_S)
             assert process.returncode == 130
         else:
             assert "learning the merges" in process.stderr.readline()
             process.send_signal(signal.SIGINT)
-            process.communicate(timeout=60)
+            process.communicate(timeout=TIMEOUT_S)
             assert process.returncode == -signal.SIGINT
     assert [path.name for path in tmp_path.iterdir()] == ["source.jsonl"]
 

@@ -14,6 +14,7 @@ from llama_mcore.data.manifest import DatasetManifest, build_manifest, write_man
 from llama_mcore.data.verify import Damage, count_problems, damaged_blocks, index_problems, open_problems
 from llama_mcore.errors import DataError
 from tests.data.test_indexed import DOCUMENTS, write
+from tests.support.errors import refused
 
 LONG = [list(range(5)), list(range(5, 6)), list(range(6, 20))]  # 20 tokens, five blocks of 8 bytes
 
@@ -65,7 +66,7 @@ def test_files_of_two_builds_are_refused(tmp_path: Path, swapped: str) -> None:
     make(tmp_path / "a", [[5, 6, 7], [8, 9]])
     make(tmp_path / "b", [[1, 2], [3, 4, 5]])
     (tmp_path / f"b{swapped}").replace(tmp_path / f"a{swapped}")
-    with pytest.raises(DataError, match="does not have"):
+    with refused(DataError, "dataset"):
         IndexedDataset(tmp_path / "a")
 
 
@@ -103,16 +104,12 @@ def test_damage_says_which_bytes_and_documents(tmp_path: Path) -> None:
     read: list[int] = []
     index = Index(tmp_path / "d")
     damage = list(damaged_blocks(manifest, index, vocab_size=19, advance=read.append))
-    assert damage == [
-        Damage(1, 8, 16, 0, 2, "does not have its checksum"),
-        Damage(
-            4, 32, 40, 2, 2, "does not have its checksum and holds 1 token ids outside the vocabulary of 19"
-        ),
-    ]
+    reasons = [each.reason for each in damage]
+    assert damage == [Damage(1, 8, 16, 0, 2, reasons[0]), Damage(4, 32, 40, 2, 2, reasons[1])]
+    assert ["vocabulary of 19" in reason for reason in reasons] == [False, True]
     assert read == [8] * 5
-    assert "block 1 does not have its checksum: bytes 8 to 15, documents 0 to 2" in str(
-        damage[0].problem(index)
-    )
+    told = str(damage[0].problem(index))
+    assert all(part in told for part in ("block 1 ", "bytes 8 to 15", "documents 0 to 2"))
 
 
 def test_ids_outside_the_vocabulary_are_found_without_a_manifest(tmp_path: Path) -> None:
@@ -120,7 +117,7 @@ def test_ids_outside_the_vocabulary_are_found_without_a_manifest(tmp_path: Path)
     index = Index(tmp_path / "d")
     assert list(damaged_blocks(None, index)) == []
     (damage,) = damaged_blocks(None, index, vocab_size=18)
-    assert damage.reason == "holds 2 token ids outside the vocabulary of 18"
+    assert "2 token ids outside the vocabulary of 18" in damage.reason
 
 
 def test_a_long_index_is_hashed_by_verify_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

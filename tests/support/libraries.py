@@ -6,11 +6,12 @@ from llama_mcore.observe.log import silence_libraries
 
 silence_libraries(cpu=True)
 
+import deepspeed.module_inject.auto_ep_config  # noqa: E402
 import deepspeed.ops  # noqa: E402
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402  by every `deepspeed.initialize`
 import megatron.core  # noqa: E402, F401
 import pytest  # noqa: E402, F401
-import torch.utils.tensorboard  # noqa: E402, F401
+import torch.utils.tensorboard  # noqa: E402
 
 import llama_mcore.cli  # noqa: E402
 import llama_mcore.launch.preflight  # noqa: E402

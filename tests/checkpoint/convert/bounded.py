@@ -1,30 +1,27 @@
-"""Worker: conversions of a model in a process whose address space may not grow by a third of its size.
+"""Conversions of models several times larger than the address space that they may take.
 
-    python tests/checkpoint/convert/bounded.py FOLDER
-
-Limits are set after small conversions have imported everything. FOLDER/weights and FOLDER/state hold a folder
-for each format.
+Address space, since how much of it is resident depends on what else the machine does.
 """
 
+import ctypes
 import resource
-import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
-from llama_mcore.checkpoint.convert import pickled
 from llama_mcore.checkpoint.convert.formats import WriteOptions, get_format
 from llama_mcore.checkpoint.convert.run import convert
-from llama_mcore.checkpoint.layout import KINDS, WEIGHT
+from llama_mcore.checkpoint.layout import KINDS
 from llama_mcore.errors import PreflightError
 from llama_mcore.model.config import ModelConfig
-from tests.checkpoint.convert import warm_child
 from tests.checkpoint.convert.invented import SHAPES, Invented
+from tests.checkpoint.convert.read_here import pickles_read_here
 
 MB = 1 << 20
+MMAP_THRESHOLD, ARENA_MAX = -3, -8  # of mallopt(3)
 
 
 def model_of(num_layers: int, vocab_size: int = 2000) -> ModelConfig:
@@ -38,14 +35,42 @@ def model_of(num_layers: int, vocab_size: int = 2000) -> ModelConfig:
     )
 
 
-WEIGHTS = model_of(24)  # 158 MB in bf16
-STATE = model_of(8)  # 332 MB with both moments
-ONE_LARGE = model_of(1, vocab_size=60000)  # 123 MB in fp32 are its embedding
+WEIGHTS = Invented(model_of(20))  # 126 MB in bf16
+STATE = Invented(model_of(4), torch.float32, KINDS)  # 170 MB with both moments
+ONE_LARGE = Invented(model_of(1, vocab_size=50000))  # 51 MB in bf16 are its embedding
 FROM_WEIGHTS = ("hf", "native", "megatron", "deepspeed", "meta", "hf")
 FROM_STATE = ("native", "megatron", "deepspeed", "native")
-SPARE = 36 * MB  # an eighth of the 1 GB that is promised to stay below, at a model of this size
-LIMITS = {WEIGHT: 12 * MB + SPARE, "state": 40 * MB + SPARE}
-"""Two of the largest tensor; one layer with masters and moments."""
+LIMIT = 40 * MB
+"""A layer with masters and moments, or three of the largest tensor, or the 32 MB that a manifest may have."""
+
+
+def convert_all(folder: Path) -> None:
+    """FOLDER/weights and FOLDER/state hold a folder for each format."""
+    warm_up(folder)
+    around(folder / "weights", WEIGHTS, FROM_WEIGHTS, LIMIT)
+    around(folder / "state", STATE, FROM_STATE, LIMIT)
+
+
+def convert_one_large(folder: Path) -> bool:
+    """Whether it was refused for lack of memory."""
+    warm_up(folder)
+    try:
+        around(folder / "large", ONE_LARGE, ("hf", "native"), LIMIT)
+    except PreflightError:
+        return True
+    return False
+
+
+def warm_up(folder: Path) -> None:
+    """Have everything imported, and memory come from the system with each tensor and go back with it: what
+    the allocator has kept of former ones would hide how much is held, and so would threads with room of
+    their own, of which there are the more the slower they end."""
+    malloc = ctypes.CDLL(None)
+    assert malloc.mallopt(MMAP_THRESHOLD, 1 << 17)
+    assert malloc.mallopt(ARENA_MAX, 1)
+    threading.stack_size(1 << 20)
+    around(folder / "small", Invented(SHAPES["gqa"]), FROM_WEIGHTS)
+    around(folder / "small-state", Invented(SHAPES["gqa"], torch.float32, KINDS), FROM_STATE)
 
 
 def around(folder: Path, weights: Invented, formats: Sequence[str], limit: int | None = None) -> None:
@@ -54,12 +79,8 @@ def around(folder: Path, weights: Invented, formats: Sequence[str], limit: int |
     here.mkdir(parents=True)
     shard = weights.model.num_params() // 4
     options = WriteOptions(weights.dtype, weights.kinds, max_shard_bytes=shard)
-    write = get_format(formats[0], "").write
-    # elsewhere, since the allocator keeps what it once had
-    writer = get_context("fork").Process(target=write, args=(weights, here, options, lambda size: None))
-    writer.start()
-    writer.join()
-    with limited(limit):
+    get_format(formats[0], "").write(weights, here, options, lambda size: None)
+    with limited(limit), pickles_read_here():
         for number, name in enumerate(formats[1:], start=1):
             form, there = get_format(name, ""), folder / str(number)
             convert(
@@ -86,21 +107,3 @@ def limited(size: int | None) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-def state(model: ModelConfig) -> Invented:
-    return Invented(model, torch.float32, KINDS)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    pickled._process = warm_child.Forked()  # type: ignore[assignment]
-    root = Path(sys.argv[1])
-    around(root / "small", Invented(SHAPES["gqa"]), FROM_WEIGHTS)
-    around(root / "small-state", state(SHAPES["gqa"]), FROM_STATE)
-    try:
-        around(root / "too-much", Invented(ONE_LARGE), ("hf", "native"), LIMITS[WEIGHT])
-    except PreflightError:
-        (root / "limits-bite").touch()
-    around(root / "weights", Invented(WEIGHTS), FROM_WEIGHTS, LIMITS[WEIGHT])
-    around(root / "state", state(STATE), FROM_STATE, LIMITS["state"])

@@ -7,41 +7,50 @@ import torch
 
 from llama_mcore.checkpoint.convert.hf import HfWeights
 from llama_mcore.checkpoint.convert.native import NativeWeights
-from tests.checkpoint.convert.bounded import FROM_STATE, FROM_WEIGHTS, LIMITS, STATE, WEIGHTS, state
-from tests.checkpoint.convert.invented import Invented, everything
-from tests.forked import run_worker
+from llama_mcore.checkpoint.convert.weights import Weights
+from tests.checkpoint.convert.bounded import (
+    FROM_STATE,
+    FROM_WEIGHTS,
+    LIMIT,
+    STATE,
+    WEIGHTS,
+    convert_all,
+    convert_one_large,
+)
+from tests.support.world import call
 
-WORKER = Path(__file__).with_name("bounded.py")
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bounded")
-    run_worker(WORKER, folder)
+    call(convert_all, folder)
     return folder
 
 
 def test_weights_go_all_the_way_around(converted: Path) -> None:
-    found = everything(HfWeights(converted / "weights" / str(len(FROM_WEIGHTS) - 1)))
-    expected = everything(Invented(WEIGHTS))
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert_same(HfWeights(converted / "weights" / str(len(FROM_WEIGHTS) - 1)), WEIGHTS)
     sizes = [size_of(folder) for folder in (converted / "weights").iterdir()]
     assert len(sizes) == len(FROM_WEIGHTS)
-    assert min(sizes) > 3 * LIMITS["weight"]
+    assert min(sizes) > 3 * LIMIT
 
 
 def test_masters_and_moments_do_too(converted: Path) -> None:
-    found = everything(NativeWeights(converted / "state" / str(len(FROM_STATE) - 1)))
-    expected = everything(state(STATE))
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
-    assert min(size_of(folder) for folder in (converted / "state").iterdir()) > 3 * LIMITS["state"]
+    assert_same(NativeWeights(converted / "state" / str(len(FROM_STATE) - 1)), STATE)
+    assert min(size_of(folder) for folder in (converted / "state").iterdir()) > 3 * LIMIT
 
 
-def test_the_limit_is_one(converted: Path) -> None:
+def test_the_limit_is_one(tmp_path: Path) -> None:
     """One tensor that is larger does not fit."""
-    assert (converted / "limits-bite").exists()
+    assert call(convert_one_large, tmp_path)
+
+
+def assert_same(found: Weights, expected: Weights) -> None:
+    assert (found.names(), found.kinds) == (expected.names(), expected.kinds)
+    for kind in expected.kinds:
+        for name in expected.names():
+            assert torch.equal(found.full(name, kind), expected.full(name, kind)), f"{kind} of {name}"
 
 
 def size_of(folder: Path) -> int:

@@ -2,9 +2,9 @@
 
 import errno
 import os
+import resource
 import signal
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,10 @@ from llama_mcore.checkpoint.convert.run import convert
 from llama_mcore.checkpoint.layout import WEIGHT
 from llama_mcore.errors import OutputError
 from tests.checkpoint.convert.invented import SHAPES, Invented
+from tests.support.errors import refused
+from tests.support.world import exit_codes_of
 
-pytestmark = pytest.mark.usefixtures("warm")
+pytestmark = pytest.mark.usefixtures("read_here")
 SOURCE = Invented(SHAPES["gqa"])
 
 
@@ -51,24 +53,22 @@ def at_tensor(number: int, act: Callable[[], None]) -> Callable[..., object]:
     return found
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("target", NAMES)
-def test_killed_in_the_middle(
-    target: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_in_the_middle(target: str, source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "get_format", at_tensor(5, lambda: os.kill(os.getpid(), signal.SIGKILL)))
-        arguments = {"target": target, "verify": False}
-        killed = get_context("fork").Process(target=convert, args=(source, output), kwargs=arguments)
-        killed.start()
-        killed.join()
-    assert killed.exitcode == -signal.SIGKILL
+    assert exit_codes_of(1, convert_until_killed, source, output, target) == [-signal.SIGKILL]
     assert [path.name for path in tmp_path.iterdir()] == ["out.tmp"]
     convert(source, output, target=target, verify=False)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     found = get_format(target, "").open(output, None)
     for name in found.names():
         assert torch.equal(found.full(name), SOURCE.full(name).to(found.dtype))
+
+
+def convert_until_killed(source: Path, output: Path, target: str) -> None:
+    run.get_format = at_tensor(5, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    convert(source, output, target=target, verify=False)
 
 
 @pytest.mark.parametrize("target", NAMES)
@@ -80,28 +80,25 @@ def test_a_disk_that_refuses(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(run, "get_format", at_tensor(5, refuse))
-    with pytest.raises(OutputError, match=os.strerror(code)):
+    with refused(OutputError, "--output", tmp_path / "out") as caught:
         convert(source, tmp_path / "out", target=target, verify=False)
+    assert os.strerror(code) in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("target", NAMES)
 def test_files_that_may_not_grow(target: str, source: Path, tmp_path: Path) -> None:
     """The system itself refuses, wherever a format writes."""
-    limited = get_context("fork").Process(target=_convert_limited, args=(source, tmp_path / "out", target))
-    limited.start()
-    limited.join()
-    assert limited.exitcode == OutputError.exit_code
+    output = tmp_path / "out"
+    assert exit_codes_of(1, convert_to_short_files, source, output, target) == [OutputError.exit_code]
     assert not list(tmp_path.iterdir())
 
 
-def _convert_limited(source: Path, output: Path, target: str) -> None:
-    import resource
-
+def convert_to_short_files(source: Path, output: Path, target: str) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     try:
         convert(source, output, target=target, verify=False)
     except OutputError as error:
-        os._exit(error.exit_code)
-    os._exit(0)
+        raise SystemExit(error.exit_code) from None

@@ -1,6 +1,4 @@
-"""Worker: engines save folders of DeepSpeed's, and load the universal ones that are made of them.
-
-    python tests/checkpoint/convert/deepspeed_worker.py FOLDER
+"""Engines save folders of DeepSpeed's, and load the universal ones that are made of them.
 
 A job that saves trains and leaves FOLDER/NAME/deepspeed, our own checkpoint beside it, and the losses of the
 next steps in NAME.json; one that loads leaves our checkpoint of what it then has, and the same losses.
@@ -8,7 +6,6 @@ next steps in NAME.json; one that loads leaves our checkpoint of what it then ha
 
 import argparse
 import json
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,9 +30,8 @@ from llama_mcore.parallel.groups import Groups
 from llama_mcore.train.state import TrainState
 from tests.checkpoint.convert.invented import Invented
 from tests.checkpoint.jobs import SEQUENCES, STEPS, VOCAB, Job, go_on, new_engine, on_rank, take_steps
-from tests.forked import run_ranks
+from tests.support.world import ROOT, run_ranks
 
-ROOT = Path(__file__).parents[3]
 FP32 = Job("zero2-dp2-fp32", tp=1, dp=2, stage=2)
 BF16 = Job("zero1-tp2-bf16", tp=2, dp=1, stage=1, precision="bf16")
 SAVED = [
@@ -89,14 +85,13 @@ def llama() -> LlamaConfig:
     )
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def save_and_load(folder: Path) -> None:
     for job in SAVED:
-        run_ranks(job.world_size, partial(on_rank, job, partial(save, folder, job)))
-    run_ranks(1, partial(convert, folder))
-    run_ranks(2, partial(train_llama, folder / HF))
+        run_ranks(job.world_size, on_rank, job, partial(save, folder, job))
+    run_ranks(1, convert, folder)
+    run_ranks(2, train_llama, folder / HF)
     for load in [*LOADED, FRESH]:
-        run_ranks(load.job.world_size, partial(on_rank, load.job, partial(resume, folder, load)))
+        run_ranks(load.job.world_size, on_rank, load.job, partial(resume, folder, load))
 
 
 def save(folder: Path, job: Job, _: Job, groups: Groups) -> None:
@@ -169,7 +164,3 @@ def train_llama(folder: Path) -> None:
             engine.step()
         engine.save_checkpoint(str(folder / f"zero{stage}"))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
