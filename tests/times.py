@@ -2,8 +2,8 @@
 
     python tests/times.py [PYTEST_OPTION ...]            or        make test-times
 
-Runs pytest with these options and prints two Markdown tables. Imports are counted by a hook in site-packages of
-this environment, which is there as long as the run lasts.
+Runs pytest with these options and prints two Markdown tables. Imports are counted by a hook in site-packages,
+which is there as long as the run lasts.
 """
 
 import os

@@ -159,11 +159,11 @@ def _plan(samples: Samples, batches: int) -> None:
 
 def _start(position: int, number: int) -> float:
     """Seconds from the sizes of the sources to where the sample at `position` is; `number` makes it new."""
-    windows = list(_windows_of_files())
-    return _seconds(lambda: _locate(windows, position, number))
+    windows = list(windows_of_files())
+    return _seconds(lambda: locate(windows, position, number))
 
 
-def _windows_of_files() -> Iterator[list[int]]:
+def windows_of_files() -> Iterator[list[int]]:
     """Windows in each of the files of each source, 1.4T tokens in all."""
     for share, epochs in TABLE_1.values():
         files = FILES * share // 1000
@@ -171,7 +171,7 @@ def _windows_of_files() -> Iterator[list[int]]:
         yield [windows // files + (file < windows % files) for file in range(files)]
 
 
-def _locate(files: list[list[int]], position: int, number: int) -> tuple[int, int]:
+def locate(files: list[list[int]], position: int, number: int) -> tuple[int, int]:
     """The file, among those of its source, and the window in it that the sample at `position` reads."""
     parts = [Parts(windows) for windows in files]
     plans = tuple(
@@ -192,9 +192,9 @@ def _locate(files: list[list[int]], position: int, number: int) -> tuple[int, in
 
 def _memory(number: int) -> int:
     """Most bytes in use while an order starts, what it keeps included."""
-    windows = list(_windows_of_files())
+    windows = list(windows_of_files())
     tracemalloc.start()
-    _locate(windows, FAR, number)
+    locate(windows, FAR, number)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from llama_mcore.data.ledger import Segment, SourcePlan, format_table
 from llama_mcore.errors import Problem
 
-_CHUNK = 1 << 20
+CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def _count(
         for source in segment.sources:
             if (source.name, source.content_id) == (plan.name, plan.content_id):
                 last = segment.used(ends_at)[source.name]
-                for first in range(source.first, last, _CHUNK):
-                    indices = np.arange(first, min(first + _CHUNK, last))
+                for first in range(source.first, last, CHUNK):
+                    indices = np.arange(first, min(first + CHUNK, last))
                     np.add.at(uses, segment.windows_of(source, indices), 1)
                     advance(len(indices))
     return SourceUse(plan, int(uses.sum(dtype=np.int64)), int((uses == 0).sum()), _most(uses))

@@ -34,7 +34,7 @@ DTYPES: dict[int, type[np.integer]] = {
     8: np.uint16,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-_CHUNK = 1 << 20
+CHUNK = 1 << 20
 _REBUILD = "make it again with tools/preprocess_data.py"
 
 
@@ -62,8 +62,8 @@ def write_index(
             ends = end + np.cumsum(piece, dtype=np.int64) * np.dtype(dtype).itemsize
             stream.write(np.concatenate(([end], ends))[:-1].astype(np.int64).tobytes())
             end = int(ends[-1]) if len(ends) else end
-        for first in range(0, documents + 1, _CHUNK):
-            stream.write(np.arange(first, min(first + _CHUNK, documents + 1), dtype=np.int64).tobytes())
+        for first in range(0, documents + 1, CHUNK):
+            stream.write(np.arange(first, min(first + CHUNK, documents + 1), dtype=np.int64).tobytes())
 
 
 class Index:
@@ -103,8 +103,8 @@ class Index:
 
     def document_lengths(self) -> Iterator[NDArray[np.int64]]:
         """Tokens in each document, its end token counted, a chunk of documents at a time."""
-        for first in range(0, self.num_documents, _CHUNK):
-            end = min(first + _CHUNK, self.num_documents)
+        for first in range(0, self.num_documents, CHUNK):
+            end = min(first + CHUNK, self.num_documents)
             yield np.diff(self.document_starts(first, end + 1))
 
     def document_of(self, token: int) -> int:
@@ -152,11 +152,11 @@ class Index:
     def _check_sequences(self) -> None:
         lengths, pointers = self._lengths(), self._pointers()
         end = 0
-        for first in range(0, len(lengths), _CHUNK):
-            chunk = lengths[first : first + _CHUNK].astype(np.int64)
+        for first in range(0, len(lengths), CHUNK):
+            chunk = lengths[first : first + CHUNK].astype(np.int64)
             ends = end + np.cumsum(chunk) * self.itemsize
             starts = np.concatenate(([end], ends[:-1]))
-            if chunk.min() < 0 or not np.array_equal(starts, pointers[first : first + _CHUNK]):
+            if chunk.min() < 0 or not np.array_equal(starts, pointers[first : first + CHUNK]):
                 bound = f"has a negative length or a wrong pointer at or after sequence {first:,}"
                 raise self._damaged(idx_path(self.prefix), bound)
             end = int(ends[-1])
@@ -172,8 +172,8 @@ class Index:
     def _check_documents(self) -> None:
         documents = self._documents()
         ordered = all(
-            bool(np.all(np.diff(documents[first : first + _CHUNK + 1]) >= 0))
-            for first in range(0, len(documents), _CHUNK)
+            bool(np.all(np.diff(documents[first : first + CHUNK + 1]) >= 0))
+            for first in range(0, len(documents), CHUNK)
         )
         if documents[0] != 0 or documents[-1] != self.num_sequences or not ordered:
             bound = f"must list documents in order from sequence 0 to {self.num_sequences:,}"

@@ -23,7 +23,7 @@ from llama_mcore.data.manifest import DatasetManifest, file_sha256, manifest_pat
 from llama_mcore.data.verify import open_problems
 from llama_mcore.errors import DataError, Problem
 
-_CHUNK = 1 << 20
+CHUNK = 1 << 20
 
 
 def optimal_dtype(vocab_size: int) -> type[np.integer]:
@@ -88,7 +88,7 @@ class IndexedWriter:
 
     def _written_lengths(self) -> Iterator[NDArray[np.int32]]:
         self._lengths.seek(0)
-        while chunk := self._lengths.read(_CHUNK * np.dtype(np.int32).itemsize):
+        while chunk := self._lengths.read(CHUNK * np.dtype(np.int32).itemsize):
             yield np.frombuffer(chunk, dtype=np.int32)
 
     def _discard(self) -> None:

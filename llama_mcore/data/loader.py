@@ -21,7 +21,7 @@ from llama_mcore.data.dataset import Window, WindowDataset, read_windows
 from llama_mcore.data.ledger import Segment
 
 # Of all ranks together. Finding the windows of one sample takes hardly less time than those of so many.
-_SAMPLES_PLANNED_AT_ONCE = 1024
+SAMPLES_PLANNED_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class MicroBatches:
 
     def _read(self, start_sample: int) -> Iterator[MicroBatch]:
         size = self._micro_batch_size
-        at_once = max(1, _SAMPLES_PLANNED_AT_ONCE // (size * self._dp_size))
+        at_once = max(1, SAMPLES_PLANNED_AT_ONCE // (size * self._dp_size))
         for first in count(step=at_once):
             positions = [
                 _positions(number, size, self._dp_rank, self._dp_size)

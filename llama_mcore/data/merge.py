@@ -16,7 +16,7 @@ from llama_mcore.data.manifest import BlockChecksums, DatasetManifest, manifest_
 from llama_mcore.data.progress import InputProgress
 from llama_mcore.errors import DataError, MissingInputError, Problem
 
-_CHUNK = 16 << 20
+CHUNK = 16 << 20
 """Bytes of tokens in memory at a time; a longer document is there whole."""
 
 
@@ -112,8 +112,8 @@ def _append(writer: DatasetWriter, dataset: IndexedDataset, progress: InputProgr
 
 
 def _groups(dataset: IndexedDataset) -> Iterator[NDArray[np.int64]]:
-    """Lengths of documents that follow each other and have about _CHUNK bytes together."""
-    most = _CHUNK // dataset.index.itemsize
+    """Lengths of documents that follow each other and have about CHUNK bytes together."""
+    most = CHUNK // dataset.index.itemsize
     for lengths in dataset.index.document_lengths():
         ends = np.cumsum(lengths)
         first = 0

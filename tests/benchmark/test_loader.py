@@ -15,8 +15,8 @@ from llama_mcore.benchmark.loader import (
     START,
     TABLE_1,
     WHOLE,
-    _locate,
-    _windows_of_files,
+    locate,
+    windows_of_files,
     generated_samples,
     measure,
     summarize,
@@ -40,11 +40,11 @@ def test_sources_are_read_in_the_shares_of_table_1(tmp_path: Path) -> None:
 
 
 def test_the_order_is_that_of_a_trillion_tokens_in_a_thousand_files() -> None:
-    files = list(_windows_of_files())
+    files = list(windows_of_files())
     assert sum(map(len, files)) == FILES
     read = sum(sum(part) * epochs for part, (_, epochs) in zip(files, TABLE_1.values(), strict=True))
     assert read == pytest.approx(PLANNED_WINDOWS)
-    part, window = _locate(files, FAR, 0)
+    part, window = locate(files, FAR, 0)
     assert 0 <= part < FILES
     assert window > 0
 

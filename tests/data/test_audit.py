@@ -20,7 +20,7 @@ def rows(plan: Segment, steps: int, batch: int) -> list[dict]:
 
 @pytest.mark.parametrize("position", [0, 1, 17, 60, 90])
 def test_uses_are_those_of_the_windows_read(position: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit, "_CHUNK", 7)  # several chunks an epoch
+    monkeypatch.setattr(audit, "CHUNK", 7)  # several chunks an epoch
     plan = segment([20, 10], [3, 3])
     read_windows = Counter(read(plan, 0, position))
     counted = []

@@ -104,7 +104,7 @@ def test_damage_is_named(prefix: Path, offset: int, data: bytes, suffix: str, to
 
 def test_the_sums_stop_at_the_end_of_the_bin(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lengths that the .bin cannot hold are not added up until they leave 64 bits."""
-    monkeypatch.setattr(index_module, "_CHUNK", 1)
+    monkeypatch.setattr(index_module, "CHUNK", 1)
     Path(f"{prefix}.bin").write_bytes(b"\0\0")
     with refused(DataError, "dataset", f"{prefix}.bin") as error:
         Index(prefix)
@@ -130,7 +130,7 @@ def test_documents_without_tokens(tmp_path: Path) -> None:
 def test_documents_of_several_sequences_or_none(
     tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_module, "_CHUNK", chunk)
+    monkeypatch.setattr(index_module, "CHUNK", chunk)
     builder = IndexedDatasetBuilder(str(tmp_path / "d.bin"), dtype=np.int32)
     for lengths in ([2, 3], [], [4], []):
         builder.add_document(np.arange(sum(lengths)), lengths)

@@ -40,7 +40,7 @@ def test_bytes_are_megatrons(
     folder = tmp_path_factory.mktemp("indexed")
     with pytest.MonkeyPatch.context() as patch:
         for module in (index, indexed):
-            patch.setattr(module, "_CHUNK", chunk)
+            patch.setattr(module, "CHUNK", chunk)
         write(folder / "ours", documents, dtype)
         dataset = IndexedDataset(folder / "ours")
     builder = IndexedDatasetBuilder(str(folder / "theirs.bin"), dtype=dtype)

@@ -84,7 +84,7 @@ def test_lengths_are_counted_over_all_chunks(
 ) -> None:
     lengths = np.random.default_rng(5).integers(0, 40, 51)
     write(tmp_path / "d", [[7] * length for length in lengths])
-    monkeypatch.setattr("llama_mcore.data.index._CHUNK", chunk)
+    monkeypatch.setattr("llama_mcore.data.index.CHUNK", chunk)
     found = run_json(tmp_path / "d")["document_lengths"]
     assert (found["min"], found["median"], found["max"]) == (lengths.min(), np.median(lengths), lengths.max())
     for low, high, count in found["histogram"]:

@@ -102,7 +102,7 @@ def test_what_is_read_does_not_depend_on_how_much_is_planned_at_once(
             return [windows_of(batch) for batch in islice(batches, 20)]
 
     expected = first()
-    monkeypatch.setattr(loader, "_SAMPLES_PLANNED_AT_ONCE", at_once)
+    monkeypatch.setattr(loader, "SAMPLES_PLANNED_AT_ONCE", at_once)
     assert first() == expected
 
 

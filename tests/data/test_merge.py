@@ -22,7 +22,7 @@ SETTINGS = {"held_out": 0.3, "append_eod": True, "shuffle_seed": 5, "on_bad_line
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preprocess_job, "unit_bytes_for", lambda files: 900)
-    monkeypatch.setattr(merge, "_CHUNK", 500)
+    monkeypatch.setattr(merge, "CHUNK", 500)
 
 
 def same_data(one: Path, other: Path) -> bool:

@@ -84,7 +84,9 @@ def nothing(engine: DeepSpeedEngine, groups: Groups) -> Iterator[None]:
 def nan_loss(engine: DeepSpeedEngine, groups: Groups) -> Iterator[None]:
     """On the last rank, and with a gradient that is finite."""
     last = groups.rank == groups.world_size - 1
-    hook = engine.module.register_forward_hook(lambda module, args, loss: loss + float("nan") * last)
+    hook = engine.module.register_forward_hook(
+        lambda module, args, loss: loss + (float("nan") if last else 0.0)
+    )
     yield
     hook.remove()
 

@@ -34,7 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 MEMORY = 4 << 30
 """Address space that the process may take beyond what it has with torch. Tensors take none of it."""
 _LARGEST_PICKLE = 64 << 20  # an object of 64 bytes may take one byte there
-_LARGEST_ANSWER = 1 << 27
+LARGEST_ANSWER = 1 << 27
 _DEEPEST = 50
 _LARGEST_BARE = 1 << 30
 _PER_VALUE = 32  # bytes, about, of what JSON puts around it
@@ -186,7 +186,7 @@ class _Maker:
     machine holds, by naming one list or text again and again."""
 
     def __init__(self) -> None:
-        self._room = _LARGEST_ANSWER
+        self._room = LARGEST_ANSWER
 
     def plain(self, value: Any, places: _Places, depth: int = 0) -> Any:
         """A name that JSON objects cannot have makes a list of pairs of a dict."""
@@ -225,7 +225,7 @@ class _Maker:
     def _take(self, value: Any) -> None:
         self._room -= _PER_VALUE + (len(value) if isinstance(value, str | bytes | bytearray) else 0)
         if self._room < 0:
-            raise ValueError(f"holds more than {_LARGEST_ANSWER:,} bytes of names and values")
+            raise ValueError(f"holds more than {LARGEST_ANSWER:,} bytes of names and values")
 
 
 def _where(tensor: torch.Tensor, places: _Places) -> dict[str, Any]:
