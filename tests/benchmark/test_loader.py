@@ -15,11 +15,11 @@ from llama_mcore.benchmark.loader import (
     START,
     TABLE_1,
     WHOLE,
-    locate,
-    windows_of_files,
     generated_samples,
+    locate,
     measure,
     summarize,
+    windows_of_files,
 )
 
 SECONDS = {RANDOM: [0.5, 0.25], WHOLE: [2.0, 1.0], "order": [0.5], START: [0.03, 0.02], FAR_START: [0.1]}
