@@ -55,6 +55,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         _running = None
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One xdist group a module, as its tests share what its fixtures make. Those that start processes come
     first, and of these the waiting ones are spread among those that compute, so that all cores are busy."""

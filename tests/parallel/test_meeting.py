@@ -124,10 +124,11 @@ def test_candidates_are_ports() -> None:
 
 def meet(place: Place) -> list[bytes]:
     """What each rank reads of what its neighbour has written."""
-    read = [b""] * place.world_size
+    read, stores = [b""] * place.world_size, []
 
     def rank_main(rank: int) -> None:
         store = job_store(replace(place, rank=rank), LIMIT_S)
+        stores.append(store)  # that of the host serves the others to the end
         store.set(str(rank), f"of {place.job} {rank}")
         read[rank] = store.get(str((rank + 1) % place.world_size))
 

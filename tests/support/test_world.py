@@ -139,3 +139,11 @@ def test_a_test_without_the_mark_may_start_no_process(
     monkeypatch.setattr(request.node, "get_closest_marker", lambda name: None)
     with pytest.raises(pytest.fail.Exception, match="mark it `process`"):
         subprocess.run(["true"], check=True)
+
+
+def test_a_module_is_one_piece_of_work(request: pytest.FixtureRequest) -> None:
+    """pytest 9.2 and pytest-xdist 3.8 together drop the groups, and every worker makes every fixture."""
+    group = request.node.get_closest_marker("xdist_group").args[0]
+    assert group == "tests/support/test_world.py"
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        assert request.node.nodeid.endswith(f"@{group}")
