@@ -10,9 +10,11 @@ PIP_INSTALL := $(VENV_PYTHON) -m pip --disable-pip-version-check install
 # DeepSpeed comes as source and asks for no setuptools of its own; its kernels stay uncompiled.
 SETUPTOOLS := setuptools==84.2.1
 export DS_BUILD_OPS := 0
-# Two workers a core, as half of the tests wait: pytest-xdist takes each module as one piece, in our order.
-WORKERS ?= $(shell getconf _NPROCESSORS_ONLN | awk '{ n = 2 * $$1; print n < 16 ? n : 16 }')
-IN_PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+# pytest-xdist takes each module as one piece, in our order: two workers a core, as half of the tests wait.
+CORES := $(shell getconf _NPROCESSORS_ONLN | awk '{ print $$1 < 8 ? $$1 : 8 }')
+WORKERS ?= $(shell expr 2 \* $(CORES))
+BY_MODULE := --dist loadgroup --no-loadscope-reorder
+IN_PARALLEL := -n $(WORKERS) $(BY_MODULE)
 
 .PHONY: help demo test test-fast test-times test-coverage test-mutants test-crash test-slurm test-data lint venv clean
 .DEFAULT_GOAL := help
@@ -37,7 +39,7 @@ test: $(STAMP)
 
 # Starts no process: what one runs at each save.
 test-fast: $(STAMP)
-	@$(VENV_PYTHON) -m pytest $(IN_PARALLEL) -m "not process and not crash and not slurm"
+	@$(VENV_PYTHON) -m pytest -n $(CORES) $(BY_MODULE) -m "not process and not crash and not slurm"
 
 # Seconds by module, and what all processes spend on imports.
 test-times: $(STAMP)
