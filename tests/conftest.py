@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 # Before torch or DeepSpeed is imported: tests run on the CPU whatever the machine has, unless marked gpu.
-os.environ.setdefault("LLAMA_MCORE_DEVICE", "cpu")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["LLAMA_MCORE_DEVICE"] = "cpu"
+os.environ["DS_ACCELERATOR"] = "cpu"
 
 import numpy as np
 import pytest

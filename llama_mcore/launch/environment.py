@@ -8,6 +8,7 @@ from llama_mcore.launch.finding import Finding, Status
 
 # Pattern -> status when set, what it does. The first that fits decides.
 VARIABLES: dict[str, tuple[Status, str]] = {
+    "LLAMA_MCORE_DEVICE": ("note", "cpu: everything goes on the CPU, whatever GPUs there are"),
     "CUDA_VISIBLE_DEVICES": ("note", "a run sees these GPUs only; empty: it runs on the CPU"),
     "CUDA_DEVICE_MAX_CONNECTIONS": (
         "note",

@@ -554,7 +554,7 @@ def test_ctrl_c_leaves_what_is_done(
     output = tmp_path / "out"
     tool, workers = start_tool(long_corpus, tokenizer_model, output)
     if working:
-        wait_for(lambda: list(output.glob("d.parts/*-*.bin")))
+        wait_for(lambda: list(output.glob("d.parts/*-*.json")))
     os.killpg(tool.pid, signal.SIGINT)  # a terminal signals every process of the group
     _, errors = tool.communicate(timeout=TIMEOUT_S)
     assert tool.returncode == 130
