@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +31,7 @@ from llama_mcore.data.unit_encoder import shuffle
 from llama_mcore.errors import ConfigError, DataError, PreflightError
 from tests.data.conftest import write_jsonl
 from tests.support.errors import is_shown, refused
-from tests.support.world import ROOT, TIMEOUT_S
+from tests.support.world import ROOT, TIMEOUT_S, wait_until
 
 TOOL = (sys.executable, str(ROOT / "tools" / "preprocess_data.py"))
 SUFFIXES = (".bin", ".idx", ".json")
@@ -511,13 +509,6 @@ def runs(process: psutil.Process) -> bool:
         return False
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.mark.process
 def test_a_killed_worker_is_an_error_and_leaves_nothing(
     long_corpus: Path, tokenizer_model: Path, tmp_path: Path
@@ -525,7 +516,7 @@ def test_a_killed_worker_is_an_error_and_leaves_nothing(
     output = tmp_path / "out"
 
     def kill_one() -> None:
-        wait_for(lambda: list(output.glob("d.parts/*-*.json")))
+        wait_until(lambda: list(output.glob("d.parts/*-*.json")))
         workers_of(psutil.Process())[0].kill()
 
     killer = threading.Thread(target=kill_one)
@@ -542,7 +533,7 @@ def start_tool(corpus: Path, model: Path, output: Path) -> tuple[subprocess.Pope
     command = [*TOOL, "--input", corpus, "--tokenizer-model", model, "--output-prefix", output / "d"]
     command += ["--workers", "2", "--encoder", "sentencepiece"]
     tool = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: len(workers_of(psutil.Process(tool.pid))) == 2)
+    wait_until(lambda: len(workers_of(psutil.Process(tool.pid))) == 2)
     return tool, workers_of(psutil.Process(tool.pid))
 
 
@@ -554,7 +545,7 @@ def test_ctrl_c_leaves_what_is_done(
     output = tmp_path / "out"
     tool, workers = start_tool(long_corpus, tokenizer_model, output)
     if working:
-        wait_for(lambda: list(output.glob("d.parts/*-*.json")))
+        wait_until(lambda: list(output.glob("d.parts/*-*.json")))
     os.killpg(tool.pid, signal.SIGINT)  # a terminal signals every process of the group
     _, errors = tool.communicate(timeout=TIMEOUT_S)
     assert tool.returncode == 130
@@ -570,10 +561,10 @@ def test_workers_end_with_a_killed_parent_in_the_middle_of_their_work(
     output = tmp_path / "out"
     long = write_jsonl(tmp_path / "long.jsonl", [{"text": "some words to encode " * 1_500_000}] * 2)
     tool, workers = start_tool(long, tokenizer_model, output)
-    wait_for(lambda: all(worker.cpu_times().user > 1.5 for worker in workers))
+    wait_until(lambda: all(worker.cpu_times().user > 1.5 for worker in workers))
     tool.kill()
     tool.communicate(timeout=TIMEOUT_S)
-    wait_for(lambda: not any(runs(worker) for worker in workers))
+    wait_until(lambda: not any(runs(worker) for worker in workers))
     assert [path.name for path in output.iterdir()] == ["d.parts"]
     assert not (output / "d.parts" / "00000-000000.bin").exists(), "they went on to the end of their work"
 

@@ -8,11 +8,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.waiting import wait_until
 from tests.support.errors import is_shown
 from tests.support.models import Small
 from tests.support.product import metrics
-from tests.support.world import ROOT, Call, exit_codes_of, reserved_port
+from tests.support.world import ROOT, Call, exit_codes_of, reserved_port, wait_until
 
 pytestmark = pytest.mark.process
 

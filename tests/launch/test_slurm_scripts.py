@@ -23,10 +23,9 @@ from llama_mcore.data.preprocess import preprocess
 from llama_mcore.data.tokenizer_training import train_tokenizer
 from llama_mcore.launch.slurm import SlurmJob, job_script, write_script
 from tests.data.conftest import write_jsonl
-from tests.launch.waiting import LIMIT_S, wait_until
 from tests.support.errors import is_shown
 from tests.support.models import write_tokens
-from tests.support.world import ROOT
+from tests.support.world import ROOT, TIMEOUT_S, wait_until
 
 pytestmark = pytest.mark.process
 SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*b.sh"))
@@ -127,7 +126,7 @@ def after(words: Sequence[str], flag: str) -> str:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_all_nodes_meet_at_the_first(script: str, start: Callable, tmp_path: Path) -> None:
-    assert start(script).wait(LIMIT_S) == 0
+    assert start(script).wait(TIMEOUT_S) == 0
     words = srun_call(tmp_path)
     assert {"--kill-on-bad-exit=0", "--wait=20"} <= {*words}
     assert words[words.index("llama-mcore") + 1] == "torchrun"
@@ -144,7 +143,7 @@ def test_a_rendered_script_gives_srun_what_it_was_given(start: Callable, tmp_pat
     settings = [*odd, *train, "eval.interval=0", "data.tokenizer="]
     script = tmp_path / "rendered job.sh"
     write_script(job_script("tiny", settings, SlurmJob(3, 8, job_name="x")), script, force=False)
-    assert start(str(script), "train.steps=20", "two\nlines").wait(LIMIT_S) == 0
+    assert start(str(script), "train.steps=20", "two\nlines").wait(TIMEOUT_S) == 0
     words = srun_call(tmp_path)
     wanted = ["--config", "tiny", *settings, "train.steps=20", "two\nlines"]
     assert words[words.index("tools/train.py") + 1 :] == wanted
@@ -153,7 +152,7 @@ def test_a_rendered_script_gives_srun_what_it_was_given(start: Callable, tmp_pat
 
 def test_arguments_arrive_as_they_are(start: Callable, tmp_path: Path) -> None:
     odd = ["--config", "tiny", "train.steps=20", "run.dir=a b/$(touch x);*", "-x", "two\nlines", ""]
-    assert start("65b.sh", *odd).wait(LIMIT_S) == 0
+    assert start("65b.sh", *odd).wait(TIMEOUT_S) == 0
     words = srun_call(tmp_path)
     assert words[words.index("tools/train.py") + 3 :] == odd
     assert not (ROOT / "x").exists()
@@ -163,7 +162,7 @@ def test_arguments_arrive_as_they_are(start: Callable, tmp_path: Path) -> None:
 def test_exit_codes_go_on_and_75_into_the_queue(
     code: int, requeues: bool, start: Callable, tmp_path: Path
 ) -> None:
-    assert start("7b.sh", code=code).wait(LIMIT_S) == code
+    assert start("7b.sh", code=code).wait(TIMEOUT_S) == code
     asked = [call[1:] for call in calls(tmp_path) if call[0] == "scontrol"]
     assert (["requeue", "123456"] in asked) == requeues
 
@@ -183,7 +182,7 @@ def test_a_site_chooses_after_which_exit_codes_it_goes_on(start: Callable, tmp_p
         (0, False),
     ):
         (tmp_path / "calls").unlink(missing_ok=True)
-        assert start("7b.sh", code=code, SLURM_SUBMIT_DIR=str(checkout)).wait(LIMIT_S) == code
+        assert start("7b.sh", code=code, SLURM_SUBMIT_DIR=str(checkout)).wait(TIMEOUT_S) == code
         assert (["scontrol", "requeue", "123456"] in calls(tmp_path)) == requeues, code
 
 
@@ -198,7 +197,7 @@ def test_a_site_chooses_after_which_exit_codes_it_goes_on(start: Callable, tmp_p
 def test_only_a_job_that_nobody_cancelled_is_requeued(
     state: str, requeues: bool, start: Callable, tmp_path: Path
 ) -> None:
-    assert start("7b.sh", code=75, STATE=state).wait(LIMIT_S) == 75
+    assert start("7b.sh", code=75, STATE=state).wait(TIMEOUT_S) == 75
     assert (["scontrol", "requeue", "123456"] in calls(tmp_path)) == requeues
 
 
@@ -209,7 +208,7 @@ def test_a_job_that_cannot_be_requeued_says_how_to_submit_it(
     command = " ".join(["/w x/slurm/65b.sh", *arguments])  # as scontrol shows it
     asked = {"SLURM_JOB_PARTITION": "gpu", "SLURM_JOB_ACCOUNT": "a b"}
     job = start("65b.sh", *arguments, code=75, NO_REQUEUE="1", COMMAND=command, **asked)
-    _, said = job.communicate(timeout=LIMIT_S)
+    _, said = job.communicate(timeout=TIMEOUT_S)
     assert job.returncode == 75
     assert "Requested operation is presently disabled" in said
     assert "job 123456 ended with exit code 75 and could NOT be put back into the queue" in said
@@ -227,7 +226,7 @@ def test_signals_go_on_to_the_step_which_is_waited_for(
     script = start("7b.sh", code=75, WAITS_FOR="1")
     wait_for(tmp_path / "calls.started", script)
     script.send_signal(number)
-    assert script.wait(LIMIT_S) == 75
+    assert script.wait(TIMEOUT_S) == 75
     order = [call if call[0] == "got" else call[0] for call in calls(tmp_path)]
     # TERM too arrives as USR1: srun itself takes TERM for the wish to kill the step
     assert order == ["srun", ["got", "SIGUSR1"], "scontrol", "scontrol"]
@@ -245,7 +244,7 @@ def test_a_request_before_the_step_begins_puts_the_job_back(
     wait_for(tmp_path / "calls.held", script)
     script.send_signal(number)
     (tmp_path / "calls.released").touch()
-    assert script.wait(LIMIT_S) == 75
+    assert script.wait(TIMEOUT_S) == 75
     assert [call[:2] for call in calls(tmp_path)] == [["scontrol", "show"], ["scontrol", "requeue"]]
 
 
@@ -253,7 +252,7 @@ def test_a_request_that_ends_srun_itself_puts_the_job_back(start: Callable, tmp_
     script = start("7b.sh", WAITS_FOR="1", code=138)
     wait_for(tmp_path / "calls.started", script)
     script.send_signal(signal.SIGUSR1)
-    assert script.wait(LIMIT_S) == 75
+    assert script.wait(TIMEOUT_S) == 75
     assert ["scontrol", "requeue", "123456"] in calls(tmp_path)
 
 
@@ -263,7 +262,7 @@ def test_138_after_a_second_request_stays(start: Callable, tmp_path: Path) -> No
     for number in (1, 2):
         script.send_signal(signal.SIGUSR1)
         wait_for(tmp_path / f"calls.got-{number}", script)
-    assert script.wait(LIMIT_S) == 138
+    assert script.wait(TIMEOUT_S) == 138
     assert ["scontrol", "requeue", "123456"] not in calls(tmp_path)
 
 
@@ -272,7 +271,7 @@ def test_a_request_after_the_step_has_ended_changes_nothing(start: Callable, tmp
     wait_for(tmp_path / "calls.held", script)
     script.send_signal(signal.SIGTERM)
     (tmp_path / "calls.released").touch()
-    assert script.wait(LIMIT_S) == 75
+    assert script.wait(TIMEOUT_S) == 75
     assert ["scontrol", "requeue", "123456"] in calls(tmp_path)
 
 
@@ -284,7 +283,7 @@ def test_a_script_that_was_submitted_from_elsewhere_says_so(
     script: str, start: Callable, tmp_path: Path
 ) -> None:
     job = start(script, SLURM_SUBMIT_DIR=str(tmp_path))
-    _, said = job.communicate(timeout=LIMIT_S)
+    _, said = job.communicate(timeout=TIMEOUT_S)
     assert job.returncode == 66
     (line,) = said.splitlines()
     assert f"{tmp_path} has no slurm/env.sh" in line
@@ -300,7 +299,7 @@ def test_what_a_site_sources_may_use_variables_that_are_not_set(
     first, rest = settings.read_text().split("# Modules and", 1)
     settings.write_text(f'{first}export SEEN="of$_NOT_SET_ANYWHERE"\n# Modules and{rest}')
     job = start(script, "--help", SLURM_SUBMIT_DIR=str(checkout))
-    _, said = job.communicate(timeout=LIMIT_S)
+    _, said = job.communicate(timeout=TIMEOUT_S)
     assert (job.returncode, said) == (0, "")
 
 
@@ -311,11 +310,11 @@ def test_a_site_names_the_first_node(start: Callable, tmp_path: Path) -> None:
         settings.write("MASTER_ADDR=node7-ib\nMASTER_PORT=29500\n")
     # what the shell that submitted happens to have is not the site's wish
     of_shell = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    assert start("7b.sh", SLURM_SUBMIT_DIR=str(checkout), **of_shell).wait(LIMIT_S) == 0
+    assert start("7b.sh", SLURM_SUBMIT_DIR=str(checkout), **of_shell).wait(TIMEOUT_S) == 0
     words = srun_call(tmp_path)
     assert (after(words, "--master-addr"), after(words, "--master-port")) == ("node7-ib", "29500")
     (tmp_path / "calls").unlink()
-    assert start("7b.sh", **of_shell).wait(LIMIT_S) == 0
+    assert start("7b.sh", **of_shell).wait(TIMEOUT_S) == 0
     assert after(srun_call(tmp_path), "--master-addr") == "node7"
 
 
@@ -350,25 +349,25 @@ def test_an_array_and_its_merge_write_what_one_job_does(start: Callable, tmp_pat
     array = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_MAX": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
     words = ("preprocess.sh", str(data / "many"), *options)
     job = start(*words, SLURM_ARRAY_TASK_ID="0", **array)
-    assert job.wait(LIMIT_S) == 0, job.stderr.read()
+    assert job.wait(TIMEOUT_S) == 0, job.stderr.read()
     (asked,) = [call[1:] for call in calls(tmp_path)]
     assert asked == [
         *("--dependency=afterok:77", "--kill-on-invalid-dep=yes", "slurm/merge.sh", str(data / "many"))
     ]
     again = start(*words, SLURM_ARRAY_TASK_ID="0", SLURM_RESTART_COUNT="1", **array)
-    assert again.wait(LIMIT_S) == 0, again.stderr.read()
+    assert again.wait(TIMEOUT_S) == 0, again.stderr.read()
     assert len(calls(tmp_path)) == 1
     early = start("merge.sh", str(data / "many"))
-    assert early.wait(LIMIT_S) == 66
+    assert early.wait(TIMEOUT_S) == 66
     assert "1 of 2 shards in" in early.stderr.read()
     # the other one is run again by itself
     alone = {"SLURM_ARRAY_JOB_ID": "78", "SLURM_ARRAY_TASK_MAX": "1", "SLURM_ARRAY_TASK_COUNT": "1"}
     refused = start(*words, SLURM_ARRAY_TASK_ID="1", **alone)
-    assert refused.wait(LIMIT_S) == 64
+    assert refused.wait(TIMEOUT_S) == 64
     assert "add --export=ALL,SHARDS=32" in refused.stderr.read()
     job = start(*words, SLURM_ARRAY_TASK_ID="1", SHARDS="2", **alone)
-    assert job.wait(LIMIT_S) == 0, job.stderr.read()
-    assert start("merge.sh", str(data / "many")).wait(LIMIT_S) == 0
+    assert job.wait(TIMEOUT_S) == 0, job.stderr.read()
+    assert start("merge.sh", str(data / "many")).wait(TIMEOUT_S) == 0
     preprocess(
         [corpus], tokenizer, data / "one", json_keys=["text"], workers=1, append_eod=True, held_out=0.2
     )
@@ -389,7 +388,7 @@ def test_scripts_of_data_say_what_is_missing(
     script: str, arguments: list[str], code: int, said: str, start: Callable
 ) -> None:
     job = start(script, *arguments)
-    assert job.wait(LIMIT_S) == code
+    assert job.wait(TIMEOUT_S) == code
     assert said in job.stderr.read()
 
 
@@ -399,7 +398,7 @@ def test_shards_of_two_arrays_are_not_joined(start: Callable, tmp_path: Path) ->
     for name in ("done_0_of_2", "done_1_of_2", "done_3_of_8"):
         (shards / name).touch()
     job = start("merge.sh", str(tmp_path / "out"))
-    assert job.wait(LIMIT_S) == 65
+    assert job.wait(TIMEOUT_S) == 65
     assert str(shards) in job.stderr.read()
 
 
@@ -411,7 +410,7 @@ def test_where_nodes_may_not_submit_the_array_says_what_is_left_to_do(
     job = start(
         "preprocess.sh", str(tmp_path / "out"), *missing, SLURM_ARRAY_TASK_ID="0", NO_SBATCH="no", **array
     )
-    _, said = job.communicate(timeout=LIMIT_S)
+    _, said = job.communicate(timeout=TIMEOUT_S)
     assert f"Once all tasks are done: sbatch slurm/merge.sh {tmp_path}/out\n" in said
     assert job.returncode == 66  # of what comes next
 
@@ -420,5 +419,5 @@ def test_convert_passes_its_options_on(start: Callable, tmp_path: Path) -> None:
     job = start(
         "convert.sh", "--input", str(tmp_path / "no such"), "--to", "hf", "--output", str(tmp_path / "out")
     )
-    assert job.wait(LIMIT_S) == 66
+    assert job.wait(TIMEOUT_S) == 66
     assert is_shown(job.stderr.read(), "--input", tmp_path / "no such", remedy=False)

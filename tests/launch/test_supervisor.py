@@ -12,8 +12,8 @@ import pytest
 
 from llama_mcore.observe.lives import read_ended_lives, read_noted_lives
 from llama_mcore.parallel.rank import OUR_TORCHRUN
-from tests.launch.waiting import LIMIT_S, wait_until
 from tests.support.product import launched_environment
+from tests.support.world import TIMEOUT_S, wait_until
 
 pytestmark = [pytest.mark.process, pytest.mark.wait]
 WORKER = Path(__file__).with_name("supervised.py")
@@ -38,7 +38,7 @@ def ready(job: subprocess.Popen[str]) -> int:
 
 def finish(job: subprocess.Popen[str]) -> tuple[int, str]:
     try:
-        _, said = job.communicate(timeout=LIMIT_S)
+        _, said = job.communicate(timeout=TIMEOUT_S)
     finally:
         job.kill()
     return job.returncode, said
@@ -111,7 +111,7 @@ def test_a_request_in_the_set_up_is_not_waited_for_long(tmp_path: Path) -> None:
 def test_an_output_that_cannot_be_written_changes_no_exit_code(tmp_path: Path, what: str, code: int) -> None:
     with open("/dev/full", "w") as full:
         command = [sys.executable, str(WORKER), what, str(tmp_path)]
-        done = subprocess.run(command, env=launched_environment(), stderr=full, timeout=LIMIT_S)
+        done = subprocess.run(command, env=launched_environment(), stderr=full, timeout=TIMEOUT_S)
     assert done.returncode == code
 
 
@@ -137,7 +137,7 @@ def test_the_process_dies_with_its_supervisor(tmp_path: Path) -> None:
     process = psutil.Process(ready(job))
     job.kill()
     job.wait()
-    assert psutil.wait_procs([process], timeout=LIMIT_S)[1] == []
+    assert psutil.wait_procs([process], timeout=TIMEOUT_S)[1] == []
 
 
 def test_a_rank_dies_with_torchrun(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_rank_dies_with_torchrun(tmp_path: Path) -> None:
     process = psutil.Process(ready(launcher))
     ranks = [process, process.parent()]
     launcher.kill()
-    assert psutil.wait_procs(ranks, timeout=LIMIT_S)[1] == []
+    assert psutil.wait_procs(ranks, timeout=TIMEOUT_S)[1] == []
     assert "torchrun" in launcher.communicate()[1]
 
 
@@ -194,7 +194,7 @@ def test_a_process_that_does_not_end_is_not_waited_for(tmp_path: Path) -> None:
     code, said = finish(job)
     assert code == 75
     assert "SIGKILL" in said
-    assert psutil.wait_procs([process], timeout=LIMIT_S)[1] == []
+    assert psutil.wait_procs([process], timeout=TIMEOUT_S)[1] == []
 
 
 def test_a_job_that_was_suspended_has_not_stalled(tmp_path: Path) -> None:

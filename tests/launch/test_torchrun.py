@@ -14,10 +14,9 @@ import psutil
 import pytest
 
 from llama_mcore.launch import torchrun, workers
-from tests.launch.waiting import wait_until
 from tests.support.errors import is_shown
 from tests.support.product import Finished, Job, llama_mcore, run_command
-from tests.support.world import Call, exit_codes_of, reserved_port, write_output_to
+from tests.support.world import Call, exit_codes_of, reserved_port, wait_until, write_output_to
 
 pytestmark = pytest.mark.process
 JOB = Path(__file__).with_name("job.py")

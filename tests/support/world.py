@@ -135,6 +135,18 @@ def write_output_to(path: Path) -> None:
         os.dup2(descriptor, number)
 
 
+def wait_until(holds: Callable[[], object], goes_on: Callable[[], object] = lambda: True) -> None:
+    """Wait for something that has to happen, however slow the machine is. `goes_on`: whether it still can."""
+    until = time.monotonic() + TIMEOUT_S
+    while True:
+        may_come = goes_on()
+        if holds():
+            return
+        assert may_come, "it ended before that"
+        assert time.monotonic() < until, "it did not come to that"
+        time.sleep(0.01)
+
+
 def check_server() -> None:
     """Raises AssertionError if the process that this one was forked from is none to fork from."""
     threads = len(os.listdir(f"/proc/{os.getppid()}/task"))
