@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.waiting import wait_until
 from tests.slurm.cluster import SECONDS, cluster
 from tests.support.models import Small
 from tests.support.product import metrics
-from tests.support.world import ROOT
+from tests.support.world import ROOT, wait_until
 
 pytestmark = [
     pytest.mark.slurm,
