@@ -22,7 +22,7 @@ from llama_mcore.launch.gpus import bf16_on_cpu, devices, driver_version
 from llama_mcore.launch.loopback import loopback
 from tests.support.errors import is_shown
 from tests.support.product import launched_environment, run_command
-from tests.support.world import ROOT, TIMEOUT_S, Call, exit_codes_of
+from tests.support.world import ROOT, TIMEOUT_S, Call, exit_codes_of, wait_until
 
 GIB = 1 << 30
 
@@ -169,7 +169,7 @@ os.register_at_fork(after_in_parent=wait_for_it, after_in_child=hang)
     assert "hung for 0.5 s" in found.value
     ranks = [int(path.stem) for path in tmp_path.glob("*.pid")]
     assert len(ranks) == 2
-    assert not any(map(is_alive, ranks))
+    wait_until(lambda: not any(map(is_alive, ranks)))
 
 
 @pytest.mark.process
@@ -184,7 +184,7 @@ def test_a_start_that_hangs_is_killed_with_all_it_started(tmp_path) -> None:
         found = loopback(2, environment_with(tmp_path), limit_s=0.5, start_s=start_s)
         assert found.stops_training
         assert f"did not end in {start_s + 0.5:g} s" in found.value
-    assert not is_alive(int(pid.read_text()))
+    wait_until(lambda: not is_alive(int(pid.read_text())))
 
 
 @pytest.mark.process
@@ -192,7 +192,7 @@ def test_a_rank_that_dies_ends_the_loopback_at_once(tmp_path) -> None:
     source = "import os\nforks = []\nsecond = lambda: len(forks) == 2 and os._exit(7)\n"
     source += "os.register_at_fork(before=lambda: forks.append(1), after_in_child=second)"
     module(tmp_path, "sitecustomize", source)
-    found = loopback(2, environment_with(tmp_path))
+    found = loopback(2, environment_with(tmp_path), limit_s=TIMEOUT_S)
     assert found.value == "failed: ranks ended with [-9, 7]"
 
 

@@ -3,6 +3,7 @@
 Ranks are forked, and as torchrun does, this ends the others when one has failed.
 """
 
+import math
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from llama_mcore.errors import EXIT_SAVED
 from llama_mcore.launch.heartbeat import Pulse
 from llama_mcore.observe.goodput import PRODUCTIVE, read_lives
 from llama_mcore.observe.phases import Phase
@@ -164,14 +166,17 @@ def _wait_until_served(port: int) -> None:
 
 
 def _wait_for_all(ranks: Sequence[BaseProcess]) -> int:
-    """Exit code of the first that failed, upon which the others are ended. (Who waits for their sentinels
-    waits for their children too.)"""
-    first = 0
+    """Exit code of the first that failed, upon which the others are ended. Where it was asked to stop so are
+    they, and on a slow machine they may still be at it: these have time."""
+    first, patient_until = 0, 0.0
     while any(process.is_alive() for process in ranks):
         failed = [process.exitcode for process in ranks if process.exitcode]
         if failed and not first:
             first = failed[0]
+            patient_until = time.monotonic() + (LAST_WORDS_S if first == EXIT_SAVED else 0)
+        if first and time.monotonic() > patient_until:
             _end(ranks)
+            patient_until = math.inf
         time.sleep(0.02)
     return first or next((process.exitcode for process in ranks if process.exitcode), 0)
 
