@@ -17,6 +17,8 @@ from tests.support.world import TIMEOUT_S, wait_until
 
 pytestmark = [pytest.mark.process, pytest.mark.wait]
 WORKER = Path(__file__).with_name("supervised.py")
+DIES_S = 60.0
+"""In which what the kernel kills is gone, on a machine however slow."""
 UNDER_TORCHRUN = {"TORCHELASTIC_RESTART_COUNT": "0"}
 
 
@@ -137,7 +139,7 @@ def test_the_process_dies_with_its_supervisor(tmp_path: Path) -> None:
     process = psutil.Process(ready(job))
     job.kill()
     job.wait()
-    assert psutil.wait_procs([process], timeout=TIMEOUT_S)[1] == []
+    assert psutil.wait_procs([process], timeout=DIES_S)[1] == []
 
 
 def test_a_rank_dies_with_torchrun(tmp_path: Path) -> None:
@@ -152,7 +154,7 @@ def test_a_rank_dies_with_torchrun(tmp_path: Path) -> None:
     process = psutil.Process(ready(launcher))
     ranks = [process, process.parent()]
     launcher.kill()
-    assert psutil.wait_procs(ranks, timeout=TIMEOUT_S)[1] == []
+    assert psutil.wait_procs(ranks, timeout=DIES_S)[1] == []
     assert "torchrun" in launcher.communicate()[1]
 
 
@@ -194,7 +196,7 @@ def test_a_process_that_does_not_end_is_not_waited_for(tmp_path: Path) -> None:
     code, said = finish(job)
     assert code == 75
     assert "SIGKILL" in said
-    assert psutil.wait_procs([process], timeout=TIMEOUT_S)[1] == []
+    assert psutil.wait_procs([process], timeout=DIES_S)[1] == []
 
 
 def test_a_job_that_was_suspended_has_not_stalled(tmp_path: Path) -> None:
