@@ -367,6 +367,9 @@ def convert(
         typer.Option(help=NAMED_MODEL),
     ] = None,
     verify: Annotated[bool, typer.Option(help="Read the output back and compare.")] = True,
+    device: Annotated[
+        str, typer.Option(help="Where the proof computes logits: cpu, auto for the same, or cuda.")
+    ] = "auto",
     debug: Debug = False,
 ) -> None:
     """Convert a checkpoint to another format and verify the result."""
@@ -384,6 +387,7 @@ def convert(
             verify=verify,
             optimizer=optimizer,
             model=model,
+            device=device,
         )
 
 
@@ -444,13 +448,15 @@ def generate(
         str | None, typer.Option("--from", help="Format of the checkpoint; default: what it looks like.")
     ] = None,
     model: Annotated[str | None, typer.Option(help=NAMED_MODEL)] = None,
+    device: Annotated[str, typer.Option(help="auto: a GPU where there is one; cpu; or cuda.")] = "auto",
     debug: Debug = False,
 ) -> None:
     """Continue a text with a trained checkpoint."""
     with report_errors(debug):
         from llama_mcore.observe.log import silence_libraries
-        from llama_mcore.parallel.device import on_gpu
+        from llama_mcore.parallel.device import choose_device, on_gpu
 
+        choose_device(device, field="--device")
         silence_libraries(cpu=not on_gpu())
         from llama_mcore.generate import generate
 
@@ -465,6 +471,7 @@ def generate(
                 seed=seed,
                 source=source,
                 model=model,
+                device=device,
             )
         )
 

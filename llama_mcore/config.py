@@ -8,7 +8,7 @@ problems are reported together. Nothing here imports torch.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import yaml
 from pydantic import Field, ValidationError
@@ -45,6 +45,12 @@ class RunSection(Section):
     """Folder of the run: metrics, checkpoints, TensorBoard events, the resolved configuration."""
     seed: int = Field(default=1234, ge=0, lt=1 << 32)
     """Seed of the initial weights and of the data order: 32 bits, of which torch on a CPU reads no more."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What ranks compute on: cuda, a GPU each; cpu; auto, GPUs where there are any."""
+    deterministic: bool = False
+    """Choose kernels that give the same bits each time. The CPU's do so anyway; on a GPU the fastest backward
+    of attention adds in any order, so that a resumed run has the same state and data, and losses that agree
+    with those of an uninterrupted one to rounding."""
 
 
 class RunConfig(Section):

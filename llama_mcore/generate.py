@@ -12,7 +12,7 @@ from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import CheckpointError, DataError, MissingInputError, Problem, input_problem
 from llama_mcore.model.decoder import Decoder
 from llama_mcore.observe.log import silence_libraries
-from llama_mcore.parallel.device import local_device, on_gpu
+from llama_mcore.parallel.device import choose_device, local_device, on_gpu
 
 
 def generate(
@@ -26,13 +26,15 @@ def generate(
     seed: int = 0,
     source: str | None = None,
     model: str | None = None,
+    device: str = "auto",
 ) -> str:
     """The prompt and its continuation: until EOS, `max_new_tokens`, or `seq_length` tokens with the prompt.
 
     The model sees what training showed it: no BOS. An empty prompt begins a document, as in the training
     stream after the EOS of the one before. The same seed gives the same text. It computes in the dtype of
-    the weights. `source` and `model` as for `convert`.
+    the weights, on `device`: auto, cpu or cuda. `source` and `model` as for `convert`.
     """
+    choose_device(device, field="--device")
     silence_libraries(cpu=not on_gpu())
     weights = open_weights(checkpoint, source, model)
     tokenizer = _open_tokenizer(tokenizer_model or weights.tokenizer, weights)

@@ -47,9 +47,17 @@ def train_watched(run: RunConfig, resume: str, fresh: bool, accept_data_change: 
         return supervisor.watch()
     with stop_signals() as stop:
         from llama_mcore.observe.log import silence_libraries
-        from llama_mcore.parallel.device import on_gpu, order_kernel_starts
+        from llama_mcore.parallel.device import (
+            choose_device,
+            compute_deterministically,
+            on_gpu,
+            order_kernel_starts,
+        )
 
+        choose_device(run.run.device)
         order_kernel_starts(run.parallel.tp, run.zero.stage)
+        if run.run.deterministic:
+            compute_deterministically()
         silence_libraries(cpu=not on_gpu())
         from llama_mcore.observe.phases import Phases
         from llama_mcore.train.loop import train
@@ -80,9 +88,10 @@ def preflight_run(
     from functools import partial
 
     from llama_mcore.observe.log import silence_libraries
-    from llama_mcore.parallel.device import on_gpu
+    from llama_mcore.parallel.device import choose_device, on_gpu
     from llama_mcore.plan.summary import describe_run
 
+    choose_device(run.run.device)
     silence_libraries(cpu=not on_gpu())
     from llama_mcore.checkpoint.run_folder import state_of
     from llama_mcore.launch.limited import LIMIT_S, within

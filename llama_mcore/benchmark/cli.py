@@ -171,7 +171,8 @@ def _run(
 def _silence() -> None:
     """Before megatron-core and DeepSpeed are imported."""
     from llama_mcore.observe.log import setup_logging, silence_libraries
-    from llama_mcore.parallel.device import on_gpu
+    from llama_mcore.parallel.device import choose_device, on_gpu
 
+    choose_device()
     setup_logging(rank=0)
     silence_libraries(cpu=not on_gpu())

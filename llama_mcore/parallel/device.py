@@ -1,42 +1,197 @@
-"""Where tensors live: one GPU per rank, or the CPU. The only file that names a device."""
+"""Where tensors live: one GPU per rank, or the CPU. The only file that names a device.
+
+`run.device`, or the variable LLAMA_MCORE_DEVICE where there is no run, decides once for a process
+(`choose_device`); everything else asks `on_gpu`.
+"""
 
 import os
 import resource
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
-from llama_mcore.errors import ConfigError, Problem
+from llama_mcore.errors import ConfigError, PreflightError, Problem
 
 DEVICE = "LLAMA_MCORE_DEVICE"
-"""Environment variable: `cpu` leaves a machine's GPUs alone, `auto` (the default) takes them."""
+"""Environment variable: run.device of tests and tools, and of runs that leave it `auto`."""
+CHOICES = ("auto", "cpu", "cuda")
+_GPU_FILES = "/dev/nvidia[0-9]*"
 # Linux reports ru_maxrss in KiB.
 _KIB = 1024
+
+_chosen = "auto"
+
+
+def choose_device(setting: str = "auto", otherwise: str = "auto", field: str = "run.device") -> None:
+    """Decide for this process between GPU and CPU.
+
+    `setting`: what the user gave as `field`; `otherwise`: what counts where neither that nor the variable
+    DEVICE asks for one.
+
+    Raises ConfigError where the setting and the variable DEVICE contradict each other, PreflightError where
+    a GPU is asked for and none can be used, or where `auto` finds GPUs that torch cannot use.
+    """
+    global _chosen
+    variable = _variable()
+    _check_choice(field, setting)
+    if "auto" not in (setting, variable) and setting != variable:
+        remedy = f"unset {DEVICE}, or give {field}={variable}"
+        raise ConfigError(Problem(field, setting, f"contradicts {DEVICE} = {variable}", remedy))
+    asked = setting if setting != "auto" else variable
+    wanted = asked if asked != "auto" else otherwise
+    if wanted != "cpu" and not _is_usable():
+        reason, remedy = why_no_gpu()
+        if wanted == "cuda" or _is_there_unused():
+            name = field if setting == asked else DEVICE
+            raise PreflightError(Problem(name, wanted, reason, f"{remedy}, or set {name}=cpu"))
+    _chosen = wanted
 
 
 def on_gpu() -> bool:
     """Whether this process computes on a GPU. Raises ConfigError for a value of `DEVICE` that is none."""
-    wanted = os.environ.get(DEVICE) or "auto"
-    if wanted not in ("auto", "cpu"):
-        raise ConfigError(Problem(DEVICE, wanted, "must be auto or cpu", "set one of them, or unset it"))
-    return wanted == "auto" and torch.cuda.is_available()
+    wanted = _chosen if _chosen != "auto" else _variable()
+    return wanted != "cpu" and _is_usable()
+
+
+def _variable() -> str:
+    value = os.environ.get(DEVICE) or "auto"
+    _check_choice(DEVICE, value)
+    return value
+
+
+def _check_choice(field: str, value: str) -> None:
+    if value not in CHOICES:
+        raise ConfigError(Problem(field, value, "must be auto, cpu or cuda", "give one of them, or none"))
+
+
+def _is_usable() -> bool:
+    with warnings.catch_warnings():  # `why_no_gpu` says it
+        warnings.simplefilter("ignore")
+        return torch.cuda.is_available()
+
+
+def _is_there_unused() -> bool:
+    """GPUs that a build of torch for GPUs cannot use, and that nobody has hidden: a run on the CPU beside
+    them would be a surprise."""
+    hidden = _hides_all(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return torch.version.cuda is not None and not hidden and _has_gpu_files()
+
+
+def _has_gpu_files() -> bool:
+    return any(Path("/").glob(_GPU_FILES.lstrip("/")))
+
+
+def _hides_all(visible: str | None) -> bool:
+    return visible is not None and visible.strip() in ("", "-1", "NoDevFiles")
+
+
+def why_no_gpu() -> tuple[str, str]:
+    """Why torch can use no GPU here, and what can be done about it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.is_available()
+    complaint = str(caught[-1].message) if caught else ""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return _reason_for_none(torch.version.cuda, visible, complaint, has_gpus=_has_gpu_files())
+
+
+def _reason_for_none(
+    build: str | None, visible: str | None, complaint: str, *, has_gpus: bool
+) -> tuple[str, str]:
+    """`build`: the CUDA that torch was built for; `visible`: CUDA_VISIBLE_DEVICES; `complaint`: torch's."""
+    if build is None:
+        return "torch is built for the CPU", "install torch's build for CUDA"
+    if _hides_all(visible):
+        return f"CUDA_VISIBLE_DEVICES = {visible!r} hides every GPU", "unset it"
+    if not has_gpus:
+        return "this machine shows no NVIDIA GPU", "look at nvidia-smi and at what the job was given"
+    said = complaint.partition(" (Triggered internally")[0].strip() or "torch does not say why"
+    return f"torch for CUDA {build} cannot use the GPUs ({said})", "look at nvidia-smi, and update its driver"
+
+
+def usable_gpus() -> int:
+    """How many GPUs this process may use; 0 where it computes on the CPU."""
+    return torch.cuda.device_count() if on_gpu() else 0
 
 
 def local_device() -> torch.device:
-    """This rank's device: the GPU of its local rank, or the CPU."""
-    if on_gpu():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    return torch.device("cpu")
+    """This rank's device: the GPU of its local rank, the only GPU that it sees, or the CPU.
+
+    Raises PreflightError for a local rank that has no GPU left.
+    """
+    if not on_gpu():
+        return torch.device("cpu")
+    rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    return torch.device("cuda", _gpu_of_rank(rank, count))
+
+
+def _gpu_of_rank(local_rank: int, visible: int) -> int:
+    """A launcher that gives each rank a GPU of its own (srun --gpus-per-task=1) shows it that one alone."""
+    if visible == 1:
+        return 0
+    if local_rank < visible:
+        return local_rank
+    remedy = f"start at most {visible} ranks on this host (--nproc-per-node {visible}), or set run.device=cpu"
+    raise PreflightError(Problem("local rank", local_rank, f"must have one of {visible} GPUs", remedy))
 
 
 def select_device() -> torch.device:
-    """Make this rank's device the current one and return it."""
+    """Make this rank's device the current one and return it.
+
+    Raises PreflightError where the rank has no GPU, or its GPU takes no work.
+    """
     device = local_device()
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        try:
+            torch.cuda.set_device(device)
+            torch.zeros(1, device=device)
+        except RuntimeError as error:
+            raise PreflightError(_gpu_problem(str(device), str(error))) from None
     return device
+
+
+def _gpu_problem(device: str, said: str) -> Problem:
+    """What torch says of a GPU that takes no work, in words that help."""
+    remedy = "nvidia-smi shows who uses it: end that, or take another GPU"
+    if "out of memory" in said:
+        return Problem("GPU", device, "has no memory left", remedy)
+    if "busy or unavailable" in said:
+        return Problem(
+            "GPU", device, "belongs to another process (exclusive mode), or is not available", remedy
+        )
+    return Problem("GPU", device, f"takes no work ({said.splitlines()[0]})", "look at nvidia-smi and dmesg")
+
+
+def device_identity() -> str:
+    """Tells GPUs apart whatever a process sees of them (its UUID); "" for the CPU."""
+    return str(torch.cuda.get_device_properties(local_device()).uuid) if on_gpu() else ""
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Of this rank's GPU, (9, 0) for Hopper; None on the CPU."""
+    return torch.cuda.get_device_capability(local_device()) if on_gpu() else None
+
+
+def describe_device() -> str:
+    """For people: what this rank computes on and talks over, and why, if that is the CPU."""
+    if on_gpu():
+        return f"{device_name()}, {communication_backend()}"
+    asked = "cpu" in (_chosen, _variable())
+    return f"CPU, {communication_backend()} ({'as asked for' if asked else why_no_gpu()[0]})"
+
+
+def compute_deterministically() -> None:
+    """Have every operation give the same bits for the same input, or refuse; call before the first use of
+    CUDA. The CPU's kernels do so by themselves."""
+    # cuBLAS else shares its workspace among streams (PyTorch, notes on reproducibility)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # it would fill every torch.empty, against reading what nobody wrote
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def communication_backend() -> str:

@@ -12,10 +12,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from llama_mcore.parallel.config import ParallelConfig
-from llama_mcore.parallel.device import communication_backend, on_gpu, select_device
+from llama_mcore.parallel.device import communication_backend, on_gpu
+from llama_mcore.parallel.gpu_check import take_device
 from llama_mcore.parallel.mcore_cpu import patch_mcore_for_cpu
 from llama_mcore.parallel.meeting import LIMIT_S
-from llama_mcore.parallel.rank import place_in
+from llama_mcore.parallel.rank import Place, place_in
 from llama_mcore.parallel.store import job_store
 
 TIMEOUT = timedelta(minutes=30)
@@ -40,11 +41,21 @@ class Groups:
 def process_groups(parallel: ParallelConfig, seed: int, timeout: timedelta = TIMEOUT) -> Iterator[Groups]:
     """Join the job that a launcher describes in the environment; alone if there is none.
 
-    Leaving without an error waits for all ranks (a rank that tears down early breaks the others'
+    Raises PreflightError where ranks cannot compute together (parallel/gpu_check.py), or do not find each
+    other. Leaving without an error waits for all ranks (a rank that tears down early breaks the others'
     last collective); leaving with one does not, since the others may never come.
     """
-    device = select_device()
-    _join_world(device if on_gpu() else None, timeout)
+    place = place_in(os.environ)
+    store = _store(place, timeout)
+    device = take_device(store, place.rank, place.world_size)
+    dist.init_process_group(
+        communication_backend(),
+        store=store,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timeout,
+        device_id=device if on_gpu() else None,
+    )
     try:
         with model_parallel_groups(parallel, seed, device, timeout) as groups:
             yield groups
@@ -82,20 +93,13 @@ def model_parallel_groups(
         parallel_state.destroy_model_parallel()
 
 
-def _join_world(gpu: torch.device | None, timeout: timedelta) -> None:
-    place, backend = place_in(os.environ), communication_backend()
+def _store(place: Place, timeout: timedelta) -> dist.Store:
+    """Through which the processes of the job find each other."""
     if place.is_alone:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=gpu)
-    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        dist.init_process_group(backend, timeout=timeout, device_id=gpu)  # torchrun serves the store
-    else:
-        store = job_store(place, min(LIMIT_S, timeout.total_seconds()))
-        store.set_timeout(timeout)
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=place.rank,
-            world_size=place.world_size,
-            timeout=timeout,
-            device_id=gpu,
-        )
+        return dist.HashStore()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun serves one, for all its attempts
+        served = dist.TCPStore(place.master_address, place.master_port, is_master=False, timeout=timeout)
+        return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", served)
+    store = job_store(place, min(LIMIT_S, timeout.total_seconds()))
+    store.set_timeout(timeout)
+    return store

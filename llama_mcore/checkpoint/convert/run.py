@@ -28,7 +28,7 @@ from llama_mcore.errors import (
     raise_all,
 )
 from llama_mcore.observe.log import silence_libraries
-from llama_mcore.parallel.device import on_gpu
+from llama_mcore.parallel.device import choose_device, on_gpu
 from llama_mcore.units import parse_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -75,11 +75,15 @@ def convert(
     verify: bool = True,
     optimizer: bool = False,
     model: str | None = None,
+    device: str = "auto",
 ) -> None:
     """Write the checkpoint at `input` to the folder `output`, which appears when it is complete and verified.
 
+    The proof runs the model in fp32 on the CPU unless `device` asks for cuda: it needs no free GPU and says
+    the same everywhere.
     Where verification fails the result stays as OUTPUT.unverified and CheckpointError says what differs.
     """
+    choose_device(device, otherwise="cpu", field="--device")
     silence_libraries(cpu=not on_gpu())
     job = _prepare(input, output, source, target, tp, dtype, max_shard_size, optimizer, model)
     temporary = _beside(output, ".tmp")
