@@ -107,8 +107,8 @@ MODEL_MATHS = (
 )
 # Names of other people's modules and classes.
 FOREIGN_NAMES = ("fused_layer_norm_cuda", "CudaGraphScope")
-# The last two describe a machine and its environment; they place no tensor.
-DEVICE_FILES = ("parallel.device", "parallel.mcore_cpu", "launch.gpus", "launch.environment")
+# `config` names the setting, the last two describe a machine and its environment; they place no tensor.
+DEVICE_FILES = ("parallel.device", "parallel.mcore_cpu", "config", "launch.gpus", "launch.environment")
 WITHOUT_TORCH = (
     *sorted(CONFIGS),
     "errors",

@@ -1,7 +1,7 @@
 """Where tensors live: one GPU per rank, or the CPU. The only file that names a device.
 
-`run.device`, or the variable LLAMA_MCORE_DEVICE where there is no run, decides once for a process
-(`choose_device`); everything else asks `on_gpu`.
+`run.device`, or the variable LLAMA_MCORE_DEVICE where there is no run, decides once for a process and what
+it starts (`choose_device`); everything else asks `on_gpu`.
 """
 
 import os
@@ -23,11 +23,9 @@ _GPU_FILES = "/dev/nvidia[0-9]*"
 # Linux reports ru_maxrss in KiB.
 _KIB = 1024
 
-_chosen = "auto"
-
 
 def choose_device(setting: str = "auto", otherwise: str = "auto", field: str = "run.device") -> None:
-    """Decide for this process between GPU and CPU.
+    """Decide for this process, and those that it starts, between GPU and CPU.
 
     `setting`: what the user gave as `field`; `otherwise`: what counts where neither that nor the variable
     DEVICE asks for one.
@@ -35,7 +33,6 @@ def choose_device(setting: str = "auto", otherwise: str = "auto", field: str = "
     Raises ConfigError where the setting and the variable DEVICE contradict each other, PreflightError where
     a GPU is asked for and none can be used, or where `auto` finds GPUs that torch cannot use.
     """
-    global _chosen
     variable = _variable()
     _check_choice(field, setting)
     if "auto" not in (setting, variable) and setting != variable:
@@ -48,13 +45,12 @@ def choose_device(setting: str = "auto", otherwise: str = "auto", field: str = "
         if wanted == "cuda" or _is_there_unused():
             name = field if setting == asked else DEVICE
             raise PreflightError(Problem(name, wanted, reason, f"{remedy}, or set {name}=cpu"))
-    _chosen = wanted
+    os.environ[DEVICE] = wanted
 
 
 def on_gpu() -> bool:
     """Whether this process computes on a GPU. Raises ConfigError for a value of `DEVICE` that is none."""
-    wanted = _chosen if _chosen != "auto" else _variable()
-    return wanted != "cpu" and _is_usable()
+    return _variable() != "cpu" and _is_usable()
 
 
 def _variable() -> str:
@@ -180,8 +176,8 @@ def describe_device() -> str:
     """For people: what this rank computes on and talks over, and why, if that is the CPU."""
     if on_gpu():
         return f"{device_name()}, {communication_backend()}"
-    asked = "cpu" in (_chosen, _variable())
-    return f"CPU, {communication_backend()} ({'as asked for' if asked else why_no_gpu()[0]})"
+    reason = "as asked for" if _variable() == "cpu" else why_no_gpu()[0]
+    return f"CPU, {communication_backend()} ({reason})"
 
 
 def compute_deterministically() -> None:

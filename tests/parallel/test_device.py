@@ -24,13 +24,6 @@ from tests.support.product import run_command
 from tests.support.world import exit_codes_of, write_output_to
 
 
-@pytest.fixture(autouse=True)
-def _chosen_anew() -> None:
-    """Choices are kept for the process."""
-    yield
-    device._chosen = "auto"
-
-
 def show_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
