@@ -19,9 +19,12 @@ from torch import Tensor
 
 from llama_mcore.data.dataset import Window, WindowDataset, read_windows
 from llama_mcore.data.ledger import Segment
+from llama_mcore.data.order import windows_at
 
 # Of all ranks together. Finding the windows of one sample takes hardly less time than those of so many.
 SAMPLES_PLANNED_AT_ONCE = 1024
+# Not the run's: runs of different seeds are compared on the same windows.
+_HELD_OUT_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -118,25 +121,35 @@ class MicroBatches:
                 yield micro_batch(read_windows(windows[row : row + size]), self._masked_token, self._pin)
 
 
+def held_out_windows(wanted: int | None, num_windows: int) -> NDArray[np.int64]:
+    """The windows of a set that an evaluation reads, ascending: all, or `wanted` drawn from the whole set.
+
+    A set is often a file after a file, so that its first windows are of one kind of text. The draw is always
+    the same, and a larger one holds the smaller.
+    """
+    if wanted is None or wanted >= num_windows:
+        return np.arange(num_windows, dtype=np.int64)
+    return np.sort(windows_at(np.arange(wanted, dtype=np.int64), num_windows, _HELD_OUT_SEED))
+
+
 def eval_batches(
     dataset: WindowDataset,
+    windows: NDArray[np.int64],
     *,
     micro_batch_size: int,
-    num_windows: int,
     dp_rank: int = 0,
     dp_size: int = 1,
     masked_token: int | None = None,
 ) -> Iterator[MicroBatch]:
-    """This rank's share of the first `num_windows` windows, or of as many as there are.
+    """This rank's share of these windows.
 
-    The windows are the same at every evaluation and under every layout, and every rank gets the same number
-    of micro-batches: what the last ones lack is filled with rows that do not count.
+    Every rank gets the same number of micro-batches: what the last ones lack is filled with rows that do not
+    count.
     """
-    num_windows = min(num_windows, dataset.num_windows)
-    for number in range(-(-num_windows // (micro_batch_size * dp_size))):
-        windows = _positions(number, micro_batch_size, dp_rank, dp_size)
-        missing = windows >= num_windows
-        batch = micro_batch(dataset.read(np.where(missing, 0, windows)), masked_token)
+    for number in range(-(-len(windows) // (micro_batch_size * dp_size))):
+        positions = _positions(number, micro_batch_size, dp_rank, dp_size)
+        missing = positions >= len(windows)
+        batch = micro_batch(dataset.read(windows[np.where(missing, 0, positions)]), masked_token)
         if missing.any():
             mask = torch.ones(batch.labels.shape) if batch.loss_mask is None else batch.loss_mask
             mask[torch.from_numpy(missing)] = 0

@@ -14,6 +14,9 @@ class HeldOut:
     tokens: int
     bytes_per_token: float | None = None
     """Of its text; None where the dataset does not say."""
+    windows: int = 0
+    """How many were read, of the whole set's `of_windows`."""
+    of_windows: int = 0
 
     @property
     def perplexity(self) -> float:
@@ -26,7 +29,9 @@ class HeldOut:
 
     def to_dict(self) -> dict[str, float]:
         row = {"loss": self.loss, "perplexity": self.perplexity, "tokens": self.tokens}
-        return row if self.bits_per_byte is None else row | {"bits_per_byte": self.bits_per_byte}
+        if self.bits_per_byte is not None:
+            row["bits_per_byte"] = self.bits_per_byte
+        return row | {"windows": self.windows, "of_windows": self.of_windows}
 
 
 _RARE = (
@@ -86,6 +91,14 @@ class StepReport:
         total = sum(evaluation.loss * evaluation.tokens for evaluation in self.valid.values())
         return total / tokens if tokens else None
 
+    @property
+    def held_out(self) -> str:
+        """How much of the held-out text was read, in words."""
+        read, there = (
+            sum(getattr(v, name) for v in self.valid.values()) for name in ("windows", "of_windows")
+        )
+        return f"all {there:,} windows" if read == there else f"{read:,} of {there:,} windows"
+
     def to_dict(self) -> dict[str, Any]:
         """Keys of a line of metrics.jsonl: those of every step, and the others where they say something."""
         row = asdict(self)
@@ -112,7 +125,7 @@ def describe_step(report: StepReport) -> str:
     if report.mfu_causal is not None:
         parts.append(describe_mfu(report))
     if report.valid_loss is not None:
-        parts.append(f"held-out loss {report.valid_loss:.4f}")
+        parts.append(f"held-out loss {report.valid_loss:.4f} ({report.held_out})")
     if report.evaluation_stopped:
         parts.append("evaluation stopped")
     if report.skipped:

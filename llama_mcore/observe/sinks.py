@@ -25,6 +25,7 @@ GIVEN_UP_METRICS = "metrics-given-up.jsonl"
 """The steps that rollbacks gave up. One may be there twice, if the run was killed just then."""
 TENSORBOARD_DIR = "tensorboard"
 ETA_WINDOW = 50  # steps
+_VALID_SCALARS = ("loss", "perplexity", "bits_per_byte", "tokens")
 
 
 class MetricSinks:
@@ -169,7 +170,8 @@ class _TensorBoard:
         if report.valid_loss is not None:
             scalars["valid/loss"] = report.valid_loss
         for source, evaluation in report.valid.items():
-            scalars |= {f"valid_{key}/{source}": value for key, value in evaluation.to_dict().items()}
+            row = evaluation.to_dict()
+            scalars |= {f"valid_{key}/{source}": row[key] for key in _VALID_SCALARS if key in row}
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, report.step)
 

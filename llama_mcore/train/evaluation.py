@@ -1,14 +1,17 @@
 """Loss on the held-out text of every source."""
 
 from collections.abc import Iterator
+from itertools import islice
 
 from llama_mcore.data.dataset import WindowDataset
-from llama_mcore.data.loader import MicroBatch, eval_batches
+from llama_mcore.data.loader import MicroBatch, eval_batches, held_out_windows
 from llama_mcore.observe.metrics import HeldOut
 from llama_mcore.observe.phases import Phase
 from llama_mcore.train.agreement import together
 from llama_mcore.train.job import Job
 from llama_mcore.train.step import evaluate
+
+_READ_TOGETHER = 16
 
 
 def evaluation_is_due(job: Job) -> bool:
@@ -29,25 +32,38 @@ def evaluate_sources(job: Job) -> dict[str, HeldOut] | None:
 
 
 def _evaluate(job: Job, dataset: WindowDataset) -> HeldOut | None:
+    run, groups = job.run, job.groups
+
     def go_on() -> bool:
         job.phases.beat()
         return not job.is_asked_to_stop()
 
-    batches = together(job.groups, lambda: list(_batches(job, dataset)))
-    evaluated = evaluate(job.engine, batches, job.groups, job.run.data.attention_boundary, go_on)
+    windows = held_out_windows(_wanted(job), dataset.num_windows)
+    batches = eval_batches(
+        dataset,
+        windows,
+        micro_batch_size=run.train.micro_batch_size,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        masked_token=run.data.masked_token,
+    )
+    evaluated = evaluate(job.engine, _read(batches, job), groups, run.data.attention_boundary, go_on)
     if evaluated is None:
         return None
     loss, tokens = evaluated
-    return HeldOut(loss, tokens, dataset.bytes_per_token)
+    return HeldOut(loss, tokens, dataset.bytes_per_token, len(windows), dataset.num_windows)
 
 
-def _batches(job: Job, dataset: WindowDataset) -> Iterator[MicroBatch]:
+def _wanted(job: Job) -> int | None:
+    """Windows of an evaluation now; None for all."""
     run = job.run
-    return eval_batches(
-        dataset,
-        micro_batch_size=run.train.micro_batch_size,
-        num_windows=run.eval.batches * run.train.global_batch_size,
-        dp_rank=job.groups.dp_rank,
-        dp_size=job.groups.dp_size,
-        masked_token=run.data.masked_token,
-    )
+    is_last = job.state.step == run.train.steps
+    batches = run.eval.final_batches if is_last else run.eval.batches
+    return batches * run.train.global_batch_size or None
+
+
+def _read(batches: Iterator[MicroBatch], job: Job) -> Iterator[MicroBatch]:
+    """The same, some at a time: a rank that cannot read stops all, and a large set is never held."""
+    while some := together(job.groups, lambda: list(islice(batches, _READ_TOGETHER))):
+        job.phases.beat()
+        yield from some

@@ -40,7 +40,10 @@ def test_mfu_appears_in_both_counts_where_it_is_known() -> None:
 
 def test_a_step_as_text() -> None:
     assert describe_step(REPORT) == "loss 3.2500  grad norm 0.500  lr 3.00e-04  12,346 tokens/s"
-    assert describe_step(changed(valid={"prose": HeldOut(3.5, 5)})).endswith("held-out loss 3.5000")
+    part = {"prose": HeldOut(3.5, 5, windows=100, of_windows=2000), "code": HeldOut(3.5, 5, None, 28, 496)}
+    assert describe_step(changed(valid=part)).endswith("held-out loss 3.5000 (128 of 2,496 windows)")
+    whole = {"prose": HeldOut(3.5, 5, windows=2000, of_windows=2000)}
+    assert describe_step(changed(valid=whole)).endswith("held-out loss 3.5000 (all 2,000 windows)")
 
 
 def test_a_loss_that_is_not_finite_is_visible() -> None:
@@ -68,6 +71,8 @@ def test_held_out_loss_by_source_and_over_all_tokens() -> None:
         "perplexity": pytest.approx(7.389056),
         "tokens": 300,
         "bits_per_byte": pytest.approx(0.721348),  # 2 nats are 2.885 bits, a quarter of them a byte
+        "windows": 0,
+        "of_windows": 0,
     }
     assert "bits_per_byte" not in row["valid"]["code"]
 

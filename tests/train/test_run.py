@@ -163,6 +163,14 @@ def test_held_out_data_is_evaluated_at_the_interval_and_at_the_end(run: Stopped)
     assert evaluated == EVALUATED
 
 
+def test_the_last_evaluation_reads_the_whole_held_out_set(run: Stopped) -> None:
+    valid = [row["valid"]["train"] for row in metrics(run.run_dir) if "valid" in row]
+    there = valid[-1]["of_windows"]
+    assert valid[-1]["windows"] == there
+    assert valid[-1]["tokens"] > valid[0]["tokens"]
+    assert {found["windows"] for found in valid[:-1]} == {2 * 8}  # eval.batches of the global batch
+
+
 def test_only_the_newest_checkpoints_stay_and_nothing_half_written(run: Stopped) -> None:
     assert checkpoints(run.run_dir) == ["step-00000024", "step-00000030"]
     assert len(run.saved) <= 2
