@@ -10,20 +10,23 @@ from typing import Any
 
 from llama_mcore.config import RunConfig
 from llama_mcore.errors import ConfigError, Problem
-from llama_mcore.parallel.ds_file import read_ds_file
+from llama_mcore.parallel.ds_file import read_ds_file, unknown_keys
 
 
 def deepspeed_config(run: RunConfig, world_size: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
-    Raises as `read_ds_file` does, and ConfigError if the file sets a value that we own, or holds an "auto"
-    that nobody fills.
+    Raises as `read_ds_file` does, and ConfigError if the file sets a value that we own or a key that training
+    would not read, or holds an "auto" that nobody fills.
     """
     path, config = read_ds_file(run.zero)
-    problems = _fill(config, _owned_values(run, world_size), path)
+    problems = unknown_keys(config, path)
+    unknown = {problem.field for problem in problems}
+    problems += _fill(config, _owned_values(run, world_size), path)
     problems += [
         Problem(key, "auto", f"in {path} is not a value that llama_mcore sets", "write a value there")
         for key in _remaining_auto(config)
+        if key not in unknown
     ]
     if problems:
         raise ConfigError(problems)

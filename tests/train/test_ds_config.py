@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 
 from llama_mcore.config import RunConfig, load_run
 from llama_mcore.errors import ConfigError, MissingInputError, Problem
-from llama_mcore.parallel.ds_file import CHECKOUT
+from llama_mcore.parallel.ds_file import CHECKOUT, KNOWN_KEYS
 from llama_mcore.plan.footprint import memory_of
 from llama_mcore.train.ds_config import deepspeed_config
 from tests.support.errors import check_problem, refused
@@ -115,6 +118,38 @@ def test_a_value_set_in_both_places_is_refused_with_both_names(
 def test_all_of_them_are_told_at_once(tmp_path: Path) -> None:
     content = {"gradient_clipping": 0.5, "train_batch_size": 4, "optimizer": "auto"}
     assert {problem.field for problem in problems_of(json.dumps(content), tmp_path)} == set(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [
+        ({"optimizer": {"type": "Adam", "params": {"lr": 1e-5}}}, "optimizer"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler"),
+        ({"fp16": {"enabled": True}}, "fp16"),
+        ({"activation_checkpointing": {}}, "activation_checkpointing"),
+        ({"gradient_cliping": 1.0}, "gradient_cliping"),
+        ({"_comment": "mine"}, "_comment"),
+        ({"bf16": {"enable": True}}, "bf16.enable"),
+        ({"zero_optimization": {"reduce_bucket": 5}}, "zero_optimization.reduce_bucket"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"devices": "cpu"}}},
+            "zero_optimization.offload_optimizer.devices",
+        ),
+    ],
+)
+def test_keys_that_would_be_ignored_are_refused(tmp_path: Path, content: dict, field: str) -> None:
+    check_problem(problems_of(json.dumps(content), tmp_path), field)
+
+
+def test_the_keys_are_deepspeeds() -> None:
+    """Of the sections that DeepSpeed describes by models of its own."""
+    for section, model in (
+        ("bf16", DeepSpeedBF16Config),
+        ("zero_optimization", DeepSpeedZeroConfig),
+        ("zero_optimization.offload_optimizer", DeepSpeedZeroOffloadOptimizerConfig),
+    ):
+        known = {field.alias or name for name, field in model.model_fields.items()}
+        assert set(KNOWN_KEYS[section].split()) <= known
 
 
 def test_an_auto_that_nobody_fills_is_refused(tmp_path: Path) -> None:
