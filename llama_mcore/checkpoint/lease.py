@@ -8,6 +8,7 @@ do, also on a network file system. A holder that was thought dead finds the high
 a checkpoint, and stops.
 """
 
+import fcntl
 import json
 import os
 import socket
@@ -19,31 +20,59 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 
-import psutil
-
 from llama_mcore.errors import PreflightError, Problem
+from llama_mcore.small_file import read_json
 
 FOLDER = "lease"
 BEAT_S = 10.0
 STALE_S = 60.0
 """A holder on another host that has not touched its file for so long is dead."""
 _RELEASED = ".released.json"
+_LARGEST = 4096
 
 
 @dataclass(frozen=True)
 class Holder:
+    """Named so that no clock that is set and no number that is given again makes it another."""
+
     host: str
     pid: int
-    started: float
-    """When its process began, in seconds since 1970: a number is not enough to know a process."""
+    boot: str
+    """Of its kernel: hosts share names, and a machine that was started again has none of its processes."""
+    namespace: str
+    """In which the pid counts: a container has numbers of its own."""
+    ticks: int
+    """When its process began, in clock ticks since the boot."""
     job: str
     """SLURM_JOB_ID, if any: a job that runs again is the only one of that number."""
+
+
+def _myself() -> Holder:
+    return Holder(
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        boot=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        namespace=os.readlink("/proc/self/ns/pid"),
+        ticks=_start_ticks(os.getpid()) or 0,
+        job=os.environ.get("SLURM_JOB_ID", ""),
+    )
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When a process began (proc(5), stat, field 22); None if it is gone, or has only not been waited for."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if after_name[0] == "Z" else int(after_name[19])
 
 
 @dataclass(frozen=True)
 class Lease:
     path: Path
     number: int
+    lock: int
+    """File descriptor of the lock that the kernel holds on the file while this process lives."""
 
     def check(self) -> None:
         """Raise OSError if another job has taken the run over."""
@@ -82,14 +111,15 @@ def _acquire(folder: Path) -> Lease:
         _wait_until_dead(newest[1])
     number = newest[0] + 1 if newest else 1
     path = folder / f"{number:08d}.json"
-    me = psutil.Process()
-    holder = Holder(socket.gethostname(), me.pid, me.create_time(), os.environ.get("SLURM_JOB_ID", ""))
+    content = json.dumps(asdict(_myself())).encode()
     try:
-        with path.open("x", encoding="utf-8") as file:
-            json.dump(asdict(holder), file)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
         raise _refusal(path, _holder(path)) from None
-    return Lease(path, number)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.write(file, content)
+    return Lease(path, number, file)
 
 
 def check_free(run_dir: Path) -> None:
@@ -99,7 +129,7 @@ def check_free(run_dir: Path) -> None:
     if newest is None or newest[1].name.endswith(_RELEASED):
         return
     path, holder = newest[1], _holder(newest[1])
-    alive = _is_alive(holder)
+    alive = _is_alive(path, holder)
     with suppress(OSError):  # where nothing can be written, which every rank finds
         if alive or (alive is None and _silent_s(path) < STALE_S):
             raise _refusal(path, holder)
@@ -108,7 +138,7 @@ def check_free(run_dir: Path) -> None:
 def _wait_until_dead(path: Path) -> None:
     """Return when the holder is known to be dead. Raises PreflightError when it is known to be alive."""
     holder = _holder(path)
-    alive = _is_alive(holder)
+    alive = _is_alive(path, holder)
     if alive:
         raise _refusal(path, holder)
     seen = _touched(path)
@@ -119,20 +149,37 @@ def _wait_until_dead(path: Path) -> None:
             raise _refusal(path, holder)
 
 
-def _is_alive(holder: Holder | None) -> bool | None:
+def _is_alive(path: Path, holder: Holder | None) -> bool | None:
     """None where that cannot be known from here."""
+    if _is_locked(path):
+        return True
     if holder is None:
         return False
-    if holder.host != socket.gethostname():
-        # A job that was put back into the queue, and began on another node, is dead where it was.
-        same_job = holder.job and holder.job == os.environ.get("SLURM_JOB_ID")
-        return False if same_job else None
+    me = _myself()
+    if (holder.boot, holder.namespace) == (me.boot, me.namespace):
+        return _start_ticks(holder.pid) == holder.ticks
+    # A job that was put back into the queue, and began on another node, is dead where it was.
+    moved = holder.job and holder.job == me.job and holder.host != me.host
+    return False if moved else None
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether the holder's lock is held. Where it is not, the file system may have none, or not between
+    hosts."""
     try:
-        process = psutil.Process(holder.pid)
-        ended = process.status() == psutil.STATUS_ZOMBIE  # and its parent has not asked for its exit code
-        return not ended and abs(process.create_time() - holder.started) < 1
-    except psutil.Error:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
         return False
+    try:
+        # shared, so that two that look do not take each other for it
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+    return False
 
 
 def _refusal(path: Path, holder: Holder | None) -> PreflightError:
@@ -156,7 +203,7 @@ def _describe(holder: Holder | None) -> str:
 def _holder(path: Path) -> Holder | None:
     """Who wrote a lease; None if it died while it did."""
     try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+        return Holder(**read_json(path, _LARGEST))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -196,3 +243,4 @@ def _release(lease: Lease, created: list[Path]) -> None:
                 path.rmdir()
         else:
             lease.path.rename(lease.path.with_name(f"{lease.number:08d}{_RELEASED}"))
+    os.close(lease.lock)

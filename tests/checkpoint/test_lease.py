@@ -1,15 +1,19 @@
 """A run is written by one job at a time, and a job that lost it does not publish."""
 
+import fcntl
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
+import psutil
 import pytest
 
 from llama_mcore.checkpoint import lease
@@ -42,7 +46,7 @@ def names(run_dir: Path) -> list[str]:
 
 def written_by(run_dir: Path, number: int, **fields: object) -> Path:
     """A lease as another process leaves it."""
-    holder = {"host": "elsewhere", "pid": 1, "started": 0.0, "job": ""}
+    holder = {"host": "elsewhere", "pid": 1, "boot": "b", "namespace": "n", "ticks": 0, "job": ""}
     (run_dir / FOLDER).mkdir(exist_ok=True)
     path = run_dir / FOLDER / f"{number:08d}.json"
     path.write_text(json.dumps(holder | fields))
@@ -86,7 +90,75 @@ def test_a_second_job_is_refused_while_the_first_lives(run_dir: Path) -> None:
 
 
 def test_another_process_of_the_same_number_is_not_the_holder(run_dir: Path) -> None:
-    written_by(run_dir, 1, host=socket.gethostname(), pid=os.getpid(), started=12.0)
+    written_by(run_dir, 1, **(me() | {"ticks": 12}))
+    with held_lease(run_dir) as held:
+        assert held.number == 2
+
+
+def me() -> dict[str, object]:
+    return asdict(lease._myself())
+
+
+@pytest.mark.parametrize("off_s", [-86400.0, 2.0, 86400.0])
+def test_a_clock_that_was_set_makes_no_holder_dead(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, off_s: float
+) -> None:
+    """What the kernel says of a process in seconds since 1970 moves with the clock. The lock is left out."""
+    written_by(run_dir, 1, **me())
+    monkeypatch.setattr(lease, "_is_locked", lambda path: False)
+    monkeypatch.setattr(lease, "time", Clock(off_s))
+    monkeypatch.setattr(psutil, "boot_time", lambda: 1e9 + off_s)
+    with in_use_by(run_dir, f"process {os.getpid()}"), held_lease(run_dir):
+        pass
+
+
+@pytest.mark.parametrize("other", [{"namespace": "pid:[1]"}, {"boot": "another"}])
+def test_of_processes_that_cannot_be_seen_the_sign_of_life_counts(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, str]
+) -> None:
+    """A container, or another machine, under the same host name: our process of that number is not theirs."""
+    path = written_by(run_dir, 1, **(me() | other | {"pid": 999_999_999}))
+    clock = Clock(act=lambda: os.utime(path, (1, time.time() + 1)))
+    monkeypatch.setattr(lease, "time", clock)
+    with in_use_by(run_dir, "process 999999999"), held_lease(run_dir):
+        pass
+
+
+def test_a_lock_that_is_held_goes_before_all_else(run_dir: Path) -> None:
+    path = written_by(run_dir, 1)
+    os.utime(path, (1, 1))  # silent for ages
+    with path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with in_use_by(run_dir, ELSEWHERE), held_lease(run_dir):
+            pass
+        with in_use_by(run_dir, ELSEWHERE):
+            check_free(run_dir)
+    with held_lease(run_dir) as held:
+        assert held.number == 2
+
+
+@pytest.mark.process
+def test_a_holder_that_is_stopped_is_alive(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = subprocess.Popen([sys.executable, "-c", HOLD, str(run_dir)], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "held\n"
+    first.send_signal(signal.SIGSTOP)
+    path = run_dir / FOLDER / "00000001.json"
+    holder = json.loads(path.read_text())
+    path.write_text(json.dumps(holder | {"namespace": "pid:[1]"}))  # seen from a container
+    os.utime(path, (1, 1))
+    try:
+        with in_use_by(run_dir, f"process {first.pid}"), held_lease(run_dir):
+            pass
+    finally:
+        first.kill()
+        first.wait()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_lease_that_is_no_file_is_nobodys(run_dir: Path, make: Callable[[Path], object]) -> None:
+    (run_dir / FOLDER).mkdir()
+    make(run_dir / FOLDER / "00000001.json")
     with held_lease(run_dir) as held:
         assert held.number == 2
 
