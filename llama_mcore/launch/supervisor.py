@@ -23,6 +23,7 @@ from llama_mcore.launch.parent import die_with_parent
 from llama_mcore.launch.patience import Patience
 from llama_mcore.launch.progress import was_explained
 from llama_mcore.launch.rank_on_host import this_rank
+from llama_mcore.launch.signs import show_signs
 from llama_mcore.launch.stacks import Stacks
 from llama_mcore.launch.stall import StallReport, take_report
 from llama_mcore.observe.lives import EndedLife, NotedLife, add_life
@@ -83,6 +84,7 @@ class Supervisor:
 
     def watch(self) -> int:
         """Wait for the end of the process that trains and return the exit code of the rank."""
+        show_signs()
         exit_code = self._watch()
         self._note_end(exit_code)
         return exit_code

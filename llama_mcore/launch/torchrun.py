@@ -1,6 +1,6 @@
-"""torchrun, with five things it lacks: a signal to it reaches the workers as a request, the workers' exit
-code becomes its own, a rank that fails ends the other nodes too, under srun it knows which node it is on, and
-nodes meet also if --master-port is taken.
+"""torchrun, with six things it lacks: a signal to it reaches the workers as a request, the workers' exit code
+becomes its own, a rank that fails ends the other nodes too, a supervisor that hangs ends the run, under srun
+it knows which node it is on, and nodes meet also if --master-port is taken.
 
 Plain torchrun answers SIGTERM by stopping the workers and raising, and any failure by exit code 1, so that a
 scheduler cannot tell "saved, start me again" (75) from a crash.
@@ -31,9 +31,9 @@ from llama_mcore.errors import (
     say,
 )
 from llama_mcore.launch.nodes import LEAVE_LIMIT, Nodes
+from llama_mcore.launch.signs import Signs
 from llama_mcore.launch.workers import end_workers, send, workers
 from llama_mcore.parallel.meeting import LIMIT_S
-from llama_mcore.parallel.rank import OUR_TORCHRUN
 from llama_mcore.parallel.store import store_port
 from llama_mcore.train.signals import ECHO_S, STOP_SIGNALS
 
@@ -46,24 +46,23 @@ def run(args: Sequence[str]) -> int:
     settings = parsed(args)
     with report_errors():
         _check(settings)
-    os.environ[OUR_TORCHRUN] = "1"
     _default_threads(settings.nproc_per_node)
     _silence_agent()
     # Held, and so held in the workers too until these are ready: a signal kills nobody who is just starting.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     threading.Thread(target=_forward, name="signals", daemon=True).start()
-    with report_errors(), _meeting(settings) as nodes:
-        return _launch(settings, nodes)
+    with report_errors(), Signs() as signs, _meeting(settings) as nodes:
+        return _launch(settings, nodes, signs)
 
 
-def _launch(settings: Namespace, nodes: Nodes) -> int:
+def _launch(settings: Namespace, nodes: Nodes, signs: Signs) -> int:
     try:
         torch_run.run(settings)
     except ChildFailedError as error:
         if nodes.failed_elsewhere is not None:
             return nodes.failed_elsewhere
         rank, failure = error.get_first_failure()
-        exit_code = _exit_code(rank, failure.exitcode)
+        exit_code = EXIT_SAVED if signs.ended else _exit_code(rank, failure.exitcode)
         nodes.tell(exit_code)
         return exit_code
     except DistStoreError as error:

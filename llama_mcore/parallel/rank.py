@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from llama_mcore.errors import PreflightError, Problem
 
-# Set by `llama-mcore torchrun` for its workers.
+# Set by `llama-mcore torchrun` for its workers: where they show signs of life (launch/signs.py).
 OUR_TORCHRUN = "LLAMA_MCORE_TORCHRUN"
 # slurm.h: steps from SLURM_INTERACTIVE_STEP on are shells, batch scripts and the like; srun counts from 0.
 FIRST_SPECIAL_STEP = 0xFFFFFFFA

@@ -7,6 +7,7 @@ python job.py held FOLDER    each rank writes down which signals were held when 
 python job.py place FOLDER   each rank writes down where torchrun put it
 python job.py fails FOLDER   rank 1 ends with 3 once rank 0 waits, which ends by SIGTERM alone and says so
 python job.py deaf FOLDER    each rank says that it is ready and hears no signal
+python job.py watched FOLDER each rank is a supervisor, and a process that says that it is ready and waits
 """
 
 import os
@@ -42,6 +43,19 @@ if what == "fails":
 if what == "deaf":
     Path(value, f"ready-{rank}").touch()
     time.sleep(60)
+if what == "watched":
+    from llama_mcore.launch.config import WatchdogConfig
+    from llama_mcore.launch.supervisor import Supervisor
+    from llama_mcore.train.signals import held_stop_signals
+
+    Path(value, f"supervisor-{rank}").write_text(str(os.getpid()))
+    with held_stop_signals():
+        supervisor = Supervisor(WatchdogConfig(), Path(value), 1.0)
+        if supervisor.fork() is None:
+            sys.exit(supervisor.watch())
+    Path(value, f"trains-{rank}").write_text(str(os.getpid()))
+    Path(value, f"ready-{rank}").touch()
+    time.sleep(600)
 if what == "held":
     held = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     Path(value, f"held-{rank}").write_text(" ".join(sorted(signal.Signals(number).name for number in held)))

@@ -9,11 +9,13 @@ import socket
 import time
 from contextlib import suppress
 from pathlib import Path
+from struct import Struct
 
 import psutil
 import pytest
 
-from llama_mcore.launch import torchrun, workers
+from llama_mcore.launch import signs, torchrun, workers
+from llama_mcore.parallel.rank import OUR_TORCHRUN
 from tests.support.errors import is_shown
 from tests.support.product import Finished, Job, llama_mcore, run_command
 from tests.support.world import Call, exit_codes_of, reserved_port, wait_until, write_output_to
@@ -130,6 +132,37 @@ def wait_for_another_node(port: int) -> None:
     torchrun.LIMIT_S = 2.0
     where = ["--master-addr", "localhost", "--master-port", str(port)]
     run_command(["torchrun", "--nnodes", "2", *where, str(JOB), "exit", "0"])
+
+
+def supervised(folder: Path) -> None:
+    """A launcher that is impatient with supervisors."""
+    signs.SILENT_S = 3.0
+    write_output_to(folder / "output.txt")
+    run_command(["torchrun", "--nproc-per-node", "2", str(JOB), "watched", str(folder)])
+
+
+def test_a_supervisor_that_is_stopped_ends_the_run(tmp_path: Path) -> None:
+    job = Call(exit_codes_of, 1, supervised, tmp_path)
+    wait_for_workers(tmp_path, job)
+    pid = int((tmp_path / "supervisor-1").read_text())
+    time.sleep(2 * signs.SIGN_S)  # it has shown signs before
+    os.kill(pid, signal.SIGSTOP)
+    assert job.result() == [75]
+    (line,) = (tmp_path / "output.txt").read_text().splitlines()
+    assert f"local rank 1 (process {pid})" in line
+    trains = int((tmp_path / "trains-1").read_text())
+    wait_until(lambda: not psutil.pid_exists(trains))
+
+
+def test_nothing_is_left_of_where_signs_are_shown() -> None:
+    with signs.Signs():
+        path = os.environ[OUR_TORCHRUN]
+        signs.show_signs(os.environ)
+        wait_until(lambda: Path(path).read_bytes() != b"")
+        pid, shown = Struct("<qd").unpack(Path(path).read_bytes())
+    assert pid == os.getpid()
+    assert 0 <= time.monotonic() - shown < 60
+    assert "memfd" in os.readlink(path)  # it has no name
 
 
 def test_a_second_request_ends_workers_that_hear_none(tmp_path: Path) -> None:
