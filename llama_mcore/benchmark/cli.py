@@ -46,7 +46,7 @@ def step(
     recompute: Annotated[
         str | None, typer.Option(help="Recomputation of our layer: none, selective or full.")
     ] = None,
-    attention: Annotated[str | None, typer.Option(help="Attention of our layer: sdpa, flash ...")] = None,
+    attention: Annotated[str | None, typer.Option(help="Attention of our layer: cudnn, flash ...")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 5,
     repeats: Annotated[int, typer.Option(min=1, help="Timed passes in one turn.")] = 2,
     contender: Annotated[

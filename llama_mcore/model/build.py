@@ -4,9 +4,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
+from llama_mcore.model.attention import attention_for, load_backend
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.gpt import LlamaModel
 from llama_mcore.model.init import init_weights
+from llama_mcore.model.kernels import choose_kernels, kernels_for
 from llama_mcore.model.sharding import mark_tensor_parallel
 from llama_mcore.model.spec import block_spec
 from llama_mcore.parallel.config import ParallelConfig
@@ -14,27 +16,39 @@ from llama_mcore.parallel.groups import Groups
 
 
 def build_model(
-    model: ModelConfig, parallel: ParallelConfig, groups: Groups, dtype: torch.dtype, seed: int | None
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    groups: Groups,
+    dtype: torch.dtype,
+    seed: int | None,
+    *,
+    documents: bool = False,
 ) -> LlamaModel:
     """This rank's shard of the model on its device: filled from `seed`, or left for a checkpoint to fill.
 
     Called with tokens [b, s] it gives this rank's logits [b, s, vocab/tp]; with labels [b, s] the mean loss.
+    `documents`: it will be told of documents, inside which attention stays. Raises ConfigError where no
+    kernel here can do what the configuration names.
     """
-    gpt = construct(model, parallel, dtype).to_empty(device=groups.device)
+    gpt = construct(model, parallel, dtype, documents).to_empty(device=groups.device)
     mark_tensor_parallel(gpt)
     if seed is not None:
         init_weights(gpt, model, seed, groups.tp_rank, groups.tp_size)
     return gpt
 
 
-def construct(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> LlamaModel:
+def construct(
+    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, documents: bool = False
+) -> LlamaModel:
     """The modules without memory for weights: on the meta device, so that no weight ever exists twice."""
     stock = model.layer == "stock"
+    backend = load_backend(attention_for(model, dtype, documents).name)
+    kernels = choose_kernels(kernels_for(model.kernels).name)
     with torch.device("meta"):
         return LlamaModel(
             fused_loss=not stock,
             config=transformer_config(model, parallel, dtype),
-            transformer_layer_spec=block_spec(model),
+            transformer_layer_spec=block_spec(model, backend, kernels),
             vocab_size=model.vocab_size,
             max_sequence_length=model.seq_length,
             share_embeddings_and_output_weights=model.tie_embeddings,

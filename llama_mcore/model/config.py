@@ -56,8 +56,11 @@ class ModelConfig(Section):
 
     layer: Literal["llama", "stock"] = "llama"
     """`llama`: our layer; `stock`: megatron-core's own, for comparison."""
-    attention: Literal["auto", "reference", "sdpa", "flash", "xformers", "te"] = "auto"
-    """`auto`: sdpa. flash, xformers and te need a GPU and a package of that name."""
+    attention: Literal["auto", "cudnn", "flash", "efficient", "flash_attn", "xformers", "te", "reference"] = (
+        "auto"
+    )
+    """Who computes attention. auto: the first of cudnn, flash, efficient and reference that can, on this
+    device and in this precision; see model/attention/choice.py. flash_attn, xformers and te are packages."""
     kernels: Literal["auto", "plain", "compile", "apex"] = "auto"
     """Who computes norms, rotations and SwiGLU in the hand-written layer; see model/kernels.py."""
     recompute: Recompute = "selective"

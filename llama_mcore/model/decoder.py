@@ -12,13 +12,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from llama_mcore.model.attention.sdpa_backend import heads_first
+from llama_mcore.model.attention.torch_layout import heads_first
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.layer_function import split_qkv
 from llama_mcore.model.rmsnorm import rmsnorm
 from llama_mcore.model.rope import rope, rope_table
 from llama_mcore.model.swiglu import swiglu
+
+# With a mask cuDNN is wrong at some lengths (PyTorch issue 196678), and flash takes none.
+_MASKED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass
@@ -82,13 +86,14 @@ class Decoder:
         cos, sin = (part[start:end] for part in self._table)
         cache.keys[start:end], cache.values[start:end] = rope(k, cos, sin), v
         seen = torch.arange(end, device=x.device) <= torch.arange(start, end, device=x.device)[:, None]
-        out = F.scaled_dot_product_attention(
-            heads_first(rope(q, cos, sin)),
-            heads_first(cache.keys[:end]),
-            heads_first(cache.values[:end]),
-            attn_mask=seen,
-            enable_gqa=heads_per_group > 1,
-        )  # [1, n, s, d]
+        with sdpa_kernel(_MASKED):
+            out = F.scaled_dot_product_attention(
+                heads_first(rope(q, cos, sin)),
+                heads_first(cache.keys[:end]),
+                heads_first(cache.values[:end]),
+                attn_mask=seen,
+                enable_gqa=heads_per_group > 1,
+            )  # [1, n, s, d]
         return F.linear(out.permute(2, 0, 1, 3).flatten(2), layer["linear_proj"])
 
     def _read_layer(self, index: int) -> dict[str, Tensor]:

@@ -4,9 +4,12 @@
     compile    the same functions through torch.compile: on a GPU one Triton kernel each
     apex       apex's fused RMSNorm, the rest plain
 
-`auto` is compile on a GPU and plain on the CPU, where compiling costs more than it saves.
+`auto` is compile on a GPU, where what compiling needs is there, and plain on the CPU, where compiling costs
+more than it saves.
 """
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,10 +20,16 @@ import torch
 from torch import Tensor
 
 from llama_mcore.errors import ConfigError, Problem
+from llama_mcore.model.attention.choice import Choice
+from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.rmsnorm import rmsnorm, rmsnorm_backward
-from llama_mcore.model.rope import rope, rope_backward
+from llama_mcore.model.rope import rope, rope_backward, rope_table
 from llama_mcore.model.swiglu import swiglu, swiglu_backward
 from llama_mcore.parallel.device import on_gpu
+
+COMPILATIONS = 8
+"""Of one function in a process, torch's own limit: a second shape is compiled for any, so that odd ones come
+to a few. What is called after that runs uncompiled, and torch says so."""
 
 
 @dataclass(frozen=True)
@@ -38,28 +47,105 @@ class Kernels:
 PLAIN = Kernels()
 
 
-@lru_cache(maxsize=4)
-def choose_kernels(name: str) -> Kernels:
-    """The kernels of that name. Raises ConfigError where apex is chosen and cannot run."""
+def kernels_for(name: str) -> Choice:
+    """Which kernels compute on this rank's device, and why; `name`: model.kernels.
+
+    Raises ConfigError for those that were named and cannot run here.
+    """
+    lacking = compiling_lacks()
+    if name == "auto" and not on_gpu():
+        return Choice("plain", "CPU, where compiling costs more than it saves")
     if name == "auto":
-        name = "compile" if on_gpu() else "plain"
-    if name == "compile":
-        return Kernels(**{field: torch.compile(function) for field, function in vars(PLAIN).items()})
-    if name == "apex":
-        return _apex()
-    return PLAIN
-
-
-def _apex() -> Kernels:
-    if not on_gpu() or find_spec("fused_layer_norm_cuda") is None:
+        return Choice("plain", f"compile needs {lacking}") if lacking else Choice("compile", "GPU")
+    if name == "compile" and lacking:
+        remedy = "install it, or set model.kernels=plain"
+        raise ConfigError(Problem("model.kernels", name, f"needs {lacking}", remedy))
+    if name == "apex" and (not on_gpu() or find_spec("fused_layer_norm_cuda") is None):
         raise ConfigError(
             Problem(
                 "model.kernels",
-                "apex",
+                name,
                 "needs a GPU and NVIDIA's apex with its CUDA extensions",
                 "build it from source (README, Optional kernels), or choose plain or compile",
             )
         )
+    return Choice(name, "as asked for")
+
+
+def compiling_lacks() -> str:
+    """What torch.compile needs on this device and does not find; "" if it finds all."""
+    if not on_gpu():
+        found = any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")))
+        return "" if found else "a C++ compiler (g++ or clang++)"
+    if find_spec("triton") is None:
+        return "the package triton"
+    found = any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang", "cc")))
+    return "" if found else "a C compiler (gcc or clang)"
+
+
+@lru_cache(maxsize=4)
+def choose_kernels(name: str) -> Kernels:
+    """The kernels of a name that `kernels_for` gave."""
+    if name == "compile":
+        torch._dynamo.config.recompile_limit = COMPILATIONS
+        return Kernels(**{field: torch.compile(function) for field, function in vars(PLAIN).items()})
+    return _apex() if name == "apex" else PLAIN
+
+
+@torch.no_grad()
+def warm_up(
+    kernels: Kernels,
+    model: ModelConfig,
+    tp: int,
+    tokens: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    is_first: bool,
+    barrier: Callable[[], None],
+) -> None:
+    """Compile `kernels` for a run's shapes, on one rank of each node before the others: they find the result
+    in the node's cache, and nobody compiles while all wait.
+
+    `tokens`: (positions that a norm sees on this rank, micro-batch); the others see all of model.seq_length.
+    `is_first`: of its node. All ranks call it together; `barrier` waits for them.
+    """
+    if kernels.rmsnorm is PLAIN.rmsnorm:
+        return
+    if is_first:
+        _call_all(kernels, model, tp, tokens, dtype, device)
+    barrier()
+    if not is_first:
+        _call_all(kernels, model, tp, tokens, dtype, device)
+
+
+def _call_all(
+    kernels: Kernels,
+    model: ModelConfig,
+    tp: int,
+    tokens: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    s, b, d = model.seq_length, tokens[1], model.head_dim
+    wide = torch.promote_types(dtype, torch.float32)
+    cos, sin = rope_table(s, d, model.rope_theta, device, model.rope_scaling, wide)
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    x, weight = zeros(*tokens, model.hidden_size), zeros(model.hidden_size)
+    kernels.rmsnorm(x, weight, model.norm_eps)
+    kernels.rmsnorm_backward(x, x, weight, model.norm_eps)
+    for heads in {model.num_attention_heads // tp, model.num_query_groups // tp}:
+        kernels.rope(zeros(s, b, heads, d), cos, sin)
+        kernels.rope_backward(zeros(s, b, heads, d), cos, sin)
+    ffn = model.ffn_hidden_size // tp
+    kernels.swiglu(zeros(s, b, 2 * ffn))
+    kernels.swiglu_backward(zeros(s, b, ffn), zeros(s, b, 2 * ffn))
+
+
+def _apex() -> Kernels:
     extension = import_module("fused_layer_norm_cuda")
 
     def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -15,9 +15,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from torch import Tensor, nn
 
-from llama_mcore.model.attention import Documents, attention_backend
+from llama_mcore.model.attention import AttentionBackend, Documents
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.model.kernels import choose_kernels
+from llama_mcore.model.kernels import Kernels
 from llama_mcore.model.layer_function import AttentionHalf, AttentionShape, MlpHalf, rotated_qkv
 from llama_mcore.model.swiglu import swiglu
 from llama_mcore.parallel.overlap import TensorParallel
@@ -46,6 +46,8 @@ class LlamaLayer(nn.Module, BaseTransformerLayer):
         submodules: LlamaLayerSubmodules,
         layer_number: int,
         model: ModelConfig,
+        backend: AttentionBackend,
+        kernels: Kernels,
         pg_collection: ProcessGroupCollection,
         vp_stage: int | None = None,
     ) -> None:
@@ -56,7 +58,9 @@ class LlamaLayer(nn.Module, BaseTransformerLayer):
         norm = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
         inner = {"config": config, "model": model, "tp_group": pg_collection.tp}
         self.input_layernorm = build_module(submodules.input_layernorm, **norm)
-        self.self_attention = build_module(submodules.self_attention, **inner)
+        self.self_attention = build_module(
+            submodules.self_attention, backend=backend, kernels=kernels, **inner
+        )
         self.pre_mlp_layernorm = build_module(submodules.pre_mlp_layernorm, **norm)
         self.mlp = build_module(submodules.mlp, **inner)
 
@@ -108,6 +112,8 @@ class LlamaAttention(nn.Module):
         config: TransformerConfig,
         submodules: LlamaAttentionSubmodules,
         model: ModelConfig,
+        backend: AttentionBackend,
+        kernels: Kernels,
         tp_group: object,
     ) -> None:
         super().__init__()
@@ -117,8 +123,8 @@ class LlamaAttention(nn.Module):
             head_dim=model.head_dim,
             rope_theta=model.rope_theta,
             rope_scaling=model.rope_scaling,
-            kernels=choose_kernels(model.kernels),
-            backend=attention_backend(model.attention, by_hand=model.recompute != "none"),
+            kernels=kernels,
+            backend=backend,
         )
         width = model.num_attention_heads * model.head_dim
         self.linear_qkv = build_module(

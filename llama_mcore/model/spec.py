@@ -6,7 +6,9 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from llama_mcore.model.attention import AttentionBackend
 from llama_mcore.model.config import ModelConfig
+from llama_mcore.model.kernels import Kernels
 from llama_mcore.model.layer import (
     LlamaAttention,
     LlamaAttentionSubmodules,
@@ -17,17 +19,17 @@ from llama_mcore.model.layer import (
 from llama_mcore.model.rmsnorm import RMSNorm
 
 
-def block_spec(model: ModelConfig) -> TransformerBlockSubmodules:
+def block_spec(model: ModelConfig, backend: AttentionBackend, kernels: Kernels) -> TransformerBlockSubmodules:
     """All layers and the final norm."""
-    layer = llama_layer_spec(model) if model.layer == "llama" else stock_layer_spec()
+    layer = llama_layer_spec(model, backend, kernels) if model.layer == "llama" else stock_layer_spec()
     return TransformerBlockSubmodules(layer_specs=[layer] * model.num_layers, layer_norm=RMSNorm)
 
 
-def llama_layer_spec(model: ModelConfig) -> ModuleSpec:
+def llama_layer_spec(model: ModelConfig, backend: AttentionBackend, kernels: Kernels) -> ModuleSpec:
     """Our layer."""
     return ModuleSpec(
         module=LlamaLayer,
-        params={"model": model},
+        params={"model": model, "backend": backend, "kernels": kernels},
         submodules=LlamaLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(

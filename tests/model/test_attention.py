@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_mcore.model.attention import AttentionBackend, attention_backend
+from llama_mcore.model.attention import AttentionBackend, load_backend
 from tests.model.building import EXACT, error, random_tensor
 from tests.model.pairs import as_function, assert_close, check_pair, outputs_and_grads
 
 # those that need no GPU
-BACKENDS = ("reference", "sdpa")
+BACKENDS = ("reference", "flash")
 # (sequence, batch, query heads, key/value heads, head width)
 SHAPES = {
     "multi-head": (5, 2, 3, 3, 4),
@@ -22,7 +22,7 @@ SHAPES = {
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> AttentionBackend:
-    return attention_backend(request.param, by_hand=True)
+    return load_backend(request.param)
 
 
 @pytest.fixture(params=SHAPES)
@@ -82,7 +82,7 @@ def test_a_long_sequence(backend: AttentionBackend) -> None:
     """Longer than the blocks of a fused kernel, and no multiple of them; scores far from zero."""
     inputs = [3 * random_tensor(777, 1, heads, 4, seed=heads) for heads in (4, 2, 2)]
     inputs = [tensor.requires_grad_() for tensor in inputs]
-    reference = attention_backend("reference", by_hand=True).attend
+    reference = load_backend("reference").attend
     for function in (backend.attend, as_function(*by_hand(backend))):
         found, expected = outputs_and_grads(function, inputs), outputs_and_grads(reference, inputs)
         for mine, theirs in zip(found, expected, strict=True):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llama_mcore.model.attention import Documents, attention_backend, documents_of, per_document
+from llama_mcore.model.attention import Documents, documents_of, load_backend, per_document
 from llama_mcore.model.build import build_model
 from llama_mcore.parallel.config import ParallelConfig
 from llama_mcore.parallel.groups import Groups
@@ -30,7 +30,7 @@ def test_documents_end_at_eod_and_at_the_row() -> None:
     assert documents_of(TOKENS, EOD).spans == expected
 
 
-@pytest.mark.parametrize("name", ["reference", "sdpa"])
+@pytest.mark.parametrize("name", ["reference", "flash"])
 @pytest.mark.parametrize("groups", [4, 2, 1])
 def test_each_document_attends_to_itself_alone(name: str, groups: int) -> None:
     torch.manual_seed(0)
@@ -38,7 +38,7 @@ def test_each_document_attends_to_itself_alone(name: str, groups: int) -> None:
         torch.randn(8, 2, heads, 6, dtype=torch.float64, requires_grad=True) for heads in (4, groups, groups)
     )
     documents = documents_of(TOKENS, EOD)
-    backend = per_document(attention_backend(name, by_hand=True), documents)
+    backend = per_document(load_backend(name), documents)
     grad = torch.randn(8, 2, 4, 6, dtype=torch.float64)
     wanted = masked(q, k, v, documents)
     wanted_grads = torch.autograd.grad(wanted, (q, k, v), grad)

@@ -1,20 +1,32 @@
 """Kernels by name: all give the numbers of the plain functions."""
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from llama_mcore.errors import ConfigError
-from llama_mcore.model.kernels import PLAIN, Kernels, choose_kernels
+from llama_mcore.model import kernels
+from llama_mcore.model.kernels import PLAIN, Kernels, choose_kernels, compiling_lacks, kernels_for, warm_up
 from llama_mcore.model.rope import rope_table
+from llama_mcore.parallel.config import ParallelConfig
+from llama_mcore.parallel.groups import process_groups
 from tests.support.errors import refused
+from tests.support.models import model_config
+from tests.support.world import run_ranks
 
 CPU = torch.device("cpu")
-COMPILES = shutil.which("c++") is not None and " " not in sys.prefix
+compiles = pytest.mark.skipif(
+    shutil.which("c++") is None or " " in sys.prefix,
+    reason="on a CPU torch.compile needs a compiler, and hands it paths that may hold no space",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -44,14 +56,91 @@ def answers(kernels: Kernels, dtype: torch.dtype, device: torch.device) -> list[
 
 
 def test_the_cpu_takes_the_plain_functions() -> None:
-    assert choose_kernels("auto") is PLAIN
+    assert kernels_for("auto").name == "plain"
     assert choose_kernels("plain") is PLAIN
 
 
+# on a GPU, programs found, packages found -> what auto takes, or what lacks
+GPU_TOOLS = [
+    (["gcc"], ["triton"], "compile", ""),
+    (["clang"], ["triton"], "compile", ""),
+    ([], ["triton"], "plain", "C compiler"),
+    (["gcc"], [], "plain", "triton"),
+]
+
+
+@pytest.mark.parametrize(("programs", "packages", "name", "lacks"), GPU_TOOLS)
+def test_a_gpu_takes_compiled_functions_where_they_can_be_compiled(
+    monkeypatch: pytest.MonkeyPatch, programs: list[str], packages: list[str], name: str, lacks: str
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(kernels, "on_gpu", lambda: True)
+    monkeypatch.setattr(shutil, "which", lambda program: program if program in programs else None)
+    monkeypatch.setattr(kernels, "find_spec", lambda package: package if package in packages else None)
+    chosen = kernels_for("auto")
+    assert chosen.name == name
+    assert lacks in chosen.reason
+    if lacks:
+        with refused(ConfigError, "model.kernels", "compile") as caught:
+            kernels_for("compile")
+        assert lacks in caught.value.problems[0].bound
+
+
+def test_the_compiler_that_a_variable_names_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/opt/mine/c++")
+    monkeypatch.setattr(shutil, "which", lambda program: program if program == "/opt/mine/c++" else None)
+    assert compiling_lacks() == ""
+    monkeypatch.delenv("CXX")
+    assert "C++ compiler" in compiling_lacks()
+
+
+def compiled_anew(shared: Path) -> tuple[int, int]:
+    """Warm up on each rank of a node; (compiled here, found in the cache)."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(shared)
+    with process_groups(ParallelConfig(), seed=0) as groups:
+        order = []
+
+        def barrier() -> None:
+            order.append(counters["inductor"]["fxgraph_cache_miss"])
+            dist.barrier()
+
+        first = groups.rank == 0
+        model = model_config(hidden_size=32, num_attention_heads=4)
+        warm_up(
+            *(choose_kernels("compile"), model, 1, (16, 2), torch.float32, groups.device),
+            is_first=first,
+            barrier=barrier,
+        )
+        assert (order[0] > 0) is first  # the others wait for it
+    return counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"]
+
+
 @pytest.mark.process
-@pytest.mark.skipif(
-    not COMPILES, reason="on a CPU torch.compile needs a compiler, and hands it paths that may hold no space"
-)
+@compiles
+def test_one_rank_of_a_node_compiles_for_all(tmp_path: Path) -> None:
+    first, *others = run_ranks(3, compiled_anew, tmp_path)
+    assert first[0] >= len(vars(PLAIN)) - 1  # rope backwards is rope
+    assert others == [(0, first[0])] * 2
+
+
+def compilations_of_many_lengths() -> int:
+    compiled = choose_kernels("compile")
+    for length in range(5, 45):
+        x, weight = torch.randn(length, 2, 32), torch.ones(32)
+        torch.testing.assert_close(compiled.rmsnorm(x, weight, 1e-6), PLAIN.rmsnorm(x, weight, 1e-6))
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.process
+@compiles
+def test_odd_lengths_are_not_compiled_one_after_another(tmp_path: Path) -> None:
+    """The second length is compiled for any."""
+    (count,) = run_ranks(1, compilations_of_many_lengths)
+    assert count == 2
+
+
+@pytest.mark.process
+@compiles
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_functions_agree(dtype: torch.dtype) -> None:
     check(choose_kernels("compile"), dtype, CPU)
@@ -61,7 +150,7 @@ def test_compiled_functions_agree(dtype: torch.dtype) -> None:
 @pytest.mark.process
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gpu_takes_compiled_functions_which_agree(gpu: torch.device, dtype: torch.dtype) -> None:
-    check(choose_kernels("auto"), dtype, gpu)
+    check(choose_kernels(kernels_for("auto").name), dtype, gpu)
 
 
 def check(compiled: Kernels, dtype: torch.dtype, device: torch.device) -> None:
@@ -74,4 +163,4 @@ def check(compiled: Kernels, dtype: torch.dtype, device: torch.device) -> None:
 
 def test_apex_is_refused_where_it_cannot_run() -> None:
     with refused(ConfigError, "model.kernels", "apex"):
-        choose_kernels("apex")
+        kernels_for("apex")

@@ -17,7 +17,7 @@ from tests.model.cases import layers, left_out
 from tests.model.conftest import OnRanks
 from tests.model.pairs import check_pair
 
-BACKENDS = ("reference", "sdpa")
+BACKENDS = ("reference", "flash")
 MODELS = {"multi-head": {}, "grouped": {"num_query_groups": 2}, "multi-query": {"num_query_groups": 1}}
 # far above float64's rounding; the smallest that a missing part makes is 0.1
 WRONG = 1e-2

@@ -1,4 +1,4 @@
-"""Causal attention by explicitly named backend.
+"""Causal attention by the backend that fits: choice.py says which, a file each computes.
 
 S sequence, B micro-batch, N query heads on this rank, G key/value heads on this rank, D head width
 """
@@ -6,53 +6,71 @@ S sequence, B micro-batch, N query heads on this rank, G key/value heads on this
 from importlib import import_module
 from importlib.util import find_spec
 
+import torch
+
 from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.model.attention.backend import AttentionBackend
+from llama_mcore.model.attention.choice import (
+    AMPERE,
+    BACKENDS,
+    Case,
+    Choice,
+    Limits,
+    choose_attention,
+)
 from llama_mcore.model.attention.documents import Documents, documents_of, per_document
-from llama_mcore.parallel.device import on_gpu
+from llama_mcore.model.config import ModelConfig
+from llama_mcore.parallel.device import compute_capability
 
-__all__ = ["AttentionBackend", "Documents", "attention_backend", "documents_of", "installed", "per_document"]
-
-# Name -> the package that it needs besides torch.
-REQUIRES: dict[str, str | None] = {
-    "reference": None,
-    "sdpa": None,
-    "flash": "flash_attn",
-    "xformers": "xformers",
-    "te": "transformer_engine",
-}
-GPU_ONLY = ("flash", "xformers", "te")
-
-
-def installed() -> list[str]:
-    """Backends whose package is here and that this machine's device can run."""
-    return [name for name in REQUIRES if _missing(name) is None]
+__all__ = [
+    "AttentionBackend",
+    "BACKENDS",
+    "Case",
+    "Choice",
+    "Documents",
+    "Limits",
+    "attention_for",
+    "case_of",
+    "documents_of",
+    "installed_packages",
+    "load_backend",
+    "per_document",
+]
 
 
-def attention_backend(name: str, by_hand: bool) -> AttentionBackend:
-    """The backend of that name; `auto` is `sdpa`, which has a fused kernel for every device torch runs on.
+def attention_for(model: ModelConfig, dtype: torch.dtype, documents: bool = False) -> Choice:
+    """What computes a model's attention on this rank's device, and why.
 
-    `by_hand`: its forward and backward halves are needed. Raises ConfigError for a backend that cannot run
-    here, with the reason and those that can.
+    `documents`: attention stays inside each. Raises ConfigError for a backend that was named and cannot, and
+    for bf16 on a GPU that has none.
     """
-    name = "sdpa" if name == "auto" else name
-    reason = _missing(name)
-    if reason is None:
-        backend: AttentionBackend = import_module(f"{__name__}.{name}_backend").BACKEND
-        if by_hand and not backend.has_halves:
-            reason = "gives no log-sum-exp for the hand-written backward; set model.recompute=none"
-    if reason is not None:
-        raise ConfigError(
-            Problem("model.attention", name, reason, f"available here: {', '.join(installed())}")
-        )
+    case = case_of(model, dtype, documents)
+    if dtype == torch.bfloat16 and case.capability and case.capability < AMPERE:
+        there = ".".join(map(str, case.capability))
+        bound = f"needs a GPU of compute capability 8.0 (Ampere), this one has {there}"
+        raise ConfigError(Problem("train.precision", "bf16", bound, "set train.precision=fp32"))
+    return choose_attention(model.attention, case, installed_packages())
+
+
+def case_of(model: ModelConfig, dtype: torch.dtype, documents: bool = False) -> Case:
+    """What this rank's attention has to do, on its device."""
+    return Case(
+        capability=compute_capability(),
+        dtype=dtype,
+        head_dim=model.head_dim,
+        documents=documents,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        by_hand=model.recompute != "none",
+    )
+
+
+def installed_packages() -> set[str]:
+    """Packages that backends need and that are here, by their name for pip."""
+    needed = {limits.package for limits in BACKENDS.values() if limits.package}
+    return {package for package in needed if find_spec(package.replace("-", "_"))}
+
+
+def load_backend(name: str) -> AttentionBackend:
+    """The backend of that name. Raises whatever the import of its package raises."""
+    backend: AttentionBackend = import_module(f"{__name__}.{name}_backend").BACKEND
     return backend
-
-
-def _missing(name: str) -> str | None:
-    """Why a backend cannot run here; None if it can."""
-    package = REQUIRES[name]
-    if package is not None and find_spec(package) is None:
-        return f"needs the package {package}, which is not installed"
-    if name in GPU_ONLY and not on_gpu():
-        return "needs a GPU"
-    return None

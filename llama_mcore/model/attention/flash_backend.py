@@ -1,50 +1,66 @@
-"""FlashAttention 2 (Dao, 2023) by the package flash-attn: GPU, bf16 or fp16."""
+"""torch's own flash kernels (Dao, 2023), of the GPU and of the CPU.
+
+By hand their two halves are called under their ATen names, since the public function gives no log-sum-exp.
+"""
 
 import torch
-from flash_attn import flash_attn_func
-from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_forward
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from llama_mcore.model.attention.backend import AttentionBackend
+from llama_mcore.model.attention.torch_layout import (
+    attend_by,
+    heads_first,
+    repeat_heads,
+    sequence_first,
+    sum_groups,
+)
 
-NO_WINDOW = {"window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None}
+aten = torch.ops.aten
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = flash_attn_func(*(_batch_first(x) for x in (q, k, v)), causal=True)
-    return _batch_first(out)
+    return attend_by(SDPBackend.FLASH_ATTENTION, q, k, v)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    q, k, v = (_batch_first(x) for x in (q, k, v))
-    scale = q.size(-1) ** -0.5
-    out, log_sum_exp, *_ = _flash_attn_forward(
-        q, k, v, 0.0, scale, causal=True, return_softmax=False, **NO_WINDOW
-    )
-    return _batch_first(out), log_sum_exp
+    q, k, v = (heads_first(x) for x in (q, k, v))
+    if q.is_cpu:
+        out, log_sum_exp = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+    else:
+        k, v = (repeat_heads(x, q.size(1)) for x in (k, v))
+        out, log_sum_exp = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[:2]
+    return sequence_first(out), log_sum_exp
 
 
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_out, q, k, v, out = (_batch_first(x) for x in (grad_out, q, k, v, out))
-    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    _flash_attn_backward(
-        grad_out,
-        *(q, k, v, out, log_sum_exp, *grads),
-        0.0,
-        q.size(-1) ** -0.5,
-        causal=True,
-        deterministic=False,
-        **NO_WINDOW,
-    )
-    grad_q, grad_k, grad_v = (_batch_first(grad) for grad in grads)
+    grad_out, q, k, v, out = (heads_first(x) for x in (grad_out, q, k, v, out))
+    if q.is_cpu:
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, q, k, v, out, log_sum_exp, 0.0, True
+        )
+    else:
+        grads = _gpu_backward(grad_out, q, k, v, out, log_sum_exp)
+    grad_q, grad_k, grad_v = (sequence_first(grad) for grad in grads)
     return grad_q, grad_k, grad_v
 
 
-def _batch_first(x: Tensor) -> Tensor:
-    """[s, b, n, d] <-> [b, s, n, d], a view."""
-    return x.transpose(0, 1)
+def _gpu_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In a fixed order where torch.use_deterministic_algorithms is on, else in any."""
+    groups, length = k.size(1), q.size(2)
+    # The kernel reads the generator's state to repeat dropout, of which there is none.
+    no_state = torch.empty(0, dtype=torch.int64, device=q.device)
+    k, v = (repeat_heads(x, q.size(1)) for x in (k, v))
+    grad_q, grad_k, grad_v = aten._scaled_dot_product_flash_attention_backward(
+        *(grad_out, q, k, v, out, log_sum_exp),
+        *(None, None, length, length, 0.0, True),
+        *(no_state, no_state),
+    )
+    return grad_q, sum_groups(grad_k, groups), sum_groups(grad_v, groups)
 
 
 BACKEND = AttentionBackend(attend, forward, backward)

@@ -1,0 +1,49 @@
+"""cuDNN's attention, by the two halves that torch has of it: the fastest on Hopper and Blackwell."""
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from llama_mcore.model.attention.backend import AttentionBackend
+from llama_mcore.model.attention.torch_layout import (
+    attend_by,
+    heads_first,
+    repeat_heads,
+    sequence_first,
+    sum_groups,
+)
+
+aten = torch.ops.aten
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend_by(SDPBackend.CUDNN_ATTENTION, q, k, v)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v = (heads_first(x) for x in (q, k, v))
+    k, v = (repeat_heads(x, q.size(1)) for x in (k, v))
+    # no bias, with log-sum-exp, no dropout, causal, no debug mask
+    out, log_sum_exp = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False)[:2]
+    return sequence_first(out), log_sum_exp.squeeze(-1)  # [b, n, s, 1]
+
+
+def backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out, q, k, v, out = (heads_first(x) for x in (grad_out, q, k, v, out))
+    groups, length = k.size(1), q.size(2)
+    k, v = (repeat_heads(x, q.size(1)) for x in (k, v))
+    # the state of the generator, which repeats dropout, of which there is none
+    no_state = torch.zeros((), dtype=torch.int64, device=q.device)
+    grad_q, grad_k, grad_v = aten._scaled_dot_product_cudnn_attention_backward(
+        *(grad_out, q, k, v, out, log_sum_exp.unsqueeze(-1)),
+        *(no_state, no_state),
+        *(None, None, None, length, length, 0.0, True),
+    )
+    grads = grad_q, sum_groups(grad_k, groups), sum_groups(grad_v, groups)
+    grad_q, grad_k, grad_v = (sequence_first(grad) for grad in grads)
+    return grad_q, grad_k, grad_v
+
+
+BACKEND = AttentionBackend(attend, forward, backward)
