@@ -45,8 +45,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train.utilization": {"config", "plan.flops", "plan.hardware"},
     "launch": BASE | CONFIGS | {"launch", "plan", "observe", "config"},
     # What the doctor says of backends and devices it asks them.
-    "launch.backends": {"errors", "launch", "model"},
-    "launch.gpus": {"launch", "parallel.device"},
+    "launch.backends": {"errors", "launch", "model", "parallel.device"},
+    "launch.smoke": {"errors", "launch", "model", "parallel.device"},
+    "launch.gpus": {"errors", "launch", "parallel.device"},
+    "launch.signs": {"errors", "launch", "parallel.rank"},
     "launch.loopback": {"errors", "launch", "parallel.device"},
     # What they say to the process that trains, in words of its own.
     "launch.patience": {"launch.config", "observe.phases"},
@@ -66,7 +68,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "units", "launch", "config", "data", "plan.summary"),
         *("checkpoint.lease", "checkpoint.run_folder"),
     },
-    "launch.node_checks": {"units", "launch", "config", "plan", "parallel.device", "checkpoint.run_folder"},
+    "launch.node_checks": {
+        *("errors", "units", "launch", "config", "plan", "model", "parallel.device"),
+        "checkpoint.run_folder",
+    },
     "launch.limited": set(),
     "launch.versions": {"parallel.device"},
     "launch.preflight": {"errors", "launch", "config", "parallel", "train.alike"},
@@ -103,7 +108,10 @@ MODEL_MATHS = (
     "model.attention.backend",
     "model.attention.documents",
     "model.attention.reference_backend",
-    "model.attention.sdpa_backend",
+    "model.attention.cudnn_backend",
+    "model.attention.efficient_backend",
+    "model.attention.flash_backend",
+    "model.attention.torch_layout",
 )
 # Names of other people's modules and classes.
 FOREIGN_NAMES = ("fused_layer_norm_cuda", "CudaGraphScope")
@@ -342,8 +350,8 @@ def test_all_of_the_package_was_looked_at() -> None:
         (impure_maths, "model.rope", "import torch.distributed as dist"),
         (impure_maths, "model.rope", "from torch import distributed"),
         (impure_maths, "model.swiglu", "import torch\ntorch.distributed.all_reduce(x)"),
-        (impure_maths, "model.attention.sdpa_backend", "from megatron.core import parallel_state"),
-        (impure_maths, "model.attention.sdpa_backend", "from llama_mcore.parallel.device import device"),
+        (impure_maths, "model.attention.flash_backend", "from megatron.core import parallel_state"),
+        (impure_maths, "model.attention.flash_backend", "from llama_mcore.parallel.device import device"),
         (names_a_device, "train.step", "x.to('cuda')"),
         (names_a_device, "train.step", "x.cuda()"),
         (names_a_device, "train.step", "torch.cuda.synchronize()"),

@@ -1,17 +1,23 @@
-"""What only the node of a rank can tell before a run: the run's folder as it writes it, room, memory."""
+"""What only the node of a rank can tell before a run: the run's folder as it writes it, room, memory, and
+what would compute."""
 
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
+import torch
+
 from llama_mcore.checkpoint.run_folder import PREFLIGHT_MARK as MARK
 from llama_mcore.config import RunConfig
-from llama_mcore.launch.cgroup import memory_limit
+from llama_mcore.errors import ConfigError
+from llama_mcore.launch.cgroup import available_memory, memory_limit
 from llama_mcore.launch.finding import Finding
+from llama_mcore.model.attention import Choice, attention_for
+from llama_mcore.model.kernels import kernels_for
 from llama_mcore.parallel.device import gpu_memory_bytes
 from llama_mcore.plan.footprint import Footprint, memory_of
 from llama_mcore.plan.memory import FP32
@@ -107,25 +113,42 @@ def free_space(run: RunConfig) -> Finding:
 
 
 def memory(run: RunConfig, ranks: int, ranks_here: int) -> list[Finding]:
-    """What training allocates against the memory of this rank's GPU, or its share of the machine's; and what
-    other processes hold of that GPU.
+    """What training allocates against the memory of this rank's GPU, or its share of the machine's; the host
+    memory that saves go through; and what other processes hold of that GPU.
 
     Model state and what the forward keeps are certain: without room for these nothing runs. Buffers, working
     memory and the allocator's margin are estimates: without room for them too it may not.
     """
     found = memory_of(run, ranks)
     gpu = gpu_memory_bytes()
+    saves = _saves(run, found, ranks_here, gpu=gpu is not None)
     if gpu is None:
-        return [_fits(found, _machine_memory() // ranks_here, gpu=False)]
+        return [_fits(found, _machine_memory() // ranks_here, gpu=False), saves]
     free, total = gpu
     # What this process holds by now, a context and NCCL's buffers, is what the plan counts as libraries.
     foreign = max(0, total - free - found.libraries)
     fits = _fits(found, total - foreign, gpu=True)
     if foreign < FOREIGN_SHARE * total:
-        return [fits]
+        return [fits, saves]
     value = f"about {format_bytes(foreign)} of {format_bytes(total)}"
     meaning, remedy = "another process uses this GPU", "nvidia-smi names it: end it, or take another GPU"
-    return [fits, Finding("memory", "in use", "note", value, meaning, remedy, required=True)]
+    return [fits, saves, Finding("memory", "in use", "note", value, meaning, remedy, required=True)]
+
+
+def _saves(run: RunConfig, found: Footprint, ranks_here: int, *, gpu: bool) -> Finding:
+    """As checkpoint/snapshot.py decides when training has taken its own, which is not taken yet."""
+    training = found.host_state + (0 if gpu else found.total - found.libraries)
+    limit = run.checkpoint.copy_limit(max(0, available_memory() // ranks_here - training))
+    name, value = (
+        "checkpoints",
+        f"{format_bytes(found.state.saved)} of host memory a rank, to copy what it saves",
+    )
+    if found.state.saved <= limit:
+        return _ok("memory", name, value)
+    ring = format_bytes(run.checkpoint.ring_bytes)
+    meaning = f"more than it may take: a ring of {ring}, and training waits while a checkpoint is written"
+    remedy = "more memory on each node, or more ranks; checkpoint.host_memory sets what a rank may take"
+    return Finding("memory", name, "note", value, meaning, remedy, required=True)
 
 
 def _fits(found: Footprint, total: int, *, gpu: bool) -> Finding:
@@ -143,6 +166,24 @@ def _fits(found: Footprint, total: int, *, gpu: bool) -> Finding:
         meaning = f"the second figure, an estimate, is more than the {has}: it may run out of memory"
         return Finding("memory", name, "note", value, meaning, remedy, required=True)
     return _ok("memory", name, f"{value}, of {has}")
+
+
+def kernels(run: RunConfig) -> list[Finding]:
+    """What would compute attention and the rest on this rank's device, or why nothing would."""
+    dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+    documents = run.data.attention_boundary is not None
+    choices: dict[str, Callable[[], Choice]] = {
+        "attention": lambda: attention_for(run.model, dtype, documents),
+        "norms, rotation, SwiGLU": lambda: kernels_for(run.model.kernels),
+    }
+    findings = []
+    for name, choose in choices.items():
+        try:
+            findings.append(_ok("kernels", name, str(choose())))
+        except ConfigError as error:
+            found = error.problems[0]
+            findings.append(_problem("kernels", found.field, str(found.value), found.bound, found.remedy))
+    return findings
 
 
 def _machine_memory() -> int:

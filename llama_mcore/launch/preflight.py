@@ -27,7 +27,7 @@ from llama_mcore.launch.all_reduce import all_reduce_speed
 from llama_mcore.launch.doctor import as_json_text, as_text, problem_of
 from llama_mcore.launch.finding import Finding
 from llama_mcore.launch.limited import LIMIT_S, within
-from llama_mcore.launch.node_checks import free_space, memory, run_folder, shared_mark
+from llama_mcore.launch.node_checks import free_space, kernels, memory, run_folder, shared_mark
 from llama_mcore.launch.run_checks import data, start
 from llama_mcore.launch.versions import versions
 from llama_mcore.parallel.groups import Groups, process_groups
@@ -138,7 +138,7 @@ def _reports(
         clock, host = time.time(), socket.gethostname()
         ranks_here = Counter(_gathered(host, groups))[host]
         folder = _look_at_folder(run, groups.rank, mark) if answers else []
-        here = [*ahead, *findings, *folder, *memory(run, groups.world_size, ranks_here)]
+        here = [*ahead, *findings, *folder, *memory(run, groups.world_size, ranks_here), *kernels(run)]
         return _gathered(Report(host, clock, versions(), speeds, here), groups)
 
 
@@ -177,7 +177,7 @@ def _merged(reports: Sequence[Report]) -> list[Finding]:
     return sorted([*problems, *sound], key=lambda finding: _ORDER.index(finding.group))
 
 
-_ORDER = ("data", "run folder", "memory")
+_ORDER = ("data", "run folder", "memory", "kernels")
 
 
 def _speeds(reports: Sequence[Report]) -> list[Finding]:

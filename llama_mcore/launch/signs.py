@@ -1,8 +1,8 @@
 """Signs of life of the supervisors of a host, at which our torchrun looks: nothing else watches them.
 
-A file in memory without a name, a record for each local rank, which workers open by the path that the launcher
-gives them (OUR_TORCHRUN). A record holds the process number and the monotonic time, which all processes of a
-host share and no clock that is set moves.
+A file in memory without a name, a record for each local rank, which workers open by the path that the
+launcher gives them (OUR_TORCHRUN). A record holds the process number and the monotonic time, which all
+processes of a host share and no clock that is set moves.
 """
 
 import os

@@ -63,6 +63,10 @@ class StepReport:
     step_time_s: float
     memory_bytes: int
     """Peak of the reporting rank."""
+    device: str = ""
+    """What the reporting rank computed on; the names of the attention backend and of the kernels."""
+    attention: str = ""
+    kernels: str = ""
     windows: dict[str, int] = field(default_factory=dict)
     """The ledger: windows read of each source since the start of the run, repeated ones counted each time."""
     valid: dict[str, HeldOut] = field(default_factory=dict)

@@ -1,10 +1,12 @@
 """What a rank needs to train, opened in order: what can fail for the user's reasons comes first."""
 
+import os
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
+import torch
 import torch.distributed as dist
 
 from llama_mcore.checkpoint.disk import replace_hint
@@ -18,13 +20,16 @@ from llama_mcore.data.ledger import Segment, check_caps, continued
 from llama_mcore.data.loader import MicroBatches, Samples
 from llama_mcore.data.sources import OpenSource, open_sources, plan_run
 from llama_mcore.errors import OutputError, Problem
+from llama_mcore.model.attention import Choice, attention_for
 from llama_mcore.model.build import build_model
+from llama_mcore.model.kernels import choose_kernels, kernels_for, warm_up
 from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.phases import Phase, Phases
 from llama_mcore.observe.sinks import MetricSinks
 from llama_mcore.observe.timeline import Timeline
-from llama_mcore.parallel.device import pinned
+from llama_mcore.parallel.device import describe_device, on_gpu, pinned
 from llama_mcore.parallel.groups import Groups
+from llama_mcore.parallel.rank import place_in
 from llama_mcore.train.agreement import any_rank, together
 from llama_mcore.train.alike import check_alike
 from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of
@@ -33,6 +38,36 @@ from llama_mcore.train.signals import StoppedEarly, StopRequest
 from llama_mcore.train.state import TrainState
 from llama_mcore.train.stragglers import Stragglers
 
+AGREES_TO_ROUNDING = (
+    "state and data are those of an uninterrupted run; its losses will agree to rounding, as attention's "
+    "backward adds in any order (run.deterministic=true: to the bit)"
+)
+
+
+@dataclass(frozen=True)
+class Computation:
+    """What computes a run, and why: printed at the start, in config.yaml and, by name, in metrics.jsonl."""
+
+    device: str
+    attention: Choice
+    kernels: Choice
+    is_reproducible: bool
+    """The same bits each time."""
+
+    def __str__(self) -> str:
+        return f"computed by {self.device}; attention: {self.attention}; kernels: {self.kernels}"
+
+
+def computation_of(run: RunConfig) -> Computation:
+    """On this rank's device. Raises ConfigError for what cannot compute there."""
+    documents = run.data.attention_boundary is not None
+    return Computation(
+        describe_device(),
+        attention_for(run.model, dtype_of(run), documents),
+        kernels_for(run.model.kernels),
+        is_reproducible=not on_gpu() or torch.are_deterministic_algorithms_enabled(),
+    )
+
 
 @dataclass
 class Job:
@@ -40,6 +75,7 @@ class Job:
 
     run: RunConfig
     groups: Groups
+    computed_by: "Computation"
     stop: StopRequest
     phases: Phases
     timeline: Timeline | None
@@ -71,6 +107,7 @@ def open_job(
     rank is asked to stop meanwhile.
     """
     phases.enter(Phase.SETUP, 0)
+    computed_by = together(groups, lambda: computation_of(run))
     lease = together(groups, lambda: _hold(run, stack) if groups.rank == 0 else None)
     timeline = stack.enter_context(_timeline(run, groups, lease, phases))
     sources = together(groups, lambda: open_sources(run.data, run.model.seq_length, run.model.vocab_size))
@@ -80,15 +117,19 @@ def open_job(
     _stop_if_asked(stop, groups)
     saved = found.reader.state if found.reader else TrainState(run_id=_drawn_by_rank_0())
     segments = together(groups, lambda: _plan_data(run, sources, saved, start.accept_data_change))
-    together(groups, lambda: _prepare_run_dir(run) if groups.rank == 0 else None)
+    together(groups, lambda: _prepare_run_dir(run, computed_by) if groups.rank == 0 else None)
     phases.settled()
     phases.beat()
     engine = _loaded_engine(run, groups, phases, found, stop)
+    if found.reader and not computed_by.is_reproducible:
+        get_logger().info(AGREES_TO_ROUNDING)
     state = _going_on(saved, segments)
-    _announce(run, groups)
+    saver = stack.enter_context(closing(together(groups, lambda: Saver(engine, run, groups, lease))))
+    _announce(run, groups, computed_by, saver)
     return Job(
         run=run,
         groups=groups,
+        computed_by=computed_by,
         stop=stop,
         phases=phases,
         timeline=timeline,
@@ -96,7 +137,7 @@ def open_job(
         sources=sources,
         sinks=together(groups, lambda: stack.enter_context(_sinks(run, groups, state))),
         batches=stack.enter_context(_batches(run, groups, sources, state)),
-        saver=stack.enter_context(closing(Saver(engine, run, groups, lease))),
+        saver=saver,
         stragglers=Stragglers(run.observe.straggler_window, groups),
         state=state,
         saved=saved,
@@ -114,7 +155,16 @@ def _loaded_engine(
     run: RunConfig, groups: Groups, phases: Phases, found: Found, stop: StopRequest
 ) -> DeepSpeedEngine:
     reader = found.reader
-    model = build_model(run.model, run.parallel, groups, dtype_of(run), None if reader else run.run.seed)
+    _warm_up(run, groups)
+    phases.beat()
+    model = build_model(
+        run.model,
+        run.parallel,
+        groups,
+        dtype_of(run),
+        None if reader else run.run.seed,
+        documents=run.data.attention_boundary is not None,
+    )
     engine = build_engine(model, run, groups)
     phases.beat()
     _stop_if_asked(stop, groups)
@@ -122,6 +172,22 @@ def _loaded_engine(
         together(groups, lambda: load_checkpoint(engine, reader, groups, phases))
         get_logger().info("resuming at step %d from %s", reader.state.step, reader.path)
     return engine
+
+
+def _warm_up(run: RunConfig, groups: Groups) -> None:
+    """Let one rank of each node compile what all will use."""
+    splits = run.parallel.sequence_parallel and groups.tp_size > 1
+    positions = run.model.seq_length // (groups.tp_size if splits else 1)
+    warm_up(
+        choose_kernels(kernels_for(run.model.kernels).name),
+        run.model,
+        groups.tp_size,
+        (positions, run.train.micro_batch_size),
+        dtype_of(run),
+        groups.device,
+        is_first=place_in(os.environ).local_rank == 0,
+        barrier=dist.barrier,
+    )
 
 
 def _going_on(saved: TrainState, segments: tuple[Segment, ...]) -> TrainState:
@@ -170,12 +236,12 @@ def _batches(run: RunConfig, groups: Groups, sources: list[OpenSource], state: T
     )
 
 
-def _prepare_run_dir(run: RunConfig) -> None:
-    """Create the run's folder and write down what runs there."""
+def _prepare_run_dir(run: RunConfig, computed_by: Computation) -> None:
+    """Create the run's folder and write down what runs there, and on what."""
     run_dir = Path(run.run.dir)
     try:
         checkpoints_dir(run_dir).mkdir(parents=True, exist_ok=True)
-        replace_hint(run_dir / CONFIG_FILE, dump_run(run))
+        replace_hint(run_dir / CONFIG_FILE, f"# {computed_by}\n{dump_run(run)}")
     except OSError as error:
         raise _unwritable(run, error) from None
 
@@ -206,7 +272,7 @@ def _drawn_by_rank_0() -> str:
     return box[0]
 
 
-def _announce(run: RunConfig, groups: Groups) -> None:
+def _announce(run: RunConfig, groups: Groups, computed_by: Computation, saver: Saver) -> None:
     get_logger().info(
         "%.1fM parameters on %d ranks: tp %d, dp %d, ZeRO %d, %s; %s tokens a step",
         run.model.num_params() / 1e6,
@@ -217,3 +283,5 @@ def _announce(run: RunConfig, groups: Groups) -> None:
         run.train.precision,
         f"{run.tokens_per_step:,}",
     )
+    get_logger().info("%s", computed_by)
+    get_logger().info("checkpoints: %s", saver.memory)

@@ -121,6 +121,7 @@ def _timed_step(job: Job) -> _Done:
         job.run.data.attention_boundary,
         job.phases.beat,
         job.stragglers.forward,
+        job.saver.before_update,
     )
     synchronize()
     seconds = time.perf_counter() - started
@@ -152,6 +153,9 @@ def _report(
         mfu_full=mfu_full,
         step_time_s=done.seconds,
         memory_bytes=peak_memory_bytes(),
+        device=device_name(),
+        attention=job.computed_by.attention.name,
+        kernels=job.computed_by.kernels.name,
         windows=job.state.segments[-1].used(job.state.consumed_samples),
         valid=valid or {},
         evaluation_stopped=valid is None,

@@ -37,10 +37,12 @@ def train_step(
     eod: int | None = None,
     beat: Callable[[], None] = lambda: None,
     forward: Stopwatch | None = None,
+    before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Run the micro-batches of one step and update the weights. All ranks call it together.
 
-    `beat` is called after each micro-batch's backward, and once it is added up; `forward` runs in forwards.
+    `beat` is called after each micro-batch's backward, and once it is added up; `forward` runs in forwards;
+    `before_update` is called when all backwards are queued and neither weights nor moments have changed yet.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
@@ -54,6 +56,8 @@ def train_step(
         engine.backward(_infectious(loss))
         beat()
         unsharded_norm = _unsharded_grad_norm(engine, groups)
+        if engine.is_gradient_accumulation_boundary():
+            before_update()
         with _update(engine, unsharded_norm):
             engine.step()
         total += loss.detach().float()

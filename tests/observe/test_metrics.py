@@ -13,9 +13,15 @@ REPORT = StepReport(
     tokens_per_s=12345.6,
     step_time_s=0.3,
     memory_bytes=1024,
+    device="cpu",
+    attention="flash",
+    kernels="plain",
     windows={"prose": 3, "code": 4},
 )
-KEYS = ["step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_time_s", "memory_bytes", "windows"]
+KEYS = [
+    *("step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_time_s", "memory_bytes"),
+    *("device", "attention", "kernels", "windows"),
+]
 
 
 def changed(**fields: object) -> StepReport:

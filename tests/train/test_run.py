@@ -34,7 +34,8 @@ pytestmark = pytest.mark.process
 
 STEPS, EVALUATED = 30, [12, 24, 30]
 EVERY_STEP = {
-    *("step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_time_s", "memory_bytes", "windows")
+    *("step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_time_s", "memory_bytes", "windows"),
+    *("device", "attention", "kernels"),
 }
 
 
@@ -137,6 +138,7 @@ def test_every_step_is_reported_once_with_the_promised_keys(run: Stopped) -> Non
     rows = metrics(run.run_dir)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert all(set(row) - {"valid_loss", "valid"} == EVERY_STEP for row in rows)
+    assert {(row["device"], row["attention"], row["kernels"]) for row in rows} == {("cpu", "flash", "plain")}
     assert [row["tokens"] for row in rows] == [256 * step for step in range(1, STEPS + 1)]
 
 
