@@ -1,5 +1,10 @@
 """`python tools/benchmark.py NAME [--json FILE] [--check]`. See `--help`, and docs/benchmarks.md."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # llama_mcore of this checkout, installed or not
+
 from llama_mcore.benchmark.cli import app
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ python tools/build_corpus.py --output-dir runs/demo/corpus
 """
 
 import hashlib
+import sys
 import sysconfig
 from collections.abc import Iterator
 from importlib.metadata import distributions
@@ -13,6 +14,8 @@ from typing import Annotated
 
 import orjson
 import typer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # llama_mcore of this checkout, installed or not
 
 from llama_mcore.data.files import output_errors, published
 from llama_mcore.errors import DataError, MissingInputError, Problem, report_errors

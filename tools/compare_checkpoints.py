@@ -1,5 +1,10 @@
 """`llama-mcore compare-checkpoints`. See `python tools/compare_checkpoints.py --help`."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # llama_mcore of this checkout, installed or not
+
 from llama_mcore.cli import main
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
     make demo        or, in the environment,        python tools/demo.py
 
 Every stage is a command of the product, printed before it runs. What it makes lies in runs/demo.
-`make demo STEPS=30` goes the same way in a third of the time, and shows less of what the model learns.
+The model trains on the machine's GPUs, or without any in two processes of the CPU; `make demo DEVICE=cpu`
+does so on every machine. `make demo STEPS=30` goes the same way in a third of the time, and shows less of
+what the model learns.
 """
 
 import argparse
 import json
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -16,10 +19,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # llama_mcore of this checkout, also where it is not installed
+
+from llama_mcore.config import load_run  # noqa: E402
+from llama_mcore.errors import report_errors  # noqa: E402
+
 DEMO = Path("runs/demo")
 TRAIN, UNINTERRUPTED = DEMO / "train", DEMO / "uninterrupted"
 HELD_OUT = {"code": 0.02, "prose": 0.1}  # of the documents of each source
@@ -29,6 +39,17 @@ LOSS_BOUND = 0.6 * UNTRAINED_LOSS
 COMPARED_STEPS = 20
 PROMPT = "def read(self, size):"
 SAVED = 75
+GPU_OVERRIDES = ("train.precision=bf16", "run.deterministic=true")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the model is trained on the machine that the demo finds."""
+
+    ranks: int
+    overrides: tuple[str, ...]
+    """On top of the configuration, which is that of two CPU ranks."""
+    sentence: str
 
 
 def main() -> None:
@@ -39,19 +60,60 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=configured_steps(), help="of each training run; default: %(default)s"
     )
-    demo(parser.parse_args().steps)
+    parser.add_argument(
+        "--device", default="auto", help="auto: the GPUs, where there are any; cpu; or cuda. Default: auto"
+    )
+    arguments = parser.parse_args()
+    # in a process of its own: this one would hold memory of the GPU to the end, or all of an exclusive one
+    with report_errors(), ProcessPoolExecutor(1) as pool:
+        gpus, device = pool.submit(look_at_machine, arguments.device).result()
+    layout = layout_for(gpus)
+    say(f"{device}. {layout.sentence}")
+    hand_down(arguments.device)
+    demo(arguments.steps, layout)
 
 
-def demo(steps: int) -> None:
+def look_at_machine(device: str) -> tuple[int, str]:
+    """How many GPUs can be used, and what to call them. Raises what `choose_device` raises."""
+    from llama_mcore.parallel.device import choose_device, describe_device, usable_gpus
+
+    choose_device(device, field="--device")
+    return usable_gpus(), describe_device()
+
+
+def layout_for(gpus: int) -> Layout:
+    if gpus == 0:
+        return Layout(2, (), "Two ranks train in fp32, with tensor and sequence parallelism.")
+    if gpus == 1:
+        sentence = (
+            "One rank trains on it in bf16; that leaves out tensor and sequence parallelism, "
+            "which `make demo DEVICE=cpu` shows on two CPU ranks."
+        )
+        return Layout(1, ("parallel.tp=1", *GPU_OVERRIDES), sentence)
+    sentence = f"Two ranks train in bf16 on two of the {gpus} GPUs, with tensor and sequence parallelism."
+    return Layout(2, GPU_OVERRIDES, sentence)
+
+
+def hand_down(device: str) -> None:
+    """Have every command of the demo find the package, and compute on the device that was asked for."""
+    paths = (str(ROOT), os.environ.get("PYTHONPATH"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    if device != "auto":
+        os.environ["LLAMA_MCORE_DEVICE"] = device
+        say(f"      $ export LLAMA_MCORE_DEVICE={device}")
+
+
+def demo(steps: int, layout: Layout) -> None:
     started = time.perf_counter()
     shutil.rmtree(ROOT / DEMO, ignore_errors=True)
+    command = train_command(steps, layout)
     stages: list[tuple[str, Callable[[], str]]] = [
         ("corpus", corpus),
         ("tokenizer", tokenizer),
         ("datasets", datasets),
-        ("training, stopped half-way by SIGTERM", partial(train_and_stop, steps)),
-        ("training, resumed by the same command", partial(resume, steps)),
-        ("the same run without interruption", partial(compare_with_uninterrupted, steps)),
+        ("training, stopped half-way by SIGTERM", partial(train_and_stop, command, steps)),
+        ("training, resumed by the same command", partial(resume, command, steps)),
+        ("the same run without interruption", partial(compare_with_uninterrupted, command)),
         ("audit of what was read", audit),
         ("export to Hugging Face", export),
         ("generation", generate),
@@ -92,18 +154,18 @@ def datasets() -> str:
     return f"megatron-core .bin and .idx in {DEMO}/data"
 
 
-def train_and_stop(steps: int) -> str:
-    job = subprocess.Popen(echo(train_command(steps)), cwd=ROOT)
+def train_and_stop(command: list[object], steps: int) -> str:
+    job = subprocess.Popen(echo(command), cwd=ROOT)
     while job.poll() is None and steps_done(TRAIN) < steps // 2:
-        time.sleep(0.2)
+        time.sleep(0.01)  # a GPU's steps are short
     job.send_signal(signal.SIGTERM)
     check(job.wait() == SAVED, f"the stopped run exited with {job.returncode} instead of {SAVED}")
     check(steps_done(TRAIN) < steps, "the run had finished before it could be stopped")
     return f"saved at step {steps_done(TRAIN)} of {steps} and exited with {SAVED}"
 
 
-def resume(steps: int) -> str:
-    execute(train_command(steps))
+def resume(command: list[object], steps: int) -> str:
+    execute(command)
     rows = metrics(TRAIN)
     loss = sum(row["loss"] for row in rows[-10:]) / 10
     # fewer steps than configured go the whole way, not as far down
@@ -116,8 +178,8 @@ def resume(steps: int) -> str:
     )
 
 
-def compare_with_uninterrupted(steps: int) -> str:
-    execute(train_command(steps, f"run.dir={UNINTERRUPTED}"))
+def compare_with_uninterrupted(command: list[object]) -> str:
+    execute([*command, f"run.dir={UNINTERRUPTED}"])
     resumed, whole = (
         [row["loss"] for row in metrics(folder)[-COMPARED_STEPS:]] for folder in (TRAIN, UNINTERRUPTED)
     )
@@ -148,12 +210,12 @@ def picture() -> str:
     return f"loss curve in {DEMO}/loss.png"
 
 
-def train_command(steps: int, *overrides: str) -> list[object]:
+def train_command(steps: int, layout: Layout) -> list[object]:
     """As one would type it; torchrun of llama-mcore, because torchrun's own hides the exit code."""
-    if steps != configured_steps():
-        overrides = (f"train.steps={steps}", *overrides)
-    launcher = [sys.executable, "-m", "llama_mcore.cli", "torchrun", "--nproc-per-node", "2"]
-    return [*launcher, "tools/train.py", "--config", "tiny", "observe.log_interval=50", *overrides]
+    fewer = [f"train.steps={steps}"] if steps != configured_steps() else []
+    launcher = [sys.executable, "-m", "llama_mcore.cli", "torchrun", "--nproc-per-node", layout.ranks]
+    run = ["tools/train.py", "--config", "tiny", "observe.log_interval=50"]
+    return [*launcher, *run, *layout.overrides, *fewer]
 
 
 def run(tool: str, *args: object) -> None:
@@ -184,8 +246,6 @@ def steps_done(run_dir: Path) -> int:
 
 
 def configured_steps() -> int:
-    from llama_mcore.config import load_run
-
     return load_run("tiny").train.steps
 
 

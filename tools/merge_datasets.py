@@ -1,5 +1,10 @@
 """`llama-mcore merge-datasets`. See `python tools/merge_datasets.py --help`."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # llama_mcore of this checkout, installed or not
+
 from llama_mcore.cli import main
 
 if __name__ == "__main__":
