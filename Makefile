@@ -23,6 +23,7 @@ help:
 	@echo "make demo   raw text to a trained, resumed and exported LLaMA on this machine, in minutes"
 	@echo "make test   run the tests"
 	@echo
+	@echo "make demo uses the GPUs that there are: DEVICE=cpu, two CPU processes instead; STEPS=30, a third of the time."
 	@echo "Also: make test-fast (tests that start no process, at each save), make test-times (where the time goes),"
 	@echo "make test-coverage, make test-mutants (takes 40 guards out; each must turn a test red),"
 	@echo "make test-crash (every fault of saving, every layout, 25 kills; KILLS=1000 for more),"
@@ -32,7 +33,7 @@ help:
 	@echo "PYTHON=/path/to/python picks another interpreter: 3.11, or 3.12."
 
 demo: $(STAMP)
-	@$(VENV_PYTHON) tools/demo.py $(if $(STEPS),--steps $(STEPS))
+	@$(VENV_PYTHON) tools/demo.py $(if $(STEPS),--steps $(STEPS)) $(if $(DEVICE),--device '$(DEVICE)')
 
 test: $(STAMP)
 	@$(VENV_PYTHON) -m pytest $(IN_PARALLEL)
