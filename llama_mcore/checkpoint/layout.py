@@ -9,9 +9,11 @@ A fragment is a stretch of one parameter of one tensor-parallel rank, as ZeRO cu
 or one of its Adam moments, stored flat under the key `kind/parameter/start`.
 
 A folder under its final name is complete: it is written under a temporary name and renamed when all of it is
-on the disk. docs/checkpoint.md has the whole story.
+on the disk. What has any other name, such as a copy that somebody made, is neither read nor removed.
+docs/checkpoint.md has the whole story.
 """
 
+import re
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -28,6 +30,10 @@ GIVEN_UP = "given-up-"
 LATEST = "latest"
 WEIGHT = "weight"
 KINDS: tuple[str, ...] = get_args(Kind)
+
+
+_NAME = re.compile(rf"step-(\d{{8}})(?:{re.escape(REPLACED)})?")
+_UNFINISHED = re.compile(rf"step-\d{{8}}(?:\.removed)?{re.escape(TEMPORARY)}")
 
 
 def checkpoints_dir(run_dir: Path) -> Path:
@@ -63,12 +69,35 @@ def step_folders(run_dir: Path) -> list[Path]:
 
     Raises OSError where the folder of checkpoints is there but cannot be listed: that is not to have none.
     """
+    folders = [path for path in _listed(run_dir) if _NAME.fullmatch(path.name)]
+    return sorted(folders, key=lambda path: (path.stem, not path.suffix))
+
+
+def lookalikes(run_dir: Path) -> list[str]:
+    """Names that begin like a checkpoint's and are none: copies of people. Raises as `step_folders` does."""
+    return sorted(
+        path.name
+        for path in _listed(run_dir)
+        if path.name.startswith("step-") and not (_NAME.fullmatch(path.name) or _is_unfinished(path))
+    )
+
+
+def step_of(folder: Path) -> int:
+    """Step in the name of a checkpoint. Raises ValueError for any other name."""
+    if named := _NAME.fullmatch(folder.name):
+        return int(named[1])
+    raise ValueError(f"{folder.name} is not the name of a checkpoint")
+
+
+def _listed(run_dir: Path) -> list[Path]:
     try:
-        found = list(checkpoints_dir(run_dir).iterdir())
+        return list(checkpoints_dir(run_dir).iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
-    folders = [path for path in found if path.name.startswith("step-") and path.suffix != TEMPORARY]
-    return sorted(folders, key=lambda path: (path.stem, not path.suffix))
+
+
+def _is_unfinished(path: Path) -> bool:
+    return _UNFINISHED.fullmatch(path.name) is not None
 
 
 def problems_of(folder: Path) -> list[Problem]:
@@ -107,4 +136,4 @@ def unreadable(error: OSError) -> MissingInputError:
 
 def unfinished(run_dir: Path) -> Iterator[Path]:
     """What interrupted saves and removals left behind."""
-    yield from checkpoints_dir(run_dir).glob(f"*{TEMPORARY}")
+    yield from filter(_is_unfinished, _listed(run_dir))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llama_mcore.checkpoint.layout import given_up_dir, step_folders, unreadable
+from llama_mcore.checkpoint.layout import given_up_dir, step_folders, step_of, unreadable
 from llama_mcore.checkpoint.load import load_checkpoint
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.config import RunConfig
@@ -72,7 +72,7 @@ def _candidates(run_dir: Path, now: TrainState) -> list[Path]:
         folders = step_folders(run_dir)
     except OSError as error:
         raise unreadable(error) from None
-    return [folder for folder in folders if _step_of(folder) <= now.health.anchor]
+    return [folder for folder in folders if step_of(folder) <= now.health.anchor]
 
 
 def _check_data(run: RunConfig, state: TrainState) -> None:
@@ -91,14 +91,8 @@ def _put_aside(run_dir: Path, step: int) -> None:
     """Rename the checkpoints after `step`: a run that resumes must not take up what was given up."""
     try:
         for folder in step_folders(run_dir):
-            if _step_of(folder) > step:
+            if step_of(folder) > step:
                 folder.rename(given_up_dir(folder))
     except OSError as error:
         bound = f"cannot be put aside ({error.strerror})"
         raise OutputError(Problem("checkpoint", error.filename, bound)) from error
-
-
-def _step_of(folder: Path) -> float:
-    """Infinity for a folder whose name has no number."""
-    number = folder.stem.removeprefix("step-")
-    return int(number) if number.isdecimal() else float("inf")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from llama_mcore.checkpoint.layout import (
     find_checkpoint,
     fragment_key,
     given_up_dir,
+    lookalikes,
     parse_fragment_key,
     step_dir,
     step_folders,
+    step_of,
     unfinished,
 )
 from llama_mcore.checkpoint.manifest import MANIFEST
@@ -48,6 +51,27 @@ def test_what_an_interruption_left_is_unfinished_even_with_a_manifest(tmp_path: 
     assert list(unfinished(tmp_path)) == [left]
     with pytest.raises(MissingInputError, match=str(tmp_path)):
         find_checkpoint(tmp_path)
+
+
+COPIES = ["step-best", "step-55", "step-00000009.bak", "step-00000009-good", "step-00000009.tmp.bak"]
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_under_a_name_of_ones_own_is_no_checkpoint_of_the_run(tmp_path: Path, name: str) -> None:
+    newest = write_checkpoint(tmp_path, 7)
+    copy = Path(shutil.copytree(newest, checkpoints_dir(tmp_path) / name))
+    assert step_folders(tmp_path) == [newest]
+    assert find_checkpoint(tmp_path) == newest
+    assert list(unfinished(tmp_path)) == []
+    assert lookalikes(tmp_path) == [name]
+    assert find_checkpoint(copy) == copy  # named, it is one
+
+
+def test_a_checkpoint_whose_name_is_being_taken_counts(tmp_path: Path) -> None:
+    replaced = write_checkpoint(tmp_path, 5).rename(checkpoints_dir(tmp_path) / "step-00000005.replaced")
+    assert step_folders(tmp_path) == [replaced]
+    assert step_of(replaced) == 5
+    assert lookalikes(tmp_path) == []
 
 
 def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:
