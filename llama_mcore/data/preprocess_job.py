@@ -11,6 +11,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+from llama_mcore import __version__
 from llama_mcore.data.files import prepare_output
 from llama_mcore.data.index import bin_path, idx_path
 from llama_mcore.data.indexed import optimal_dtype
@@ -33,6 +34,7 @@ from llama_mcore.data.totals import Totals, describe
 from llama_mcore.data.workers import Workers
 from llama_mcore.errors import DataError, Problem, UserError, gathering, raise_all
 
+ENCODERS = ("sentencepiece", "gigatoken")
 _FORMAT = 1
 """Of the parts and of the rules that make them."""
 _ENOUGH_TO_JUDGE = 1000
@@ -193,7 +195,7 @@ class Preprocessing:
             "skipped_lines": totals.skipped,
             "eod": self._tokenizer.eod if settings.append_eod else None,
             "options": {**self._options(), "json_key": self._keys[key], "split": split},
-            "versions": {name: version(name) for name in ("llama-mcore", "sentencepiece", "gigatoken")},
+            "versions": {"llama-mcore": __version__, **{name: version(name) for name in ENCODERS}},
             "inputs": [{"path": str(f.path), "bytes": f.size} for f in self._files if f in read],
         }
 

@@ -1,78 +1,114 @@
-"""Which attention backends and kernels this machine can run, and what the others would need."""
+"""Which attention backends and kernels work on this machine, and what the others would need."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Mapping
 from dataclasses import replace
-from importlib.util import find_spec
+from pathlib import Path
 
-from llama_mcore.errors import ConfigError, shown
-from llama_mcore.launch.finding import Finding, Status
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+from llama_mcore.errors import ConfigError, Problem
+from llama_mcore.launch.finding import Finding
+from llama_mcore.launch.smoke import DTYPES, Outcome, attention_case, attention_cases, short
 from llama_mcore.launch.software import OPTIONAL
-from llama_mcore.model.attention import REQUIRES, attention_backend
-from llama_mcore.model.kernels import choose_kernels
+from llama_mcore.model.attention import BACKENDS, choose_attention, installed_packages
+from llama_mcore.model.kernels import kernels_for
+from llama_mcore.parallel.device import usable_gpus
 
 USES = {
-    "sdpa": "the default: torch's flash kernels",
-    "reference": "holds all scores: the definition that the others are tested against",
-    "flash": "FlashAttention 2",
+    "cudnn": "cuDNN's, by torch",
+    "flash": "FlashAttention 2, by torch",
+    "efficient": "torch's memory-efficient kernel",
+    "reference": "holds all scores: the definition that the others are compared with",
+    "flash_attn": "FlashAttention 2",
     "xformers": "the paper's attention",
-    "te": "TransformerEngine's attention, with model.recompute=none",
+    "te": "TransformerEngine's, with model.recompute=none",
 }
-COSTS = {
-    "flash": "the default, sdpa, has torch's own flash kernels; the two have not been compared",
-    "xformers": "the default, sdpa, computes the same; the two have not been compared",
-    "te": "the hand-written backward, which is the default, cannot use it anyway",
+KERNELS = {
+    "plain": "one kernel per operation",
+    "compile": "one Triton kernel each on a GPU; on the CPU compiling costs more than it saves",
+    "apex": "its fused RMSNorm, the rest plain",
 }
-APEX_COST = (
-    "model.kernels=compile, the default on a GPU, has fused norms, and fused rotations and SwiGLU besides"
-)
+COST = "cannot be chosen here; model.attention=auto takes another"
+KERNEL_COSTS = {
+    "plain": "model.kernels=plain cannot be chosen",
+    "compile": "model.kernels=plain is slower on a GPU",
+    "apex": "model.kernels=compile has fused norms, and fused rotations and SwiGLU besides",
+}
 
 
-def attention_backends() -> list[Finding]:
-    """A backend's module is imported, since its package may be there and broken."""
-    return [_attention(name) for name in REQUIRES]
+def to_test() -> list[str]:
+    """Names for `smoke_tests`: each GPU, and what is installed and by its own account can run here."""
+    gpus = [f"gpu {index}" for index in range(usable_gpus())]
+    attention = [f"attention {name}" for name in BACKENDS if not _attention_refused(name)]
+    return [*gpus, *attention, *(f"kernels {name}" for name in KERNELS if not _kernels_refused(name))]
 
 
-def _attention(name: str) -> Finding:
-    package = OPTIONAL.get((REQUIRES[name] or "").replace("_", "-"))
-    remedy = package.remedy if package else ""
-    status, value = _tried(lambda: attention_backend(name, by_hand=False))
-    if status == "ok":
-        return Finding("attention", name, status, USES[name])
-    return Finding("attention", name, status, value, COSTS.get(name, ""), remedy)
+def attention_backends(tested: Mapping[str, Outcome]) -> list[Finding]:
+    """`tested`: the outcomes of `to_test`."""
+    defaults = _default_attention()
+    findings = []
+    for name, limits in BACKENDS.items():
+        remedy = OPTIONAL[limits.package].remedy if limits.package else "model.attention=auto"
+        if refused := _attention_refused(name):
+            found = Finding("attention", name, "missing", refused, COST, remedy)
+        else:
+            found = of_test("attention", name, tested[f"attention {name}"], USES[name], COST, remedy)
+        findings.append(as_default(found, defaults[name]) if name in defaults else found)
+    return findings
 
 
-def kernels(on_gpu: bool) -> list[Finding]:
-    """Norms, rotations and SwiGLU."""
-    default = "compile" if on_gpu else "plain"
-    compilable = not on_gpu or find_spec(OPTIONAL["triton"].module) is not None
-    plain = Finding("kernels", "plain", "ok", "one kernel per operation")
-    compiled = Finding(
-        "kernels",
-        "compile",
-        "ok" if compilable else "missing",
-        "one Triton kernel each on a GPU; on the CPU compiling costs more than it saves",
-        "" if compilable else "needs triton; until then choose model.kernels=plain",
-        OPTIONAL["triton"].remedy,
-    )
-    status, value = _tried(lambda: choose_kernels("apex"))
-    if status == "ok":
-        apex = Finding("kernels", "apex", status, "its fused RMSNorm, the rest plain")
-    else:
-        apex = Finding("kernels", "apex", status, value, APEX_COST, OPTIONAL["apex"].remedy)
-    return [
-        replace(finding, value=f"the default here: {finding.value}") if finding.name == default else finding
-        for finding in (plain, compiled, apex)
-    ]
+def kernels(tested: Mapping[str, Outcome]) -> list[Finding]:
+    """Norms, rotations and SwiGLU. `tested`: the outcomes of `to_test`."""
+    default = kernels_for("auto").name
+    findings = []
+    for name, use in KERNELS.items():
+        refused = _kernels_refused(name)
+        if refused:
+            found = Finding("kernels", name, "missing", refused.bound, KERNEL_COSTS[name], refused.remedy)
+        else:
+            found = of_test("kernels", name, tested[f"kernels {name}"], use, KERNEL_COSTS[name], "")
+        findings.append(as_default(found, "model.kernels=auto") if name == default else found)
+    return findings
 
 
-def _tried(choose: Callable[[], object]) -> tuple[Status, str]:
-    """Whether a choice can run here; if not, why."""
+def compile_folder() -> Path:
+    """Where torch.compile keeps what it compiles."""
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir())
+
+
+def of_test(group: str, name: str, outcome: Outcome, use: str, cost: str, remedy: str) -> Finding:
+    if outcome.passed:
+        return Finding(group, name, "ok", use, outcome.said)
+    value = f"installed, but cannot run here: {outcome.said}"
+    return Finding(group, name, "problem", value, cost, outcome.remedy or remedy or f"choose another {group}")
+
+
+def as_default(finding: Finding, by: str) -> Finding:
+    """A run that says nothing of it takes it, and needs it to work."""
+    return replace(finding, value=f"{finding.value} ({by})", required=True)
+
+
+def _attention_refused(name: str) -> str:
+    """Why a backend is not tested; empty where it is."""
+    package = BACKENDS[name].package
+    if package and package not in installed_packages():
+        return f"needs the package {package}, which is not installed"
+    return "" if attention_cases(name) else BACKENDS[name].refusal(attention_case(DTYPES[0])) or ""
+
+
+def _kernels_refused(name: str) -> Problem | None:
     try:
-        choose()
+        kernels_for(name)
     except ConfigError as error:
-        return "missing", error.problems[0].bound
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # of whatever kind: it comes from another's package
-        return "problem", shown(f"cannot be imported: {type(error).__name__}: {error}")
-    return "ok", ""
+        return error.problems[0]
+    return None
+
+
+def _default_attention() -> dict[str, str]:
+    """Backend that model.attention=auto takes here -> the dtypes in which it does."""
+    chosen: dict[str, list[str]] = {}
+    for dtype in DTYPES:
+        name = choose_attention("auto", attention_case(dtype)).name
+        chosen.setdefault(name, []).append(short(dtype))
+    return {name: f"model.attention=auto, {' and '.join(dtypes)}" for name, dtypes in chosen.items()}

@@ -10,7 +10,7 @@ from itertools import groupby
 from llama_mcore.errors import PreflightError, Problem
 from llama_mcore.launch.environment import environment
 from llama_mcore.launch.finding import Finding
-from llama_mcore.launch.limits import limits
+from llama_mcore.launch.limits import MOUNTS, compile_cache, limits
 from llama_mcore.launch.software import import_failure, optional_packages, programs, python_and_packages
 
 WIDTH = 110
@@ -35,18 +35,21 @@ def examine() -> list[Finding]:
 
 
 def _with_torch(environ: dict[str, str]) -> list[Finding]:
-    from llama_mcore.launch.backends import attention_backends, kernels
+    from llama_mcore.launch.backends import attention_backends, compile_folder, kernels, to_test
     from llama_mcore.launch.gpus import devices, loopback_ranks
     from llama_mcore.launch.loopback import loopback
+    from llama_mcore.launch.smoke import smoke_tests
     from llama_mcore.parallel.device import on_gpu
 
+    tested = smoke_tests(to_test(), environ)
     return [
-        *optional_packages(on_gpu()),
-        *devices(),
-        *attention_backends(),
-        *kernels(on_gpu()),
+        *optional_packages(),
+        *devices(tested),
+        *attention_backends(tested),
+        *kernels(tested),
         loopback(loopback_ranks(), environ),
         *limits(on_gpu()),
+        compile_cache(compile_folder(), MOUNTS.read_text()),
     ]
 
 

@@ -8,8 +8,8 @@ from llama_mcore.launch.finding import Finding, Status
 
 # Pattern -> status when set, what it does. The first that fits decides.
 VARIABLES: dict[str, tuple[Status, str]] = {
-    "LLAMA_MCORE_DEVICE": ("note", "cpu: everything goes on the CPU, whatever GPUs there are"),
-    "CUDA_VISIBLE_DEVICES": ("note", "a run sees these GPUs only; empty: it runs on the CPU"),
+    "LLAMA_MCORE_DEVICE": ("note", "run.device of runs that leave it auto: cpu leaves all GPUs alone"),
+    "CUDA_VISIBLE_DEVICES": ("note", "a run sees these GPUs only; empty or -1: none, and it goes on the CPU"),
     "CUDA_DEVICE_MAX_CONNECTIONS": (
         "note",
         "goes before our choice: 1 with tensor parallelism, the driver's own with ZeRO-3, which 1 slows",
@@ -31,6 +31,11 @@ VARIABLES: dict[str, tuple[Status, str]] = {
     "TORCH_COMPILE_DISABLE": ("problem", "model.kernels=compile then runs the plain functions"),
     "TORCHDYNAMO_DISABLE": ("problem", "model.kernels=compile then runs the plain functions"),
     "TORCH_*": ("note", "read by torch"),
+    "TORCHINDUCTOR_*": ("note", "read by torch.compile"),
+    "TRITON_*": ("note", "read by Triton, which torch.compile uses on a GPU"),
+    "CUBLAS_WORKSPACE_CONFIG": ("note", "goes before our choice with run.deterministic"),
+    "CC": ("note", "the C compiler of Triton"),
+    "CXX": ("note", "the C++ compiler of torch.compile on a CPU"),
     "RANK": (
         "note",
         "set by a launcher; left over from another, it lets a run wait for ranks that never come",

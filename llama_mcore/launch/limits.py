@@ -1,9 +1,11 @@
 """Limits of this machine and this session that bite a run: files, memory, processors, disks."""
 
 import os
+import re
 import resource
 import shutil
 import tempfile
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from llama_mcore.errors import shown
@@ -16,6 +18,11 @@ OPEN_FILES = 4096
 # What NVIDIA's guide to NCCL gives containers, whose default is 64 MB.
 SHARED_MEMORY = 1 << 30
 FREE_SPACE = 1 << 30
+MOUNTS = Path("/proc/self/mountinfo")
+# Types of file systems, as in MOUNTS, over a network.
+SHARED = ("nfs*", "lustre", "gpfs", "beegfs*", "ceph", "wekafs", "panfs", "pvfs2", "afs", "cifs", "fuse.*")
+# Those of containers and images are of the node.
+LOCAL = ("fuse.fuse-overlayfs", "fuse.squashfuse", "fuse.squashfuse_ll", "fuse.lxcfs")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -95,6 +102,36 @@ def free_space(name: str, folder: Path) -> Finding:
     if free >= FREE_SPACE:
         return _finding(name, "ok", value)
     return _finding(name, "problem", value, "less than 1 GiB", "make room, or choose another folder")
+
+
+def compile_cache(folder: Path, mounts: str) -> Finding:
+    """The folder of torch.compile. `mounts`: as in MOUNTS."""
+    name, value = "compile cache", shown(folder)
+    remedy = "TORCHINDUCTOR_CACHE_DIR=FOLDER, on a disk of the node"
+    if not _can_be_written(folder):
+        return _finding(name, "problem", value, "cannot be written: torch.compile needs it", remedy)
+    kind = file_system(folder, mounts)
+    if any(fnmatchcase(kind, pattern) for pattern in SHARED) and kind not in LOCAL:
+        meaning = f"on a file system over a network ({kind}): ranks of all nodes wait for its locks"
+        return _finding(name, "problem", value, meaning, remedy)
+    return _finding(name, "ok", value)
+
+
+def _can_be_written(folder: Path) -> bool:
+    """It, or where it would be made."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+def file_system(folder: Path, mounts: str) -> str:
+    """The type of that which `folder` lies on, "ext4"; empty where `mounts` has none."""
+    folder, found = folder.resolve(), ("", "")
+    for line in mounts.splitlines():
+        before, _, after = line.partition(" - ")
+        point = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), before.split()[4])
+        if folder.is_relative_to(point) and len(point) >= len(found[0]):  # the later hides the earlier
+            found = point, after.split()[0]
+    return found[1]
 
 
 def _finding(name: str, status: Status, value: str, meaning: str = "", remedy: str = "") -> Finding:

@@ -45,14 +45,14 @@ def loopback(
     )
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", MODULE, str(ranks), folder, str(limit_s)]
-        failure = _failure(command, environ, start_s + limit_s)
+        failure = failure_of(command, environ, start_s + limit_s)
         if failure is not None:
             return found(status="problem", value=failure, remedy=REMEDY)
         speed = float(Path(folder, "speed").read_text())
     return found(status="ok", value=f"{speed / 1e9:.2f} GB/s")
 
 
-def _failure(command: list[str], environ: Mapping[str, str], limit_s: float) -> str | None:
+def failure_of(command: list[str], environ: Mapping[str, str], limit_s: float) -> str | None:
     """Run it; what went wrong. On every way out it and all that it started are gone."""
     process = subprocess.Popen(
         command,

@@ -5,10 +5,12 @@ Every package is imported, since one that is installed may still be broken.
 
 import platform
 import shutil
+import tomllib
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from io import StringIO
@@ -17,18 +19,32 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
+from llama_mcore import __version__
 from llama_mcore.errors import shown
 from llama_mcore.launch.finding import Finding, Status
 
+GROUP = "required packages"
 PRODUCT = "llama-mcore"
-# Beside the package in a clone; an installed wheel has none.
-PINS = Path(__file__).parents[2] / "requirements.txt"
+# Holds pyproject.toml and requirements.txt; beside an installed wheel is neither.
+CLONE = Path(__file__).parents[2]
+# What is looked at where nothing says what is required.
+ESSENTIAL = ("torch", "megatron-core", "deepspeed", "numpy", "pydantic", "PyYAML", "sentencepiece")
 INSTALL = "pip install -r requirements.txt, then pip install -e . (or make, in a clone)"
 # megatron-core imports those that it finds.
 UNINSTALL = "uninstall a broken optional package that it stumbles over"
 # Modules that are not called like their package.
 MODULES = {"megatron-core": "megatron.core", "pyyaml": "yaml", "protobuf": "google.protobuf"}
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What llama-mcore requires."""
+
+    python: str
+    """As a specifier, ">=3.11"."""
+    packages: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -51,7 +67,7 @@ OPTIONAL = {
         "pip install -e '.[hf]'",
     ),
     "flash-attn": Optional(
-        "flash_attn", (), "model.attention=flash cannot be chosen", f"{ON_GPU} pip install -e '.[flash]'"
+        "flash_attn", (), "model.attention=flash_attn cannot be chosen", f"{ON_GPU} pip install -e '.[flash]'"
     ),
     "xformers": Optional(
         "xformers", (), "model.attention=xformers cannot be chosen", f"{ON_GPU} pip install -e '.[gpu]'"
@@ -71,7 +87,7 @@ OPTIONAL = {
     "triton": Optional(
         "triton",
         (),
-        "model.kernels=compile has nothing to compile with on a GPU; the CPU needs none",
+        "model.kernels=auto is plain on a GPU, which is slower; the CPU needs none",
         "torch's builds for CUDA bring it",
     ),
 }
@@ -84,35 +100,53 @@ PROGRAMS = {
 
 
 def python_and_packages() -> list[Finding]:
-    """Python and the packages that llama-mcore requires. Its metadata says what fits, PINS what is tested."""
-    group = "required packages"
-    try:
-        product = metadata.metadata(PRODUCT)
-    except metadata.PackageNotFoundError:
-        meaning = "without its metadata the versions of others cannot be checked"
-        return [Finding(group, PRODUCT, "missing", "not installed", meaning, INSTALL, required=True)]
-    wanted = product["Requires-Python"]
-    version = platform.python_version()
-    fits = SpecifierSet(wanted).contains(version, prereleases=True)
-    python = Finding(
-        group,
-        "Python",
-        "ok" if fits else "problem",
-        version,
-        "" if fits else f"must be {wanted}",
-        "" if fits else "make a new environment with such a Python",
-        required=True,
-    )
-    requirements = map(Requirement, metadata.requires(PRODUCT) or [])
-    pins = tested_versions(PINS)
-    return [
-        python,
-        *(
-            required_package(requirement, pins)
-            for requirement in requirements
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        ),
+    """Python and the packages that llama-mcore requires: in its range, and as the tests have it."""
+    demands = demands_of_clone(CLONE) or demands_of_installed(PRODUCT)
+    pins = tested_versions(CLONE / "requirements.txt")
+    if demands is None:
+        meaning = "neither pyproject.toml nor metadata is there: the versions of others cannot be checked"
+        unknown = Finding(GROUP, PRODUCT, "note", __version__, meaning, INSTALL)
+        return [unknown, *(required_package(Requirement(name), pins) for name in ESSENTIAL)]
+    requirements = [
+        requirement
+        for requirement in map(Requirement, demands.packages)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
     ]
+    return [
+        python(SpecifierSet(demands.python), platform.python_version()),
+        *(required_package(requirement, pins) for requirement in requirements),
+    ]
+
+
+def demands_of_clone(folder: Path) -> Demands | None:
+    """By the pyproject.toml of a clone, where it is newer than the metadata of what was once installed."""
+    path = folder / "pyproject.toml"
+    project = tomllib.loads(path.read_text(encoding="utf-8")).get("project", {}) if path.is_file() else {}
+    if project.get("name") != PRODUCT:
+        return None
+    return Demands(project["requires-python"], tuple(project["dependencies"]))
+
+
+def demands_of_installed(product: str) -> Demands | None:
+    try:
+        found = metadata.metadata(product)
+    except metadata.PackageNotFoundError:
+        return None
+    return Demands(found["Requires-Python"], tuple(metadata.requires(product) or ()))
+
+
+def python(wanted: SpecifierSet, version: str) -> Finding:
+    fault = misfit(wanted, version)
+    remedy = "make a new environment with such a Python"
+    return Finding(GROUP, "Python", "problem" if fault else "ok", version, fault, fault and remedy, True)
+
+
+def misfit(wanted: SpecifierSet, version: str) -> str:
+    """What is wrong with a version; empty where it is in the range."""
+    if wanted.contains(version, prereleases=True):
+        return ""
+    lowest = (Version(one.version) for one in wanted if one.operator in (">=", "~=", "=="))
+    return f"too {'old' if Version(version) < max(lowest, default=Version('0')) else 'new'}: must be {wanted}"
 
 
 def tested_versions(path: Path) -> dict[str, str]:
@@ -125,43 +159,44 @@ def tested_versions(path: Path) -> dict[str, str]:
 
 
 def required_package(requirement: Requirement, pins: dict[str, str]) -> Finding:
-    group, name = "required packages", requirement.name
+    name, wanted = requirement.name, requirement.specifier
+    found = partial(Finding, GROUP, name, required=True)
+    module = MODULES.get(canonicalize_name(name), name.replace("-", "_"))
     version = installed_version(name)
-    if version is None:
-        return Finding(
-            group, name, "missing", "not installed", f"must be {requirement.specifier}", INSTALL, True
-        )
-    failure = import_failure(MODULES.get(canonicalize_name(name), name.replace("-", "_")))
+    failure = import_failure(module)
+    if failure and version is None:
+        meaning = f"must be {wanted}" if wanted else "llama-mcore needs it"
+        return found("missing", "not installed", meaning, INSTALL)
     if failure:
         meaning = f"cannot be imported: {failure}"
-        return Finding(group, name, "problem", version, meaning, f"{INSTALL}; {UNINSTALL}", True)
-    if not requirement.specifier.contains(version, prereleases=True):
-        return Finding(group, name, "problem", version, f"must be {requirement.specifier}", INSTALL, True)
-    tested = pins.get(canonicalize_name(name), version)
-    if version.partition("+")[0] != tested:
-        return Finding(group, name, "note", version, f"fits, but {tested} is what was tested", INSTALL, True)
-    return Finding(group, name, "ok", version, required=True)
+        return found("problem", version or "", meaning, f"{INSTALL}; {UNINSTALL}")
+    if version is None:
+        return found("note", "version unknown", "without its metadata it cannot be checked", INSTALL)
+    if fault := misfit(wanted, version):
+        return found("problem", version, fault, INSTALL)
+    tested = pins.get(canonicalize_name(name))
+    if tested and version.partition("+")[0] != tested:
+        return found("note", version, f"fits, but untested: the tests run on {tested}", INSTALL)
+    return found("ok", version)
 
 
-def optional_packages(on_gpu: bool) -> list[Finding]:
-    return [optional_package(name, package, on_gpu) for name, package in OPTIONAL.items()]
+def optional_packages() -> list[Finding]:
+    return [optional_package(name, package) for name, package in OPTIONAL.items()]
 
 
-def optional_package(name: str, package: Optional, on_gpu: bool) -> Finding:
-    """triton alone is needed on a GPU, where model.kernels=auto is compile."""
-    group, required = "optional packages", on_gpu and name == "triton"
+def optional_package(name: str, package: Optional) -> Finding:
+    found = partial(Finding, "optional packages", name)
     if find_spec(package.module) is None:
-        return Finding(group, name, "missing", "not installed", package.cost, package.remedy, required)
+        return found("missing", "not installed", package.cost, package.remedy)
     version = installed_version(name) or "version unknown"
     failure = import_failure(package.module)
     if failure:
         meaning = f"cannot be imported: {failure}; {package.cost}"
-        return Finding(group, name, "problem", version, meaning, package.remedy, required)
+        return found("problem", version, meaning, package.remedy)
     absent = [extension for extension in package.extensions if find_spec(extension) is None]
     if absent:
-        meaning = f"lacks {', '.join(absent)}; {package.cost}"
-        return Finding(group, name, "problem", version, meaning, package.remedy, required)
-    return Finding(group, name, "ok", version, required=required)
+        return found("problem", version, f"lacks {', '.join(absent)}; {package.cost}", package.remedy)
+    return found("ok", version)
 
 
 def programs(which: Callable[[str], str | None] = shutil.which) -> list[Finding]:

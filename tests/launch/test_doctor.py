@@ -9,17 +9,18 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
-from llama_mcore.launch import gpus, limits, software
-from llama_mcore.launch.backends import attention_backends, kernels
+from llama_mcore.launch import limits, software
+from llama_mcore.launch.backends import attention_backends, kernels, to_test
 from llama_mcore.launch.cgroup import cpu_limit, memory_limit
 from llama_mcore.launch.doctor import as_json_text, as_text
 from llama_mcore.launch.environment import environment
 from llama_mcore.launch.finding import Finding
-from llama_mcore.launch.gpus import bf16_on_cpu, devices, driver_version
+from llama_mcore.launch.gpus import bf16_on_cpu
 from llama_mcore.launch.loopback import loopback
+from llama_mcore.launch.smoke import Outcome
 from tests.support.errors import is_shown
 from tests.support.product import launched_environment, run_command
 from tests.support.world import ROOT, TIMEOUT_S, Call, exit_codes_of, wait_until
@@ -215,22 +216,58 @@ def test_a_required_package(text: str, pins: dict[str, str], status: str) -> Non
 
 
 def test_python_must_be_in_the_range_of_the_metadata(monkeypatch, tmp_path) -> None:
+    """Of a clone's pyproject.toml, if there is one; else of what is installed."""
     distribution(tmp_path, "llama_mcore", "9.9", "Requires-Python: <3")
     monkeypatch.syspath_prepend(tmp_path)
+    assert software.python_and_packages()[0].status == "ok"
+    monkeypatch.setattr(software, "CLONE", tmp_path)
     (python,) = software.python_and_packages()
     assert python.stops_training
-    assert python.meaning == "must be <3"
+    assert python.meaning == "too new: must be <3"
 
 
-def test_a_clone_that_is_not_installed_is_said(monkeypatch) -> None:
+def test_without_metadata_nothing_is_refused(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(software, "CLONE", tmp_path)
     monkeypatch.setattr(software, "PRODUCT", "no-such-package")
-    (product,) = software.python_and_packages()
-    assert product.stops_training
-    assert "pip install -e ." in product.remedy
+    product, *others = software.python_and_packages()
+    assert (product.status, product.stops_training) == ("note", False)
+    assert "cannot be checked" in product.meaning
+    assert {found.name: found.status for found in others} == dict.fromkeys(software.ESSENTIAL, "ok")
+
+
+def test_the_pyproject_of_another_project_says_nothing(tmp_path) -> None:
+    text = '[project]\nname = "{}"\nrequires-python = ">=3"\ndependencies = ["torch>=2"]\n'
+    (tmp_path / "pyproject.toml").write_text(text.format("other"))
+    assert software.demands_of_clone(tmp_path) is None
+    (tmp_path / "pyproject.toml").write_text(text.format("llama-mcore"))
+    assert software.demands_of_clone(tmp_path) == software.Demands(">=3", ("torch>=2",))
+
+
+@pytest.mark.parametrize(
+    ("version", "fault"),
+    [
+        ("2.10.1", "too old"),
+        ("2.11.0", ""),
+        ("2.11.0+cu130", ""),
+        ("2.13.1", ""),
+        ("2.14.0", "too new"),
+        ("2.11.0a0+git1", "too old"),
+        ("2.12.0a0+git1", ""),
+    ],
+)
+def test_a_version_out_of_range_is_too_old_or_too_new(version: str, fault: str) -> None:
+    assert software.misfit(SpecifierSet(">=2.11,<2.14"), version).partition(":")[0] == fault
+
+
+def test_a_module_without_metadata_is_there_all_the_same(monkeypatch, tmp_path) -> None:
+    module(tmp_path, "no_such_package", "")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = software.required_package(Requirement("no-such-package>=1"), {})
+    assert (found.status, found.value) == ("note", "version unknown")
 
 
 def test_the_tested_versions_are_read() -> None:
-    pins = software.tested_versions(software.PINS)
+    pins = software.tested_versions(software.CLONE / "requirements.txt")
     assert pins["megatron-core"] == "0.16.1"
     assert pins["pyyaml"]
     assert software.tested_versions(ROOT / "nowhere.txt") == {}
@@ -238,16 +275,9 @@ def test_the_tested_versions_are_read() -> None:
 
 def test_another_project_called_apex_is_a_problem() -> None:
     package = software.Optional("packaging", ("no_such_extension",), "costs", "build it")
-    found = software.optional_package("packaging", package, on_gpu=False)
+    found = software.optional_package("packaging", package)
     assert found.status == "problem"
     assert "no_such_extension" in found.meaning
-
-
-def test_triton_is_required_on_a_gpu_alone() -> None:
-    package = software.Optional("no_such_module", (), "costs", "install it")
-    assert software.optional_package("triton", package, on_gpu=True).stops_training
-    assert not software.optional_package("triton", package, on_gpu=False).stops_training
-    assert not software.optional_package("apex", package, on_gpu=True).stops_training
 
 
 def test_programs_that_are_not_there() -> None:
@@ -255,20 +285,34 @@ def test_programs_that_are_not_there() -> None:
     assert {found.value for found in software.programs(which=lambda name: f"/bin/{name}")} >= {"/bin/srun"}
 
 
-def test_backends_and_kernels_that_run_everywhere() -> None:
-    status = {found.name: found.status for found in [*attention_backends(), *kernels(on_gpu=False)]}
-    assert (status["sdpa"], status["reference"], status["plain"]) == ("ok", "ok", "ok")
-    defaults = [found.name for found in kernels(on_gpu=False) if "default" in found.value]
-    assert defaults == ["plain"]
+def all_pass() -> dict[str, Outcome]:
+    return dict.fromkeys(to_test(), Outcome(True, "as the reference"))
 
 
-def test_a_backend_whose_package_is_broken(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr("llama_mcore.model.attention.GPU_ONLY", ())
-    monkeypatch.syspath_prepend(tmp_path)
-    module(tmp_path, "xformers", "raise RuntimeError('built for another torch')")
-    found = {finding.name: finding for finding in attention_backends()}["xformers"]
-    assert found.status == "problem"
-    assert "built for another torch" in found.value
+def test_what_passes_its_test_is_ok_and_nothing_else() -> None:
+    passed = [*attention_backends(all_pass()), *kernels(all_pass())]
+    findings = {(found.group, found.name): found for found in passed}
+    works = {name for name, found in findings.items() if found.status == "ok"}
+    assert {("attention", "flash"), ("attention", "reference"), ("kernels", "plain")} <= works
+    needed = {name for name, found in findings.items() if found.required}
+    assert needed == {("attention", "flash"), ("kernels", "plain")}
+    assert findings["attention", "cudnn"].status == "missing"
+
+
+def test_what_is_installed_and_fails_its_test_is_a_problem() -> None:
+    failed = dict.fromkeys(to_test(), Outcome(False, "built for another torch"))
+    for found in [*attention_backends(failed), *kernels(failed)]:
+        if found.status != "missing":
+            assert found.status == "problem"
+            assert "installed, but cannot run here: built for another torch" in found.value
+            assert found.meaning
+            assert found.remedy
+
+
+def test_what_is_not_installed_is_not_tested() -> None:
+    names = to_test()
+    assert "attention flash" in names
+    assert not {"attention xformers", "attention cudnn", "kernels apex", "gpu 0"} & set(names)
 
 
 @pytest.mark.parametrize(
@@ -307,6 +351,52 @@ def test_huge_pages(tmp_path, setting: str, status: str) -> None:
     assert found.status == status
     assert f"[{found.value}]" in setting
     assert limits.huge_pages(tmp_path / "nowhere").status == "note"
+
+
+MOUNTS = """\
+22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+23 22 0:30 / /home rw shared:2 - nfs4 server:/home rw
+24 22 0:31 / /home/a\\040user rw - lustre mds:/fs rw
+25 22 0:32 / /tmp rw - tmpfs tmpfs rw
+28 22 0:35 / /over rw - nfs server:/x rw
+29 28 0:36 / /over rw - tmpfs tmpfs rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [
+        ("/var/cache", "ext4"),
+        ("/home/b", "nfs4"),
+        ("/home/a user/cache", "lustre"),
+        ("/homework", "ext4"),
+        ("/over/cache", "tmpfs"),
+    ],
+)
+def test_the_file_system_of_a_folder(folder: str, kind: str) -> None:
+    assert limits.file_system(Path(folder), MOUNTS) == kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        ("ext4", "ok"),
+        ("fuse.fuse-overlayfs", "ok"),
+        ("nfs4", "problem"),
+        ("lustre", "problem"),
+        ("fuse.juicefs", "problem"),
+    ],
+)
+def test_the_cache_of_compiled_kernels_is_of_the_node(tmp_path, kind: str, status: str) -> None:
+    mounts = f"22 1 8:1 / {tmp_path} rw shared:1 - {kind} device rw"
+    found = limits.compile_cache(tmp_path / "to/be/made", mounts)
+    assert found.status == status
+    assert (status == "problem") == ("TORCHINDUCTOR_CACHE_DIR" in found.remedy)
+
+
+def test_the_cache_of_compiled_kernels_can_be_written(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    assert limits.compile_cache(tmp_path / "file/cache", "").status == "problem"
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -355,18 +445,6 @@ def test_variables_are_known_by_name_or_by_prefix() -> None:
     assert "\x1b" not in environment({"NCCL_DEBUG": "\x1b[2J"})[0].value
 
 
-def test_the_driver_names_itself(tmp_path) -> None:
-    (tmp_path / "version").write_text(
-        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.124.06  Wed Feb 26\nGCC version: 12\n"
-    )
-    assert driver_version(tmp_path / "version") == "570.124.06"
-    (tmp_path / "open").write_text(
-        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build\n"
-    )
-    assert driver_version(tmp_path / "open") == "570.86.15"
-    assert driver_version(tmp_path / "nowhere") == ""
-
-
 def test_the_text_says_what_stops_a_run_and_wraps() -> None:
     findings = [
         Finding("a", "one", "ok", "1", remedy="not shown"),
@@ -389,14 +467,3 @@ def test_a_cpu_without_bf16_arithmetic_is_a_note_with_a_remedy() -> None:
     assert bf16_on_cpu(True).status == "ok"
     found = bf16_on_cpu(False)
     assert (found.status, found.remedy) == ("note", "train.precision=fp32 for runs on it")
-
-
-def test_a_machine_without_a_gpu_is_asked(monkeypatch, tmp_path) -> None:
-    """By a torch that is built for the CPU; one that is built for GPUs, and may use none, is a problem."""
-    monkeypatch.setattr(gpus, "DRIVER", tmp_path / "none")
-    monkeypatch.setattr(gpus, "on_gpu", lambda: False)
-    monkeypatch.setattr(gpus.shutil, "which", lambda _: None)
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert [found.name for found in devices()] == ["torch", "GPU", "bf16 on the CPU"]
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    assert {found.name: found.status for found in devices()}["GPU"] == "problem"
