@@ -114,7 +114,7 @@ MODEL_MATHS = (
     "model.attention.torch_layout",
 )
 # Names of other people's modules and classes.
-FOREIGN_NAMES = ("fused_layer_norm_cuda", "CudaGraphScope")
+FOREIGN_NAMES = ("fused_layer_norm_cuda", "CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope")
 # `config` names the setting, the last two describe a machine and its environment; they place no tensor.
 DEVICE_FILES = ("parallel.device", "parallel.mcore_cpu", "config", "launch.gpus", "launch.environment")
 WITHOUT_TORCH = (

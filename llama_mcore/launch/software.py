@@ -107,11 +107,7 @@ def python_and_packages() -> list[Finding]:
         meaning = "neither pyproject.toml nor metadata is there: the versions of others cannot be checked"
         unknown = Finding(GROUP, PRODUCT, "note", __version__, meaning, INSTALL)
         return [unknown, *(required_package(Requirement(name), pins) for name in ESSENTIAL)]
-    requirements = [
-        requirement
-        for requirement in map(Requirement, demands.packages)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-    ]
+    requirements = filter(applies, map(Requirement, demands.packages))
     return [
         python(SpecifierSet(demands.python), platform.python_version()),
         *(required_package(requirement, pins) for requirement in requirements),
@@ -149,13 +145,19 @@ def misfit(wanted: SpecifierSet, version: str) -> str:
     return f"too {'old' if Version(version) < max(lowest, default=Version('0')) else 'new'}: must be {wanted}"
 
 
+def applies(requirement: Requirement) -> bool:
+    """To this Python, and without extras."""
+    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+
+
 def tested_versions(path: Path) -> dict[str, str]:
-    """Canonical name of a package -> the version that `path` pins; nothing where there is no such file."""
+    """Canonical name of a package -> the version that `path` pins for this Python; nothing where there is no
+    such file."""
     if not path.is_file():
         return {}
     lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
-    pinned = (line.partition("==") for line in lines if "==" in line)
-    return {canonicalize_name(name): version for name, _, version in pinned}
+    pinned = filter(applies, (Requirement(line) for line in lines if "==" in line))
+    return {canonicalize_name(one.name): str(one.specifier).removeprefix("==") for one in pinned}
 
 
 def required_package(requirement: Requirement, pins: dict[str, str]) -> Finding:

@@ -41,8 +41,14 @@ def silence_libraries(cpu: bool) -> None:
         message=r"`torch\.distributed\.(_?all_gather|_?reduce_scatter)\w*` is .*deprecated",
         category=FutureWarning,
     )
+    logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(_is_no_advice)
     if cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    """megatron-core 0.19 recommends another model at each start."""
+    return "GPTModel IS DEPRECATED" not in record.getMessage()
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""Every patch that lets megatron-core 0.16.1 run on CPU, one function each; none applies where CUDA is.
+"""Every patch that lets megatron-core run on CPU, one function each; none applies where CUDA is.
 
-megatron-core has no device setting: it names CUDA in the places below. Nothing here changes a number,
-and tests/parallel/test_mcore_cpu.py goes red for each patch that upstream stops needing.
+megatron-core has no device setting: it names CUDA in the places below, 0.16.1 (whose lines are given) and
+0.19.2 alike. Nothing here changes a number, and tests/parallel/test_mcore_cpu.py goes red for each patch that
+upstream stops needing.
 """
 
 from functools import lru_cache

@@ -11,6 +11,7 @@ import psutil
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from llama_mcore.launch import limits, software
 from llama_mcore.launch.backends import attention_backends, kernels, to_test
@@ -266,11 +267,22 @@ def test_a_module_without_metadata_is_there_all_the_same(monkeypatch, tmp_path) 
     assert (found.status, found.value) == ("note", "version unknown")
 
 
-def test_the_tested_versions_are_read() -> None:
-    pins = software.tested_versions(software.CLONE / "requirements.txt")
-    assert pins["megatron-core"] == "0.16.1"
-    assert pins["pyyaml"]
+def test_the_tested_versions_are_read(tmp_path: Path) -> None:
+    """Of packages that have one for each Python, this Python's."""
+    pins = tmp_path / "pins.txt"
+    old, new = (f'megatron-core=={n}.0; python_version {c} "3"  # why' for n, c in ((1, "<"), (2, ">=")))
+    pins.write_text(f"# exactly\n{new}\n{old}\nPyYAML==6.0.3\n")
+    assert software.tested_versions(pins) == {"megatron-core": "2.0", "pyyaml": "6.0.3"}
     assert software.tested_versions(ROOT / "nowhere.txt") == {}
+
+
+def test_every_required_package_has_a_tested_version() -> None:
+    demands = software.demands_of_clone(ROOT)
+    assert demands is not None
+    pins = software.tested_versions(ROOT / "requirements.txt")
+    required = [one for one in map(Requirement, demands.packages) if software.applies(one)]
+    outside = [one.name for one in required if pins[canonicalize_name(one.name)] not in one.specifier]
+    assert not outside
 
 
 def test_another_project_called_apex_is_a_problem() -> None:

@@ -139,6 +139,17 @@ def test_warnings_about_renamed_collectives_are_silenced(unsilenced: list[warnin
 
 
 @pytest.mark.usefixtures("unsilenced")
+def test_advice_to_take_another_model_is_silenced(caplog: pytest.LogCaptureFixture) -> None:
+    # The text of megatron-core 0.19.
+    silence_libraries(cpu=True)
+    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    logger.warning("GPTModel IS DEPRECATED. GPTModel is only accepting critical bug fixes")
+    assert caplog.messages == []
+    logger.warning("of something else")
+    assert caplog.messages == ["of something else"]
+
+
+@pytest.mark.usefixtures("unsilenced")
 @pytest.mark.parametrize(
     ("cpu", "given", "expected"), [(True, None, "cpu"), (False, None, None), (True, "cuda", "cuda")]
 )

@@ -41,8 +41,9 @@ class MegatronWeights:
 
     def __init__(self, folder: Path, named: ModelConfig | None) -> None:
         _check_backend(folder)
-        self.model, self.step = read_common(folder, named)
-        stored = read_metadata(folder)
+        metadata = read_metadata(folder)
+        stored = metadata.tensors
+        self.model, self.step = read_common(folder, metadata.common, named)
         in_model = {key: tensor for key, tensor in stored.items() if not _is_optimizer(key)}
         _check_size(folder, self.model)
         weights = _found(self.model, in_model, "")

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_mcore.checkpoint.convert.pickled import read_bare_pickle, read_stretches
+from llama_mcore.checkpoint.convert.pickled import Stretch, read_bare_pickle, read_stretches
 from llama_mcore.checkpoint.stored import StoredTensor
 from llama_mcore.errors import CheckpointError, Problem, shown
 
 METADATA = ".metadata"
+_COMMON = "common_state/shard_0_1"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _TORCH = "torch.distributed.checkpoint"
 _MEGATRON = "megatron.core.dist_checkpointing.strategies"
-# What torch 2.x and megatron-core up to 0.16 put into it. Fields that are not used hold most of them.
+# What torch 2.x and megatron-core up to 0.19 put into it. Fields that are not used hold most of them.
 _ALLOWED = (
     *(f"{_TORCH}.metadata.{name}" for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata")),
     *(
@@ -55,6 +56,13 @@ class ChunkedTensor:
     dtype: torch.dtype
     shape: torch.Size
     chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class Metadata:
+    tensors: dict[str, ChunkedTensor]
+    common: Stretch | None
+    """Where megatron-core 0.19 and later keep what earlier releases wrote to common.pt: a list of one."""
 
 
 class ChunkReader:
@@ -100,8 +108,8 @@ def _slice(stored: StoredTensor, row: int) -> Tensor:
     return stored.read(row * size, (row + 1) * size).view(stored.shape[1:])
 
 
-def read_metadata(folder: Path) -> dict[str, ChunkedTensor]:
-    """The tensors of a folder by key.
+def read_metadata(folder: Path) -> Metadata:
+    """What is in the chunk files of a folder.
 
     Raises CheckpointError for what is no such metadata, and for chunks that are in no file of the folder.
     """
@@ -112,15 +120,18 @@ def read_metadata(folder: Path) -> dict[str, ChunkedTensor]:
         described = found["state_dict_metadata"]
         entries = {key: entry for key, entry in described.items() if "chunks" in entry}
         tensors = {key: _tensor(key, entry, places) for key, entry in entries.items()}
+        place = places.get((_COMMON, None))
+        common = _stretch(_COMMON, place) if place else None
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         bound = f"is no metadata of torch.distributed.checkpoint ({shown(error)})"
         raise CheckpointError(Problem("file", path, bound)) from None
     names = dict.fromkeys(chunk.file for tensor in tensors.values() for chunk in tensor.chunks)
+    names |= {common[0]: None} if common else {}
     foreign = [name for name in names if not _FILE_NAME.fullmatch(name)]
     if foreign:
         bound = f"is named in {path}: files must lie in that folder"
         raise CheckpointError([Problem("file", shown(name), bound) for name in foreign])
-    return tensors
+    return Metadata(tensors, (folder / common[0], *common[1:]) if common else None)
 
 
 def _places(storage: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
@@ -145,12 +156,17 @@ def _chunk(key: str, entry: dict[str, Any], places: dict[Any, dict[str, Any]], d
     place = places.get((key, offsets))
     if place is None:
         raise ValueError(f"a chunk of {key} at {offsets} is in no file")
+    return Chunk(offsets, sizes, *_stretch(key, place))
+
+
+def _stretch(key: str, place: dict[str, Any]) -> tuple[str, int, int]:
+    """Name of the file, first byte and length."""
     if place.get("transform_descriptors"):
         raise ValueError(f"{key} is stored transformed")
     if not isinstance(place["relative_path"], str):
         raise ValueError(f"the file of {key} has no name")
     start, length = _whole([place["offset"], place["length"]])
-    return Chunk(offsets, sizes, place["relative_path"], start, length)
+    return place["relative_path"], start, length
 
 
 def _whole(numbers: list[Any]) -> tuple[int, ...]:

@@ -1,4 +1,5 @@
-"""common.pt of a megatron-core checkpoint: what is there once, the model's configuration above all.
+"""What is in a megatron-core checkpoint once, the model's configuration above all: common.pt, as we write it,
+or from megatron-core 0.19 on an object in a chunk file.
 
 Megatron-LM keeps its command line there, an argparse.Namespace under "args", from which its loader checks and
 restores a model. Checkpoints that we write also say the ModelConfig itself.
@@ -11,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from llama_mcore.checkpoint.convert.formats import WriteOptions, check_named
-from llama_mcore.checkpoint.convert.pickled import read_pickled
+from llama_mcore.checkpoint.convert.pickled import Stretch, read_pickled, read_stretches
 from llama_mcore.checkpoint.convert.weights import Weights
 from llama_mcore.checkpoint.layout import KINDS
 from llama_mcore.errors import CheckpointError, ConfigError, Problem, shown
@@ -30,6 +31,7 @@ _ALLOWED = (
     *(f"numpy.{name}" for name in ("dtype", "ndarray", "dtypes.UInt32DType")),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
     *(f"megatron.core.transformer.enums.{name}" for name in ("AttnBackend", "CudaGraphScope", "ModelType")),
+    *(f"megatron.core.transformer.enums.{name}" for name in ("CudaGraphModule", "InferenceCudaGraphScope")),
     "megatron.core.enums.ModelType",
     *(f"megatron.core.rerun_state_machine.Rerun{name}" for name in ("Diagnostic", "Mode", "State")),
     "megatron.core.optimizer.optimizer_config.OptimizerConfig",
@@ -135,13 +137,20 @@ def _optimizer(step: int) -> dict[str, Any]:
     return {"optimizer": {"param_groups": groups}, "param_state_sharding_type": "fully_reshardable"}
 
 
-def read_common(folder: Path, named: ModelConfig | None) -> tuple[ModelConfig, int]:
-    """The model of a checkpoint, and its optimizer steps.
+def read_common(
+    folder: Path, in_chunks: Stretch | None, named: ModelConfig | None
+) -> tuple[ModelConfig, int]:
+    """The model of a checkpoint, and its optimizer steps: from `in_chunks` where it is given, else common.pt.
 
     Raises CheckpointError where the file says no LLaMA, and where it says none at all and the user none.
     """
-    path = folder / COMMON
-    (common,) = read_pickled([path], _ALLOWED)
+    if in_chunks is None:
+        path = folder / COMMON
+        (common,) = read_pickled([path], _ALLOWED)
+    else:
+        path = in_chunks[0]
+        (listed,) = read_stretches([in_chunks], _ALLOWED)
+        common = listed[0] if isinstance(listed, list) and listed else None
     if not isinstance(common, dict):
         raise CheckpointError(Problem("file", path, "holds no dictionary"))
     ours = common.get(OUR_KEY)

@@ -11,9 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.safe_globals import SAFE_GLOBALS
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from llama_mcore.checkpoint.convert.formats import WriteOptions
 from llama_mcore.checkpoint.convert.megatron import FORMAT
+from llama_mcore.checkpoint.convert.megatron_config import _ALLOWED
 from llama_mcore.checkpoint.layout import KINDS, WEIGHT
 from llama_mcore.errors import CheckpointError, ConfigError
 from llama_mcore.model.config import ModelConfig, RopeScaling
@@ -91,12 +95,51 @@ def test_what_megatron_core_saved_is_read(
 ) -> None:
     """Its stock model holds norms in fp32: all comes in the wider dtype, which holds bf16 exactly."""
     path = saved / megatron_ranks.saved_name(shape, tp, metadata)
-    with refused(CheckpointError, "file", path / "common.pt"):  # which says nothing of a model
+    with pytest.raises(CheckpointError, match="does not say what model it is of"):
         FORMAT.open(path, None)
     found = FORMAT.open(path, SHAPES[shape])
     assert (found.kinds, found.dtype) == ((WEIGHT,), torch.float32)
     for name, expected in ((name, Invented(SHAPES[shape]).full(name)) for name in found.names()):
         assert torch.equal(found.full(name), expected.float()), name
+
+
+def keep_common_in_chunks(folder: Path) -> None:
+    """As megatron-core 0.19 and later do (dist_checkpointing.save)."""
+    file = folder / "__0_9.distcp"
+    torch.save([torch.load(folder / "common.pt", weights_only=False)], file)
+    (folder / "common.pt").unlink()
+    key, place = "common_state/shard_0_1", _StorageInfo(file.name, 0, file.stat().st_size)
+
+    def add(metadata: Any) -> None:
+        metadata.state_dict_metadata[key] = BytesStorageMetadata()
+        metadata.storage_data[MetadataIndex(key)] = place
+
+    edit_metadata(folder, add)
+
+
+def test_common_state_in_a_chunk_file_is_read(folder: Path) -> None:
+    keep_common_in_chunks(folder)
+    found = FORMAT.open(folder, None)
+    assert (found.model, found.step) == (SHAPES["gqa"], Invented(SHAPES["gqa"]).step)
+    assert_same(found, Invented(SHAPES["gqa"]))
+
+
+@pytest.mark.parametrize("content", [{}, [], [1]])
+def test_common_state_that_is_none_is_refused(content: object, folder: Path) -> None:
+    keep_common_in_chunks(folder)
+    torch.save(content, folder / "__0_9.distcp")
+    size = (folder / "__0_9.distcp").stat().st_size
+    edit_metadata(folder, set_common(length=size))
+    with refused(CheckpointError, "file", folder / "__0_9.distcp", remedy=False) as caught:
+        FORMAT.open(folder, None)
+    assert "holds no dictionary" in str(caught.value)
+
+
+def test_common_state_outside_of_the_folder_is_refused(folder: Path) -> None:
+    keep_common_in_chunks(folder)
+    edit_metadata(folder, set_common(relative_path="../stolen.distcp"))
+    with refused(CheckpointError, "file", "../stolen.distcp", remedy=False):
+        FORMAT.open(folder, None)
 
 
 @pytest.mark.process
@@ -135,6 +178,11 @@ FC2_OF_LAYER = FC2.replace("layers.", "layers.0.")
 def place_of(metadata: Any, layer: int = 1) -> Any:
     found = [place for index, place in metadata.storage_data.items() if index.fqn == FC2]
     return found[layer]
+
+
+def set_common(**fields: object) -> Callable[[Any], object]:
+    index = MetadataIndex("common_state/shard_0_1")
+    return lambda metadata: vars(metadata.storage_data[index]).update(fields)
 
 
 def set_place(**fields: object) -> Callable[[Any], object]:
@@ -214,6 +262,12 @@ def test_a_payload_is_not_run(file: str, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"needs (posix|os)\.system"):
         FORMAT.open(folder, None)
     assert not ran.exists()
+
+
+def test_what_megatron_core_lets_through_is_allowed() -> None:
+    # the generator of random numbers is for a form that is not read
+    theirs = {f"{each.__module__}.{each.__qualname__}" for each in SAFE_GLOBALS} - {"torch._C.Generator"}
+    assert theirs <= set(_ALLOWED)
 
 
 def test_the_model_of_megatron_lm(folder: Path) -> None:
