@@ -50,11 +50,14 @@ def train_watched(run: RunConfig, resume: str, fresh: bool, accept_data_change: 
         from llama_mcore.parallel.device import (
             choose_device,
             compute_deterministically,
+            hide_gpus,
             on_gpu,
             order_kernel_starts,
         )
 
         choose_device(run.run.device)
+        if not on_gpu():
+            hide_gpus()
         order_kernel_starts(run.parallel.tp, run.zero.stage)
         if run.run.deterministic:
             compute_deterministically()

@@ -44,6 +44,8 @@ def silence_libraries(cpu: bool) -> None:
     logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(_is_no_advice)
     if cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # it misses a GPU wherever the CUDA toolkit lies
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def _is_no_advice(record: logging.LogRecord) -> bool:

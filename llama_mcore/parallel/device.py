@@ -8,8 +8,9 @@ import os
 import resource
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -46,6 +47,12 @@ def choose_device(setting: str = "auto", otherwise: str = "auto", field: str = "
             name = field if setting == asked else DEVICE
             raise PreflightError(Problem(name, wanted, reason, f"{remedy}, or set {name}=cpu"))
     os.environ[DEVICE] = wanted
+
+
+def hide_gpus() -> None:
+    """Have all of this process see none, for a run on the CPU beside GPUs: torch's optimizers ask for a GPU's
+    stream wherever there is one. Call before the first use of CUDA."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def on_gpu() -> bool:
@@ -105,6 +112,8 @@ def _reason_for_none(
         return f"CUDA_VISIBLE_DEVICES = {visible!r} hides every GPU", "unset it"
     if not has_gpus:
         return "this machine shows no NVIDIA GPU", "look at nvidia-smi and at what the job was given"
+    if visible is not None and not complaint:
+        return f"CUDA_VISIBLE_DEVICES = {visible!r} names no GPU that is there", "unset it, or name one"
     said = complaint.partition(" (Triggered internally")[0].strip() or "torch does not say why"
     return f"torch for CUDA {build} cannot use the GPUs ({said})", "look at nvidia-smi, and update its driver"
 
@@ -200,11 +209,6 @@ def pinned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.pin_memory() if on_gpu() else tensor
 
 
-def host_buffer(numel: int) -> torch.Tensor:
-    """fp32 host memory [numel], not initialised; pinned where a GPU copies into it."""
-    return torch.empty(numel, dtype=torch.float32, pin_memory=on_gpu())
-
-
 def synchronize() -> None:
     """Wait until everything queued on this rank's device is done, so that a clock reads true."""
     if on_gpu():
@@ -292,3 +296,53 @@ def order_kernel_starts(tp: int, zero_stage: int) -> None:
     """
     if tp > 1 and zero_stage < 3:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def host_block(numel: int) -> torch.Tensor:
+    """fp32 host memory [numel] in one piece, not initialised, all pages of it there; page-locked where there
+    is a GPU, which copies from and to it.
+
+    Page-locked by cudaHostRegister: torch's pinned allocator rounds each block up to a power of two. Raises
+    PreflightError where the machine does not have it.
+    """
+    try:
+        block = torch.empty(numel, dtype=torch.float32)
+        if on_gpu() and numel:
+            _lock_pages(block)
+        else:
+            block.zero_()  # to touch a page for the first time takes longer than to copy into it
+    except RuntimeError as error:  # torch has no error of its own for this
+        needed, said = f"{4 * numel / 1e9:,.2f} GB", str(error).splitlines()[0]
+        bound = f"of {'page-locked ' if on_gpu() else ''}memory are not to be had ({said})"
+        raise PreflightError(Problem("host memory", needed, bound, "set checkpoint.host_memory")) from None
+    return block
+
+
+def _lock_pages(block: torch.Tensor) -> None:
+    runtime, address = torch.cuda.cudart(), block.data_ptr()
+    error = int(runtime.cudaHostRegister(address, block.nbytes, 0))
+    if error:
+        raise RuntimeError(f"cudaHostRegister: error {error}")
+    # goes with its last view; when the process ends the driver does it
+    weakref.finalize(block, runtime.cudaHostUnregister, address).atexit = False
+
+
+class CopyStream:
+    """Copies between this rank's device and its host memory, beside what the device computes: on a GPU on a
+    stream of their own, on the CPU by the thread that calls."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream() if on_gpu() else None
+
+    def follow(self) -> None:
+        """Have the copies to come wait for what this thread has queued on its device until now."""
+        if self._stream:
+            self._stream.wait_stream(torch.cuda.current_stream())
+
+    def copy(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Copy the second of each pair to the first, and return when all is there. In any thread."""
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+        if self._stream:
+            self._stream.synchronize()

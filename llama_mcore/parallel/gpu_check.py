@@ -6,18 +6,20 @@ each other through the job's store, which needs no device.
 
 import json
 import socket
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 
 import torch
-from torch.distributed import DistStoreError, PrefixStore, Store
+from torch.distributed import DistError, PrefixStore, Store
 
 from llama_mcore.errors import PreflightError, Problem
 from llama_mcore.parallel.device import device_identity, local_device, select_device, usable_gpus
 
 _NAMED_RANKS = 8
+_LEAVE_S, _LOOK_S = 10.0, 0.02
 _rounds = count()
 """A process may join several jobs through one store, one after another."""
 
@@ -48,14 +50,23 @@ def take_device(store: Store, rank: int, world_size: int) -> torch.device:
         prefix.set("problems", json.dumps([asdict(problem) for problem in device_problems(everyone)]))
     try:
         problems = [Problem(**fields) for fields in json.loads(prefix.get("problems"))]
-    except DistStoreError:
+    except DistError:  # somebody did not come, or left with the store
         remedy = "see in the output above what became of the others"
         raise PreflightError(
             Problem("ranks", world_size, "not all have told what they compute on", remedy)
         ) from None
     if problems:
+        _leave(prefix, rank, world_size)
         raise PreflightError(problems)
     return device
+
+
+def _leave(prefix: Store, rank: int, world_size: int) -> None:
+    """Rank 0, which may serve the store, leaves last: others may still be reading from it."""
+    until, left = time.monotonic() + _LEAVE_S, prefix.add("left", 1)
+    while rank == 0 and left < world_size and time.monotonic() < until:
+        time.sleep(_LOOK_S)
+        left = prefix.add("left", 0)
 
 
 def _taken(rank: int) -> tuple[torch.device, RankDevice]:

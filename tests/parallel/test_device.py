@@ -118,7 +118,9 @@ REASONS = [
     (("13.0", "", "", True), "CUDA_VISIBLE_DEVICES = '' hides"),
     (("13.0", "-1", "", True), "CUDA_VISIBLE_DEVICES = '-1' hides"),
     (("13.0", "0", "", False), "shows no NVIDIA GPU"),
-    (("13.0", None, "the driver is too old (Triggered internally at x.cpp)", True), "(the driver is too old)"),
+    (("13.0", None, "driver too old (Triggered internally at x.cpp)", True), "(driver too old)"),
+    (("13.0", "7", "", True), "CUDA_VISIBLE_DEVICES = '7' names no GPU"),
+    (("13.0", "0", "driver too old", True), "(driver too old)"),
     (("13.0", None, "", True), "does not say why"),
 ]
 
@@ -187,18 +189,20 @@ def test_a_gpu_that_takes_no_work_is_named(
 
 
 def beside_a_gpu(settings: list[str], choice: str, output: Path) -> None:
-    """Train where torch says that there is a GPU; what touches it fails."""
+    """Train where torch says that there is a GPU; what touches it fails, and torch's optimizers touch what
+    they see."""
     write_output_to(output)
     os.environ[DEVICE] = choice
-    torch.cuda.is_available = lambda: True
+    torch.cuda.is_available = lambda: os.environ.get("CUDA_VISIBLE_DEVICES") != ""
     torch.cuda.device_count = lambda: 1
 
-    for name in ("_lazy_init", "set_device"):
+    gpu = torch.device("cuda")
+    torch.accelerator.current_accelerator = lambda **_: gpu if torch.cuda.is_available() else None
 
-        def touched(*_: object) -> None:
-            raise AssertionError("the GPU was touched")
+    def touched(*_: object) -> None:
+        raise AssertionError("the GPU was touched")
 
-        setattr(torch.cuda, name, touched)
+    torch.cuda._lazy_init = torch.cuda.set_device = torch.accelerator.current_stream = touched
     run_command(["train", "--config", "tiny", *settings])
 
 

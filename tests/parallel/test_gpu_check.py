@@ -1,6 +1,7 @@
 """llama_mcore.parallel.gpu_check: ranks that cannot compute together are refused before anything is built."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -75,9 +76,24 @@ def told_to_all(places: list[str]) -> list[str]:
         return [str(problem.field) for problem in error.problems]
 
 
+def told_late(places: list[str]) -> list[str]:
+    """The same where rank 1 is slow to read what was found."""
+    if os.environ["RANK"] == "1":
+        gpu_check.PrefixStore = SlowStore
+    return told_to_all(places)
+
+
+class SlowStore(gpu_check.PrefixStore):
+    def get(self, key: str) -> bytes:
+        if key == "problems":
+            time.sleep(2.0)
+        return super().get(key)
+
+
 @pytest.mark.process
 def test_every_rank_learns_it_before_the_job_is_joined() -> None:
     assert run_ranks(3, told_to_all, ["a/x", "a/x", "b/x"]) == [["ranks on one GPU"]] * 3
+    assert run_ranks(2, told_late, ["a/x", "a/x"]) == [["ranks on one GPU"]] * 2
     assert run_ranks(2, told_to_all, ["a/x", "a/y"]) == [["joined as 0"], ["joined as 1"]]
 
 
