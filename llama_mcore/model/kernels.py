@@ -1,7 +1,9 @@
 """Who computes the memory-bound operators of the hand-written layer: norms, rotations, SwiGLU.
 
     plain      the functions of rmsnorm.py, rope.py and swiglu.py as they stand: one kernel per operation
-    compile    the same functions through torch.compile: on a GPU one Triton kernel each
+    compile    the same functions through torch.compile: on a GPU one Triton kernel each. The second shape
+               of a function is compiled for any; after torch's limit of 8 compilations (recompile_limit)
+               it runs uncompiled, and torch says so
     apex       apex's fused RMSNorm, the rest plain
 
 `auto` is compile on a GPU, where what compiling needs is there, and plain on the CPU, where compiling costs
@@ -18,18 +20,14 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.model.attention.choice import Choice
-from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.rmsnorm import rmsnorm, rmsnorm_backward
-from llama_mcore.model.rope import rope, rope_backward, rope_table
+from llama_mcore.model.rope import rope, rope_backward
 from llama_mcore.model.swiglu import swiglu, swiglu_backward
 from llama_mcore.parallel.device import on_gpu
-
-COMPILATIONS = 8
-"""Of one function in a process, torch's own limit: a second shape is compiled for any, so that odd ones come
-to a few. What is called after that runs uncompiled, and torch says so."""
 
 
 @dataclass(frozen=True)
@@ -87,62 +85,10 @@ def compiling_lacks() -> str:
 def choose_kernels(name: str) -> Kernels:
     """The kernels of a name that `kernels_for` gave."""
     if name == "compile":
-        torch._dynamo.config.recompile_limit = COMPILATIONS
+        # Inductor would give each GPU a folder of its own, where another rank does not look
+        os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(cache_dir(), "triton"))
         return Kernels(**{field: torch.compile(function) for field, function in vars(PLAIN).items()})
     return _apex() if name == "apex" else PLAIN
-
-
-@torch.no_grad()
-def warm_up(
-    kernels: Kernels,
-    model: ModelConfig,
-    tp: int,
-    tokens: tuple[int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    is_first: bool,
-    barrier: Callable[[], None],
-) -> None:
-    """Compile `kernels` for a run's shapes, on one rank of each node before the others: they find the result
-    in the node's cache, and nobody compiles while all wait.
-
-    `tokens`: (positions that a norm sees on this rank, micro-batch); the others see all of model.seq_length.
-    `is_first`: of its node. All ranks call it together; `barrier` waits for them.
-    """
-    if kernels.rmsnorm is PLAIN.rmsnorm:
-        return
-    if is_first:
-        _call_all(kernels, model, tp, tokens, dtype, device)
-    barrier()
-    if not is_first:
-        _call_all(kernels, model, tp, tokens, dtype, device)
-
-
-def _call_all(
-    kernels: Kernels,
-    model: ModelConfig,
-    tp: int,
-    tokens: tuple[int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    s, b, d = model.seq_length, tokens[1], model.head_dim
-    wide = torch.promote_types(dtype, torch.float32)
-    cos, sin = rope_table(s, d, model.rope_theta, device, model.rope_scaling, wide)
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    x, weight = zeros(*tokens, model.hidden_size), zeros(model.hidden_size)
-    kernels.rmsnorm(x, weight, model.norm_eps)
-    kernels.rmsnorm_backward(x, x, weight, model.norm_eps)
-    for heads in {model.num_attention_heads // tp, model.num_query_groups // tp}:
-        kernels.rope(zeros(s, b, heads, d), cos, sin)
-        kernels.rope_backward(zeros(s, b, heads, d), cos, sin)
-    ffn = model.ffn_hidden_size // tp
-    kernels.swiglu(zeros(s, b, 2 * ffn))
-    kernels.swiglu_backward(zeros(s, b, ffn), zeros(s, b, 2 * ffn))
 
 
 def _apex() -> Kernels:

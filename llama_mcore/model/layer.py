@@ -54,6 +54,7 @@ class LlamaLayer(nn.Module, BaseTransformerLayer):
         super().__init__()
         self.layer_number = layer_number
         self.by_hand = model.recompute != "none"
+        self.kernels = kernels
         self.tp = TensorParallel(pg_collection.tp, config.sequence_parallel)
         norm = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
         inner = {"config": config, "model": model, "tp_group": pg_collection.tp}
@@ -76,12 +77,12 @@ class LlamaLayer(nn.Module, BaseTransformerLayer):
     def forward(self, hidden_states: Tensor, documents: Documents | None = None) -> tuple[Tensor, None]:
         """[s, b, h] -> [s, b, h]; the second item is megatron-core's cross-attention context."""
         if self.by_hand:
-            return self._forward_by_hand(hidden_states, documents), None
+            return self.forward_by_hand(hidden_states, documents, self.tp), None
         hidden_states = hidden_states + self.self_attention(self.input_layernorm(hidden_states), documents)
         hidden_states = hidden_states + self.mlp(self.pre_mlp_layernorm(hidden_states))
         return hidden_states, None
 
-    def _forward_by_hand(self, x: Tensor, documents: Documents | None) -> Tensor:
+    def forward_by_hand(self, x: Tensor, documents: Documents | None, tp: TensorParallel) -> Tensor:
         """The same with the hand-written backward of layer_function.py."""
         attention, mlp = self.self_attention, self.mlp
         x = AttentionHalf.apply(
@@ -90,7 +91,7 @@ class LlamaLayer(nn.Module, BaseTransformerLayer):
             attention.linear_qkv.weight,
             attention.linear_proj.weight,
             attention.shape,
-            self.tp,
+            tp,
             documents,
         )
         return MlpHalf.apply(
@@ -99,8 +100,8 @@ class LlamaLayer(nn.Module, BaseTransformerLayer):
             mlp.linear_fc1.weight,
             mlp.linear_fc2.weight,
             self.pre_mlp_layernorm.eps,
-            self.tp,
-            self.self_attention.shape.kernels,
+            tp,
+            self.kernels,
         )
 
 

@@ -1,5 +1,6 @@
 """What a rank needs to train, opened in order: what can fail for the user's reasons comes first."""
 
+import logging
 import os
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ from llama_mcore.data.sources import OpenSource, open_sources, plan_run
 from llama_mcore.errors import OutputError, Problem
 from llama_mcore.model.attention import Choice, attention_for
 from llama_mcore.model.build import build_model
-from llama_mcore.model.kernels import choose_kernels, kernels_for, warm_up
+from llama_mcore.model.kernels import kernels_for
+from llama_mcore.model.warm_up import warm_up
 from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.phases import Phase, Phases
 from llama_mcore.observe.sinks import MetricSinks
@@ -155,8 +157,6 @@ def _loaded_engine(
     run: RunConfig, groups: Groups, phases: Phases, found: Found, stop: StopRequest
 ) -> DeepSpeedEngine:
     reader = found.reader
-    _warm_up(run, groups)
-    phases.beat()
     model = build_model(
         run.model,
         run.parallel,
@@ -165,6 +165,9 @@ def _loaded_engine(
         None if reader else run.run.seed,
         documents=run.data.attention_boundary is not None,
     )
+    first = place_in(os.environ).local_rank == 0
+    warm_up(model, run.train.micro_batch_size, is_first=first, barrier=dist.barrier)
+    phases.beat()
     engine = build_engine(model, run, groups)
     phases.beat()
     _stop_if_asked(stop, groups)
@@ -172,22 +175,6 @@ def _loaded_engine(
         together(groups, lambda: load_checkpoint(engine, reader, groups, phases))
         get_logger().info("resuming at step %d from %s", reader.state.step, reader.path)
     return engine
-
-
-def _warm_up(run: RunConfig, groups: Groups) -> None:
-    """Let one rank of each node compile what all will use."""
-    splits = run.parallel.sequence_parallel and groups.tp_size > 1
-    positions = run.model.seq_length // (groups.tp_size if splits else 1)
-    warm_up(
-        choose_kernels(kernels_for(run.model.kernels).name),
-        run.model,
-        groups.tp_size,
-        (positions, run.train.micro_batch_size),
-        dtype_of(run),
-        groups.device,
-        is_first=place_in(os.environ).local_rank == 0,
-        barrier=dist.barrier,
-    )
 
 
 def _going_on(saved: TrainState, segments: tuple[Segment, ...]) -> TrainState:
@@ -283,5 +270,6 @@ def _announce(run: RunConfig, groups: Groups, computed_by: Computation, saver: S
         run.train.precision,
         f"{run.tokens_per_step:,}",
     )
-    get_logger().info("%s", computed_by)
+    missed = run.model.kernels == "auto" and on_gpu() and computed_by.kernels.name == "plain"
+    get_logger().log(logging.WARNING if missed else logging.INFO, "%s", computed_by)
     get_logger().info("checkpoints: %s", saver.memory)

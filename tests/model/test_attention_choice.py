@@ -35,7 +35,7 @@ ON_HOPPER = Case(HOPPER, BF16, 128)
         (Case(HOPPER, FP16, 64), "cudnn", "Hopper in fp16"),
         (Case(AMPERE, BF16, 128), "flash", "cudnn needs a GPU of compute capability 9.0, this one has 8.0"),
         (Case(ADA, BF16, 64), "flash", "Ada in bf16"),
-        (Case(HOPPER, BF16, 256), "flash", "cudnn takes heads of at most 128 channels, not 256"),
+        (Case(HOPPER, BF16, 256), "flash", "cudnn takes heads of at most 128 channels here, not 256"),
         (replace(ON_HOPPER, documents=True), "flash", "documents have many"),
         (replace(ON_HOPPER, deterministic=True), "flash", "cudnn does not give the same bits"),
         (replace(ON_HOPPER, by_hand=False), "cudnn", "Hopper in bf16"),
@@ -44,7 +44,15 @@ ON_HOPPER = Case(HOPPER, BF16, 128)
         (Case(HOPPER, BF16, 512), "efficient", "flash takes heads of at most 256 channels"),
         (Case(HOPPER, BF16, 100), "reference", "efficient needs a head width that is a multiple of 8"),
         (Case(HOPPER, FP64, 128), "reference", "efficient has no kernel for fp64"),
-        (Case(TURING, FP32, 128), "reference", "this one has 7.5"),
+        (Case(TURING, FP32, 128), "efficient", "Turing in fp32"),
+        (
+            Case(TURING, BF16, 128),
+            "reference",
+            "efficient needs a GPU of compute capability 8.0, this one has",
+        ),
+        (Case(ADA, BF16, 224), "efficient", "flash takes heads of at most 192 channels here"),
+        (Case(ADA, BF16, 192), "flash", "Ada in bf16"),
+        (Case(AMPERE, BF16, 224), "flash", "Ampere in bf16"),
         (Case(None, FP32, 128), "flash", "CPU in fp32"),
         (Case(None, BF16, 128), "flash", "CPU in bf16"),
         (Case(None, FP64, 5, documents=True, deterministic=True), "flash", "CPU in fp64"),
@@ -117,7 +125,7 @@ def test_a_gpu_that_is_too_old_for_bf16_is_named(monkeypatch: pytest.MonkeyPatch
     with refused(ConfigError, "train.precision", "bf16") as caught:
         construct(model_config(attention=attention), ParallelConfig(), BF16)
     assert "fp32" in caught.value.problems[0].remedy
-    assert attention_for(model_config(attention=attention), FP32).name == "reference"
+    assert attention_for(model_config(), FP32).name == "efficient"
 
 
 def test_the_case_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,6 +139,20 @@ def test_the_case_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert found == Case(HOPPER, FP32, model.head_dim, documents=True, deterministic=True, by_hand=False)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash", "efficient"])
+@pytest.mark.parametrize("groups", [4, 2])
+def test_torchs_gpu_operators_take_what_they_are_given(name: str, groups: int) -> None:
+    """By torch's account of their shapes alone, which needs no GPU."""
+    q, grad = (torch.empty(33, 2, 4, 64, device="meta", dtype=BF16) for _ in range(2))
+    k, v = (torch.empty(33, 2, groups, 64, device="meta", dtype=BF16) for _ in range(2))
+    backend = load_backend(name)
+    out, log_sum_exp = backend.forward(q, k, v)
+    assert (out.shape, out.dtype) == (q.shape, BF16)
+    assert (log_sum_exp.shape, log_sum_exp.dtype) == ((2, 4, 33), FP32)
+    for found, x in zip(backend.backward(grad, q, k, v, out, log_sum_exp), (q, k, v), strict=True):
+        assert (found.shape, found.dtype) == (x.shape, BF16)
 
 
 @pytest.mark.gpu

@@ -1,25 +1,24 @@
 """Kernels by name: all give the numbers of the plain functions."""
 
+import logging
 import os
 import shutil
 import sys
 from collections.abc import Iterator
+from io import StringIO
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 from llama_mcore.errors import ConfigError
 from llama_mcore.model import kernels
-from llama_mcore.model.kernels import PLAIN, Kernels, choose_kernels, compiling_lacks, kernels_for, warm_up
+from llama_mcore.model.kernels import PLAIN, Kernels, choose_kernels, compiling_lacks, kernels_for
 from llama_mcore.model.rope import rope_table
-from llama_mcore.parallel.config import ParallelConfig
-from llama_mcore.parallel.groups import process_groups
 from tests.support.errors import refused
-from tests.support.models import model_config
 from tests.support.world import run_ranks
 
 CPU = torch.device("cpu")
@@ -94,49 +93,44 @@ def test_the_compiler_that_a_variable_names_counts(monkeypatch: pytest.MonkeyPat
     assert "C++ compiler" in compiling_lacks()
 
 
-def compiled_anew(shared: Path) -> tuple[int, int]:
-    """Warm up on each rank of a node; (compiled here, found in the cache)."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(shared)
-    with process_groups(ParallelConfig(), seed=0) as groups:
-        order = []
-
-        def barrier() -> None:
-            order.append(counters["inductor"]["fxgraph_cache_miss"])
-            dist.barrier()
-
-        first = groups.rank == 0
-        model = model_config(hidden_size=32, num_attention_heads=4)
-        warm_up(
-            *(choose_kernels("compile"), model, 1, (16, 2), torch.float32, groups.device),
-            is_first=first,
-            barrier=barrier,
-        )
-        assert (order[0] > 0) is first  # the others wait for it
-    return counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"]
+def test_the_gpus_of_a_node_share_what_triton_compiles(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "asked for")
+    choose_kernels("compile")
+    assert os.environ["TRITON_CACHE_DIR"] == "asked for"
+    choose_kernels.cache_clear()
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    choose_kernels("compile")
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
 
 
-@pytest.mark.process
-@compiles
-def test_one_rank_of_a_node_compiles_for_all(tmp_path: Path) -> None:
-    first, *others = run_ranks(3, compiled_anew, tmp_path)
-    assert first[0] >= len(vars(PLAIN)) - 1  # rope backwards is rope
-    assert others == [(0, first[0])] * 2
-
-
-def compilations_of_many_lengths() -> int:
-    compiled = choose_kernels("compile")
-    for length in range(5, 45):
-        x, weight = torch.randn(length, 2, 32), torch.ones(32)
-        torch.testing.assert_close(compiled.rmsnorm(x, weight, 1e-6), PLAIN.rmsnorm(x, weight, 1e-6))
-    return counters["stats"]["unique_graphs"]
+def compilations(inputs: list[Tensor]) -> tuple[int, str]:
+    """Of one function for all of these, and what torch says meanwhile."""
+    said = StringIO()
+    logging.getLogger("torch._dynamo").addHandler(logging.StreamHandler(said))
+    function = choose_kernels("compile").swiglu
+    for x in inputs:
+        torch.testing.assert_close(function(x), PLAIN.swiglu(x))
+    return counters["stats"]["unique_graphs"], said.getvalue()
 
 
 @pytest.mark.process
 @compiles
-def test_odd_lengths_are_not_compiled_one_after_another(tmp_path: Path) -> None:
-    """The second length is compiled for any."""
-    (count,) = run_ranks(1, compilations_of_many_lengths)
-    assert count == 2
+def test_the_second_length_is_compiled_for_any() -> None:
+    assert run_ranks(1, compilations, [torch.randn(length, 2, 32) for length in range(5, 45)]) == [(2, "")]
+
+
+@pytest.mark.process
+@compiles
+def test_compilations_of_a_function_are_bounded_and_it_is_said() -> None:
+    kinds = product(
+        [torch.float64, torch.float32, torch.bfloat16], [(3, 4), (3, 2, 4), (2, 3, 2, 4), (2, 1, 3, 2, 4)]
+    )
+    ((count, said),) = run_ranks(1, compilations, [torch.ones(shape, dtype=dtype) for dtype, shape in kinds])
+    assert count == 8
+    assert "recompile_limit" in said
 
 
 @pytest.mark.process

@@ -3,17 +3,18 @@
 Loads no backend and looks at no machine: what there is comes in as a `Case`.
 """
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from llama_mcore.errors import ConfigError, Problem
 
-AMPERE, HOPPER = (8, 0), (9, 0)
+MAXWELL, AMPERE, HOPPER = (5, 0), (8, 0), (9, 0)
 _NARROW = (torch.bfloat16, torch.float16)
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 _GENERATIONS = {(7, 0): "Volta", (7, 5): "Turing", (8, 9): "Ada", (9, 0): "Hopper"}
+_SMALL_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
 _ANY_WIDTH = 1 << 16
 
 
@@ -44,12 +45,14 @@ class Limits:
     """What it needs besides torch, by its name for pip."""
     on_cpu: bool = False
     """There it takes every dtype and head width, and gives the same bits each time."""
-    capability: tuple[int, int] = AMPERE
-    """The oldest GPU."""
-    dtypes: tuple[torch.dtype, ...] = _NARROW
-    """On a GPU, as the rest."""
+    oldest: Mapping[torch.dtype, tuple[int, int]] = field(
+        default_factory=lambda: dict.fromkeys(_NARROW, AMPERE)
+    )
+    """The compute capability that a dtype needs; this and the rest on a GPU."""
     head_dim_multiple: int = 8
     largest_head_dim: int = 256
+    largest_in_small_memory: int = _ANY_WIDTH
+    """As largest_head_dim, on GPUs whose blocks share 99 KiB: 8.6, 8.9 and 12.x."""
     documents: bool = True
     deterministic: bool = False
     by_hand: bool = True
@@ -65,15 +68,18 @@ class Limits:
             if not self.on_cpu:
                 yield "needs a GPU"
             return
-        if case.capability < self.capability:
-            needed, there = (f"{major}.{minor}" for major, minor in (self.capability, case.capability))
-            yield f"needs a GPU of compute capability {needed}, this one has {there}"
-        if case.dtype not in self.dtypes:
+        oldest = self.oldest.get(case.dtype)
+        if oldest is None:
             yield f"has no kernel for {_DTYPES[case.dtype]}"
+        elif case.capability < oldest:
+            needed, there = (f"{major}.{minor}" for major, minor in (oldest, case.capability))
+            yield f"needs a GPU of compute capability {needed}, this one has {there}"
         if case.head_dim % self.head_dim_multiple:
             yield f"needs a head width that is a multiple of {self.head_dim_multiple}, not {case.head_dim}"
-        if case.head_dim > self.largest_head_dim:
-            yield f"takes heads of at most {self.largest_head_dim} channels, not {case.head_dim}"
+        is_small = case.capability in _SMALL_MEMORY
+        largest = min(self.largest_head_dim, self.largest_in_small_memory if is_small else _ANY_WIDTH)
+        if case.head_dim > largest:
+            yield f"takes heads of at most {largest} channels here, not {case.head_dim}"
         if case.documents and not self.documents:
             yield "builds a plan for each new length, and documents have many"
         if case.deterministic and not self.deterministic:
@@ -81,21 +87,24 @@ class Limits:
 
 
 BACKENDS: dict[str, Limits] = {
-    # aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, check_cudnn_tensor_shapes. Wider heads than 128 it
-    # takes on some GPUs alone.
-    "cudnn": Limits(capability=HOPPER, largest_head_dim=128, documents=False),
+    # aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, as what follows. Wider heads than 128 it takes of
+    # some widths and versions alone.
+    "cudnn": Limits(oldest=dict.fromkeys(_NARROW, HOPPER), largest_head_dim=128, documents=False),
     # torch's own FlashAttention 2 and memory-efficient kernel. In the backward both add in any order unless
     # torch.use_deterministic_algorithms is on (attention_backward.cu).
-    "flash": Limits(on_cpu=True, deterministic=True),
-    "efficient": Limits(dtypes=(*_NARROW, torch.float32), largest_head_dim=_ANY_WIDTH, deterministic=True),
-    "flash_attn": Limits(package="flash-attn", deterministic=True),
-    "xformers": Limits(package="xformers", dtypes=(*_NARROW, torch.float32)),
+    "flash": Limits(on_cpu=True, largest_in_small_memory=192, deterministic=True),
+    "efficient": Limits(
+        oldest={torch.bfloat16: AMPERE, torch.float16: MAXWELL, torch.float32: MAXWELL},
+        largest_head_dim=_ANY_WIDTH,
+        deterministic=True,
+    ),
+    "flash_attn": Limits(package="flash-attn", largest_in_small_memory=192, deterministic=True),
+    "xformers": Limits(package="xformers", oldest=dict.fromkeys((*_NARROW, torch.float32), AMPERE)),
     "te": Limits(package="transformer-engine", by_hand=False),
     # softmax(q k^T) v, written out
     "reference": Limits(
         on_cpu=True,
-        capability=(0, 0),
-        dtypes=tuple(_DTYPES),
+        oldest=dict.fromkeys(_DTYPES, (0, 0)),
         head_dim_multiple=1,
         largest_head_dim=_ANY_WIDTH,
         deterministic=True,

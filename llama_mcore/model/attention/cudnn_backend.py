@@ -25,7 +25,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     k, v = (repeat_heads(x, q.size(1)) for x in (k, v))
     # no bias, with log-sum-exp, no dropout, causal, no debug mask
     out, log_sum_exp = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False)[:2]
-    return sequence_first(out), log_sum_exp.squeeze(-1)  # [b, n, s, 1]
+    return sequence_first(out), log_sum_exp.flatten(2)  # from [b, n, s, 1]
 
 
 def backward(

@@ -23,6 +23,7 @@ _LSE_ROWS = 32
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     return attend_by(SDPBackend.EFFICIENT_ATTENTION, q, k, v)
 
 

@@ -1,0 +1,57 @@
+"""Compiling a model's kernels before its first step, on one rank of each node before the others."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from llama_mcore.model.gpt import LlamaModel
+from llama_mcore.model.kernels import PLAIN
+from llama_mcore.model.layer import LlamaLayer
+from llama_mcore.parallel.overlap import Pending, TensorParallel
+
+
+def warm_up(model: LlamaModel, micro_batch_size: int, *, is_first: bool, barrier: Callable[[], None]) -> None:
+    """Compute a layer forward and backward: on one rank of each node, whose compiler fills the node's cache
+    (TORCHINDUCTOR_CACHE_DIR, by default under its temporary folder), and then on the others, which find it
+    there: on a GPU what Triton compiled, since Inductor's own entries name the GPU. Nobody compiles while
+    the rest wait in a collective.
+
+    All ranks call it together, before DeepSpeed takes the weights; `is_first`: of its node; `barrier` waits
+    for all ranks. Nothing where nothing is compiled. Under recompute=none the rotations alone are compiled,
+    and when they are first called.
+    """
+    layer = model.decoder.layers[0]
+    if not isinstance(layer, LlamaLayer) or not layer.by_hand or layer.kernels.swiglu is PLAIN.swiglu:
+        return
+    if is_first:
+        _compute(layer, model.max_sequence_length, micro_batch_size)
+    barrier()
+    if not is_first:
+        _compute(layer, model.max_sequence_length, micro_batch_size)
+
+
+class _Alone(TensorParallel):
+    """Of a rank that asks no other: what it gets has the right shape and no meaning."""
+
+    def start_gather(self, x: Tensor) -> Pending:
+        return Pending(x.repeat(self.size, 1, 1) if self.sequence_parallel else x)
+
+    def start_reduce(self, x: Tensor) -> Pending:
+        return Pending(x.chunk(self.size)[0] if self.sequence_parallel else x)
+
+    def start_replicated_sum(self, gradient: Tensor) -> Pending:
+        return Pending(gradient)
+
+
+def _compute(layer: LlamaLayer, seq_length: int, micro_batch_size: int) -> None:
+    """Training and held-out loss differ in what requires a gradient, and torch compiles for each."""
+    tp = _Alone(layer.tp.group, layer.tp.sequence_parallel)
+    weight = layer.input_layernorm.weight
+    positions = seq_length // (tp.size if tp.sequence_parallel else 1)
+    x = torch.zeros(positions, micro_batch_size, weight.numel(), dtype=weight.dtype, device=weight.device)
+    with torch.no_grad():
+        layer.forward_by_hand(x, None, tp)
+    x.requires_grad_()
+    out = layer.forward_by_hand(x, None, tp)
+    torch.autograd.grad(out, (x, *layer.parameters()), torch.zeros_like(out))
