@@ -1,6 +1,7 @@
 """llama_mcore.parallel.device: one choice, by the setting, the variable and what the machine has."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,10 @@ from llama_mcore.parallel.device import (
     usable_gpus,
     why_no_gpu,
 )
-from tests.support.errors import refused
+from tests.conftest import Once
+from tests.support.errors import is_shown, refused
 from tests.support.models import Small
-from tests.support.product import run_command
+from tests.support.product import llama_mcore, run_command, train
 from tests.support.world import exit_codes_of, write_output_to
 
 
@@ -188,9 +190,9 @@ def test_a_gpu_that_takes_no_work_is_named(
     assert "\n" not in problem.bound
 
 
-def beside_a_gpu(settings: list[str], choice: str, output: Path) -> None:
-    """Train where torch says that there is a GPU; what touches it fails, and torch's optimizers touch what
-    they see."""
+def beside_a_gpu(words: list[str], choice: str, output: Path) -> None:
+    """A command where torch says that there is a GPU; what touches it fails, and torch's optimizers touch
+    what they see."""
     write_output_to(output)
     os.environ[DEVICE] = choice
     torch.cuda.is_available = lambda: os.environ.get("CUDA_VISIBLE_DEVICES") != ""
@@ -203,7 +205,7 @@ def beside_a_gpu(settings: list[str], choice: str, output: Path) -> None:
         raise AssertionError("the GPU was touched")
 
     torch.cuda._lazy_init = torch.cuda.set_device = torch.accelerator.current_stream = touched
-    run_command(["train", "--config", "tiny", *settings])
+    run_command(words)
 
 
 @pytest.mark.process
@@ -211,8 +213,74 @@ def beside_a_gpu(settings: list[str], choice: str, output: Path) -> None:
 def test_no_rank_touches_a_gpu_that_is_there(
     small: Small, tmp_path: Path, choice: str, untouched: bool
 ) -> None:
-    settings = [*small.overrides(tmp_path / "run"), "train.steps=4", "optim.warmup_steps=1"]
-    codes = exit_codes_of(2, beside_a_gpu, settings, choice, tmp_path / "output.txt")
+    words = ["train", "--config", "tiny", *small.overrides(tmp_path / "run")]
+    words += ["train.steps=4", "optim.warmup_steps=1"]
+    codes = exit_codes_of(2, beside_a_gpu, words, choice, tmp_path / "output.txt")
     said = (tmp_path / "output.txt").read_text()
     assert (codes == [0, 0]) is untouched, said
     assert ("the GPU was touched" in said) is not untouched, said
+
+
+@pytest.fixture(scope="module")
+def trained(small: Small, once: Once) -> Path:
+    def make(folder: Path) -> None:
+        settings = [
+            *small.overrides(folder / "run"),
+            "parallel.tp=1",
+            "train.steps=2",
+            "optim.warmup_steps=1",
+        ]
+        assert train(settings).exit_code == 0
+
+    return once("trained-for-devices", make) / "run"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("words", "untouched"), [([], True), (["--device", "cuda"], False)])
+def test_the_proof_of_a_conversion_needs_no_gpu(
+    trained: Path, tmp_path: Path, words: list[str], untouched: bool
+) -> None:
+    convert = ["convert", "--input", str(trained), "--to", "meta", "--output", str(tmp_path / "meta"), *words]
+    codes = exit_codes_of(1, beside_a_gpu, convert, "auto", tmp_path / "output.txt")
+    said = (tmp_path / "output.txt").read_text()
+    assert (codes == [0]) is untouched, said
+    assert ("the GPU was touched" in said) is not untouched, said
+    assert "logits" in said or not untouched
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [("generate", ["--checkpoint", "x", "--prompt", "y"]), ("convert", ["--input", "x", "--to", "hf"])],
+)
+def test_a_gpu_that_is_not_there_is_refused_by_name(tmp_path: Path, command: str, options: list[str]) -> None:
+    output = ["--output", str(tmp_path / "out")] if command == "convert" else []
+    done = llama_mcore(command, *options, *output, "--device", "tpu")
+    assert done.exit_code == 64
+    assert is_shown(done.output, "--device", "tpu")
+
+
+def resumed_where_kernels_add_in_any_order(words: list[str], output: Path) -> None:
+    from llama_mcore.train import job
+
+    write_output_to(output)
+    job.on_gpu = lambda: True  # asked there for nothing but whether the same bits come each time
+    run_command(words)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("deterministic", ["false", "true"])
+def test_a_resumed_run_says_how_far_its_losses_agree(
+    trained: Path, small: Small, tmp_path: Path, deterministic: str
+) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    settings = [*small.overrides(run), "parallel.tp=1", "train.steps=4", "optim.warmup_steps=1"]
+    words = ["train", "--config", "tiny", *settings, f"run.deterministic={deterministic}"]
+    output = tmp_path / "output.txt"
+    assert exit_codes_of(1, resumed_where_kernels_add_in_any_order, words, output) == [0]
+    said = output.read_text()
+    assert "resuming at step 2" in said
+    assert ("run.deterministic=true" in said) is (deterministic == "false")
+    computed_by = f"computed by {describe_device()}; attention: flash (CPU in bf16"
+    assert computed_by in said
+    assert (run / "config.yaml").read_text().startswith(f"# {computed_by}")
