@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch.backends": {"errors", "launch", "model", "parallel.device"},
     "launch.smoke": {"errors", "launch", "model", "parallel.device"},
     "launch.gpus": {"errors", "launch", "parallel.device"},
+    "launch.limits": {"errors", "launch", "units", "parallel.cgroup"},
     "launch.signs": {"errors", "launch", "parallel.rank"},
     "launch.loopback": {"errors", "launch", "parallel.device"},
     # What they say to the process that trains, in words of its own.
@@ -69,7 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("checkpoint.lease", "checkpoint.run_folder"),
     },
     "launch.node_checks": {
-        *("errors", "units", "launch", "config", "plan", "model", "parallel.device"),
+        *("errors", "units", "launch", "config", "plan", "model", "parallel.cgroup", "parallel.device"),
         "checkpoint.run_folder",
     },
     "launch.limited": set(),

@@ -6,7 +6,6 @@ directly on each other, so that what else the machine does meets both alike.
 
 import os
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -21,7 +20,7 @@ from llama_mcore.checkpoint.layout import step_dir
 from llama_mcore.checkpoint.load import load_checkpoint
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.checkpoint.save import Saver
-from llama_mcore.checkpoint.snapshot import snapshot
+from llama_mcore.checkpoint.snapshot import saved_tensors
 from llama_mcore.checkpoint.tensor_file import write_tensors
 from llama_mcore.config import RunConfig
 from llama_mcore.errors import MissingInputError, input_problem
@@ -149,10 +148,10 @@ class _Bench:
     def _time(self, name: str, work: Callable[[], object]) -> None:
         self.seconds[name].append(seconds_of(work))
 
-    def _time_writer(self, name: str, write: Callable[[Path, Mapping[str, Tensor]], object]) -> None:
+    def _time_writer(self, name: str, write: Callable[[Path, Tensor], object]) -> None:
         path = self._folder / "written"
-        fragments = snapshot(self._engine, self._groups)
-        self._time(name, lambda: write(path, fragments))
+        state = torch.cat(saved_tensors(self._engine, self._groups)).cpu()
+        self._time(name, lambda: write(path, state))
         path.unlink()
 
     def _save(self) -> None:
@@ -165,17 +164,17 @@ class _Bench:
 
     def _save_in_background(self, stall: str, step: str) -> None:
         """Save as the training loop does, and train until it is on the disk."""
-        stalled = seconds_of(self._begin)
+        self._begin()
         saved = None
         while saved is None:
             self._time(step, self._train)
-            started = time.perf_counter()
             saved = self._saver.poll()
-            stalled += time.perf_counter() - started
-        self.seconds[stall].append(stalled)
+        self.seconds[stall].append(saved.stalled_s)
 
     def _train(self) -> None:
-        train_step(self._engine, iter([self._batch]), 1, self._run.optim.lr, self._groups)
+        wait = self._saver.before_update
+        batches, lr = iter([self._batch]), self._run.optim.lr
+        train_step(self._engine, batches, 1, lr, self._groups, before_update=wait)
 
     def _load(self, checkpoint: Path) -> None:
         load_checkpoint(self._engine, CheckpointReader(checkpoint), self._groups)
@@ -191,17 +190,16 @@ def _run_in(folder: Path, model: ModelConfig) -> RunConfig:
     )
 
 
-def _write_plainly(path: Path, fragments: Mapping[str, Tensor]) -> None:
+def _write_plainly(path: Path, state: Tensor) -> None:
     with path.open("xb", buffering=0) as file:
-        for fragment in fragments.values():
-            content = fragment.view(torch.uint8).numpy().data
-            while content:
-                content = content[file.write(content) :]
+        content = state.view(torch.uint8).numpy().data
+        while content:
+            content = content[file.write(content) :]
         os.fsync(file.fileno())
 
 
-def _write_hashed(path: Path, fragments: Mapping[str, Tensor]) -> None:
-    write_tensors(path, fragments, {})
+def _write_hashed(path: Path, state: Tensor) -> None:
+    write_tensors(path, {"state": len(state)}, [state], {})
 
 
 def _drop_from_page_cache(folder: Path) -> None:

@@ -7,8 +7,9 @@ alone, so that tests can count, record and fail each operation (`observer`).
 import hashlib
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,32 +19,31 @@ observer: Callable[[str, Path], None] = lambda operation, path: None  # noqa: E7
 """Told of each operation and its path before it happens."""
 
 
-def write_file(path: Path, chunks: Iterable[Buffer]) -> tuple[int, str]:
+def write_file(path: Path, chunks: Iterable[Buffer], held: int | None = None) -> tuple[int, str]:
     """Write a new file, wait until its content is on the disk, and return its size and SHA-256.
 
-    `chunks` are views of memory that is there; bytes, so that their length is their size.
+    `chunks`: bytes, so that their length is their size. `held`: how many of them stay as they are while the
+    next is made; None: all.
 
     The hash is that of the bytes in memory, computed beside the writing and the wait for the disk: a core
     hashes about as fast as a good disk writes. Raises OSError, FileExistsError included: a writer that was
     given up for dead must not mix with its successor.
     """
-    content = list(chunks)
+    size, sha256, hashing = 0, hashlib.sha256(), deque[Future[None]]()
     observer("create", path)
     with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
-        hashed = hasher.submit(_sha256, content)
-        for chunk in content:
+        for chunk in chunks:
+            hashing.append(hasher.submit(sha256.update, chunk))
             observer("write", path)
             _write_all(file.fileno(), chunk)
+            size += len(chunk)
+            while held is not None and len(hashing) > held:
+                hashing.popleft().result()
         observer("fsync", path)
         os.fsync(file.fileno())
-        return sum(map(len, content)), hashed.result()
-
-
-def _sha256(content: Iterable[Buffer]) -> str:
-    sha256 = hashlib.sha256()
-    for chunk in content:
-        sha256.update(chunk)
-    return sha256.hexdigest()
+        for chunk_hashed in hashing:
+            chunk_hashed.result()
+    return size, sha256.hexdigest()
 
 
 def _write_all(descriptor: int, chunk: Buffer) -> None:

@@ -1,6 +1,7 @@
 """Write a checkpoint: every rank its own fragments, published by rename when all are on the disk.
 
-    snapshot    copy the fragments to host memory: all that training has to wait for
+    copy        the fragments to host memory, in the background; the next update, which changes them, waits
+                for that, and training for nothing else
     write       this rank's file, in the background
     publish     when all ranks have: rank 0 writes the manifest, renames the folder and removes old
                 checkpoints, in the background
@@ -19,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from torch import Tensor
 
 from llama_mcore.checkpoint.disk import (
     make_folder,
@@ -43,7 +43,7 @@ from llama_mcore.checkpoint.layout import (
 from llama_mcore.checkpoint.lease import Lease
 from llama_mcore.checkpoint.manifest import MANIFEST, Layout, Manifest, RankFile, manifest_bytes
 from llama_mcore.checkpoint.phase import agree, in_background
-from llama_mcore.checkpoint.snapshot import check_finite, not_finite, snapshot
+from llama_mcore.checkpoint.snapshot import SLOTS, Copying, check_finite, host_copy, not_finite, saved_tensors
 from llama_mcore.checkpoint.tensor_file import write_tensors
 from llama_mcore.config import RunConfig
 from llama_mcore.observe.log import get_logger
@@ -64,7 +64,7 @@ class Saved:
     stalled_s: float
     """Seconds that training waited."""
     seconds: float
-    """From the snapshot to the last rename."""
+    """From `begin` to the last rename."""
 
 
 class Saver:
@@ -78,25 +78,39 @@ class Saver:
     ) -> None:
         """`lease`: rank 0's; nothing is published without it."""
         self._engine, self._run, self._groups, self._lease = engine, run, groups, lease
-        self._buffers: dict[str, Tensor] = {}
+        self._host_copy, self.memory = host_copy(engine, groups, run.checkpoint)
         self._writing: _Writing | None = None
 
     def begin(self, state: TrainState, lr: float) -> Saved | None:
         """Start to write the state of now. Waits for the save before, if that is not done, and returns it.
 
-        Raises NumericalError, and writes nothing, where the state is not finite.
+        From here on `before_update` has to be called before every update. Raises NumericalError, and writes
+        nothing, where the state is not finite.
         """
-        before = self.finish()
+        if self._writing:
+            what = f"the checkpoint of step {self._writing.state.step:,}, still being written"
+            get_logger().info("step %s: waiting for %s", f"{state.step:,}", what)
+        before, started = self.finish(), time.perf_counter()
         final = step_dir(Path(self._run.run.dir), state.step)
         check_finite(agree(lambda: not_finite(self._engine, self._groups), final), state.step)
-        started = time.perf_counter()
         temporary = final.with_suffix(TEMPORARY)
         agree(lambda: self._prepare(temporary), final)
+        copying, path = self._copying, temporary / rank_file(self._groups.rank)
         metadata = {"run_id": state.run_id, "step": str(state.step), "rank": str(self._groups.rank)}
-        path, fragments = temporary / rank_file(self._groups.rank), self._buffers
-        work = in_background(lambda: write_tensors(path, fragments, metadata))
-        self._writing = _Writing(work, final, state, lr, started, time.perf_counter() - started)
+        work = in_background(lambda: self._write(path, copying, metadata))
+        writing = _Writing(work, copying, final, state, lr, started)
+        if self._host_copy.is_ring:
+            agree(lambda: writing.wait_for_copy(self._run), final)
+        writing.stalled_s = time.perf_counter() - started
+        self._writing = writing
         return before
+
+    def before_update(self) -> None:
+        """Wait until the state that is being saved is copied: an update changes it. Not a collective."""
+        if self._writing:
+            started = time.perf_counter()
+            self._writing.copying.copied.wait()
+            self._writing.stalled_s += time.perf_counter() - started
 
     def poll(self) -> Saved | None:
         """Go on with the save in flight if every rank has done its part; return it if it is done. Does not
@@ -118,13 +132,22 @@ class Saver:
         return saved
 
     def close(self) -> None:
-        """Leave a save in flight unfinished: its folder keeps the temporary name."""
+        """Leave a save in flight unfinished: its folder keeps the temporary name. What it copies may go."""
+        self.before_update()
         self._writing = None
 
     def _prepare(self, temporary: Path) -> None:
-        self._buffers = snapshot(self._engine, self._groups, self._buffers)
         if self._groups.rank == 0:
             _make_room(temporary, self._run.model.num_params() * _BYTES_PER_PARAMETER)
+        self._copying = self._host_copy.begin(saved_tensors(self._engine, self._groups))
+
+    def _write(self, path: Path, copying: Copying, metadata: dict[str, str]) -> tuple[int, str]:
+        """Copy and write, in the writer's thread."""
+        held = SLOTS - 1 if self._host_copy.is_ring else None
+        try:
+            return write_tensors(path, self._host_copy.sizes, copying.pieces(), metadata, held)
+        finally:  # nobody shall wait for a copy that failed; `result` says why it did
+            copying.copied.set()
 
     def _advance(self, writing: "_Writing", started: float) -> Saved | None:
         """From written to publishing, from publishing to published."""
@@ -180,32 +203,44 @@ class Saver:
 
 @dataclass
 class _Writing:
-    """A save between its snapshot and its publication."""
+    """A save between its beginning and its publication."""
 
     work: Future[Any]
     """This rank's part of the phase at hand: size and SHA-256 of its file, then nothing."""
+    copying: Copying
     final: Path
     state: TrainState
     lr: float
     started: float
-    stalled_s: float
+    stalled_s: float = 0.0
     publishing: bool = False
 
     def is_over(self, run: RunConfig) -> bool:
-        return self.work.done() or time.perf_counter() - self.started > run.checkpoint.timeout_s
+        return self.work.done() or self._time_left(run) <= 0
 
     def wait(self, run: RunConfig) -> None:
-        left = run.checkpoint.timeout_s - (time.perf_counter() - self.started)
         try:
-            self.work.exception(timeout=max(0.0, left))
+            self.work.exception(timeout=self._time_left(run))
         except TimeoutError:
             return  # `result` says so, to all ranks
+
+    def wait_for_copy(self, run: RunConfig) -> None:
+        """Raises TimeoutError if it is not done."""
+        if not self.copying.copied.wait(self._time_left(run)):
+            raise _late(run)
 
     def result(self, run: RunConfig) -> Any:
         """Raises what the work raised, and TimeoutError if it is not done."""
         if not self.work.done():
-            raise TimeoutError(0, f"not written within checkpoint.timeout_s = {run.checkpoint.timeout_s}")
+            raise _late(run)
         return self.work.result()
+
+    def _time_left(self, run: RunConfig) -> float:
+        return max(0.0, run.checkpoint.timeout_s - (time.perf_counter() - self.started))
+
+
+def _late(run: RunConfig) -> TimeoutError:
+    return TimeoutError(0, f"not written within checkpoint.timeout_s = {run.checkpoint.timeout_s}")
 
 
 def save_checkpoint(engine: DeepSpeedEngine, run: RunConfig, state: TrainState, groups: Groups) -> Path:

@@ -1,11 +1,16 @@
-"""What a save writes, as it was at one moment: copies in host memory, so that training can go on."""
+"""The state of one moment on its way to host memory, beside the training that goes on."""
 
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import Event
 
 import torch
+import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
+from llama_mcore.checkpoint.config import CheckpointConfig
 from llama_mcore.checkpoint.fragments import (
     Fragment,
     create_optimizer_state,
@@ -15,43 +20,154 @@ from llama_mcore.checkpoint.fragments import (
 from llama_mcore.checkpoint.layout import KINDS, fragment_key
 from llama_mcore.errors import NumericalError, Problem
 from llama_mcore.model.sharding import cut_of
-from llama_mcore.parallel.device import host_buffer, synchronize
+from llama_mcore.parallel.cgroup import available_memory
+from llama_mcore.parallel.device import CopyStream, host_block, on_gpu
 from llama_mcore.parallel.groups import Groups
+from llama_mcore.units import format_bytes
+
+SLOTS = 16
+"""Of a ring: one is filled, one written and hashed, and hashing may be behind by all others."""
+_FP32 = 4
 
 
-def snapshot(
-    engine: DeepSpeedEngine, groups: Groups, buffers: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Copies of this rank's fragments in host memory, fp32, by their key in the file.
+class HostCopy:
+    """Host memory of this rank's saves, allocated once and in one block when this is made.
 
-    Every element of the run is in the snapshot of one rank only: at stage 0 the first data-parallel rank has
-    it, and what tensor parallelism replicates the first tensor-parallel rank. `buffers`: an older snapshot
-    that nobody needs any more; its memory is used again, since to touch new memory takes several times as
-    long as to copy.
+    All of a save at a time; or, as a ring, as much as is being written, so that training waits until all is.
     """
-    if engine.zero_optimization_stage() == 0 and groups.dp_rank > 0:
-        return {}
-    mine = _saved_fragments(engine, groups)
-    copies = {}
-    for fragment in mine:
-        for kind in KINDS:
-            key = fragment_key(kind, fragment.name, fragment.start)
-            copies[key] = buffers[key] if buffers else host_buffer(fragment.numel)
-            copies[key].copy_(fragment.view(kind), non_blocking=True)
-    synchronize()  # copies from a GPU are on their way until then
-    return copies
+
+    def __init__(self, sizes: Mapping[str, int], ring_bytes: int | None = None) -> None:
+        """`sizes`: elements of each tensor that is saved, by its key in the file and in its order there.
+
+        Raises PreflightError where the memory is not to be had.
+        """
+        self.sizes = dict(sizes)
+        self.is_ring = ring_bytes is not None
+        total = sum(sizes.values())
+        slots, numel = (SLOTS, ring_bytes // (_FP32 * SLOTS)) if ring_bytes else (1, max(1, total))
+        self._slots = host_block(slots * numel).view(slots, numel)
+        self._stream = CopyStream()
+
+    @property
+    def bytes(self) -> int:
+        return self._slots.nbytes
+
+    def begin(self, tensors: Sequence[Tensor]) -> "Copying":
+        """Copy `tensors`, flat and in the order of `sizes`, as what this thread has queued leaves them.
+
+        Nothing may change them until they are `copied`, and the copy before must be written.
+        """
+        if [len(tensor) for tensor in tensors] != [*self.sizes.values()]:
+            raise RuntimeError("this rank owns other fragments than when its memory was allocated")
+        self._stream.follow()
+        return Copying(list(tensors), self._slots, self._stream)
+
+
+@dataclass(frozen=True)
+class Copying:
+    """One copy, which whoever writes it carries out in a thread of its own."""
+
+    tensors: list[Tensor]
+    slots: Tensor
+    stream: CopyStream
+    copied: Event = field(default_factory=Event)
+    """Set when the tensors are copied, or never will be."""
+
+    def pieces(self) -> Iterator[Tensor]:
+        """All tensors one after the other, in fp32 pieces [n] that stay until the ring comes round."""
+        left = sum(map(len, self.tensors))
+        if not left:
+            self.copied.set()
+        for number, parts in enumerate(_cut(self.tensors, self.slots.shape[1])):
+            sizes = [len(part) for part in parts]
+            piece = self.slots[number % len(self.slots), : sum(sizes)]
+            self.stream.copy(zip(piece.split(sizes), parts, strict=True))
+            left -= len(piece)
+            if not left:
+                self.copied.set()
+            yield piece
+
+
+def _cut(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """The tensors cut into lists of `size` elements together; the last may have fewer."""
+    parts: list[Tensor] = []
+    room = size
+    for tensor in tensors:
+        while len(tensor) >= room:
+            yield [*parts, tensor[:room]]
+            tensor, parts, room = tensor[room:], [], size
+        if len(tensor):
+            parts.append(tensor)
+            room -= len(tensor)
+    if parts:
+        yield parts
+
+
+def host_copy(engine: DeepSpeedEngine, groups: Groups, config: CheckpointConfig) -> tuple[HostCopy, str]:
+    """The memory of this rank's saves, and what that is in words: the same kind on all ranks.
+
+    All ranks call it together: each tells the others what it needs, before any takes it.
+    """
+    sizes = {
+        fragment_key(kind, fragment.name, fragment.start): fragment.numel
+        for fragment in _saved_fragments(engine, groups)
+        for kind in KINDS
+    }
+    needs = _gathered(Need(socket.gethostname(), _FP32 * sum(sizes.values()), available_memory()))
+    short = why_too_little(needs, config)
+    copy = HostCopy(sizes, config.ring_bytes if short else None)
+    memory = f"{'pinned ' if on_gpu() else ''}host memory on each rank"
+    if short:
+        size = format_bytes(config.ring_bytes)
+        return copy, f"a ring of {size} of {memory}, and training waits while one is written: {short}"
+    size = format_bytes(max(need.bytes for need in needs))
+    return copy, f"{size} of {memory}, and the update after a save waits for the copy alone"
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one rank needs to hold all of a save."""
+
+    host: str
+    bytes: int
+    available: int
+    """Bytes on its node, for all ranks there."""
+
+
+def why_too_little(needs: Sequence[Need], config: CheckpointConfig) -> str:
+    """Where a rank may not hold all of its state; empty if all may."""
+    for need in needs:
+        there = [other for other in needs if other.host == need.host]
+        limit = config.copy_limit(min(other.available for other in there) // len(there))
+        if need.bytes > limit:
+            needed = f"{format_bytes(need.bytes)} are needed for all of it"
+            return f"{needed}, and {format_bytes(limit)} are what a rank on {need.host} may take"
+    return ""
+
+
+def _gathered(need: Need) -> list[Need]:
+    needs: list[Need | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(needs, need)
+    return [need for need in needs if need]
+
+
+def saved_tensors(engine: DeepSpeedEngine, groups: Groups) -> list[Tensor]:
+    """What this rank saves, fp32, flat, on its device or in host memory: the run's own, nothing is copied."""
+    _have_state(engine, groups)
+    return [fragment.view(kind) for fragment in _saved_fragments(engine, groups) for kind in KINDS]
 
 
 def not_finite(engine: DeepSpeedEngine, groups: Groups) -> list[str]:
-    """What of this rank's part of a snapshot of now would hold a NaN or an infinity, by name.
-
-    Looks at every element, on the device.
-    """
+    """What of this rank's state holds a NaN or an infinity, by name. Looks at every element."""
+    _have_state(engine, groups)
+    found = [(f, kind) for f in _distinct_fragments(engine, groups) if f.numel for kind in KINDS]
+    if not found:
+        return []
+    # the largest absolute value needs no copy, and is NaN if one of them is
+    largest = [torch.linalg.vector_norm(f.view(kind), torch.inf).to(groups.device) for f, kind in found]
+    finite = torch.stack(largest).isfinite().tolist()  # the device is waited for once
     return [
-        f"{kind} of {fragment.name}"
-        for fragment in _saved_fragments(engine, groups)
-        for kind in KINDS
-        if not _is_finite(fragment.view(kind))
+        f"{kind} of {f.name}" for (f, kind), is_finite in zip(found, finite, strict=True) if not is_finite
     ]
 
 
@@ -72,14 +188,21 @@ def check_finite(found: Sequence[list[str]], step: int) -> None:
         raise NumericalError(problems)
 
 
-def _is_finite(values: Tensor) -> bool:
-    """Whether all elements are. The largest absolute value needs no copy, and is NaN if one of them is."""
-    return not values.numel() or bool(torch.linalg.vector_norm(values, torch.inf).isfinite())
-
-
 def _saved_fragments(engine: DeepSpeedEngine, groups: Groups) -> list[Fragment]:
+    """This rank's. Every element of the run is saved by one rank only: at stage 0, where all data-parallel
+    ranks have it, by the first."""
+    if engine.zero_optimization_stage() == 0 and groups.dp_rank > 0:
+        return []
+    return _distinct_fragments(engine, groups)
+
+
+def _distinct_fragments(engine: DeepSpeedEngine, groups: Groups) -> list[Fragment]:
     """This rank's, without those of parameters that the first tensor-parallel rank has too."""
+    owned = owned_fragments(engine, groups.dp_rank)
+    return [fragment for fragment in owned if groups.tp_rank == 0 or cut_of(fragment.name) is not None]
+
+
+def _have_state(engine: DeepSpeedEngine, groups: Groups) -> None:
     owned = owned_fragments(engine, groups.dp_rank)
     if not all(map(has_optimizer_state, owned)):  # no update was applied yet
         create_optimizer_state(owned, 0)
-    return [fragment for fragment in owned if groups.tp_rank == 0 or cut_of(fragment.name) is not None]

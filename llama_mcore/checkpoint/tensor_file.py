@@ -5,7 +5,8 @@ where it gives them back. The format: 8 bytes with the length of a JSON header, 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -16,27 +17,37 @@ from llama_mcore.checkpoint.disk import write_file
 _CHUNK = 16 << 20
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[int, str]:
-    """Write contiguous fp32 tensors of the CPU; size and SHA-256 of the file. Raises OSError."""
-    return write_file(path, _chunks(tensors, metadata))
+def write_tensors(
+    path: Path,
+    sizes: Mapping[str, int],
+    pieces: Iterable[Tensor],
+    metadata: Mapping[str, str],
+    held: int | None = None,
+) -> tuple[int, str]:
+    """Write flat fp32 tensors; size and SHA-256 of the file. Raises OSError.
+
+    `sizes`: elements of each tensor, by name. `pieces`: the tensors one after the other, contiguous, on the
+    CPU, cut anywhere; the first is made before the file is. `held`: how many pieces, each of at most 16 MiB,
+    stay as they are while the next is made; None: all.
+    """
+    remaining = iter(pieces)
+    first = list(islice(remaining, 1))
+    content = (chunk for piece in chain(first, remaining) for chunk in _chunks(piece))
+    return write_file(path, chain([_header(sizes, metadata)], content), held)
 
 
-def _chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
-    yield memoryview(_header(tensors, metadata))
-    for tensor in tensors.values():
-        content = tensor.view(-1).view(torch.uint8).numpy().data
-        for start in range(0, len(content), _CHUNK):
-            yield content[start : start + _CHUNK]
+def _chunks(piece: Tensor) -> Iterator[memoryview]:
+    content = piece.view(torch.uint8).numpy().data
+    for start in range(0, len(content), _CHUNK):
+        yield content[start : start + _CHUNK]
 
 
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def _header(sizes: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            raise ValueError(f"{name} is {tensor.dtype}, contiguous {tensor.is_contiguous()}")
-        start, end = end, end + tensor.nbytes
-        entries[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for name, numel in sizes.items():
+        start, end = end, end + numel * torch.float32.itemsize
+        entries[name] = {"dtype": "F32", "shape": [numel], "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
     return len(text).to_bytes(8, "little") + text

@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from llama_mcore.errors import shown
-from llama_mcore.launch.cgroup import cpu_limit, memory_limit
 from llama_mcore.launch.finding import Finding, Status
+from llama_mcore.parallel.cgroup import cpu_limit, memory_limit
 
 GROUP = "limits"
 # A run keeps every file of its datasets open; 1,024 is the usual default.

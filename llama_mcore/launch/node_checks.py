@@ -14,10 +14,10 @@ import torch
 from llama_mcore.checkpoint.run_folder import PREFLIGHT_MARK as MARK
 from llama_mcore.config import RunConfig
 from llama_mcore.errors import ConfigError
-from llama_mcore.launch.cgroup import available_memory, memory_limit
 from llama_mcore.launch.finding import Finding
 from llama_mcore.model.attention import Choice, attention_for
 from llama_mcore.model.kernels import kernels_for
+from llama_mcore.parallel.cgroup import available_memory, memory_limit
 from llama_mcore.parallel.device import gpu_memory_bytes
 from llama_mcore.plan.footprint import Footprint, memory_of
 from llama_mcore.plan.memory import FP32

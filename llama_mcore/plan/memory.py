@@ -30,6 +30,12 @@ class ModelState:
     def total(self) -> int:
         return self.weights + self.gradients + self.masters + self.moments
 
+    @property
+    def saved(self) -> int:
+        """What a checkpoint holds of it: fp32 weights and moments, of which a save makes a copy in host
+        memory. At stage 0 the first data-parallel rank saves for all."""
+        return self.moments // ADAM_MOMENTS * (1 + ADAM_MOMENTS)
+
 
 @dataclass(frozen=True)
 class _Parameters:

@@ -16,6 +16,7 @@ def describe_run(run: RunConfig, world_size: int, run_dir: str = "") -> str:
         _describe_layout(run, world_size),
         _describe_tokens(run, world_size),
         _describe_memory(run, world_size),
+        _describe_checkpoints(run, world_size),
         _describe_files(run, run_dir),
     ]
     return "\n".join(sections)
@@ -95,6 +96,23 @@ def _describe_memory(run: RunConfig, world_size: int) -> str:
     ]
     lines = [_line("memory per rank" if i == 0 else "", _memory_row(*row)) for i, row in enumerate(rows)]
     return "\n".join(lines)
+
+
+def _describe_checkpoints(run: RunConfig, world_size: int) -> str:
+    """The host memory that saves go through; how much a node has is not known here."""
+    config, saved = run.checkpoint, memory_of(run, world_size).state.saved
+    copy, ring = f"{format_bytes(saved)} to copy what it saves", format_bytes(config.ring_bytes)
+    waits = "and training waits while a checkpoint is written"
+    if config.host_memory is None:
+        rows = [
+            f"{copy}, pinned where there is a GPU",
+            f"on nodes with less than twice that: {ring}, {waits}",
+        ]
+    elif saved <= config.host_memory:
+        rows = [copy]
+    else:
+        rows = [f"{ring}, {waits}", f"checkpoint.host_memory is less than the {copy}"]
+    return "\n".join(_line("" if number else "host memory", row) for number, row in enumerate(rows))
 
 
 def _memory_row(name: str, count: int, note: str) -> str:

@@ -253,7 +253,7 @@ def broken_snapshot(rank: Rank) -> Iterator[Callable[[], bool]]:
     """Without the disk: the state cannot be copied."""
     rank.engine.broken_at = SAVES[1][1]
     yield lambda: True  # the message says whether it was so
-    rank.engine.broken_at = 0
+    rank.engine.broken_at = -1
 
 
 def nothing() -> None:

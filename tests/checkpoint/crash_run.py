@@ -80,8 +80,8 @@ class Engine:
         self._groups = groups
         self.module = nn.Module()
         self.optimizer = torch.optim.AdamW([torch.zeros(1)])
-        self.version = 0
-        self.broken_at = 0
+        self.broken_at = -1
+        self.fill(0)
 
     def fill(self, version: int) -> None:
         self.version, named = version, {}

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from llama_mcore.checkpoint import load as loading
 from llama_mcore.checkpoint.layout import checkpoints_dir, find_checkpoint
 from llama_mcore.checkpoint.load import load_checkpoint
 from llama_mcore.checkpoint.reader import CheckpointReader
@@ -132,6 +133,7 @@ def save(folder: Path, job: Job, groups: Groups) -> None:
 
 def load(folder: Path, pairs: list[Pair], job: Job, groups: Groups) -> None:
     """One after the other into one engine, the job's own layout first: into the engine as it begins."""
+    loading.SLOT = 1000  # elements: most parameters have more
     engine = new_engine(job.run_config(folder), groups)
     todo = [pair for pair in pairs if pair.loaded == job]
     for pair in sorted(todo, key=lambda pair: pair.saved != job):
@@ -174,9 +176,18 @@ def new_engine(run: RunConfig, groups: Groups) -> DeepSpeedEngine:
     return build_engine(model, run, groups)
 
 
-def take_steps(engine: DeepSpeedEngine, steps: range, dp: int, groups: Groups) -> list[tuple[float, float]]:
+def take_steps(
+    engine: DeepSpeedEngine,
+    steps: range,
+    dp: int,
+    groups: Groups,
+    before_update: Callable[[], None] = lambda: None,
+) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step."""
-    found = [train_step(engine, batches(step, dp, groups.dp_rank), 1, 1e-2, groups) for step in steps]
+    found = [
+        train_step(engine, batches(step, dp, groups.dp_rank), 1, 1e-2, groups, before_update=before_update)
+        for step in steps
+    ]
     return [(result.loss, result.grad_norm) for result in found]
 
 

@@ -1,5 +1,6 @@
-"""Two ranks that save while they train, on a disk that waits, fails or hangs."""
+"""Two ranks that save while they train, on a disk that waits, fails or hangs, and with copies that do."""
 
+import logging
 import os
 import shutil
 import sys
@@ -11,21 +12,26 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from llama_mcore.checkpoint import disk, save
-from llama_mcore.checkpoint.layout import checkpoints_dir
+from llama_mcore.checkpoint.layout import checkpoints_dir, find_checkpoint
 from llama_mcore.checkpoint.lease import FOLDER, held_lease
+from llama_mcore.checkpoint.load import load_checkpoint
+from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.checkpoint.save import Saver, save_checkpoint
 from llama_mcore.config import RunConfig
 from llama_mcore.errors import OutputError
+from llama_mcore.observe.log import get_logger
+from llama_mcore.parallel.device import CopyStream
 from llama_mcore.parallel.groups import Groups, model_parallel_groups
 from llama_mcore.train.engine import DeepSpeedEngine
 from llama_mcore.train.state import TrainState
 from tests.checkpoint.jobs import SEQUENCES, layout, new_engine, take_steps
+from tests.support.models import UNEVEN, run_config
 from tests.support.product import run_command
 
 T = TypeVar("T")
@@ -33,6 +39,8 @@ T = TypeVar("T")
 JOB = layout(tp=1, dp=2, stage=1)
 SLOW_S = 0.5
 POLLS = 10
+RING_BYTES = 64 << 10
+"""Less than what a rank of `JOB` saves, and the least that a run may ask for."""
 TIMEOUT_S = 20
 """checkpoint.timeout_s of a run whose disk hangs; its sound save takes a small fraction of that."""
 FIRST, SECOND, LAST = "step-00000003", "step-00000006", "step-00000008"
@@ -63,11 +71,47 @@ class Disk:
         threading.Thread(target=wait).start()
 
 
-def begin_waits() -> bool:
-    """Whether the main thread is in `Saver.begin`, and there waits for another thread."""
+def waits_in(function: Callable[..., object]) -> bool:
+    """Whether the main thread is in `function`, and there waits for another thread."""
     stack = sys._current_frames()[threading.main_thread().ident or 0]
     codes = [frame.f_code for frame, _ in traceback.walk_stack(stack)]
-    return codes[0].co_filename == threading.__file__ and Saver.begin.__code__ in codes
+    return codes[0].co_filename == threading.__file__ and function.__code__ in codes
+
+
+@contextmanager
+def copying(copy: Callable[[CopyStream, Any], None]) -> Iterator[None]:
+    """Let copies between device and host memory be made by `copy`."""
+    real, CopyStream.copy = CopyStream.copy, copy  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        CopyStream.copy = real  # type: ignore[method-assign]
+
+
+@contextmanager
+def slow_copies(waiting: Disk) -> Iterator[None]:
+    """Copies wait until `waiting` is opened."""
+    real = CopyStream.copy
+
+    def copy(stream: CopyStream, pairs: Any) -> None:
+        waiting.opened.wait()
+        real(stream, pairs)
+
+    with copying(copy):
+        yield
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """What is logged, on every rank."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = get_logger()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.removeHandler(handler)
 
 
 @contextmanager
@@ -90,8 +134,12 @@ class Rank:
 
     def train(self, steps: int) -> None:
         start = self.state.step
-        take_steps(self.engine, range(start, start + steps), JOB.dp, self.groups)
+        take_steps(self.engine, range(start, start + steps), JOB.dp, self.groups, self.saver.before_update)
         self.state = TrainState(start + steps, (start + steps) * SEQUENCES, run_id="r")
+
+    def saver_with(self, **checkpoint: object) -> Saver:
+        """With other settings."""
+        return Saver(self.engine, self.run.changed(checkpoint=checkpoint), self.groups)
 
     def save_beside(self, name: str) -> None:
         """The state of now, saved while nothing else happens."""
@@ -155,14 +203,104 @@ def poll_alone(rank: Rank) -> dict:
 def back_pressure(rank: Rank) -> dict:
     rank.train(1)
     waiting = Disk()
-    with observed_by(waiting):
+    with observed_by(waiting), heard() as said:
         first = rank.saver.begin(rank.state, lr=0.0)
         rank.train(1)
-        waiting.open_when(begin_waits)
+        waiting.open_when(lambda: waits_in(Saver.begin))
         before = rank.saver.begin(rank.state, lr=0.0)
         last = rank.saver.finish()
     steps = [saved and saved.state.step for saved in (first, before, last)]
-    return {"steps": steps, "stalled_s": before.stalled_s if before else 0.0, "log": waiting.log}
+    stalled_s = before.stalled_s if before else 0.0
+    return {"steps": steps, "stalled_s": stalled_s, "log": waiting.log, "said": said}
+
+
+def slow_copy(rank: Rank) -> dict:
+    """Save, and train on before anything is copied: without a wait it is copied when two steps are done."""
+    rank.train(1)
+    rank.save_beside(f"{rank.folder}-then")
+    waiting, finished = Disk(), []
+    with slow_copies(waiting):
+        waiting.open_when(lambda: finished or waits_in(Saver.before_update))
+        rank.saver.begin(rank.state, lr=0.0)
+        rank.train(2)
+        finished.append(True)
+        saved = rank.saver.finish()
+    return {"stalled_s": saved.stalled_s if saved else 0.0}
+
+
+def failing_copy(rank: Rank) -> dict:
+    """One rank cannot copy. Training goes on, and learns of it as of a disk that fails."""
+    rank.train(1)
+    save_checkpoint_at(rank, 1)
+
+    def fail(stream: CopyStream, pairs: Any) -> None:
+        raise RuntimeError("the device is gone")
+
+    with copying(fail) if rank.groups.rank == 1 else nullcontext():
+        rank.saver.begin(rank.state, lr=0.0)
+        rank.train(1)
+        said = refusal(rank.saver.finish)
+    return {"said": said, "left": names(rank)}
+
+
+def closing_early(rank: Rank) -> dict:
+    """A run that ends by an error closes its saver while the state is copied."""
+    rank.train(1)
+    waiting, closed = Disk(), []
+    with slow_copies(waiting):
+        waiting.open_when(lambda: closed or waits_in(Saver.close))
+        rank.saver.begin(rank.state, lr=0.0)
+        rank.saver.close()
+        closed.append(True)
+        opened = waiting.opened.is_set()
+    return {"opened": opened}
+
+
+def ring(rank: Rank) -> dict:
+    """The same state by way of a ring that holds a part of it, on a disk that waits."""
+    rank.train(1)
+    rank.save_beside(f"{rank.folder}-whole")
+    small = rank.saver_with(host_memory=RING_BYTES)
+    waiting, begun = Disk(), []
+    with observed_by(waiting):
+        waiting.open_when(lambda: begun or waits_in(Saver.begin))
+        small.begin(rank.state, lr=0.0)
+        begun.append(True)
+        in_begin = waiting.opened.is_set()
+        saved = small.finish()
+    folders = [saved.path if saved else None, find_checkpoint(Path(f"{rank.folder}-whole"))]
+    return {
+        "in_begin": in_begin,
+        "stalled_s": saved.stalled_s if saved else 0.0,
+        "memory": [rank.saver.memory, small.memory],
+        "files": [CheckpointReader(folder).manifest.files for folder in folders if folder],
+    }
+
+
+def hanging_ring(rank: Rank) -> dict:
+    """The disk of one rank hangs while training waits for it."""
+    small = rank.saver_with(host_memory=RING_BYTES, timeout_s=SLOW_S)
+    waiting = Disk()
+    with observed_by(waiting) if rank.groups.rank == 1 else nullcontext():
+        said = refusal(lambda: small.begin(TrainState(1, 4, run_id="r"), lr=0.0))
+        waiting.opened.set()
+    return {"said": said}
+
+
+def offloaded(rank: Rank) -> dict:
+    """Masters and moments in host memory: saved beside the steps that follow, loaded, and trained on."""
+    zero = {"stage": 3, "config": "ds_configs/zero3_offload.json"}
+    run = run_config(rank.folder, UNEVEN, zero=zero, train={"micro_batch_size": SEQUENCES // JOB.dp})
+    engine = new_engine(run, rank.groups)
+    take_steps(engine, range(2), JOB.dp, rank.groups)
+    saver = Saver(engine, run, rank.groups)
+    saver.begin(TrainState(2, 2 * SEQUENCES), lr=0.0)
+    before = take_steps(engine, range(2, 4), JOB.dp, rank.groups, saver.before_update)
+    saved = saver.finish()
+    again = new_engine(run, rank.groups)
+    assert saved
+    load_checkpoint(again, CheckpointReader(saved.path), rank.groups)
+    return {"before": before, "after": take_steps(again, range(2, 4), JOB.dp, rank.groups)}
 
 
 def no_room(rank: Rank) -> dict:
@@ -241,7 +379,20 @@ def names(rank: Rank) -> list[str]:
     return sorted(path.name for path in checkpoints_dir(rank.folder).iterdir() if path.is_dir())
 
 
-SCENARIOS = [moment, poll_alone, back_pressure, no_room, occupied, dies, taken_over]
+SCENARIOS = [
+    *(
+        moment,
+        poll_alone,
+        back_pressure,
+        slow_copy,
+        failing_copy,
+        closing_early,
+        ring,
+        hanging_ring,
+        offloaded,
+    ),
+    *(no_room, occupied, dies, taken_over),
+]
 
 
 def play(folder: Path) -> dict[str, dict]:
@@ -259,7 +410,7 @@ def play(folder: Path) -> dict[str, dict]:
 
 @dataclass(frozen=True)
 class Run:
-    """A run of the product whose second save meets a fault on one rank."""
+    """A run of the product whose second save meets a fault on one rank; or whose copies are all late."""
 
     fault: str
     rank: int
@@ -273,17 +424,19 @@ class Run:
         """A slow disk is slow in the last save too, for which the run has to wait."""
         file = "manifest.json" if self.phase == "publish" else f"rank-{self.rank:05d}.safetensors"
         saves = (SECOND, LAST) if self.fault == "slow" else (SECOND,)
+        acts = {"raise": fail, "hang": hang, "slow": partial(time.sleep, SLOW_S)}
 
         def observe(operation: str, path: Path) -> None:
             met = operation == "fsync" and path.parent.stem in saves and path.name == file
-            if met and rank == self.rank:
-                {"raise": fail, "hang": hang, "slow": partial(time.sleep, SLOW_S)}[self.fault]()
+            if met and rank == self.rank and self.fault in acts:
+                acts[self.fault]()
 
         return observe
 
 
 RUNS = [
     Run("slow", 1),
+    Run("late", 1),
     Run("raise", 1),
     Run("raise", 0, "publish"),
     Run("hang", 1),
@@ -299,6 +452,15 @@ def hang() -> None:
     threading.Event().wait()
 
 
+def copy_late(stream: CopyStream, pairs: Any) -> None:
+    """When training waits for that, at the next update or for the last save."""
+    while not any(map(waits_in, (Saver.before_update, Saver.finish))):
+        time.sleep(0.01)
+    for target, source in pairs:
+        target.copy_(source)
+
+
 def train(run: Run, words: list[str]) -> None:
     disk.observer = run.observer(int(os.environ["RANK"]))
-    run_command(words)
+    with copying(copy_late) if run.fault == "late" else nullcontext():
+        run_command(words)

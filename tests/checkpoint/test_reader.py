@@ -64,7 +64,8 @@ def write_checkpoint(
     written = []
     for rank, fragments in enumerate(files):
         metadata = {"run_id": "r", "step": "1", "rank": str(rank)}
-        size, sha256 = write_tensors(folder / rank_file(rank), fragments, metadata)
+        sizes = {key: tensor.numel() for key, tensor in fragments.items()}
+        size, sha256 = write_tensors(folder / rank_file(rank), sizes, fragments.values(), metadata)
         written.append(RankFile(name=rank_file(rank), tp_rank=rank % tp, bytes=size, sha256=sha256))
     manifest = Manifest(
         run_id="r",

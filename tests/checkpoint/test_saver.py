@@ -12,6 +12,7 @@ from tests.checkpoint.saver_jobs import (
     FIRST,
     LAST,
     POLLS,
+    RING_BYTES,
     RUNS,
     SECOND,
     SLOW_S,
@@ -85,6 +86,54 @@ def test_a_save_waits_for_the_one_before(played: Played, rank: int) -> None:
     of_second = [number for number, line in enumerate(found["log"]) if "step-00000002" in line]
     of_first = [number for number, line in enumerate(found["log"]) if "step-00000001" in line]
     assert max(of_first) < min(of_second)
+    assert found["said"] == ["step 2: waiting for the checkpoint of step 1, still being written"]
+
+
+@OF_BOTH_RANKS
+def test_the_update_after_a_save_waits_for_the_copy(played: Played, rank: int) -> None:
+    """And counts that as a stall."""
+    saved = played.folder / "slow_copy"
+    assert same_state(saved, Path(f"{saved}-then"))
+    assert played.seen[rank]["slow_copy"]["stalled_s"] > SLOW_S
+
+
+@OF_BOTH_RANKS
+def test_a_copy_that_fails_keeps_nobody_waiting(played: Played, rank: int) -> None:
+    found = played.seen[rank]["failing_copy"]
+    assert "rank 1: RuntimeError: the device is gone" in found["said"]
+    assert found["left"] == ["step-00000001", "step-00000001.tmp"]
+
+
+@OF_BOTH_RANKS
+def test_what_is_copied_is_not_left_before_that_is_done(played: Played, rank: int) -> None:
+    assert played.seen[rank]["closing_early"]["opened"]
+
+
+@OF_BOTH_RANKS
+def test_a_ring_writes_the_same_files_and_training_waits_for_them(played: Played, rank: int) -> None:
+    found = played.seen[rank]["ring"]
+    assert found["in_begin"]
+    assert found["stalled_s"] > SLOW_S
+    by_ring, whole = found["files"]
+    assert by_ring == whole  # name, size and SHA-256
+    assert all(file.bytes > RING_BYTES for file in whole)
+    held, ring = found["memory"]
+    assert "a ring" not in held
+    assert ring.startswith("a ring of 64.0 KiB")
+
+
+@OF_BOTH_RANKS
+def test_all_ranks_learn_that_a_ring_hangs(played: Played, rank: int) -> None:
+    assert (
+        f"rank 1: not written within checkpoint.timeout_s = {SLOW_S}"
+        in played.seen[rank]["hanging_ring"]["said"]
+    )
+
+
+@OF_BOTH_RANKS
+def test_offloaded_state_is_saved_and_loaded(played: Played, rank: int) -> None:
+    found = played.seen[rank]["offloaded"]
+    assert found["before"] == found["after"]
 
 
 @OF_BOTH_RANKS
@@ -155,7 +204,20 @@ def test_a_run_waits_for_its_last_save(ended: dict[Run, Ended]) -> None:
 
 @pytest.mark.wait
 @pytest.mark.xdist_group("saver_runs")
-@pytest.mark.parametrize("run", [run for run in RUNS if run.fault != "slow"], ids=lambda run: run.name)
+def test_a_run_saves_the_state_of_its_step_however_late_that_is_copied(ended: dict[Run, Ended]) -> None:
+    usual, late = (
+        next(found for run, found in ended.items() if run.fault == fault) for fault in ("slow", "late")
+    )
+    assert late.finished.exit_codes == [0, 0], late.finished.output
+    saved = (found.run_dir / "checkpoints" / SECOND for found in (usual, late))
+    assert same_state(*saved)
+
+
+@pytest.mark.wait
+@pytest.mark.xdist_group("saver_runs")
+@pytest.mark.parametrize(
+    "run", [run for run in RUNS if run.fault not in ("slow", "late")], ids=lambda run: run.name
+)
 def test_a_save_that_fails_or_hangs_ends_the_run(ended: dict[Run, Ended], run: Run) -> None:
     """All ranks, with exit code 73, the reason, and the old checkpoint as it was."""
     run_dir, finished = ended[run].run_dir, ended[run].finished

@@ -45,7 +45,8 @@ def write_checkpoint(
         dp_rank, tp_rank = divmod(rank, tp)
         fragments = part_of((cut or shards_of)(full, tp_rank, tp), dp_rank, dp)
         metadata = {"run_id": run_id, "step": str(step), "rank": str(rank)}
-        size, sha256 = write_tensors(folder / rank_file(rank), fragments, metadata)
+        sizes = {key: tensor.numel() for key, tensor in fragments.items()}
+        size, sha256 = write_tensors(folder / rank_file(rank), sizes, fragments.values(), metadata)
         files.append(RankFile(name=rank_file(rank), tp_rank=tp_rank, bytes=size, sha256=sha256))
     samples = step * SAMPLES_PER_STEP
     manifest = Manifest(

@@ -15,13 +15,13 @@ from packaging.utils import canonicalize_name
 
 from llama_mcore.launch import limits, software
 from llama_mcore.launch.backends import attention_backends, kernels, to_test
-from llama_mcore.launch.cgroup import cpu_limit, memory_limit
 from llama_mcore.launch.doctor import as_json_text, as_text
 from llama_mcore.launch.environment import environment
 from llama_mcore.launch.finding import Finding
 from llama_mcore.launch.gpus import bf16_on_cpu
 from llama_mcore.launch.loopback import loopback
 from llama_mcore.launch.smoke import Outcome
+from llama_mcore.parallel.cgroup import cpu_limit, memory_limit
 from tests.support.errors import is_shown
 from tests.support.product import launched_environment, run_command
 from tests.support.world import ROOT, TIMEOUT_S, Call, exit_codes_of, wait_until

@@ -61,7 +61,7 @@ def test_a_sound_job_can_start(looks: Looks) -> None:
     assert seen.exit_code == 0
     assert {finding.status for finding in seen.findings} == {"ok"}
     groups = {finding.group for finding in seen.findings}
-    assert groups == {"data", "run folder", "memory", "collectives", "nodes"}
+    assert groups == {"data", "run folder", "memory", "kernels", "collectives", "nodes"}
 
 
 @pytest.mark.process
@@ -160,6 +160,7 @@ def test_data_parallel_groups_are_measured_too(looks: Looks) -> None:
 
 def gpu(monkeypatch: pytest.MonkeyPatch, run: RunConfig, free: int, total: int) -> dict[str, Finding]:
     monkeypatch.setattr(node_checks, "gpu_memory_bytes", lambda: (free, total))
+    monkeypatch.setattr(node_checks, "available_memory", lambda: total)
     return {finding.name: finding for finding in node_checks.memory(run, 8, 8)}
 
 
@@ -168,13 +169,37 @@ def test_what_other_processes_hold_of_a_gpu_is_not_there(monkeypatch: pytest.Mon
     plan, name = memory_of(run, 8), "model state and activations"
     own, total = plan.libraries, 100 * plan.total
     alone = gpu(monkeypatch, run, total - own, total)
-    assert [alone[name].status, *alone] == ["ok", name]
+    assert [alone[name].status, *alone] == ["ok", name, "checkpoints"]
     shared = gpu(monkeypatch, run, total // 2, total)
     assert (shared[name].status, shared["in use"].status) == ("ok", "note")
     certain = plan.state.total + plan.saved_layers + plan.saved_rest
     assert gpu(monkeypatch, run, plan.total - own, total)[name].status == "ok"
     assert gpu(monkeypatch, run, plan.total - own - 1, total)[name].status == "note"
     assert gpu(monkeypatch, run, certain - own - 1, total)[name].status == "problem"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "zero", "training"),
+    [(True, "zero1", False), (True, "zero3_offload", True), (False, "zero1", True)],
+)
+def test_host_memory_of_saves_is_what_training_leaves(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, zero: str, training: bool
+) -> None:
+    """Half of it is for copies; with less they go through a ring."""
+    run = load_run("7b", [f"zero.stage={3 if 'zero3' in zero else 1}", f"zero.config=ds_configs/{zero}.json"])
+    plan = memory_of(run, 8)
+    own = 0 if not training else plan.host_state if gpu else plan.total - plan.libraries
+    assert bool(own) == training
+    monkeypatch.setattr(node_checks, "gpu_memory_bytes", lambda: (100 * plan.total,) * 2 if gpu else None)
+
+    def found(available: int) -> Finding:
+        monkeypatch.setattr(node_checks, "available_memory", lambda: available)
+        return {finding.name: finding for finding in node_checks.memory(run, 8, 8)}["checkpoints"]
+
+    enough = 8 * (own + 2 * plan.state.saved)
+    assert found(enough).status == "ok"
+    assert found(enough - 1).status == "note"
+    assert "256.0 MiB" in found(0).meaning
 
 
 def test_any_change_of_the_sources_is_another_version(tmp_path: Path) -> None:

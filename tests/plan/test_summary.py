@@ -69,9 +69,26 @@ def test_the_conclusion(run: RunConfig) -> None:
 def test_offloaded_state_is_shown_in_host_memory() -> None:
     plain = load_run("7b", ["zero.stage=3"])
     offload = load_run("7b", ["zero.stage=3", "zero.config=ds_configs/zero3_offload.json"])
-    assert "host memory" not in describe_run(plain, 8)
+    assert ", host memory" not in describe_run(plain, 8)
     assert describe_run(offload, 8).count(", host memory") == 3
     assert "on each GPU, beside what is in host memory" in describe_run(offload, 8)
+
+
+@pytest.mark.parametrize(
+    ("setting", "rows"),
+    [
+        ("null", ["9.4 GiB to copy what it saves", "on nodes with less than twice that: 256.0 MiB,"]),
+        ("11GB", ["9.4 GiB to copy what it saves"]),
+        (
+            "128MiB",
+            ["128.0 MiB, and training waits while a checkpoint is written", "is less than the 9.4 GiB"],
+        ),
+    ],
+)
+def test_the_host_memory_of_saves_is_said(setting: str, rows: list[str]) -> None:
+    text = describe_run(load_run("7b", [f"checkpoint.host_memory={setting}"]), 8)
+    assert all(row in text for row in rows)
+    assert ("training waits" in text) == (setting != "11GB")
 
 
 def test_what_one_tensor_parallel_rank_cannot_do_is_off() -> None:

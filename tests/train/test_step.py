@@ -44,7 +44,8 @@ def steps(run: RunConfig, groups: Groups) -> dict[str, Any]:
     results.append(take_step(engine, groups))
     with_nan.remove()
     results.append(take_step(engine, groups))
-    return {"steps": results, "evaluation": evaluation(engine, groups)}
+    calls = calls_of_a_step(engine, groups)
+    return {"steps": results, "calls": calls, "evaluation": evaluation(engine, groups)}
 
 
 def take_step(engine: DeepSpeedEngine, groups: Groups) -> dict[str, Any]:
@@ -57,6 +58,19 @@ def take_step(engine: DeepSpeedEngine, groups: Groups) -> dict[str, Any]:
         "skipped": result.skipped,
         "grad_norm_finite": result.grad_norm < float("inf"),
     }
+
+
+def calls_of_a_step(engine: DeepSpeedEngine, groups: Groups) -> list[str]:
+    """What `train_step` calls in two micro-batches, and when the weights have changed."""
+    seen, before = [], state(engine)
+
+    def called(name: str) -> None:
+        same = all(torch.equal(*pair) for pair in zip(before, state(engine), strict=True))
+        seen.append(name if same else f"{name}, weights changed")
+
+    beat, before_update = (lambda name=name: called(name) for name in ("beat", "before update"))
+    train_step(engine, iter(batches(2)), 2, 1e-2, groups, beat=beat, before_update=before_update)
+    return seen
 
 
 def evaluation(engine: DeepSpeedEngine, groups: Groups) -> dict[str, Any]:
@@ -94,6 +108,13 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(results: dict[str, Any]
     good = {"changed": True, "finite": True, "skipped": False, "grad_norm_finite": True}
     assert with_nan == {"changed": False, "finite": True, "skipped": True, "grad_norm_finite": False}
     assert before == after == good
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_has_to_be_before_the_update_is_after_all_backwards(results: dict[str, Any], case: str) -> None:
+    """A checkpoint is copied until then."""
+    beats = ["beat", "beat", "beat"]  # after two backwards, and the first added up
+    assert results[case]["calls"] == [*beats, "before update", "beat, weights changed"]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 ROOT = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
+MEMINFO = Path("/proc/meminfo")
 
 
 def memory_limit(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int | None:
@@ -15,6 +16,33 @@ def memory_limit(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int | None
     words = [*_values(root, membership, "memory", "memory.max", "memory.limit_in_bytes")]
     limits = [int(word) for word in words if word.isdigit() and int(word) < 1 << 60]
     return min(limits, default=None)
+
+
+def available_memory(root: Path = ROOT, membership: Path = MEMBERSHIP, meminfo: Path = MEMINFO) -> int:
+    """Bytes that may still be allocated before something is swapped or killed: of the machine's, and of what
+    the control groups grant. Page cache gives way and counts as free."""
+    machine = _numbers(meminfo.read_text())["MemAvailable:"] << 10
+    names = [("max", "limit_in_bytes"), ("current", "usage_in_bytes"), ("stat", "stat")]
+    of_groups = zip(
+        *(_values(root, membership, "memory", f"memory.{new}", f"memory.{old}") for new, old in names),
+        strict=False,  # the root of version 2 has the last alone
+    )
+    free = [
+        int(limit) - int(used) + _inactive_cache(_numbers(stat))
+        for limit, used, stat in of_groups
+        if limit.isdigit()
+    ]
+    return max(0, min([machine, *free]))
+
+
+def _inactive_cache(stat: dict[str, int]) -> int:
+    """Of a group and those below it; version 1 has a number of each."""
+    return stat.get("total_inactive_file", stat.get("inactive_file", 0))
+
+
+def _numbers(text: str) -> dict[str, int]:
+    """Of lines `name number ...`."""
+    return {words[0]: int(words[1]) for words in map(str.split, text.splitlines())}
 
 
 def cpu_limit(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float | None:
