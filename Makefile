@@ -16,7 +16,7 @@ WORKERS ?= $(shell expr 2 \* $(CORES))
 BY_MODULE := --dist loadgroup --no-loadscope-reorder
 IN_PARALLEL := -n $(WORKERS) $(BY_MODULE)
 
-.PHONY: help demo test test-fast test-times test-coverage test-mutants test-crash test-slurm test-data lint venv clean
+.PHONY: help demo gpu gpu-bench test test-fast test-times test-coverage test-mutants test-crash test-slurm test-data lint venv clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,9 @@ help:
 	@echo "make test   run the tests"
 	@echo
 	@echo "make demo uses the GPUs that there are: DEVICE=cpu, two CPU processes instead; STEPS=30, a third of the time."
+	@echo "make gpu asks whether everything is right on this machine's GPUs (ten minutes), make gpu-bench how fast it is;"
+	@echo "both write runs/gpu/gpu-report.md, and take PART=name."
+	@echo
 	@echo "Also: make test-fast (tests that start no process, at each save), make test-times (where the time goes),"
 	@echo "make test-coverage, make test-mutants (takes 40 guards out; each must turn a test red),"
 	@echo "make test-crash (every fault of saving, every layout, 25 kills; KILLS=1000 for more),"
@@ -34,6 +37,14 @@ help:
 
 demo: $(STAMP)
 	@$(VENV_PYTHON) tools/demo.py $(if $(STEPS),--steps $(STEPS)) $(if $(DEVICE),--device '$(DEVICE)')
+
+# Is it right on this machine's GPUs?
+gpu: $(STAMP)
+	@$(VENV_PYTHON) tools/gpu_report.py $(PART:%=--part %)
+
+# Is it fast? Each part takes under eight minutes, and their reports add up.
+gpu-bench: $(STAMP)
+	@$(VENV_PYTHON) tools/gpu_report.py --bench $(PART:%=--part %)
 
 test: $(STAMP)
 	@$(VENV_PYTHON) -m pytest $(IN_PARALLEL)

@@ -1,0 +1,43 @@
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from llama_mcore.parallel.device import DEVICE
+from tests.support.product import Finished, finish, start, train
+from tests.support.world import run_ranks
+
+BOTH = ("cpu", pytest.param("gpu", marks=pytest.mark.gpu))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a test runs: on this machine's GPUs; or on the CPU, as a twin that shows the test to be sound."""
+
+    gpu: bool
+
+    def run(self, ranks: int, function: Callable[..., Any], *args: Any) -> Any:
+        """What the first rank found."""
+        self._need(ranks)
+        return run_ranks(ranks, function, *args, spawn=self.gpu)[0]
+
+    def train(self, *words: str, ranks: int = 1) -> Finished:
+        """`llama-mcore train --config tiny WORDS`."""
+        self._need(ranks)
+        return finish(start([*words], ranks=ranks)) if self.gpu else train([*words], ranks=ranks)
+
+    def _need(self, ranks: int) -> None:
+        if self.gpu and torch.cuda.device_count() < ranks:
+            pytest.skip(f"needs {ranks} GPUs, there is one")
+
+
+@pytest.fixture(params=BOTH)
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
+    if request.param == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+        for variable in (DEVICE, "DS_ACCELERATOR"):  # tests/conftest.py sets them
+            monkeypatch.delenv(variable, raising=False)
+    return Place(request.param == "gpu")
