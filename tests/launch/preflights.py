@@ -233,7 +233,7 @@ def foreign(run_dir: Path, run: RunConfig) -> None:
 
 def in_use(run_dir: Path, run: RunConfig) -> None:
     (run_dir / "lease").mkdir()
-    holder = {"host": "elsewhere", "pid": 1, "started": 0.0, "job": ""}
+    holder = {"host": "elsewhere", "pid": 1, "boot": "b", "namespace": "n", "ticks": 0, "job": ""}
     (run_dir / "lease" / "00000001.json").write_text(json.dumps(holder))
 
 
