@@ -33,8 +33,12 @@ def report(
     step: int, loss: float = 2.0, valid_loss: float | None = None, skipped: bool = False
 ) -> StepReport:
     valid = {} if valid_loss is None else {"code": HeldOut(valid_loss, 10)}
+    windows = {"code": 3 * step}
     return StepReport(
-        step, loss, 0.5, 1e-3, step * 100, 1000.0, 2.0, 4096, {"code": 3 * step}, valid=valid, skipped=skipped
+        *(step, loss, 0.5, 1e-3, step * 100, 1000.0, 2.0, 4096),
+        windows=windows,
+        valid=valid,
+        skipped=skipped,
     )
 
 
@@ -77,6 +81,9 @@ def test_every_step_is_a_line(tmp_path: Path) -> None:
         "tokens_per_s",
         "step_time_s",
         "memory_bytes",
+        "device",
+        "attention",
+        "kernels",
         "windows",
     ]
     assert second["valid_loss"] == 2.5
