@@ -122,7 +122,7 @@ def test_its_commands_find_the_package_and_the_device(
     monkeypatch.setenv("PYTHONPATH", sysconfig.get_path("purelib"))
     monkeypatch.delenv(DEVICE)
     demo["hand_down"](device)
-    code = f"import os, llama_mcore.config as c; print(c.__file__); print(os.environ.get('{DEVICE}', 'unset'))"
+    code = f"import os, llama_mcore as it; print(it.__file__); print(os.environ.get('{DEVICE}', 'unset'))"
     command = [*WITHOUT_SITE_PACKAGES, "-c", code]
     child = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert child.stdout.splitlines() == [str(ROOT / "llama_mcore/config.py"), expected], child.stderr
+    assert child.stdout.splitlines() == [str(ROOT / "llama_mcore/__init__.py"), expected], child.stderr
