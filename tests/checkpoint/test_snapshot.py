@@ -3,18 +3,23 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
+from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from llama_mcore.checkpoint import disk, snapshot
 from llama_mcore.checkpoint.config import RING_BYTES, CheckpointConfig
 from llama_mcore.checkpoint.disk import write_file
-from llama_mcore.checkpoint.snapshot import SLOTS, HostCopy, Need, why_too_little
+from llama_mcore.checkpoint.snapshot import SLOTS, HostCopy, Need, not_finite, why_too_little
 from llama_mcore.config import load_run
 from llama_mcore.errors import ConfigError, PreflightError
 from llama_mcore.parallel.device import CopyStream, host_block
+from llama_mcore.parallel.groups import Groups
+from tests.checkpoint.crash_run import Engine
 from tests.checkpoint.saver_jobs import Disk, waits_in
 from tests.support.errors import refused
 from tests.support.world import call
@@ -119,6 +124,19 @@ def test_what_is_no_size_or_too_small_is_refused(value: str) -> None:
 def test_memory_that_is_not_there_is_refused() -> None:
     with refused(PreflightError, "host memory"):
         host_block(1 << 50)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_value_that_is_not_finite_is_found_by_name(value: float) -> None:
+    alone = SimpleNamespace(dp_rank=0, tp_rank=0, tp_size=1, device=torch.device("cpu"))
+    groups = cast(Groups, alone)
+    engine = Engine(groups)
+    assert not_finite(cast(DeepSpeedEngine, engine), groups) == []
+    name, parameter = list(engine.module.named_parameters())[1]
+    moment = torch.zeros(parameter.shape)
+    moment.view(-1)[3] = value
+    engine.optimizer.state[parameter]["exp_avg"] = moment
+    assert not_finite(cast(DeepSpeedEngine, engine), groups) == [f"exp_avg of {name}"]
 
 
 @pytest.mark.process

@@ -4,7 +4,7 @@ Imports nothing that sets the device: ranks on a GPU are new interpreters, which
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -184,7 +184,12 @@ def saved_under_load(folder: Path, shape: Shape) -> tuple[list[Path], list[float
     return [next(path.glob("rank-*")) for path in files], stalls
 
 
-def after_nan(stage: int) -> dict[str, Any]:
+def after_nan(stages: Sequence[int]) -> dict[int, dict[str, list[bool]]]:
+    """By ZeRO stage."""
+    return {stage: _after_nan(stage) for stage in stages}
+
+
+def _after_nan(stage: int) -> dict[str, list[bool]]:
     """A step whose loss is NaN, between two that are sound: what was skipped, and whether weights changed."""
     run = run_config(Path("unused"), GROUPED, zero={"stage": stage}, train={"precision": "bf16"})
     with process_groups(run.parallel, seed=0) as groups, engine_of(run, groups) as engine:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.world import ONE_THREAD, ROOT, TIMEOUT_S, Call, exit_codes_of
+from tests.support.world import ONE_THREAD, PYTHONPATH, ROOT, TIMEOUT_S, Call, exit_codes_of
 
 TORCHRUN = ("-m", "llama_mcore.cli", "torchrun")
 PLAIN_TORCHRUN = ("-m", "torch.distributed.run")
@@ -78,7 +78,7 @@ def run_command(words: list[str]) -> None:
 
 def launched_environment() -> dict[str, str]:
     """This environment for real processes; these must find out for themselves that there is no GPU to use."""
-    environment = os.environ | ONE_THREAD | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | ONE_THREAD | {"PYTHONPATH": PYTHONPATH}
     environment.pop("DS_ACCELERATOR", None)
     return environment
 

@@ -42,12 +42,14 @@ from unittest.mock import patch
 from llama_mcore.launch.parent import die_with_parent
 
 ROOT = Path(__file__).parents[2]
+PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+"""Of processes that tests start: the packages may come that way too."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """Ranks share the cores of the machine, and OpenBLAS would start threads when it is imported."""
 SERVER = ONE_THREAD | {
     "DS_ACCELERATOR": "cpu",  # else importing DeepSpeed asks torch for GPUs, which poisons every fork
     "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else Inductor starts a pool of processes
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": PYTHONPATH,
 }
 TIMEOUT_S = 600.0
 """Ends what hangs; no test is about how long something takes."""
