@@ -82,6 +82,9 @@ def train_tokenizer(
     report: Annotated[
         bool, typer.Option("--report", help="Print how well it compresses each source.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace another tokenizer of that name, or make it again.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Train a SentencePiece BPE tokenizer with LLaMA's settings."""
@@ -100,6 +103,7 @@ def train_tokenizer(
             seed=seed,
             max_memory=limit,
             report=report,
+            force=force,
         )
 
 
@@ -143,6 +147,9 @@ def preprocess_data(
     restart: Annotated[
         bool, typer.Option("--restart", help="Drop what an interrupted job has done.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace other datasets of that name, or make them again.")
+    ] = False,
     tokenizer_type: Annotated[
         str, typer.Option(help="Megatron's name of the tokenizer: any SentencePiece one.")
     ] = "",
@@ -173,6 +180,7 @@ def preprocess_data(
             shard=shard,
             shuffle_seed=shuffle_seed,
             restart=restart,
+            force=force,
             tokenizer_type=tokenizer_type,
         )
 
@@ -186,13 +194,16 @@ def merge_datasets(
     output_prefix: Annotated[
         Path, typer.Option(help="Prefix of the files to write: PREFIX.bin, .idx and .json.")
     ],
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace another dataset of that name, or make it again.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Join datasets made with one tokenizer, such as the shards of a job array, into one."""
     with report_errors(debug):
         from llama_mcore.data.merge import merge_datasets
 
-        merge_datasets(input, output_prefix)
+        merge_datasets(input, output_prefix, force=force)
 
 
 @app.command("inspect-dataset")
@@ -370,6 +381,9 @@ def convert(
     device: Annotated[
         str, typer.Option(help="Where the proof computes logits: cpu, auto for the same, or cuda.")
     ] = "auto",
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the output, where convert has written all of it.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Convert a checkpoint to another format and verify the result."""
@@ -388,6 +402,7 @@ def convert(
             optimizer=optimizer,
             model=model,
             device=device,
+            force=force,
         )
 
 

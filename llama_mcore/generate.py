@@ -9,7 +9,7 @@ from llama_mcore.checkpoint.convert.formats import check_there, detect, get_form
 from llama_mcore.checkpoint.convert.named_model import named_model
 from llama_mcore.checkpoint.convert.weights import Weights
 from llama_mcore.data.tokenizer import Tokenizer
-from llama_mcore.errors import CheckpointError, DataError, MissingInputError, Problem, input_problem
+from llama_mcore.errors import CheckpointError, DataError, MissingInputError, Problem, input_problem, say
 from llama_mcore.model.decoder import Decoder
 from llama_mcore.observe.log import silence_libraries
 from llama_mcore.parallel.device import choose_device, local_device, on_gpu
@@ -29,6 +29,7 @@ def generate(
     device: str = "auto",
 ) -> str:
     """The prompt and its continuation: until EOS, `max_new_tokens`, or `seq_length` tokens with the prompt.
+    Where it was EOS, stderr says so.
 
     The model sees what training showed it: no BOS. An empty prompt begins a document, as in the training
     stream after the EOS of the one before. The same seed gives the same text. It computes in the dtype of
@@ -51,13 +52,14 @@ def generate(
         )
     generator = torch.Generator().manual_seed(seed)
     decoder = Decoder(weights.model, weights.full, weights.dtype, local_device())
-    unread = ids
+    unread, given = ids, len(ids)
     for _ in range(min(max_new_tokens, room)):
         logits = decoder.read(unread).float().cpu()
         # a model's vocabulary may be padded beyond the tokenizer's
         unread = [sample(logits[: tokenizer.vocab_size], temperature, top_p, generator)]
         ids += unread
         if ids[-1] == tokenizer.eod:
+            say(f"ended by end-of-text, after {len(ids) - given:,} tokens")
             break
     return tokenizer.decode(ids)
 

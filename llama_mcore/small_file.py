@@ -4,12 +4,15 @@ What reads oddly is refused rather than guessed at: a key twice, a number that i
 function raises OSError or ValueError, whatever is wrong.
 """
 
+import errno
 import json
 import math
 import os
 import stat
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import yaml
@@ -17,18 +20,43 @@ import yaml
 _LARGEST_INT = (1 << 63) - 1
 _DEEPEST = 50
 _MOST_CONTAINERS = 1_000_000
+_PATIENCE_S = 60.0
 
 
-def read_small_file(path: Path, limit: int) -> bytes:
-    """A regular file of at most `limit` bytes; never waits for a pipe, follows no symbolic link."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+def read_small_file(path: Path, limit: int, *, follow: bool = False) -> bytes:
+    """A regular file of at most `limit` bytes, read within a minute; a symbolic link only where `follow`.
+
+    Waits for no pipe, and for a file system that does not answer no longer than that minute (TimeoutError).
+    """
+    answer: Future[bytes] = Future()
+    # a system call that a file system does not answer can only be left behind
+    Thread(target=_settle, args=(answer, path, limit, follow), daemon=True).start()
+    try:
+        return answer.result(_PATIENCE_S)
+    except TimeoutError:
+        raise TimeoutError(errno.ETIMEDOUT, f"no answer in {_PATIENCE_S:g} s", str(path)) from None
+
+
+def _settle(answer: "Future[bytes]", path: Path, limit: int, follow: bool) -> None:
+    try:
+        answer.set_result(_read(path, limit, follow))
+    except Exception as error:
+        answer.set_exception(error)
+
+
+def _read(path: Path, limit: int, follow: bool) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is not a regular file")
-        if status.st_size > limit:
-            raise ValueError(f"it has {status.st_size:,} bytes, more than {limit:,}")
-        return file.read(limit)
+        size = status.st_size
+        if size <= limit:
+            content = file.read(limit + 1)  # more than its size, where it is being written
+            size = len(content)
+        if size > limit:
+            raise ValueError(f"it has {size:,} bytes, more than {limit:,}")
+        return content
 
 
 def read_json(path: Path, limit: int) -> Any:

@@ -119,7 +119,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-MISSING = ("input", "nowhere.bin")
+MISSING = ("data.train", "nowhere")
 
 
 def test_the_conclusion_of_a_dry_run_is_its_last_word_and_true(tmp_path: Path) -> None:

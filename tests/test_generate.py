@@ -84,10 +84,13 @@ def test_the_likeliest_tokens_follow(counting_up: Path, tokenizer: Tokenizer) ->
     assert generate(counting_up, "one", max_new_tokens=5, temperature=0) == expected
 
 
-def test_it_ends_with_eos(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_it_ends_with_eos(tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Bytes are the tokens after EOS, 3 being the byte 0: counting down meets EOS after it."""
     write(Counting(-1, tokenizer=tokenizer.path), tmp_path)
     assert generate(tmp_path, "one\x02", max_new_tokens=9, temperature=0) == "one\x02\x01\x00"
+    assert "end-of-text, after 3 tokens" in capsys.readouterr().err
+    assert generate(tmp_path, "one\x02", max_new_tokens=2, temperature=0) == "one\x02\x01\x00"
+    assert "end-of-text" not in capsys.readouterr().err
 
 
 def test_it_ends_where_the_context_is_full(counting_up: Path, tokenizer: Tokenizer) -> None:

@@ -139,7 +139,9 @@ def _measure(source: Path, output: Path, target: str, rounds: int) -> Samples:
     for number in range(1, rounds + 1):
         before = _private_bytes()
         with _Peak() as peak:
-            samples.seconds.append(_timed(lambda: convert(source, output, target=target, verify=False)))
+            samples.seconds.append(
+                _timed(lambda: convert(source, output, target=target, verify=False, force=True))
+            )
         samples.peak_bytes = max(samples.peak_bytes, peak.bytes - before)
         samples.bytes = max(_size(source), _size(output))
         samples.copied.append(_timed(lambda: _copy(max(source, output, key=_size), copy)))
@@ -161,8 +163,8 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _verifying(source: Path, output: Path) -> list[float]:
-    without = _timed(lambda: convert(source, output, target="hf", verify=False))
-    return [_timed(lambda: convert(source, output, target="hf")) - without]
+    without = _timed(lambda: convert(source, output, target="hf", verify=False, force=True))
+    return [_timed(lambda: convert(source, output, target="hf", force=True)) - without]
 
 
 def _range(seconds: Sequence[float]) -> str:

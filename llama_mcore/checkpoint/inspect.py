@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_mcore.checkpoint.compare import Comparison, compare
+from llama_mcore.checkpoint.compare import Comparison, TensorDifference, compare
+from llama_mcore.checkpoint.convert.formats import looks_like
+from llama_mcore.checkpoint.convert.names import pattern_of
 from llama_mcore.checkpoint.layout import (
     TEMPORARY,
     find_checkpoint,
@@ -65,6 +67,8 @@ def inspect_checkpoint(path: Path, *, verify: bool = False, as_json: bool = Fals
 
 def diff_checkpoints(left: Path, right: Path, *, verify: bool = False, as_json: bool = False) -> bool:
     """Print how two checkpoints, or the newest ones of two runs, differ. Whether they are the same."""
+    for path in (left, right):
+        _check_ours(path, "compare-checkpoints compares it with one of any format")
     one, other = (CheckpointReader(find_checkpoint(path)) for path in (left, right))
     if verify:
         one.check_content()
@@ -78,6 +82,7 @@ def diff_checkpoints(left: Path, right: Path, *, verify: bool = False, as_json: 
 def _folders(path: Path) -> tuple[list[Path], bool]:
     """The checkpoints to look at, and whether `path` is the folder of a run."""
     remedy = "give RUN_DIR or RUN_DIR/checkpoints/step-*"
+    _check_ours(path, "compare-checkpoints and generate read it, and convert makes any other format of it")
     try:
         if path.is_dir() and (path.name.startswith("step-") or (path / MANIFEST).exists()):
             return [path], False
@@ -90,6 +95,18 @@ def _folders(path: Path) -> tuple[list[Path], bool]:
         bound = "is neither a checkpoint nor the folder of a run that has one"
         raise MissingInputError(Problem("folder", path, bound, remedy))
     return found, True
+
+
+def _check_ours(path: Path, remedy: str) -> None:
+    """MissingInputError for a checkpoint of another format; what is of none is for others to tell."""
+    try:
+        formats = looks_like(path) if path.is_dir() else []
+    except OSError as error:
+        raise unreadable(error) from None
+    names = [each.name for each in formats]
+    if names and "native" not in names:
+        bound = f"is no checkpoint of a run here, but one of another format: {' or '.join(names)}"
+        raise MissingInputError(Problem("folder", path, bound, remedy))
 
 
 def _inspect(folder: Path, advance: Callable[[int], None] | None) -> tuple[Inspection, list[Problem]]:
@@ -218,14 +235,26 @@ def _listed(names: list[str]) -> str:
     return ", ".join(map(shown, names[:_SHOWN_FILES])) + (f" and {left:,} more" if left > 0 else "")
 
 
+def _summed(group: list[TensorDifference]) -> tuple[str, ...]:
+    """Of the tensors that all layers have alike."""
+    elements, numel = (sum(getattr(each, field) for each in group) for field in ("elements", "numel"))
+    largest = [each.largest for each in group if each.largest is not None]
+    is_finite = len(largest) == len(group)
+    return (
+        f"{len(group):,}",
+        f"{elements:,}",
+        f"{numel:,}",
+        f"{max(largest):.2e}" if is_finite else "not finite",
+    )
+
+
 def _differences(found: Comparison) -> Iterator[str]:
     yield from (shown(field, 1000) for field in found.fields)
     yield from found.only_in_one
     if found.tensors:
-        rows = [("tensor", "differing", "of", "largest relative difference")]
+        groups: dict[str, list[TensorDifference]] = {}
         for each in found.tensors:
-            name = f"{each.kind} of {each.parameter}"
-            largest = "not finite" if each.largest is None else f"{each.largest:.2e}"
-            rows.append((name, f"{each.elements:,}", f"{each.numel:,}", largest))
-        yield format_table(rows)
+            groups.setdefault(f"{each.kind} of {pattern_of(each.parameter)[0]}", []).append(each)
+        rows = [("tensor", "number", "differing", "of", "largest relative difference")]
+        yield format_table(rows + [(name, *_summed(group)) for name, group in groups.items()])
     yield f"{len(found.tensors):,} of {found.compared:,} tensors differ, {len(found.fields):,} fields do"

@@ -5,8 +5,9 @@ from pathlib import Path
 from llama_mcore.errors import Problem
 from llama_mcore.model.config import ModelConfig
 
-# How the same model is computed may change between the run that saved and the one that resumes.
-COMPUTED_WITH = {"recompute", "attention", "kernels", "layer"}
+# How a model is computed may change between the run that saved and the one that goes on, and so may how it
+# would be drawn: it is not.
+MAY_CHANGE = {"recompute", "attention", "kernels", "layer", "init_std"}
 
 
 def model_differences(path: Path, saved: ModelConfig, wanted: ModelConfig) -> list[Problem]:
@@ -20,5 +21,5 @@ def model_differences(path: Path, saved: ModelConfig, wanted: ModelConfig) -> li
             f"set it to {before[field]}, or start anew in another run.dir",
         )
         for field in now
-        if field not in COMPUTED_WITH and now[field] != before[field]
+        if field not in MAY_CHANGE and now[field] != before[field]
     ]

@@ -70,12 +70,6 @@ class WindowDataset:
         return ids[0] if len(ids) == 1 else hashlib.sha256(" ".join(ids).encode()).hexdigest()
 
     @property
-    def tokenizers(self) -> set[str]:
-        """SHA-256 of the tokenizers that the parts were made with, as far as they are known."""
-        known = (part.manifest.tokenizer_sha256 for part in self.parts if part.manifest)
-        return {sha256 for sha256 in known if sha256}
-
-    @property
     def tokenizer_vocab_size(self) -> int:
         """Of the tokenizer that the parts were made with; 0 where nobody knows."""
         return max((part.manifest.vocab_size or 0 for part in self.parts if part.manifest), default=0)

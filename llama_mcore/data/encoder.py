@@ -46,8 +46,7 @@ def load_encoder(name: EncoderName, tokenizer_model: Path) -> Encoder:
 
     MissingInputError, DataError: there is no such file, or it is no SentencePiece model.
     """
-    Tokenizer(tokenizer_model)  # names what is wrong with the file
-    model = ModelProto.FromString(tokenizer_model.read_bytes())
+    model = ModelProto.FromString(Tokenizer(tokenizer_model).model)
     if name == "sentencepiece":
         return SentencePieceEncoder(model)
     if reason := why_not_gigatoken(model):

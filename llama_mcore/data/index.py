@@ -9,6 +9,7 @@ The .idx, little-endian (megatron/core/datasets/indexed_dataset.py, version 1):
     u64      documents + 1
 """
 
+import glob
 import os
 import struct
 from bisect import bisect_right
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_mcore.data.disk_array import DiskArray
-from llama_mcore.errors import DataError, MissingInputError, Problem, input_problem
+from llama_mcore.errors import DataError, MissingInputError, Problem
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -35,6 +36,7 @@ DTYPES: dict[int, type[np.integer]] = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 CHUNK = 1 << 20
+_ENDINGS = (".bin", ".idx")
 _REBUILD = "make it again with tools/preprocess_data.py"
 
 
@@ -44,6 +46,30 @@ def bin_path(prefix: Path | str) -> Path:
 
 def idx_path(prefix: Path | str) -> Path:
     return Path(f"{prefix}.idx")
+
+
+def missing_dataset(field: str, prefix: str) -> Problem | None:
+    """The problem of `field` where a file of the dataset is not there, with what was meant as far as one can
+    guess; None where both are."""
+    missing = [prefix + ending for ending in _ENDINGS if not os.path.isfile(prefix + ending)]
+    if not missing:
+        return None
+    bound = f"no such file or folder: {', '.join(missing)}"
+    stem = next((prefix.removesuffix(end) for end in _ENDINGS if prefix.endswith(end)), prefix)
+    if os.path.isfile(stem + ".idx"):
+        meant = stem
+    else:
+        of_a_key = sorted(glob.glob(f"{glob.escape(stem)}_*_document.idx"))
+        meant = of_a_key[0].removesuffix(".idx") if of_a_key else ""
+    if len(missing) == 1 and meant in ("", prefix):
+        remedy = _REBUILD
+    elif meant:
+        remedy = f"did you mean {meant}?"
+    elif stem != prefix:
+        remedy = f"a dataset is named without its ending: {stem}"
+    else:
+        remedy = "check the prefix, or make the dataset with tools/preprocess_data.py"
+    return Problem(field, prefix, bound, remedy)
 
 
 def write_index(
@@ -124,12 +150,8 @@ class Index:
         return DiskArray(idx_path(self.prefix), np.int64, self.num_documents + 1, offset=offset)
 
     def _check_files_exist(self) -> None:
-        missing = [
-            path for path in (idx_path(self.prefix), bin_path(self.prefix)) if not os.path.isfile(path)
-        ]
-        if missing:
-            remedy = "make it with tools/preprocess_data.py; a dataset is named without .bin and .idx"
-            raise MissingInputError([input_problem("dataset", path, remedy) for path in missing])
+        if problem := missing_dataset("dataset", self.prefix):
+            raise MissingInputError(problem)
 
     def _read_header(self) -> None:
         """Sets the dtype and the counts once the size of the .idx confirms them."""

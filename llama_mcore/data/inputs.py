@@ -54,6 +54,13 @@ class InputFile:
     argument: str
     """What the user wrote: the file itself, or a folder or pattern that holds it."""
 
+    @property
+    def identity(self) -> str:
+        """Another once the file is changed or another takes its place; a stream has none."""
+        if self.format == "stream":
+            return f"{self.path}"
+        return f"{self.path}, {self.size} bytes, changed {self.path.stat().st_mtime_ns} ns"
+
 
 @dataclass(frozen=True)
 class Source:

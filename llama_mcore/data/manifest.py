@@ -5,8 +5,10 @@ the manifest is not taken for damage to the data. docs/data.md says what is chec
 """
 
 import hashlib
+import os
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,11 +19,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llama_mcore.data.files import output_errors, published
 from llama_mcore.data.index import Index, idx_path
-from llama_mcore.errors import DataError, MissingInputError, Problem, input_problem
+from llama_mcore.errors import DataError, MissingInputError, Problem, input_problem, shown
+from llama_mcore.small_file import read_small_file
 
 BLOCK_BYTES = 16 << 20
 VERSION = 1
+_LARGEST = 256 << 20
+"""Bytes of a manifest: a million input files have about half of them."""
 _CHECKSUM = "manifest_sha256"
+TOKENIZER_MODEL = "tokenizer_model"
+"""Of `options`: the file that the tokenizer was read from."""
 REMEDY = "restore the three files from one copy, or make them again with tools/preprocess_data.py"
 
 Count = Annotated[int, Field(ge=0)]
@@ -64,6 +71,27 @@ class DatasetManifest(BaseModel):
     versions: dict[str, str] = {}
     """Of the software that made the dataset."""
     inputs: list[InputFile] = []
+    job_sha256: Sha256 | None = None
+    """Of all that the dataset depends on: the same command finds its work done. None: nobody can know."""
+
+    @property
+    def made_with(self) -> str:
+        """The tokenizer, as a message names it."""
+        known = f"SHA-256 {(self.tokenizer_sha256 or 'unknown')[:12]}"
+        path = self.options.get(TOKENIZER_MODEL)
+        return f"{path} ({known})" if path else known
+
+    @property
+    def files(self) -> set[tuple[str, int]]:
+        """Name and size of each input, wherever it lay."""
+        return {(Path(file.path).name, file.bytes) for file in self.inputs}
+
+    @property
+    def held_out(self) -> float:
+        """Share of the documents that is in the held-out set and not in the other."""
+        with suppress(ValueError):
+            return float(self.options.get("held_out", "0"))
+        return 0.0
 
     @property
     def content_id(self) -> str:
@@ -117,12 +145,14 @@ def write_manifest(prefix: Path | str, manifest: DatasetManifest) -> None:
 def read_manifest(prefix: Path | str) -> DatasetManifest | None:
     """None if there is no PREFIX.json; DataError, with every wrong field, if it is damaged or another's."""
     path = manifest_path(prefix)
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
+    try:
+        text = read_small_file(path, _LARGEST, follow=True)
     except OSError as error:
-        raise MissingInputError(input_problem("manifest", path, error=error)) from None
+        raise MissingInputError(input_problem("manifest", path, REMEDY, error)) from None
+    except ValueError as error:
+        raise DataError(Problem("manifest", path, f"cannot be read ({shown(error)})", REMEDY)) from None
     return _parse(path, text)
 
 

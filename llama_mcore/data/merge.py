@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_mcore.data.files import prepare_output
+from llama_mcore.data.finished import Job, is_finished, job_sha256
 from llama_mcore.data.index import bin_path, idx_path
 from llama_mcore.data.indexed import IndexedDataset
 from llama_mcore.data.join import DatasetWriter, remove_leftovers
@@ -20,11 +21,12 @@ CHUNK = 16 << 20
 """Bytes of tokens in memory at a time; a longer document is there whole."""
 
 
-def merge_datasets(inputs: Sequence[Path | str], output_prefix: Path | str) -> None:
+def merge_datasets(inputs: Sequence[Path | str], output_prefix: Path | str, *, force: bool = False) -> None:
     """Write PREFIX.bin, .idx and .json with the documents of all inputs in the order given.
 
     Each input is the prefix of a dataset or a folder, which stands for all datasets in it by name. They must
-    have one dtype and one tokenizer. Every byte is checked against the manifest of its dataset on the way.
+    have one dtype and one tokenizer, and be all held-out sets or none. Every byte is checked against the
+    manifest of its dataset on the way. OutputError for another dataset of that name, unless `force`.
     """
     prefixes = _prefixes(inputs)
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
@@ -32,11 +34,17 @@ def merge_datasets(inputs: Sequence[Path | str], output_prefix: Path | str) -> N
     output = str(output_prefix)
     if output in prefixes:
         raise DataError(Problem("--output-prefix", output, "is one of the inputs", "choose another"))
-    for path in (bin_path(output), idx_path(output), manifest_path(output)):
-        prepare_output(path)
+    job = Job(_job_sha256(datasets))
+    written = [bin_path(output), idx_path(output), manifest_path(output)]
+    for path in written:
+        prepare_output(path, "--output-prefix")
+    if not force and is_finished([output], job):
+        print(f"{output}.bin and .idx: already there, nothing to do", flush=True)
+        return
+    for path in written:
         remove_leftovers(path)
     total = sum(dataset.index.num_bytes for dataset in datasets)
-    known = _known([dataset.manifest for dataset in datasets])
+    known = _known([dataset.manifest for dataset in datasets]) | {"job_sha256": job.sha256}
     with (
         DatasetWriter(output, datasets[0].dtype, known) as writer,
         InputProgress("merge-datasets", total) as progress,
@@ -90,7 +98,19 @@ def _features(one: IndexedDataset, other: IndexedDataset) -> list[tuple[str, obj
     if one.manifest and other.manifest:
         names = ("tokenizer_sha256", "vocab_size", "eod")
         features += [(name, getattr(one.manifest, name), getattr(other.manifest, name)) for name in names]
+        options, of_other = one.manifest.options, other.manifest.options
+        # what is merged is held out as a whole or not at all
+        for name in ("split", "held_out"):
+            if name in options and name in of_other:
+                features.append((name, options[name], of_other[name]))
     return features
+
+
+def _job_sha256(datasets: Sequence[IndexedDataset]) -> str | None:
+    """Without a manifest a dataset may have other tokens and the same id."""
+    if not all(dataset.manifest for dataset in datasets):
+        return None
+    return job_sha256({"merged": [dataset.content_id for dataset in datasets]})
 
 
 def _append(writer: DatasetWriter, dataset: IndexedDataset, progress: InputProgress) -> None:
@@ -131,7 +151,11 @@ def _known(manifests: Sequence[DatasetManifest | None]) -> dict[str, Any]:
         return {}
     first = known[0]
     inputs = {each.path: each for manifest in known for each in manifest.inputs}
-    options = {name: value for name, value in first.options.items() if name != "shard"}
+    options = {
+        name: value
+        for name, value in first.options.items()
+        if name != "shard" and all(manifest.options.get(name) == value for manifest in known)
+    }
     return {
         **{name: getattr(first, name) for name in ("tokenizer_sha256", "vocab_size", "eod", "versions")},
         **{name: _sum(known, name) for name in ("text_bytes", "empty_documents", "skipped_lines")},

@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
-from pyarrow import parquet
+from pyarrow import compute, parquet
 
 from llama_mcore.data.blocks import BLOCK_BYTES, BadLine, Block
 from llama_mcore.errors import DataError, Problem
 
 _READ_BUFFER = 1 << 20
 _MOST_ROWS = 8192
+LONGEST_CELL = 256 << 20
+"""Bytes. To read one takes about three times as much memory, and its page is decoded as a whole."""
+_LARGEST_UNASKED, _MOST_COMPRESSED = 64 << 20, 200
+"""Bytes of a column of a row group, and how many may be one byte on disk: of text it is 2 to 20."""
 
 Answer = TypeVar("Answer")
 
@@ -24,10 +28,13 @@ class ParquetRows:
         self._file = _open(path)
         self._check_columns()
         metadata = self._file.metadata
+        _check_sizes(path, metadata, self._keys)
         self._starts = [0]
         for group in range(metadata.num_row_groups):
             self._starts.append(self._starts[-1] + metadata.row_group(group).num_rows)
         self._num_rows = self._starts[-1]
+        self.size_of_row = path.stat().st_size // max(1, self._num_rows)
+        """Bytes of the file."""
         self._bytes_per_row = max(1, _uncompressed_bytes(metadata, self._keys) // max(1, self._num_rows))
         self._rows_per_unit = max(1, unit_bytes // self._bytes_per_row)
         self._rows: Iterator[pa.RecordBatch] = iter(())
@@ -82,7 +89,7 @@ class ParquetRows:
                     texts.append(text)
             else:
                 reasons = [
-                    f"{'is not UTF-8' if value is NOT_TEXT else 'is null'} under {key!r}"
+                    f"{_WHY_NOT[value]} under {key!r}"
                     for key, value in zip(self._keys, found, strict=True)
                     if type(value) is not str
                 ]
@@ -103,17 +110,9 @@ class ParquetRows:
             raise DataError(problems)
 
 
-NOT_TEXT = object()
-"""A string that is not UTF-8."""
-
-
-def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every row as a dict, with about the bytes that it took of the file."""
-    file = _open(path)
-    size = path.stat().st_size // max(1, file.metadata.num_rows)
-    batches = file.iter_batches(batch_size=64, use_threads=False)
-    while (batch := _checked(path, lambda: next(batches, None))) is not None:
-        yield from ((size, row) for row in batch.to_pylist())
+NOT_TEXT, TOO_LONG = object(), object()
+"""A string that is not UTF-8, and one longer than LONGEST_CELL."""
+_WHY_NOT = {NOT_TEXT: "is not UTF-8", TOO_LONG: f"is longer than {LONGEST_CELL:,} bytes", None: "is null"}
 
 
 def _open(path: Path) -> "parquet.ParquetFile":
@@ -129,15 +128,30 @@ def _checked(path: Path, read: Callable[[], Answer]) -> Answer:
         raise DataError(Problem("--input", path, f"is damaged ({reason})", "fetch the file again")) from None
 
 
-def _uncompressed_bytes(metadata: Any, keys: Sequence[str]) -> int:
-    """Of the columns that are read."""
-    size = 0
+def _columns(metadata: Any, keys: Sequence[str]) -> Iterator[Any]:
+    """What the file says of the columns that are read, of each row group."""
     for group in range(metadata.num_row_groups):
         columns = metadata.row_group(group)
         for index in range(columns.num_columns):
-            column = columns.column(index)
-            size += column.total_uncompressed_size if column.path_in_schema in keys else 0
-    return size
+            if (column := columns.column(index)).path_in_schema in keys:
+                yield column
+
+
+def _uncompressed_bytes(metadata: Any, keys: Sequence[str]) -> int:
+    return sum(column.total_uncompressed_size for column in _columns(metadata, keys))
+
+
+def _check_sizes(path: Path, metadata: Any, keys: Sequence[str]) -> None:
+    """DataError, before they are decoded, for columns that would fill the memory from a small file."""
+    for column in _columns(metadata, keys):
+        size, on_disk = column.total_uncompressed_size, column.total_compressed_size
+        bound = f"has {size:,} bytes of {column.path_in_schema!r} in {column.num_values:,} rows"
+        if size > _LARGEST_UNASKED and size > _MOST_COMPRESSED * on_disk:
+            bound += f", packed into {on_disk:,}: no text is so repetitive"
+            raise DataError(Problem("--input", path, bound, "leave it out"))
+        if size > LONGEST_CELL * column.num_values:
+            bound += f"; a document may have {LONGEST_CELL:,}"
+            raise DataError(Problem("--input", path, bound, "cut its documents, or leave it out"))
 
 
 def _holds_text(kind: "pa.DataType") -> bool:
@@ -147,15 +161,31 @@ def _holds_text(kind: "pa.DataType") -> bool:
 
 
 def _values(column: "pa.Array") -> list[object]:
-    """Strings, None for null, NOT_TEXT for bytes that are no text."""
+    """Strings; None for null, NOT_TEXT for bytes that are no text, TOO_LONG."""
     try:
-        return column.to_pylist()
+        if not _may_be_long(column):
+            return column.to_pylist()
     except UnicodeDecodeError:
-        return [_value(scalar) for scalar in column]
+        pass
+    return [_value(scalar) for scalar in column]
+
+
+def _may_be_long(column: "pa.Array") -> bool:
+    values = column.dictionary if pa.types.is_dictionary(column.type) else column
+    return (
+        values.nbytes > LONGEST_CELL
+        and (compute.max(compute.binary_length(values)).as_py() or 0) > LONGEST_CELL
+    )
 
 
 def _value(scalar: "pa.Scalar") -> object:
+    if scalar.is_valid and len(_buffer(scalar)) > LONGEST_CELL:
+        return TOO_LONG
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
         return NOT_TEXT
+
+
+def _buffer(scalar: "pa.Scalar") -> Any:
+    return (scalar.value if pa.types.is_dictionary(scalar.type) else scalar).as_buffer()

@@ -12,13 +12,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 from llama_mcore import __version__
+from llama_mcore.data import finished
 from llama_mcore.data.files import prepare_output
 from llama_mcore.data.index import bin_path, idx_path
 from llama_mcore.data.indexed import optimal_dtype
 from llama_mcore.data.inputs import InputFile, Unit, find_inputs, sources_of, unit_bytes_for
 from llama_mcore.data.job import Job
 from llama_mcore.data.join import join_parts, remove_dataset, remove_leftovers, write_quarantine
-from llama_mcore.data.manifest import manifest_path
+from llama_mcore.data.manifest import TOKENIZER_MODEL, manifest_path
 from llama_mcore.data.preprocess_settings import (
     Settings,
     check_settings,
@@ -28,7 +29,15 @@ from llama_mcore.data.preprocess_settings import (
 )
 from llama_mcore.data.progress import InputProgress
 from llama_mcore.data.schedule import WHOLE, Schedule
-from llama_mcore.data.shards import Lock, PartRecord, PartsFolder, open_parts, remove, remove_if_unused
+from llama_mcore.data.shards import (
+    Lock,
+    PartRecord,
+    PartsFolder,
+    is_begun,
+    open_parts,
+    remove,
+    remove_if_unused,
+)
 from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.data.totals import Totals, describe
 from llama_mcore.data.workers import Workers
@@ -73,6 +82,8 @@ class Preprocessing:
         self._folder = Path(f"{prefix}.parts")
         self._quarantine = Path(f"{prefix}.quarantine.jsonl")
         self._outputs = output_prefixes(prefix, self._keys, bool(settings.held_out))
+        both = output_prefixes(prefix, self._keys, held_out=True)
+        self._beside = [output for output in both if output not in self._outputs]
         written = [path(output) for output in self._outputs for path in (bin_path, idx_path, manifest_path)]
         self._written = [*written, self._quarantine]
         with gathering(errors):
@@ -86,6 +97,9 @@ class Preprocessing:
     def run(self) -> None:
         with Lock(self._folder):
             try:
+                if self._is_finished():
+                    remove_if_unused(self._folder)
+                    return
                 for path in self._written:
                     remove_leftovers(path)
                 restart = self._settings.restart or self._reads_a_stream()
@@ -94,6 +108,19 @@ class Preprocessing:
                 remove_if_unused(self._folder)
                 raise
             remove(self._folder)
+
+    def _is_finished(self) -> bool:
+        """Says so. OutputError where datasets of another job are there and are not to be replaced."""
+        if self._settings.force:
+            return False
+        options = {**self._options(), "on_bad_line": self._settings.on_bad_line}
+        job = finished.Job(self._job_sha256(), options, self._tokenizer.sha256)
+        begun = is_begun(self._folder, self._plan())
+        if not finished.is_finished(self._outputs, job, beside=self._beside, begun=begun):
+            return False
+        for prefix in self._outputs:
+            print(f"{prefix}.bin and .idx: already there, nothing to do", flush=True)
+        return True
 
     def _make(self, parts: PartsFolder) -> None:
         job = self._job(parts)
@@ -119,6 +146,8 @@ class Preprocessing:
         for prefix, output in zip(self._outputs, totals.outputs, strict=True):
             if not output.documents:
                 remove_dataset(prefix)
+        for prefix in self._beside:
+            remove_dataset(prefix)
         print(describe(self._outputs, self._dtype, totals, units, self._sources), flush=True)
         print(f"  {speed}", flush=True)
 
@@ -164,9 +193,14 @@ class Preprocessing:
 
     def _plan(self) -> dict[str, str]:
         """All that the parts depend on. Not the encoder and the workers: they change nothing."""
-        files = {f"input {index}": _identity(file) for index, file in enumerate(self._files)}
+        files = {f"input {index}": file.identity for index, file in enumerate(self._files)}
         plan = {"tokenizer_model": self._tokenizer.sha256, "unit_bytes": str(self._unit_bytes)}
         return {"format": str(_FORMAT), **plan, **self._options(), **files}
+
+    def _job_sha256(self) -> str | None:
+        if any(file.format == "stream" for file in self._files):
+            return None
+        return finished.job_sha256({**self._plan(), "on_bad_line": self._settings.on_bad_line})
 
     def _options(self) -> dict[str, str]:
         settings = self._settings
@@ -194,7 +228,14 @@ class Preprocessing:
             "empty_documents": totals.empty[key],
             "skipped_lines": totals.skipped,
             "eod": self._tokenizer.eod if settings.append_eod else None,
-            "options": {**self._options(), "json_key": self._keys[key], "split": split},
+            "options": {
+                **self._options(),
+                "on_bad_line": settings.on_bad_line,
+                "json_key": self._keys[key],
+                "split": split,
+                TOKENIZER_MODEL: str(self._tokenizer.path),
+            },
+            "job_sha256": self._job_sha256(),
             "versions": {"llama-mcore": __version__, **{name: version(name) for name in ENCODERS}},
             "inputs": [{"path": str(f.path), "bytes": f.size} for f in self._files if f in read],
         }
@@ -239,13 +280,6 @@ def _unit_encoder(job: Job) -> Callable[[Unit], tuple[PartRecord, str | None]]:
     from llama_mcore.data.unit_encoder import UnitEncoder  # with workers, only they need it
 
     return UnitEncoder(job)
-
-
-def _identity(file: InputFile) -> str:
-    if file.format == "stream":
-        return f"{file.path}"
-    changed = file.path.stat().st_mtime_ns
-    return f"{file.path}, {file.size} bytes, changed {changed} ns"
 
 
 def _say(text: str) -> None:

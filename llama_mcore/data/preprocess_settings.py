@@ -34,6 +34,8 @@ class Settings:
     """INDEX/COUNT, counted from 0: see `parse_shard`."""
     shuffle_seed: int | None = None
     restart: bool = False
+    force: bool = False
+    """Replace datasets that another job has made."""
     tokenizer_type: str = ""
     """One of TOKENIZER_TYPES, which are all the same here."""
 

@@ -45,7 +45,7 @@ def read_records(paths: Sequence[Path], key: str = "text") -> Iterator[Record]:
         if source.format == "text":
             yield from _text_records(source, key)
         elif source.format == "parquet":
-            yield from _parquet_records(source)
+            yield from _parquet_records(source, key)
         else:
             yield from read_jsonl(source.path, open_stream(source))
 
@@ -126,8 +126,13 @@ def _text_records(source: Source, key: str) -> Iterator[Record]:
         yield Record(file.path, 1, file.size, {key: text})
 
 
-def _parquet_records(source: Source) -> Iterator[Record]:
-    from llama_mcore.data.parquet import parquet_rows
+def _parquet_records(source: Source, key: str) -> Iterator[Record]:
+    from llama_mcore.data.parquet import ParquetRows
 
-    for number, (size, fields) in enumerate(parquet_rows(source.path), start=1):
-        yield Record(source.path, number, size, fields)
+    rows, number = ParquetRows(source.path, [key], _WHOLE), 0
+    for block in rows.read(0):
+        for bad in block.bad[:1]:
+            raise bad_line_error(bad, (bad.line or 0) + 1)
+        for text in block.texts[0]:
+            number += 1
+            yield Record(source.path, number, rows.size_of_row, {key: text})

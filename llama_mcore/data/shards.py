@@ -20,13 +20,16 @@ from typing import Any
 import numpy as np
 import orjson
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from llama_mcore.data.files import output_errors, temporary_name
 from llama_mcore.data.inputs import Unit
 from llama_mcore.errors import ConfigError, OutputError, Problem
+from llama_mcore.small_file import read_small_file
 
 _MOST_DIFFERENCES = 5
+_LARGEST_PLAN, _LARGEST_RECORD = 256 << 20, 1 << 20
+PLAN = "plan.json"
 _RECORD_NAME = re.compile(r"(\d+)-(\d+)\.json")
 
 
@@ -165,12 +168,17 @@ class Lock:
         os.close(self._descriptor)
 
 
+def is_begun(folder: Path, plan: Mapping[str, str]) -> bool:
+    """Whether a job of this plan has not come to its end."""
+    return _read_plan(folder / PLAN) == plan
+
+
 def open_parts(folder: Path, plan: Mapping[str, str], *, restart: bool) -> PartsFolder:
     """The parts of a job, found again or begun. The caller holds the lock of the folder.
 
     ConfigError names what differs if the parts there are of other inputs or were made with other options.
     """
-    path = folder / "plan.json"
+    path = folder / PLAN
     text = orjson.dumps(plan, option=orjson.OPT_INDENT_2)
     before = None if restart else _read_plan(path)
     if before is None:
@@ -185,7 +193,7 @@ def open_parts(folder: Path, plan: Mapping[str, str], *, restart: bool) -> Parts
 
 def clear(folder: Path) -> None:
     """Remove all that is in it, the plan first: what a kill leaves is not taken for work to go on with."""
-    (folder / "plan.json").unlink(missing_ok=True)
+    (folder / PLAN).unlink(missing_ok=True)
     for entry in folder.iterdir():
         entry.unlink()
 
@@ -193,14 +201,16 @@ def clear(folder: Path) -> None:
 def remove(folder: Path) -> None:
     """Remove the folder and what is in it."""
     if folder.exists():
-        (folder / "plan.json").unlink(missing_ok=True)
+        (folder / PLAN).unlink(missing_ok=True)
         shutil.rmtree(folder)
 
 
 def remove_if_unused(folder: Path) -> None:
-    """Remove the folder if no part in it is done."""
-    if folder.exists() and not any(_RECORD_NAME.fullmatch(name) for name in os.listdir(folder)):
-        remove(folder)
+    """Remove the folder if no job can go on with it: no part in it is done, or its plan is gone."""
+    if folder.exists():
+        names = os.listdir(folder)
+        if PLAN not in names or not any(map(_RECORD_NAME.fullmatch, names)):
+            remove(folder)
 
 
 def _write_all(stream: Any, section: memoryview) -> None:
@@ -214,15 +224,15 @@ def _size(path: Path) -> int:
 
 def _read_record(path: Path) -> PartRecord | None:
     try:
-        return PartRecord.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
+        return PartRecord.model_validate_json(read_small_file(path, _LARGEST_RECORD))
+    except (OSError, ValueError):
         return None
 
 
 def _read_plan(path: Path) -> dict[str, Any] | None:
     try:
-        plan = orjson.loads(path.read_bytes())
-    except (OSError, orjson.JSONDecodeError):
+        plan = orjson.loads(read_small_file(path, _LARGEST_PLAN))
+    except (OSError, ValueError):
         return None
     return plan if isinstance(plan, dict) else None
 

@@ -1,12 +1,31 @@
 """The sources of a run, opened and checked against each other and against the run's tokenizer."""
 
+import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from llama_mcore.data.config import DataConfig
 from llama_mcore.data.dataset import WindowDataset
+from llama_mcore.data.index import missing_dataset
+from llama_mcore.data.indexed import IndexedDataset
 from llama_mcore.data.ledger import Segment, plan_segment
+from llama_mcore.data.manifest import DatasetManifest
 from llama_mcore.data.tokenizer import Tokenizer
-from llama_mcore.errors import DataError, Problem, UserError
+from llama_mcore.errors import (
+    DataError,
+    MissingInputError,
+    Problem,
+    UserError,
+    gathering,
+    input_problem,
+    raise_all,
+)
+
+_DEMO = "runs/demo/"
+"""Where the shipped configuration `tiny` has its data."""
+_WEIGHT = re.compile(r"\d*\.?\d+")
 
 
 @dataclass(frozen=True)
@@ -16,46 +35,146 @@ class OpenSource:
     valid: WindowDataset | None
 
 
+def missing_inputs(data: DataConfig) -> list[Problem]:
+    """Datasets and tokenizer that are not there, each under the setting that names it."""
+    problems = [_missing(setting, prefix) for setting, prefix in _prefixes(data)]
+    if data.tokenizer and not os.path.isfile(data.tokenizer):
+        remedy = "give the tokenizer that the data was made with, or make one with tools/train_tokenizer.py"
+        problems.append(input_problem("data.tokenizer", data.tokenizer, remedy))
+    found = [problem for problem in problems if problem]
+    if found and all(str(problem.value).startswith(_DEMO) for problem in found):
+        bound = f"{len(found)} of the inputs that `make demo` makes are not there"
+        remedy = "type `make demo` in the checkout, or name data of your own (docs/data.md)"
+        return [Problem("data", _DEMO, bound, remedy)]
+    return found
+
+
 def open_sources(data: DataConfig, seq_length: int, vocab_size: int) -> list[OpenSource]:
     """Open every dataset. Raises one error with the problems of all of them."""
+    if missing := missing_inputs(data):
+        raise MissingInputError(missing)
     opened: dict[str, dict[str, WindowDataset | None]] = {}
     failures: list[UserError] = []
     for name, source in data.named_sources.items():
         opened[name] = {"valid": None}
         for split, prefix in (("train", source.train), ("valid", source.valid)):
-            if prefix:
-                try:
-                    opened[name][split] = WindowDataset(prefix, seq_length, vocab_size)
-                except UserError as error:
-                    failures.append(error)
-    if failures:
-        raise type(failures[0])([problem for error in failures for problem in error.problems])
+            with gathering(failures):
+                opened[name][split] = WindowDataset(prefix, seq_length, vocab_size) if prefix else None
+    raise_all(failures)
     return [OpenSource(name, **splits) for name, splits in opened.items()]  # type: ignore[arg-type]
 
 
 def plan_run(data: DataConfig, sources: list[OpenSource], seed: int, seq_length: int) -> Segment:
     """The plan of what a run reads. Raises DataError where datasets were made with different tokenizers, or
-    with another one than the run's."""
-    tokenizer = _check_tokenizers(data, sources)
+    with another one than the run's, and where held-out documents are trained on."""
+    errors: list[UserError] = []
+    tokenizer = None
+    with gathering(errors):
+        tokenizer = _check_tokenizers(data, sources)
+    with gathering(errors):
+        _check_held_out(sources)
+    raise_all(errors)
     datasets = {source.name: source.train for source in sources}
     return plan_segment(data.named_sources, datasets, seed, seq_length, tokenizer)
+
+
+def _prefixes(data: DataConfig) -> Iterator[tuple[str, str]]:
+    """Every dataset with the setting that names it."""
+    for name, source in data.named_sources.items():
+        where = "data" if data.train is not None else f"data.sources.{name}"
+        for split, given in (("train", source.train), ("valid", source.valid or [])):
+            for prefix in [given] if isinstance(given, str) else given:
+                yield f"{where}.{split}", prefix
+
+
+def _missing(setting: str, prefix: str) -> Problem | None:
+    problem = missing_dataset(setting, prefix)
+    if problem and _WEIGHT.fullmatch(prefix.partition(" ")[0]):
+        bound = "is Megatron's way to weight datasets"
+        remedy = "write data.sources: {a: {train: PREFIX, weight: 0.3}, b: {train: PREFIX, weight: 0.7}}"
+        return Problem(setting, prefix, bound, remedy)
+    return problem
 
 
 def _check_tokenizers(data: DataConfig, sources: list[OpenSource]) -> str | None:
     """SHA-256 of the run's tokenizer, or of the one that all data was made with; None if nobody knows."""
     datasets = [dataset for source in sources for dataset in (source.train, source.valid) if dataset]
-    made_with = [(dataset.prefix, sha256) for dataset in datasets for sha256 in sorted(dataset.tokenizers)]
-    if data.tokenizer:
-        expected = Tokenizer(data.tokenizer, "data.tokenizer").sha256
-        remedy = f"the run's data.tokenizer = {data.tokenizer} has {expected}"
-    else:
-        expected = made_with[0][1] if made_with else ""
-        remedy = f"{made_with[0][0]} was made with {expected}" if made_with else ""
+    made = [
+        (part.prefix, part.manifest)
+        for dataset in datasets
+        for part in dataset.parts
+        if part.manifest and part.manifest.tokenizer_sha256
+    ]
+    if not data.tokenizer:
+        return _one_tokenizer(made)
+    tokenizer = Tokenizer(data.tokenizer, "data.tokenizer")
+    others: dict[str, list[str]] = {}
+    for prefix, manifest in made:
+        if manifest.tokenizer_sha256 != tokenizer.sha256:
+            others.setdefault(manifest.made_with, []).append(prefix)
+    if others:
+        known = f"SHA-256 {tokenizer.sha256[:12]}"
+        raise DataError(
+            [
+                Problem(
+                    "data.tokenizer",
+                    data.tokenizer,
+                    f"({known}) is not the one that made {', '.join(prefixes)}",
+                    f"give {made_with}, or make the data again",
+                )
+                for made_with, prefixes in others.items()
+            ]
+        )
+    return tokenizer.sha256
+
+
+def _one_tokenizer(made: list[tuple[str, DatasetManifest]]) -> str | None:
+    if not made:
+        return None
+    (first, expected), *others = made
+    remedy = "make all data with one tokenizer"
     problems = [
-        Problem("dataset", prefix, f"was made with the tokenizer {sha256}", remedy)
-        for prefix, sha256 in made_with
-        if sha256 != expected
+        Problem(
+            "dataset",
+            prefix,
+            f"was made with the tokenizer {manifest.made_with}, {first} with {expected.made_with}",
+            remedy,
+        )
+        for prefix, manifest in others
+        if manifest.tokenizer_sha256 != expected.tokenizer_sha256
     ]
     if problems:
         raise DataError(problems)
-    return expected or None
+    return expected.tokenizer_sha256
+
+
+def _check_held_out(sources: list[OpenSource]) -> None:
+    """DataError for held-out sets that do not belong to the training sets, as far as manifests tell."""
+    train = [part for source in sources for part in source.train.parts]
+    valid = [part for source in sources if source.valid for part in source.valid.parts]
+    pairs = [
+        (held_out, reason) for part, held_out in product(train, valid) if (reason := _why_not(part, held_out))
+    ]
+    if pairs:
+        remedy = "make both with one tools/preprocess_data.py --held-out"
+        raise DataError([Problem("dataset", held_out.prefix, reason, remedy) for held_out, reason in pairs])
+
+
+def _why_not(train: IndexedDataset, held_out: IndexedDataset) -> str:
+    """Why one is not what was held out of the other; nothing where they are of different text, or nobody
+    knows."""
+    of_train, of_held_out = train.manifest, held_out.manifest
+    if not of_train or not of_held_out or not of_train.files & of_held_out.files:
+        return ""
+    trained, kept = of_train.options, of_held_out.options
+    if trained.get("json_key") != kept.get("json_key"):
+        return ""
+    for option in ("append_bos", "append_eod"):
+        if option in trained and trained[option] != kept.get(option, trained[option]):
+            return f"was made with {option} {kept[option]} and {train.prefix} with {trained[option]}"
+    if kept.get("split") != "heldout":
+        return ""
+    # A document is held out by its own text: of a smaller share none is in what is left of a larger one.
+    if trained.get("split") == "heldout" or of_train.held_out < of_held_out.held_out:
+        return f"holds documents that are in {train.prefix} too"
+    return ""

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import sentencepiece
 
-from llama_mcore.errors import DataError, MissingInputError, Problem, input_problem
+from llama_mcore.errors import DataError, MissingInputError, Problem, input_problem, shown
+from llama_mcore.small_file import read_small_file
+
+LARGEST_MODEL = 64 << 20
+"""Bytes; LLaMA's has half a million."""
+_REMEDY = "give the tokenizer.model that was trained"
 
 
 class Tokenizer:
@@ -20,15 +25,17 @@ class Tokenizer:
         """`field` names it to the user. Raises MissingInputError, and DataError if it is no such model."""
         self.path, self._field = Path(path), field
         try:
-            model = self.path.read_bytes()
+            self.model = read_small_file(self.path, LARGEST_MODEL, follow=True)
         except OSError as error:
             raise MissingInputError(
                 input_problem(field, path, "make it with train-tokenizer", error)
             ) from None
-        self.sha256 = hashlib.sha256(model).hexdigest()
+        except ValueError as error:
+            raise DataError(Problem(field, path, f"cannot be read ({shown(error)})", _REMEDY)) from None
+        self.sha256 = hashlib.sha256(self.model).hexdigest()
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
-            self._processor.LoadFromSerializedProto(model)
+            self._processor.LoadFromSerializedProto(self.model)
         except RuntimeError:
             raise self._not_a_model() from None
         if self._processor.eos_id() < 0:
@@ -36,7 +43,7 @@ class Tokenizer:
 
     def _not_a_model(self) -> DataError:
         bound = "is not a SentencePiece model with an end-of-sequence token"
-        return DataError(Problem(self._field, self.path, bound, "give the tokenizer.model that was trained"))
+        return DataError(Problem(self._field, self.path, bound, _REMEDY))
 
     @property
     def vocab_size(self) -> int:

@@ -1,15 +1,17 @@
 """Training of a SentencePiece BPE tokenizer with the settings of the released LLaMA tokenizer."""
 
 import hashlib
+import os
 import platform
 import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,14 @@ from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 from llama_mcore import __version__
 from llama_mcore.data.files import output_errors, prepare_output, published
+from llama_mcore.data.finished import cannot_replace, job_sha256
 from llama_mcore.data.progress import SECONDS_BETWEEN_LINES
+from llama_mcore.data.tokenizer import LARGEST_MODEL
 from llama_mcore.data.tokenizer_corpus import MAX_LINE_BYTES, Corpus, TextSource, find_sources
 from llama_mcore.data.tokenizer_memory import TrainerMemory
 from llama_mcore.data.tokenizer_report import TokenizerReport, report_on
 from llama_mcore.errors import ConfigError, DataError, Problem
+from llama_mcore.small_file import parse_json, read_small_file
 
 # The trainer_spec and normalizer_spec inside the tokenizer.model that Meta released with LLaMA. num_threads
 # stays at SentencePiece's default: the model stores it, and would otherwise differ from machine to machine.
@@ -57,6 +62,8 @@ _SMALLEST_VOCABULARY = 3 + 256 + 1
 _LARGEST_VOCABULARY = 2**31 - 1
 _LARGEST_SEED = 2**31 - 1
 _LOG_ERRORS_ONLY = 2
+_MOST_NAMED = 3
+_LARGEST_RECORD = 256 << 20  # it names every input file
 
 
 def train_tokenizer(
@@ -69,29 +76,42 @@ def train_tokenizer(
     seed: int = 0,
     max_memory: int | None = None,
     report: bool = False,
+    force: bool = False,
 ) -> None:
     """Train on the lines of all documents; write the model to `output` and what made it to `output`.json.
 
     `inputs` are files, folders or patterns, each with or without NAME= before it. `bytes_per_source` and
     `max_memory` are in bytes; by default all text is used, and 80 % of the memory available. The same inputs
-    and seed give the same bytes on any machine. Raises ConfigError, MissingInputError, DataError,
-    OutputError, and PreflightError for text that would not fit into memory.
+    and seed give the same bytes on any machine. A model that is there already is neither learnt again nor,
+    unless `force`, replaced by another. Raises ConfigError, MissingInputError, DataError, OutputError, and
+    PreflightError for text that would not fit into memory.
     """
     _check_settings(vocab_size, bytes_per_source, seed)
     sources = find_sources(inputs)
     record_path = output.with_name(output.name + ".json")
     prepare_output(output)
     prepare_output(record_path)
+    settings = {
+        "vocab_size": vocab_size,
+        "json_key": json_key,
+        "bytes_per_source": bytes_per_source,
+        "seed": seed,
+    }
+    job = _job_sha256(sources, settings)
+    there = None if force else _there(output, record_path, settings, job)
+    if there and (there.reported or not report):
+        print(f"{output}: already there, nothing to do; {record_path} tells how it was made", flush=True)
+        return
     memory = TrainerMemory(max_memory, len(sources))
     corpus = Corpus(
         sources, json_key, memory, bytes_per_source=bytes_per_source, seed=seed, for_report=report
     )
     corpus.check_memory_ahead()
     started = time.perf_counter()
-    model = _like_llamas(_learn(corpus, memory, vocab_size, seed))
+    model = _read(corpus, there) if there else _like_llamas(_learn(corpus, memory, vocab_size, seed))
     digest = hashlib.sha256(model).hexdigest()
     found = report_on(model, {source.name: source.report_sample for source in sources}) if report else None
-    record = _record(output, digest, sources, vocab_size, bytes_per_source, seed, found)
+    record = _record(output, digest, sources, settings, job, found)
     # The model appears last: where it is, what is told about it is there too.
     with published(output) as temporary, published(record_path) as temporary_record, output_errors(output):
         temporary.write_bytes(model)
@@ -99,6 +119,63 @@ def train_tokenizer(
     print(_summary(output, digest, vocab_size, sources, time.perf_counter() - started), flush=True)
     if found:
         print(found.table(), flush=True)
+
+
+@dataclass(frozen=True)
+class _There:
+    """A model of the same job."""
+
+    model: bytes
+    reported: bool
+
+
+def _read(corpus: Corpus, there: _There) -> bytes:
+    """All but the learning, for the report on a model that is there."""
+    deque(corpus.lines(), maxlen=0)
+    return there.model
+
+
+def _job_sha256(sources: Sequence[TextSource], settings: Mapping[str, object]) -> str | None:
+    """Of all that the model depends on; None where a stream is read, which nobody can compare."""
+    files = {source.name: [file.identity for file in source.files] for source in sources}
+    if any(file.format == "stream" for source in sources for file in source.files):
+        return None
+    return job_sha256({"trainer": LLAMA_TRAINER, **settings, "files": files})
+
+
+def _there(output: Path, record_path: Path, settings: Mapping[str, object], job: str | None) -> _There | None:
+    """The model of the same job, if all of it is there. OutputError for anything else of these names."""
+    found = [path for path in (output, record_path) if os.path.lexists(path)]
+    if not found:
+        return None
+    record = _read_record(record_path)
+    ours = job is not None and record.get("job_sha256") == job
+    if ours and output not in found:
+        return None  # killed before the model appeared
+    try:
+        model = read_small_file(output, LARGEST_MODEL, follow=True)
+    except (OSError, ValueError):
+        model = b""
+    if ours and hashlib.sha256(model).hexdigest() == record.get("sha256"):
+        return _There(model, bool(record.get("report")))
+    other = [
+        f"{name} {record[name]}, not {now}" for name, now in settings.items() if record.get(name, now) != now
+    ]
+    why = (
+        f"made with {'; '.join(other)}"
+        if other
+        else "made from other or changed text, or not by this command"
+    )
+    raise cannot_replace("--output", found[0], why)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """Empty where there is none that can be read."""
+    try:
+        record = parse_json(read_small_file(path, _LARGEST_RECORD, follow=True))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _check_settings(vocab_size: int, bytes_per_source: int | None, seed: int) -> None:
@@ -152,7 +229,7 @@ def _learn(corpus: Corpus, memory: TrainerMemory, vocab_size: int, seed: int) ->
                 **LLAMA_TRAINER,
             )
         except RuntimeError as error:
-            raise lines.error or _training_error(str(error), vocab_size) from None
+            raise lines.error or _training_error(str(error), vocab_size, corpus.sources) from None
     return model.getvalue()
 
 
@@ -191,7 +268,7 @@ def _say_elapsed(done: threading.Event) -> None:
         print(f"train-tokenizer: {state}", file=sys.stderr, flush=True)
 
 
-def _training_error(message: str, vocab_size: int) -> DataError:
+def _training_error(message: str, vocab_size: int, sources: Sequence[TextSource]) -> DataError:
     if match := re.search(r"Vocabulary size too high .* value <= (\d+)", message):
         most = match[1]
         bound = f"is more than the text supports: at most {most}"
@@ -200,11 +277,20 @@ def _training_error(message: str, vocab_size: int) -> DataError:
         bound = f"must be at least {match[1]}: control tokens, 256 bytes and the text's own characters"
         return DataError(Problem("--vocab-size", vocab_size, bound, f"give --vocab-size {match[1]} or more"))
     if "!sentences_.empty()" in message:
-        bound = f"hold no line of text of at most {MAX_LINE_BYTES} bytes"
-        return DataError(Problem("--input", "all documents", bound, "give text with shorter lines"))
+        return _no_lines(sources)
     return DataError(
         Problem("--input", "all documents", f"SentencePiece cannot train on them ({message.strip()})")
     )
+
+
+def _no_lines(sources: Sequence[TextSource]) -> DataError:
+    if left_out := sum(source.lines_left_out for source in sources):
+        bound = f"hold {left_out:,} lines, all of them over {MAX_LINE_BYTES} bytes or with U+2585"
+        return DataError(Problem("--input", "all documents", bound, "give text with shorter lines"))
+    names = ", ".join(str(file.path) for source in sources for file in source.files[:_MOST_NAMED])
+    documents = sum(source.documents for source in sources)
+    bound = f"no text in {documents:,} documents" if documents else "no documents: empty"
+    return DataError(Problem("--input", names, bound, "check the files and --json-key"))
 
 
 def _like_llamas(model: bytes) -> bytes:
@@ -220,9 +306,8 @@ def _record(
     output: Path,
     digest: str,
     sources: Sequence[TextSource],
-    vocab_size: int,
-    bytes_per_source: int | None,
-    seed: int,
+    settings: Mapping[str, object],
+    job: str | None,
     report: TokenizerReport | None,
 ) -> bytes:
     """JSON that depends on the inputs and settings alone, and the versions that were used."""
@@ -234,9 +319,8 @@ def _record(
     content = {
         "model": output.name,
         "sha256": digest,
-        "vocab_size": vocab_size,
-        "seed": seed,
-        "bytes_per_source": bytes_per_source,
+        **settings,
+        "job_sha256": job,
         "settings": LLAMA_TRAINER | {"spaces_score": LLAMA_SPACES_SCORE},
         "sources": [_record_source(source) for source in sources],
         "versions": versions,

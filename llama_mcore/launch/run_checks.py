@@ -9,11 +9,10 @@ from llama_mcore.checkpoint.lease import check_free
 from llama_mcore.checkpoint.run_folder import Outlook, outlook
 from llama_mcore.config import RunConfig
 from llama_mcore.data.ledger import Segment, check_caps
-from llama_mcore.data.sources import OpenSource, open_sources, plan_run
-from llama_mcore.errors import MissingInputError, Problem, UserError, gathering, input_problem
+from llama_mcore.data.sources import OpenSource, missing_inputs, open_sources, plan_run
+from llama_mcore.errors import MissingInputError, Problem, UserError, gathering
 from llama_mcore.launch.finding import Finding
 from llama_mcore.launch.progress import check_progress
-from llama_mcore.plan.summary import missing_inputs
 from llama_mcore.units import format_count
 
 
@@ -37,18 +36,14 @@ def unusable_files(
     """
     failures: list[UserError] = []
     with gathering(failures):
-        if missing := missing_inputs(run):
-            raise MissingInputError([_missing(path) for path in missing])
+        if missing := missing_inputs(run.data):
+            raise MissingInputError(missing)
         if look_at_data:
             look_at_data()
     with gathering(failures):
         if auto:
             outlook(run)
     return failures
-
-
-def _missing(path: Path) -> Problem:
-    return input_problem("input", path, "make it, or change the setting that names it (data)")
 
 
 def data(run: RunConfig) -> tuple[list[Finding], list[OpenSource]]:

@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 
 from llama_mcore.checkpoint import compare as compare_module
 from llama_mcore.checkpoint.compare import Comparison, compare
+from llama_mcore.checkpoint.convert.formats import NAMES, WriteOptions, get_format
 from llama_mcore.checkpoint.layout import KINDS, checkpoints_dir
 from llama_mcore.checkpoint.manifest import MANIFEST
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.cli import app
+from tests.checkpoint.convert.invented import SHAPES, Invented
 from tests.checkpoint.damage import FIRST_RANK, edit_manifest, edit_tensors
 from tests.checkpoint.tiny import MODEL, tensors_of, write_checkpoint
 from tests.support.errors import is_shown
@@ -150,6 +152,26 @@ def test_where_there_is_no_checkpoint_that_is_said(tmp_path: Path, place: str) -
         code, out, err = run(tmp_path / place, *options)
         assert (code, out) == (66, "")
         assert str(tmp_path / place) in err
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "native"])
+def test_a_checkpoint_of_another_format_is_named(name: str, tmp_path: Path, run_dir: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    weights = Invented(SHAPES["mha"])
+    get_format(name, "").write(
+        weights, foreign, WriteOptions(torch.bfloat16, weights.kinds), lambda size: None
+    )
+    places = [foreign, *foreign.glob("step-*")]  # of DeepSpeed: both are one
+    for words in [
+        *((place,) for place in places),
+        (foreign, "--diff", run_dir),
+        (run_dir, "--diff", foreign),
+    ]:
+        code, out, err = run(*words)
+        assert (code, out) == (66, "")
+        assert f"another format: {name}" in err
+        assert "compare-checkpoints" in err
 
 
 def test_json_says_the_same(run_dir: Path, checkpoint: Path) -> None:

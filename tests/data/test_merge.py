@@ -126,7 +126,7 @@ def test_what_does_not_fit_together_is_refused(corpus: Path, tokenizer_model: Pa
         assert str(other) in str(error.value)
     with refused(MissingInputError, "--input", a):
         merge_datasets([a, f"{a}.bin"], tmp_path / "m")
-    with refused(MissingInputError, "dataset", tmp_path / "none.idx"):
+    with refused(MissingInputError, "dataset", tmp_path / "none"):
         merge_datasets([tmp_path / "none"], tmp_path / "m")
     with refused(DataError, "--output-prefix", a):
         merge_datasets([a], a)

@@ -186,7 +186,9 @@ def test_a_stream_is_read_from_stdin(corpus: Path, tokenizer_model: Path, tmp_pa
     for suffix in (".bin", ".idx"):
         paths = (tmp_path / f"{name}_text_document{suffix}" for name in ("d", "file"))
         assert len({path.read_bytes() for path in paths}) == 1
-    done = run_tool(*arguments, input=content + b"nonsense\n")
+    done = run_tool(*arguments, input=content)
+    assert (done.returncode, "--force" in done.stderr) == (73, True), "what a stream held nobody can compare"
+    done = run_tool(*arguments, "--force", input=content + b"nonsense\n")
     assert (done.returncode, "- line 121" in done.stderr) == (65, True)
 
 
@@ -294,7 +296,7 @@ def test_a_failure_late_in_the_input_leaves_the_older_dataset(
     bad = write_jsonl(tmp_path.parent / f"{tmp_path.name}.jsonl", [{"text": "fine"}, {"text": 3}])
     for workers in (1, 2):
         with pytest.raises(DataError, match="line 2"):
-            preprocess([corpus, bad], tokenizer_model, tmp_path / "d", workers=workers)
+            preprocess([corpus, bad], tokenizer_model, tmp_path / "d", workers=workers, force=True)
         assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
@@ -327,7 +329,7 @@ def test_skipped_lines_are_listed_counted_and_nothing_else_is_lost(
     assert (tmp_path / "d_text_document.bin").read_bytes() == twice.read_bytes()
     manifest = IndexedDataset(tmp_path / "d_text_document").manifest
     assert (manifest.documents, manifest.skipped_lines, manifest.empty_documents) == (234, 12, 6)
-    preprocess([corpus], tokenizer_model, tmp_path / "d", **settings)
+    preprocess([corpus], tokenizer_model, tmp_path / "d", **settings, force=True)
     assert not (tmp_path / "d.quarantine.jsonl").exists()
 
 
@@ -376,7 +378,7 @@ def test_too_many_bad_lines_end_the_job(
     preprocess([spoilt], tokenizer_model, tmp_path / "d", **{**settings, "max_bad_ratio": 0.2})
     assert done.items() <= {p: p.stat().st_mtime_ns for p in (tmp_path / "d.parts").glob("*.bin")}.items()
     with refused(DataError, "--input", f"{spoilt} line 2", remedy=False):
-        preprocess([spoilt], tokenizer_model, tmp_path / "d")
+        preprocess([spoilt], tokenizer_model, tmp_path / "d", force=True)
 
 
 @pytest.mark.usefixtures("small_units")

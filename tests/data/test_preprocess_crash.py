@@ -32,7 +32,7 @@ SETTINGS = {
     "shuffle_seed": 3,
 }
 UNIT_BYTES, LONG_UNIT_BYTES = 9000, 1 << 16
-WHILE_PARTS_ARE_MADE = 22
+WHILE_PARTS_ARE_MADE = 21
 """So many changes on disk into a job, two of its four parts are done."""
 Files = dict[str, bytes]
 
@@ -77,12 +77,12 @@ CHANGES_OF_THE_DISK = ("replace", "unlink", "rmdir", "fsync", "open")
 
 def killed_at(number: int, inputs: list[Path], model: Path, prefix: Path) -> None:
     """Preprocess in this process, which is killed before the given one of its changes of what is on disk."""
-    left = number
+    left, opened = number, os.open
 
     def counting(original: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **more: Any) -> Any:
             nonlocal left
-            left -= 1
+            left -= original is not opened or args[1] & os.O_ACCMODE != os.O_RDONLY
             if left < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*args, **more)

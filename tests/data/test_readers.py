@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from llama_mcore.data import lines as lines_module
+from llama_mcore.data import parquet as parquet_reader
 from llama_mcore.data.blocks import BadLine
 from llama_mcore.data.inputs import find_inputs, sources_of
 from llama_mcore.data.lines import Lines, lines_before
@@ -270,6 +271,44 @@ def test_parquet_rows_that_are_no_text_are_bad(tmp_path: Path) -> None:
             (1, "is null under 'text'"),
             (2, "is not UTF-8 under 'text'"),
         ]
+
+
+def test_a_small_parquet_file_with_a_column_that_fills_the_memory_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": ["a" * (100 << 20)]})
+    parquet.write_table(table, path, compression="zstd", use_dictionary=False)
+    assert path.stat().st_size < 10_000
+    before = _peak_rss()
+    for look in (read, lambda path: list(read_records([path]))):
+        with refused(DataError, "--input", path):
+            look(path)
+    assert _peak_rss() - before < 50 << 20
+
+
+def test_parquet_of_ever_the_same_line_is_text(tmp_path: Path) -> None:
+    """However repetitive, as long as it cannot fill the memory."""
+    texts = ["same" * 1000] * 1000
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": texts}), path, compression="zstd", use_dictionary=False)
+    assert read(path) == (texts, [])
+
+
+@pytest.mark.parametrize("rows", [["x" * 60], ["x" * 60, *["short"] * 9, "x" * 51]])
+def test_parquet_documents_that_are_too_long(
+    rows: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of a column are refused before they are read, one among others is a bad row."""
+    monkeypatch.setattr(parquet_reader, "LONGEST_CELL", 50)
+    path = tmp_path / "a.parquet"
+    for words in (False, True):
+        parquet.write_table(pa.table({"text": rows}), path, use_dictionary=words)
+        if len(rows) == 1:
+            with refused(DataError, "--input", path):
+                read(path)
+        else:
+            good, bad = read(path)
+            assert good == ["short"] * 9
+            assert [(row.line, "longer than" in row.reason) for row in bad] == [(0, True), (10, True)]
 
 
 @pytest.mark.parametrize(("table", "found"), [({"content": ["a"]}, "content"), ({"text": [1]}, "int64")])

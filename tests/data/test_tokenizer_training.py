@@ -417,12 +417,16 @@ def test_vocabulary_smaller_than_the_characters(corpus: Path, tmp_path: Path) ->
     train_tokenizer([corpus], tmp_path / "t.model", vocab_size=named_vocabulary(error.value))
 
 
-@pytest.mark.parametrize("texts", [[], [""], ["x" * 5000]])
-def test_text_without_a_usable_line(texts: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [([], "empty"), (["", ""], "no text in 2 documents"), (["x" * 5000], "1 lines, all of them")],
+)
+def test_text_without_a_usable_line(texts: list[str], said: str, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "c.jsonl", documents(texts))
     for budget in (None, 5000):
-        with refused(DataError, "--input", "all documents"):
+        with refused(DataError, "--input", "all documents" if any(texts) else source) as error:
             train_tokenizer([source], tmp_path / "t.model", vocab_size=300, bytes_per_source=budget)
+        assert said in str(error.value)
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -597,5 +601,5 @@ def test_the_command_takes_sizes_and_ends_with_the_code_of_its_error(corpus: Pat
     record = record_of(tmp_path / "t.model")
     assert (record["bytes_per_source"], record["sources"][0]["name"]) == (6000, "web")
     assert record["sha256"] in done.output
-    assert run(app, [*arguments, "--max-memory", "1MB"]).exit_code == 69
+    assert run(app, [*arguments, "--max-memory", "1MB", "--force"]).exit_code == 69
     assert run(app, [*arguments, "--bytes-per-source", "much"]).exit_code == 64

@@ -26,7 +26,7 @@ FAULTS = {
     "folder-hangs": ("run folder", "run.dir", "hangs", "1 of 2 ranks: n2"),
     "start-hangs": ("run folder", "start", "hangs", "1 of 2 ranks: n1"),
     "other-folder": ("run folder", "run.dir", "rank 0", "1 of 2 ranks: n2"),
-    "no-data": ("data", "dataset", "", "1 of 2 ranks: n2"),
+    "no-data": ("data", "data.train", "", "1 of 2 ranks: n2"),
     "too-little-data": ("data", "source train", "", "on every rank"),
     "unwritable": ("run folder", "run.dir", "Not a directory", "on every rank"),
     "version": ("nodes", "numpy", "1 of 2 ranks: n2", "1.0"),

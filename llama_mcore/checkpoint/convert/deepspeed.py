@@ -16,6 +16,7 @@ from llama_mcore.checkpoint.convert.deepspeed_universal import (
 )
 from llama_mcore.checkpoint.convert.deepspeed_zero import read_zero
 from llama_mcore.checkpoint.convert.formats import Format, check_named
+from llama_mcore.checkpoint.convert.hf_tokenizer import TOKENIZER_MODEL
 from llama_mcore.checkpoint.convert.names import HUGGING_FACE, NameTable
 from llama_mcore.checkpoint.convert.tensors import is_vocabulary, join, split
 from llama_mcore.checkpoint.convert.weights import Weights
@@ -40,10 +41,10 @@ class DeepSpeedWeights:
     CheckpointError with every tensor that is missing, of another shape, or not LLaMA's.
     """
 
-    tokenizer: Path | None = None
-
     def __init__(self, parts: Parts, model: ModelConfig) -> None:
         self.model, self.kinds, self.step = model, parts.kinds, parts.step
+        tokenizer = parts.folder / TOKENIZER_MODEL
+        self.tokenizer = tokenizer if tokenizer.is_file() else None
         self._parts = parts
         self._is_hf = any(name.startswith("model.") for name in parts.shapes[0])
         self._check()

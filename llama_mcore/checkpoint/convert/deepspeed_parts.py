@@ -62,6 +62,8 @@ class ModuleStates(Part):
     """ModelConfig, where we wrote it."""
     kinds: list[str] | None = None
     """Of layout.KINDS, where we wrote the folder."""
+    trained_steps: int | None = Field(default=None, ge=0)
+    """Of the weights, where we wrote them; an engine that loads them without moments begins at step 0."""
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from llama_mcore.checkpoint.convert.deepspeed_parts import (
     step_of,
 )
 from llama_mcore.checkpoint.convert.formats import Advance, WriteOptions
+from llama_mcore.checkpoint.convert.hf_tokenizer import TOKENIZER_MODEL
 from llama_mcore.checkpoint.convert.tensors import is_vocabulary
 from llama_mcore.checkpoint.convert.weights import Weights
 from llama_mcore.checkpoint.disk import sync_folder, write_file
@@ -111,7 +112,8 @@ def _step(folder: Path, found: dict[Path, Any], settings: Any, states: ModuleSta
         for group, state in kept.items():
             if isinstance(state, dict) and "step" in state:
                 steps[f"group {group} of {_OPTIMIZER}"] = _checked_step(state["step"], optimizer)
-    return check_one_step(steps, folder) if steps else states.global_steps
+    of_optimizer = check_one_step(steps, folder) if steps else states.global_steps
+    return of_optimizer if states.trained_steps is None else states.trained_steps
 
 
 def _checked_step(step: Any, path: Path) -> int:
@@ -123,12 +125,14 @@ def _checked_step(step: Any, path: Path) -> int:
 def write_universal(weights: Weights, folder: Path, options: WriteOptions, advance: Advance) -> None:
     """Engines load it at ZeRO 1 and 2 with any tensor and data parallelism, at 3 without tensor parallelism.
 
-    Weights alone get moments of zeros and step 0: an engine takes no folder without. Settings of the
-    optimizer, such as its weight decay, stay those of the job that loads.
+    Weights alone get moments of zeros, of an optimizer at step 0: an engine takes no folder without. Settings
+    of the optimizer, such as its weight decay, stay those of the job that loads.
     """
     step = weights.step if options.kinds == KINDS else 0
-    place = folder / f"step-{step:08d}"
+    place = folder / f"step-{weights.step:08d}"
     (place / ZERO).mkdir(parents=True)
+    if weights.tokenizer:
+        write_file(place / TOKENIZER_MODEL, [weights.tokenizer.read_bytes()])
     for name, shape in parameter_shapes(weights.model).items():
         (place / ZERO / name).mkdir()
         for kind, file_name in _FILES.items():
@@ -183,6 +187,7 @@ def _states(weights: Weights, options: WriteOptions, step: int) -> dict[str, Any
         "mp_world_size": options.tp,
         "ds_version": version("deepspeed"),
         "step": step,
+        "trained_steps": weights.step,
         "model": weights.model.model_dump(mode="json"),
         "kinds": list(options.kinds),
     }

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llama_mcore.checkpoint.convert.formats import check_there, detect, get_format, same_model
 from llama_mcore.checkpoint.convert.named_model import named_model
+from llama_mcore.checkpoint.convert.names import pattern_of
 from llama_mcore.checkpoint.convert.progress import byte_progress
 from llama_mcore.checkpoint.convert.tensors import interleaved, is_vocabulary, join_qkv, split
 from llama_mcore.checkpoint.convert.weights import Weights
@@ -177,6 +178,28 @@ def _largest(left: Tensor, right: Tensor) -> float:
     return (left - right).abs().max().item() / scale if scale else 0.0
 
 
+def _rows(found: list[Difference]) -> list[tuple[str, ...]]:
+    """A line for all tensors of one cause; where none is known, for those of all layers that are alike."""
+    groups: dict[tuple[str, ...], list[Difference]] = {}
+    for each in found:
+        alike = (pattern_of(each.tensor)[0], each.part)
+        groups.setdefault((each.cause,) if each.cause else ("", *alike), []).append(each)
+    return [
+        (
+            f"{len(group):,}",
+            _only({pattern_of(each.tensor)[0] for each in group}),
+            _only({each.part for each in group}),
+            f"{max((each.largest for each in group), key=lambda value: (isnan(value), value)):.2e}",
+            group[0].cause or "?",
+        )
+        for group in groups.values()
+    ]
+
+
+def _only(values: set[str]) -> str:
+    return values.pop() if len(values) == 1 else "several"
+
+
 def _as_json(found: Diagnosis) -> dict[str, Any]:
     return {**asdict(found), "same": found.same, "cause": found.cause, "kind": WEIGHT}
 
@@ -192,13 +215,9 @@ def _as_text(found: Diagnosis) -> Iterator[str]:
     for name, what in found.fields.items():
         yield f"  {name} = {shown(what, 500)}"
     if found.tensors:
-        rows = [("tensor", "part", "largest difference", "cause")]
-        rows += [
-            (each.tensor, each.part, f"{each.largest:.2e}", each.cause or "?")
-            for each in found.tensors[:_SHOWN]
-        ]
-        yield format_table(rows)
-        if len(found.tensors) > _SHOWN:
-            yield f"and {len(found.tensors) - _SHOWN:,} more"
+        rows = _rows(found.tensors)
+        yield format_table([("number", "tensor", "part", "largest difference", "cause"), *rows[:_SHOWN]])
+        if len(rows) > _SHOWN:
+            yield f"and {len(rows) - _SHOWN:,} more"
     names = {each.tensor for each in found.tensors}
     yield f"{len(names):,} of {found.compared:,} tensors differ{rounded}, {len(found.fields):,} settings do"

@@ -69,9 +69,14 @@ def check_there(path: Path, field: str = "--input") -> None:
         raise MissingInputError(input_problem(field, path))
 
 
+def looks_like(path: Path) -> list[Format]:
+    """Every format that a folder could be of."""
+    return [each for each in (get_format(name, "--from") for name in NAMES) if each.found_in(path)]
+
+
 def detect(path: Path, flag: str = "--from") -> Format:
     """The format of what is at `path`. Raises ConfigError if it is none or several."""
-    found = [each for each in (get_format(name, flag) for name in NAMES) if each.found_in(path)]
+    found = looks_like(path)
     if len(found) == 1:
         return found[0]
     looks = f"looks like {' and '.join(each.name for each in found)}" if found else "is of no known format"

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from llama_mcore.checkpoint.convert.formats import Advance, Format, WriteOptions, check_named
-from llama_mcore.checkpoint.convert.hf_tokenizer import TOKENIZER_MODEL, write_tokenizer
+from llama_mcore.checkpoint.convert.hf_tokenizer import TOKENIZER_MODEL, pad_id, tokenizer_files
 from llama_mcore.checkpoint.convert.json_object import read_json_object
 from llama_mcore.checkpoint.convert.names import HUGGING_FACE, NameTable
 from llama_mcore.checkpoint.convert.safetensors_stream import TensorStream
 from llama_mcore.checkpoint.convert.tensors import join, split
 from llama_mcore.checkpoint.convert.weights import Weights
+from llama_mcore.checkpoint.disk import write_file
 from llama_mcore.checkpoint.layout import WEIGHT
 from llama_mcore.checkpoint.stored import StoredTensor, read_safetensors
 from llama_mcore.data.tokenizer import Tokenizer
-from llama_mcore.errors import CheckpointError, Problem, shown
+from llama_mcore.errors import CheckpointError, ConfigError, Problem, shown
 from llama_mcore.model.config import ModelConfig, RopeScaling
 from llama_mcore.model.shapes import parameter_shapes
 
@@ -30,8 +31,28 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 NAMES = NameTable(HUGGING_FACE)
-_FILE_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,200}\.safetensors", re.ASCII)
+# A name that leads nowhere else and steers no terminal.
+_FILE_NAME = re.compile(r"[^./\\\x00-\x1f\x7f\ud800-\udfff][^/\\\x00-\x1f\x7f\ud800-\udfff]*\.safetensors")
+_LONGEST_NAME = 255  # bytes, of Linux
 _DEFAULT_ROPE_THETA = 10000.0  # of LlamaConfig, where config.json is silent
+_MAX_INITIALIZER_RANGE = 1.0  # of LlamaConfig
+# What config.json may say of the computation that ModelConfig has no field for: key -> the only value that is
+# computed here. Absent is that value too, and null but for `_NOT_NULL`. Any other would be another model.
+_COMPUTED: dict[str, object] = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "is_encoder_decoder": False,
+    # no fields of LlamaConfig, but what transformers reads from any configuration
+    "partial_rotary_factor": 1.0,
+    "is_causal": True,
+    "per_layer_config": None,
+    "quantization_config": None,
+}
+_REMEDIES = {"attention_dropout": "set it to 0.0: it acts in training only, and this trains without"}
+_NOT_NULL = {"model_type", "hidden_act", "is_causal"}
 # RopeScaling's fields -> theirs.
 _ROPE_SCALING = {
     "factor": "factor",
@@ -43,7 +64,10 @@ _ROPE_SCALING = {
 
 def write(weights: Weights, folder: Path, options: WriteOptions, advance: Advance) -> None:
     """Everything that `from_pretrained` needs. Holds one parameter in memory."""
+    if problems := inexpressible(weights.model):
+        raise ConfigError(problems)
     tokenizer = Tokenizer(weights.tokenizer) if weights.tokenizer else None
+    files = tokenizer_files(tokenizer, weights.model.seq_length) if tokenizer else {}
     _write_json(folder / CONFIG, hf_config(weights.model, options.dtype, tokenizer))
     shards = plan_shards(weights.model, options.dtype, options.max_shard_bytes)
     shapes, tensors = hf_shapes(weights.model), hf_tensors(weights)
@@ -56,9 +80,9 @@ def write(weights: Weights, folder: Path, options: WriteOptions, advance: Advanc
                 advance(tensor.nbytes)
     if len(shards) > 1:
         _write_json(folder / INDEX, _index(shards))
-    _write_json(folder / "generation_config.json", _token_ids(tokenizer))
-    if tokenizer:
-        write_tokenizer(tokenizer.path, folder, weights.model.seq_length)
+    _write_json(folder / "generation_config.json", generation_config(weights.model, tokenizer))
+    for name, content in files.items():
+        write_file(folder / name, [content])
 
 
 def hf_tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
@@ -136,23 +160,27 @@ def _hf_rope(model: ModelConfig) -> dict[str, Any]:
     }
 
 
+def inexpressible(model: ModelConfig) -> list[Problem]:
+    """What of a model LlamaConfig does not take."""
+    problems = []
+    if model.hidden_size % model.num_attention_heads:
+        bound = f"does not divide hidden_size = {model.hidden_size}, which transformers' LlamaConfig asks for"
+        problems.append(Problem("model.num_attention_heads", model.num_attention_heads, bound))
+    if model.init_std > _MAX_INITIALIZER_RANGE:
+        bound = f"is over {_MAX_INITIALIZER_RANGE:g}, the most that transformers' LlamaConfig takes"
+        problems.append(Problem("model.init_std", model.init_std, bound))
+    return problems
+
+
 def model_of(config: dict[str, Any]) -> ModelConfig:
-    """The model that a config.json describes. Raises CheckpointError for what our layer does not compute."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """The model that a config.json describes. Raises CheckpointError for what our layer does not compute.
+
+    Where config.json says a thing twice, what transformers 5 takes counts.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise CheckpointError(Problem(f"{CONFIG}: rope_parameters", shown(rope), "must be an object"))
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    expected = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    problems = [
-        Problem(f"{CONFIG}: {key}", shown(config[key]), f"is not supported: only {value} is")
-        for key, value in expected.items()
-        if config.get(key, value) != value
-    ]
-    if rope_type not in ("default", "llama3"):
-        problems.append(
-            Problem(f"{CONFIG}: rope_type", shown(rope_type), "is not supported: only default and llama3 are")
-        )
-    if problems:
+    if problems := _not_computed(config) + _not_rotated(rope, config):
         raise CheckpointError(problems)
     try:
         return ModelConfig(
@@ -166,7 +194,7 @@ def model_of(config: dict[str, Any]) -> ModelConfig:
             seq_length=config["max_position_embeddings"],
             norm_eps=config["rms_norm_eps"],
             rope_theta=rope.get("rope_theta", config.get("rope_theta", _DEFAULT_ROPE_THETA)),
-            rope_scaling=_rope_scaling(rope) if rope_type == "llama3" else None,
+            rope_scaling=_rope_scaling(rope) if _rope_type(rope) == "llama3" else None,
             tie_embeddings=config.get("tie_word_embeddings", False),
             init_std=config.get("initializer_range", 0.02),
         )
@@ -175,6 +203,52 @@ def model_of(config: dict[str, Any]) -> ModelConfig:
     except ValueError as error:
         reason = shown(" ".join(str(error).split()))
         raise CheckpointError(Problem("file", CONFIG, f"does not describe a model ({reason})")) from None
+
+
+def _not_computed(config: dict[str, Any]) -> list[Problem]:
+    return [
+        Problem(
+            f"{CONFIG}: {key}",
+            shown(config[key]),
+            f"is not supported: only {json.dumps(value)} is",
+            _REMEDIES.get(key, ""),
+        )
+        for key, value in _COMPUTED.items()
+        if config.get(key, value) != value and not (config[key] is None and key not in _NOT_NULL)
+    ]
+
+
+def _not_rotated(rope: dict[str, Any], config: dict[str, Any]) -> list[Problem]:
+    """What of rotary embedding is computed otherwise here. A key that is not known might change it."""
+    rope_type = _rope_type(rope)
+    if rope_type not in ("default", "llama3"):
+        bound = "is not supported: only default and llama3 are"
+        return [Problem(f"{CONFIG}: rope_type", shown(rope_type), bound)]
+    known = {
+        "rope_type": rope_type,
+        "type": rope.get("type"),  # rope_type counts where both are there
+        "rope_theta": rope.get("rope_theta"),
+        "partial_rotary_factor": 1.0,
+    }
+    if rope_type == "llama3":
+        known |= {key: rope.get(key) for key in _ROPE_SCALING.values()}
+    problems = [
+        Problem(f"{CONFIG}: rope_parameters.{shown(key)}", shown(value), f"is not supported for {rope_type}")
+        for key, value in rope.items()
+        if value is not None and value != known.get(key)
+    ]
+    # of the configuration itself it goes before that of rope_parameters
+    original = config.get("original_max_position_embeddings")
+    if rope_type == "llama3" and original not in (None, rope.get("original_max_position_embeddings")):
+        bound = "is not that of rope_parameters"
+        problems.append(
+            Problem(f"{CONFIG}: original_max_position_embeddings", shown(original), bound, "remove one")
+        )
+    return problems
+
+
+def _rope_type(rope: dict[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type", "default"))
 
 
 def _rope_scaling(rope: dict[str, Any]) -> RopeScaling:
@@ -225,12 +299,12 @@ class HfWeights:
         if not path.is_file():
             return [SINGLE_FILE]
         found = read_json_object(path).get("weight_map")
-        names = list(found.values()) if isinstance(found, dict) else []
-        foreign = [name for name in names if not (isinstance(name, str) and _FILE_NAME.fullmatch(name))]
-        if foreign or not names:
-            bound = f"of {path} must name the file of each tensor, beside it"
-            raise CheckpointError(Problem("weight_map", shown(foreign or found), bound))
-        return sorted(set(names))
+        if not isinstance(found, dict) or not found:
+            raise CheckpointError(Problem("weight_map", shown(found), f"of {path} names no tensors"))
+        if foreign := [name for name in found.values() if not _lies_beside(name)]:
+            bound = f"of {path} is the name of no .safetensors file beside it"
+            raise CheckpointError(Problem("weight_map", shown(foreign[0]), bound))
+        return sorted(set(found.values()))
 
     def _check_tensors(self) -> None:
         found = self._tensors
@@ -260,10 +334,33 @@ class HfWeights:
         return self.model.tie_embeddings and name == "lm_head.weight"
 
 
+def _lies_beside(name: object) -> bool:
+    return (
+        isinstance(name, str)
+        and _FILE_NAME.fullmatch(name) is not None
+        and len(name.encode()) <= _LONGEST_NAME
+    )
+
+
 def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    """BOS and EOS of the run's tokenizer. There is no padding token, as in LLaMA."""
-    bos = tokenizer.bos if tokenizer and tokenizer.bos >= 0 else None
-    return {"bos_token_id": bos, "eos_token_id": tokenizer.eod if tokenizer else None, "pad_token_id": None}
+    """Of the run's tokenizer; none where it is not known."""
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    bos = tokenizer.bos if tokenizer.bos >= 0 else None
+    return {"bos_token_id": bos, "eos_token_id": tokenizer.eod, "pad_token_id": pad_id(tokenizer)}
+
+
+def generation_config(model: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """generation_config.json: sampling as `llama-mcore generate` samples by default, until the context is
+    full. transformers would stop after 20 tokens, and take the likeliest each time."""
+    return {
+        **_token_ids(tokenizer),
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_p": 0.95,
+        "top_k": 0,
+        "max_length": model.seq_length,
+    }
 
 
 def _index(shards: dict[str, dict[str, int]]) -> dict[str, Any]:

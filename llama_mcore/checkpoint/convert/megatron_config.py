@@ -53,6 +53,16 @@ _LLAMA_WHERE_GIVEN = {
     "rotary_seq_len_interpolation_factor": None,
     "apply_layernorm_1p": False,
     "multi_latent_attention": False,
+    "apply_residual_connection_post_layernorm": False,
+    "attention_output_gate": False,
+    "softmax_type": "vanilla",
+    "softmax_scale": None,
+    "window_size": None,
+    "qk_l2_norm": False,
+    "no_rope_freq": None,
+    "mrope_section": None,
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
 }
 _SAME = {
     "num_layers": "num_layers",

@@ -56,16 +56,16 @@ class NameTable:
 
     def parts(self, canonical: str) -> tuple[str, ...]:
         """The format's names of what a canonical parameter is split into."""
-        pattern, layer = _pattern(canonical)
+        pattern, layer = pattern_of(canonical)
         return tuple(part.format(layer) for part in self._to[pattern])
 
     def canonical(self, part: str) -> str:
         """The canonical parameter that a name of the format is a part of."""
-        pattern, layer = _pattern(part)
+        pattern, layer = pattern_of(part)
         return self._from[pattern].format(layer)
 
 
-def _pattern(name: str) -> tuple[str, str]:
+def pattern_of(name: str) -> tuple[str, str]:
     """The name with `{}` for the number of its layer, and that number ("" where there is none)."""
     found = _LAYER.search(name)
     return (_LAYER.sub("{}", name, count=1), found.group()) if found else (name, "")

@@ -5,7 +5,7 @@ Tensors are then read from the places that it names, like those of any other for
 """
 
 import json
-import sys
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from llama_mcore.checkpoint.convert.pickled_process import PickledProcess
 from llama_mcore.checkpoint.stored import StoredTensor
-from llama_mcore.errors import CheckpointError, MissingInputError, Problem, input_problem, shown
+from llama_mcore.errors import CheckpointError, MissingInputError, Problem, input_problem, say, shown
 from llama_mcore.small_file import parse_json
 
 _process = PickledProcess()
@@ -78,11 +78,7 @@ def _check_regular(path: Path) -> None:
 
 
 def _ask(question: dict[str, Any], first: Path) -> dict[str, Any]:
-    print(
-        f"{first}: {len(question['files']):,} pickles, read as weights only in a process of its own",
-        file=sys.stderr,
-        flush=True,
-    )
+    say(f"{_named(question['files'])}, read as weights only in a process of its own")
     try:
         answer = parse_json(_process.ask(json.dumps(question), _SECONDS).encode(), _ANSWER_CONTAINERS)
     except TimeoutError:
@@ -91,6 +87,14 @@ def _ask(question: dict[str, Any], first: Path) -> dict[str, Any]:
         raise CheckpointError(Problem("file", first, f"cannot be read: {shown(error)}")) from None
     assert isinstance(answer, dict)
     return answer
+
+
+def _named(files: list[list[Any]]) -> str:
+    """The file, or the folder of all of them and their number."""
+    paths = {path for path, *_ in files}
+    if len(paths) == 1:
+        return f"{paths.pop()}: {'a pickle' if len(files) == 1 else f'{len(files):,} pickles'}"
+    return f"{os.path.commonpath(paths)}: {len(paths):,} files of pickles"
 
 
 def _built(value: Any, path: Path) -> Any:

@@ -41,6 +41,9 @@ _PER_VALUE = 32  # bytes, about, of what JSON puts around it
 _LOCAL_HEADER, _LENGTHS_AT = 30, 26  # of a zip entry; where it says how long the name and what follows are
 _LENGTHS = struct.Struct("<HH")
 _NOT_ALLOWED = re.compile(r"(?:GLOBAL|global) ([\w.]+)")
+_OF_THE_UNPICKLER = re.compile(r"WeightsUnpickler error: (.+?)(?= Check the documentation|$)")
+# torch's advice is to trust the file, which is not repeated
+_ADVICE = re.compile("weights.only", re.IGNORECASE)
 
 
 class Record:
@@ -155,6 +158,10 @@ def _check_archive(part: BinaryIO) -> list[tuple[int, int]]:
         entries = zipfile.ZipFile(part).infolist()
     except zipfile.BadZipFile:
         raise ValueError("is not a file of torch.save since version 1.6, or is damaged") from None
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise ValueError(
+            "is a TorchScript program: load it with torch.jit.load and torch.save its state_dict()"
+        )
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise ValueError("holds compressed data, which torch.save does not write")
     if len({entry.filename for entry in entries}) < len(entries):
@@ -259,10 +266,15 @@ def _where(tensor: torch.Tensor, places: _Places) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """In a line. What torch says of a class that is not allowed is advice to trust the file."""
+    """In a line, without torch's advice."""
     text = " ".join(str(error).split())
     if found := _NOT_ALLOWED.search(text):
         return f"needs {found[1]}, which would run code: only tensors and plain values are read"
+    if _ADVICE.search(text):
+        found = _OF_THE_UNPICKLER.search(text)
+        text = (
+            found[1] if found and not _ADVICE.search(found[1]) else "is not what torch.save writes of tensors"
+        )
     return text[:500] or type(error).__name__
 
 

@@ -1,6 +1,7 @@
 """`llama-mcore convert`: check what was asked for, write, verify, publish."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,12 +13,14 @@ import torch
 
 from llama_mcore import __version__
 from llama_mcore.checkpoint.convert.formats import Format, WriteOptions, check_there, detect, get_format
+from llama_mcore.checkpoint.convert.hf_tokenizer import TOKENIZER_MODEL
 from llama_mcore.checkpoint.convert.named_model import named_model
 from llama_mcore.checkpoint.convert.progress import byte_progress
 from llama_mcore.checkpoint.convert.weights import Rounded, Weights
 from llama_mcore.checkpoint.disk import sync_folder
 from llama_mcore.checkpoint.layout import KINDS, WEIGHT
-from llama_mcore.data.tokenizer import Tokenizer
+from llama_mcore.data.finished import cannot_replace
+from llama_mcore.data.tokenizer import LARGEST_MODEL, Tokenizer
 from llama_mcore.errors import (
     CheckpointError,
     ConfigError,
@@ -26,19 +29,24 @@ from llama_mcore.errors import (
     UserError,
     gathering,
     raise_all,
+    shown,
 )
 from llama_mcore.observe.log import silence_libraries
 from llama_mcore.parallel.device import choose_device, on_gpu
+from llama_mcore.small_file import read_json, read_small_file
 from llama_mcore.units import parse_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_SHARD_SIZE = "5GB"
 RECEIPT = "conversion.json"
-"""Says what a folder was made from; `convert` writes one always and replaces no folder without one."""
+"""Says what a folder was made from and which files are its own; `convert` replaces no folder without it, and
+none with other files."""
 REPORT = ".report.json"
 """Beside the output: OUTPUT.report.json has all that verification found."""
 # torch.save has no error of its own for a disk that refuses.
 _TORCH_CANNOT_WRITE = re.compile("iostream error|inline_container|PytorchStreamWriter")
+_LARGEST_RECEIPT = 16 << 20
+_MOST_NAMED = 3
 _SUFFIXES = ("", ".tmp", ".old", ".unverified", ".unverified.old")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -53,8 +61,8 @@ class Conversion:
     weights: Rounded
     """As they are to be written."""
     options: WriteOptions
-    tokenizer_files: tuple[Path, ...]
-    """Of a source in the target's own format."""
+    tokenizer_files: dict[str, bytes]
+    """Name -> content, of a source in the target's own format."""
 
     @property
     def bytes(self) -> int:
@@ -76,8 +84,11 @@ def convert(
     optimizer: bool = False,
     model: str | None = None,
     device: str = "auto",
+    force: bool = False,
 ) -> None:
     """Write the checkpoint at `input` to the folder `output`, which appears when it is complete and verified.
+
+    `force`: one that `convert` wrote makes room, unless somebody has put files of their own into it.
 
     The proof runs the model in fp32 on the CPU unless `device` asks for cuda: it needs no free GPU and says
     the same everywhere.
@@ -85,16 +96,17 @@ def convert(
     """
     choose_device(device, otherwise="cpu", field="--device")
     silence_libraries(cpu=not on_gpu())
-    job = _prepare(input, output, source, target, tp, dtype, max_shard_size, optimizer, model)
+    job = _prepare(input, output, source, target, tp, dtype, max_shard_size, optimizer, model, force)
     temporary = _beside(output, ".tmp")
     try:
         with _output_errors(output):
             _start(temporary, job)
             with byte_progress(f"convert to {job.target.name}", job.bytes) as advance:
                 job.target.write(job.weights, temporary, job.options, advance)
-            for path in job.tokenizer_files:
-                if not (temporary / path.name).exists():
-                    shutil.copyfile(path, temporary / path.name)
+            for name, content in job.tokenizer_files.items():
+                if not (temporary / name).exists():
+                    (temporary / name).write_bytes(content)
+            _write_receipt(temporary, job, files=_files_in(temporary))
             sync_folder(temporary)
         line = _verify(job, temporary, output) if verify else "not verified"
         with _output_errors(output):
@@ -114,13 +126,14 @@ def _prepare(
     max_shard_size: str,
     optimizer: bool,
     model: str | None,
+    force: bool,
 ) -> Conversion:
     """Raises all that is wrong with the choices and the places, then what is wrong with the source."""
     errors: list[UserError] = []
     with gathering(errors):
         check_there(input)
     with gathering(errors):
-        _check_output(input, output)
+        _check_output(input, output, force)
     with gathering(errors):
         writes = get_format(target, "--to")
         _check_fit(writes, tp, dtype, optimizer)
@@ -140,10 +153,11 @@ def _prepare(
     kinds = KINDS if optimizer else (WEIGHT,)
     to = _dtype(reads, writes, dtype, weights)
     options = WriteOptions(to, kinds, tp or 1, max_shard_bytes)
-    _check_tokenizer(weights)
+    _check_tokenizer(weights, input)
     rounded = Rounded(weights, torch.float32 if optimizer else to, kinds)
-    files = tuple(input / name for name in _TOKENIZER_FILES) if reads is writes else ()
-    return Conversion(input, reads, writes, rounded, options, tuple(path for path in files if path.is_file()))
+    paths = [input / name for name in _TOKENIZER_FILES] if reads is writes else []
+    files = {path.name: _read_beside(path) for path in paths if os.path.lexists(path)}
+    return Conversion(input, reads, writes, rounded, options, files)
 
 
 def _check_numbers(tp: int | None, dtype: str | None) -> None:
@@ -179,25 +193,54 @@ def _dtype(reads: Format, writes: Format, dtype: str | None, weights: Weights) -
     return torch.bfloat16 if reads.fp32_only else weights.dtype
 
 
-def _check_output(input: Path, output: Path) -> None:
-    """Nothing that `convert` did not write is ever replaced, and never the input."""
+def _check_output(input: Path, output: Path, force: bool) -> None:
+    """Nothing that `convert` did not write is ever replaced, what it wrote only with `force`, and the input
+    never."""
     if output.resolve() == input.resolve() or input.resolve() in output.resolve().parents:
         raise OutputError(Problem("--output", output, "is, or lies in, the input", "choose another folder"))
     if output.resolve() in input.resolve().parents:
         raise OutputError(Problem("--output", output, "holds the input", "choose another folder"))
     for path in (_beside(output, suffix) for suffix in _SUFFIXES):
-        if path.exists() and not _replaceable(path):
-            raise OutputError(
-                Problem("--output", path, "is there already and was not written by convert", "choose another")
-            )
+        if path.exists() and (foreign := _not_ours(path)):
+            bound = f"is there already, and convert did not write {foreign}"
+            raise OutputError(Problem("--output", path, bound, "move that away, or choose another folder"))
+    if not force and output.exists() and any(output.iterdir()):
+        raise cannot_replace("--output", output, "written by convert")
 
 
-def _replaceable(path: Path) -> bool:
-    return path.is_dir() and ((path / RECEIPT).is_file() or not any(path.iterdir()))
+def _not_ours(path: Path) -> str:
+    """What of it `convert` did not write, as a message says it; nothing if it wrote all."""
+    if not path.is_dir():
+        return "it"
+    there = _files_in(path)
+    try:
+        receipt = read_json(path / RECEIPT, _LARGEST_RECEIPT)
+    except (OSError, ValueError):
+        return "it" if there else ""
+    written = receipt.get("files", there) if isinstance(receipt, dict) else []  # without: it was killed
+    foreign = [name for name in there if name not in (*written, RECEIPT)]
+    more = "" if len(foreign) <= _MOST_NAMED else f" and {len(foreign) - _MOST_NAMED} more"
+    return shown(", ".join(foreign[:_MOST_NAMED])) + more
 
 
-def _check_tokenizer(weights: Weights) -> None:
+def _files_in(folder: Path) -> list[str]:
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(str(path.relative_to(folder)) for path in found)
+
+
+def _read_beside(path: Path) -> bytes:
+    """A file of the tokenizer. CheckpointError for one that is there and cannot be read."""
+    try:
+        return read_small_file(path, LARGEST_MODEL, follow=True)
+    except (OSError, ValueError) as error:
+        bound = f"cannot be read ({getattr(error, 'strerror', None) or shown(error)})"
+        raise CheckpointError(Problem("tokenizer", path, bound, "put it right, or remove it")) from None
+
+
+def _check_tokenizer(weights: Weights, input: Path) -> None:
     if weights.tokenizer is None:
+        if os.path.lexists(input / TOKENIZER_MODEL):
+            _read_beside(input / TOKENIZER_MODEL)
         return
     found = Tokenizer(weights.tokenizer).vocab_size
     if found > weights.model.vocab_size:
@@ -211,18 +254,25 @@ def _start(temporary: Path, job: Conversion) -> None:
     """The receipt comes first, so that what a kill leaves behind is known as ours."""
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    _write_receipt(temporary, job)
+
+
+def _write_receipt(temporary: Path, job: Conversion, **known: object) -> None:
     receipt = {
         "written_by": f"llama_mcore {__version__}",
         "from": job.source.name,
         "to": job.target.name,
-        "input": str(job.input),
+        "input": job.input.resolve().name,
         "dtype": str(job.options.dtype).removeprefix("torch."),
         "kinds": job.options.kinds,
         "tp": job.options.tp,
         "step": job.weights.step,
         "model": job.weights.model.model_dump(mode="json"),
+        **known,
     }
-    (temporary / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
+    replacement = temporary / f"{RECEIPT}.new"
+    replacement.write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
+    replacement.replace(temporary / RECEIPT)
 
 
 def _verify(job: Conversion, written: Path, output: Path) -> str:

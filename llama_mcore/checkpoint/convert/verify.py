@@ -1,11 +1,12 @@
 """Proof that what was written is what was read, whatever the two formats.
 
 The output is opened as any user of it would: each tensor's bytes are hashed and compared, the configuration,
-the tokenizer on texts that tell implementations apart, and what the two models compute. Where Hugging Face is
-one of the two, its model is run by `transformers`, else by our own.
+the tokenizer on texts that tell implementations apart and on texts made of its own pieces, and what the two
+models compute. Where Hugging Face is one of the two, its model is run by `transformers`, else by our own.
 """
 
 import hashlib
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -14,18 +15,21 @@ from typing import Any
 
 import psutil
 import torch
+from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from torch import Tensor
 
 from llama_mcore.checkpoint.convert.formats import NOT_CARRIED, Format, WriteOptions
 from llama_mcore.checkpoint.convert.weights import Rounded, Weights, loaded_model
 from llama_mcore.checkpoint.layout import WEIGHT
 from llama_mcore.data.tokenizer import Tokenizer
-from llama_mcore.errors import CheckpointError, Problem
+from llama_mcore.errors import CheckpointError, Problem, shown
 
 LOGITS_TOLERANCE = 1e-5
 """Largest difference of two logits, as a share of the largest logit."""
 PROMPT_TOKENS = 32
 NEW_TOKENS = 16
+_GROUP = 8  # pieces in a text
+_MOST_NAMED = 5
 _FP32_BYTES = 4
 _OURS, _THEIRS = "our model", "transformers"
 # Digits, runs of spaces, both line ends, a leading space, control tokens spelled out, rare characters
@@ -86,11 +90,11 @@ def verify(weights: Rounded, source: Place, target: Place, options: WriteOptions
         found = target.format.open(target.folder, None)
         _check_config(weights, found, result)
         _check_tensors(weights, found, options, result)
+        if not result.problems:
+            _check_tokenizer(weights, found, target, result)
+            _check_logits(weights, found, source, target, result)
     except CheckpointError as error:
         result.problems += error.problems
-    if not result.problems:
-        _check_tokenizer(weights, found, target, result)
-        _check_logits(weights, found, source, target, result)
     return result
 
 
@@ -129,23 +133,64 @@ def digest(tensor: Tensor) -> str:
 
 
 def _check_tokenizer(weights: Weights, found: Weights, target: Place, result: Verification) -> None:
-    if weights.tokenizer is None or found.tokenizer is None:
+    if weights.tokenizer is None:
+        return
+    if found.tokenizer is None:
+        bound = f"is not carried by {target.format.name}"
+        result.problems.append(Problem("tokenizer", weights.tokenizer, bound))
         return
     expected = Tokenizer(weights.tokenizer)
     if Tokenizer(found.tokenizer).sha256 != expected.sha256:
         result.problems.append(Problem("tokenizer", found.tokenizer, "is not that of the source"))
-    if target.format.name == "hf":
-        if not _has_transformers(result):
-            return
-        from transformers import AutoTokenizer
+    if target.format.name != "hf":
+        result.compared.append("tokenizer")
+    elif _has_transformers(result):
+        texts = [*_TEXTS, *texts_of_pieces(weights.tokenizer.read_bytes())]
+        result.problems += _tokenizer_problems(target.folder, expected, texts)
+        result.compared.append(f"tokenizer on {len(texts):,} texts")
 
-        theirs = AutoTokenizer.from_pretrained(target.folder, local_files_only=True)
-        result.problems += [
-            Problem("tokenizer", repr(text), "is encoded or decoded differently by transformers")
-            for text in _TEXTS
-            if theirs.encode(text) != expected.encode(text) or theirs.decode(expected.encode(text)) != text
-        ]
-    result.compared.append("tokenizer")
+
+def texts_of_pieces(model: bytes) -> list[str]:
+    """Texts in which each piece of a tokenizer stands alone, among others, and beside each that the user has
+    defined: what its own rules, and no English sentence, would show."""
+    pieces = model_pb2.ModelProto.FromString(model).pieces
+    texts = [piece.piece.replace("\u2581", " ") for piece in pieces]
+    defined = [text for text, piece in zip(texts, pieces, strict=True) if piece.type == piece.USER_DEFINED]
+    mixed = random.Random(0).sample(texts, len(texts))
+    groups = [
+        "".join(group) for order in (texts, mixed) for group in zip(*[iter(order)] * _GROUP, strict=False)
+    ]
+    beside = [
+        text
+        for index, piece in enumerate(texts if defined else [])
+        for symbol in (defined[index % len(defined)],)
+        for text in (f"{symbol}{piece}{symbol}", f"{piece} {symbol} {piece}", f"{symbol}{symbol}{piece}")
+    ]
+    return [*texts, *groups, *beside]
+
+
+def _tokenizer_problems(folder: Path, expected: Tokenizer, texts: list[str]) -> list[Problem]:
+    """Where transformers encodes or decodes otherwise. A control token that a text spells is compared as the
+    characters that it is to SentencePiece, and as the token between two texts."""
+    from transformers import AutoTokenizer
+
+    theirs = _loaded(AutoTokenizer, folder)
+    eos, (one, other) = theirs.eos_token, _TEXTS[:2]
+    ids = [*expected.encode(one), expected.eod, *expected.encode(other)]
+    differing = [] if theirs.encode(f"{one}{eos}{other}") == ids else [f"{one}{eos}{other}"]
+    differing += [
+        text
+        for text in texts
+        for ids in (expected.encode(text),)
+        if theirs.encode(text, split_special_tokens=True) != ids
+        # the unknown token has no text to come back
+        or (theirs.unk_token_id not in ids and theirs.decode(ids) != expected.decode(ids))
+    ]
+    bound = "is encoded or decoded differently by transformers"
+    problems = [Problem("tokenizer", repr(text), bound) for text in differing[:_MOST_NAMED]]
+    if left := len(differing) - len(problems):
+        problems.append(Problem("tokenizer", f"{left:,} more of {len(texts):,} texts", bound))
+    return problems
 
 
 def _has_transformers(result: Verification) -> bool:
@@ -201,13 +246,20 @@ def their_answer(folder: Path) -> Answer:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model: Any = LlamaForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-    ).eval()
+    model = _loaded(LlamaForCausalLM, folder, dtype=torch.float32, attn_implementation="eager").eval()
     config = model.config
     return _answer(
         lambda ids: model(ids, use_cache=False).logits, config.vocab_size, config.max_position_embeddings
     )
+
+
+def _loaded(kind: Any, folder: Path, **options: Any) -> Any:
+    """Raises CheckpointError with whatever transformers has against a folder."""
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **options)
+    except Exception as error:  # it has no common kind
+        reason = shown(" ".join(f"{type(error).__name__}: {error}".split()), 500)
+        raise CheckpointError(Problem("transformers", folder, f"cannot load it ({reason})")) from None
 
 
 @torch.no_grad()

@@ -56,17 +56,20 @@ class Rounded:
     def full(self, name: str, kind: str = WEIGHT) -> Tensor:
         tensor = self.unrounded.full(name, kind)
         rounded = tensor.to(self.dtype) if kind == WEIGHT else tensor
-        # a nan is both; isfinite() takes thirty times as long
-        if rounded.numel() and not all(bound.isfinite() for bound in torch.aminmax(rounded)):
-            raise CheckpointError(
-                Problem(
-                    name if kind == WEIGHT else f"{kind} of {name}",
-                    "inf or nan",
-                    f"is not finite in {rounded.dtype}",
-                    "give --dtype bf16 or fp32; if it is not finite there either, take an older checkpoint",
-                )
-            )
+        if not _is_finite(rounded):
+            what = name if kind == WEIGHT else f"{kind} of {name}"
+            if not _is_finite(tensor):
+                bound, remedy = "is not finite in the source", "take an older checkpoint"
+            else:
+                dtypes = "bf16 or fp32" if self.dtype == torch.float16 else "fp32"
+                bound, remedy = f"is not finite in {rounded.dtype}", f"give --dtype {dtypes}"
+            raise CheckpointError(Problem(what, "inf or nan", bound, remedy))
         return rounded
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """A nan is both bounds; isfinite() of all takes thirty times as long."""
+    return not tensor.numel() or all(bound.isfinite() for bound in torch.aminmax(tensor))
 
 
 @contextmanager

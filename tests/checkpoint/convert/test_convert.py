@@ -1,8 +1,9 @@
 """Every pair of formats, the way around through all of them, and what any conversion refuses."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
+from math import nan
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,22 @@ FP32 = {name for name in NAMES if get_format(name, "").fp32_only}
 AROUND = ("hf", "native", "megatron", "deepspeed", "meta", "hf")
 
 pytestmark = pytest.mark.usefixtures("read_here")
+
+
+SPOILED = "decoder.final_layernorm.weight"
+
+
+@dataclass
+class Spoiled(Invented):
+    """With a nan in one tensor of this kind."""
+
+    spoiled: str = WEIGHT
+
+    def full(self, name: str, kind: str = WEIGHT) -> torch.Tensor:
+        tensor = super().full(name, kind)
+        return (
+            tensor.index_fill(0, torch.tensor(3), nan) if (name, kind) == (SPOILED, self.spoiled) else tensor
+        )
 
 
 def written(weights: Invented, folder: Path, name: str, kinds: tuple[str, ...] = (WEIGHT,)) -> Path:
@@ -164,6 +181,21 @@ def test_a_folder_of_no_format(tmp_path: Path) -> None:
     with refused(ConfigError, "--from", "(not given)") as caught:
         convert(tmp_path / "in", tmp_path / "out", target="hf")
     assert all(name in str(caught.value) for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    ("target", "kind"), [(name, WEIGHT) for name in NAMES] + [(name, KINDS[2]) for name in WITH_OPTIMIZER]
+)
+def test_no_dtype_holds_what_is_not_finite_in_the_source(target: str, kind: str, tmp_path: Path) -> None:
+    kinds = (WEIGHT,) if kind == WEIGHT else KINDS
+    here = written(
+        Spoiled(SHAPES["gqa"], torch.float32, kinds, spoiled=kind), tmp_path / "here", "native", kinds
+    )
+    with refused(CheckpointError, SPOILED if kind == WEIGHT else f"{kind} of {SPOILED}") as caught:
+        convert(here, tmp_path / "out", target=target, optimizer=kind != WEIGHT)
+    (problem,) = caught.value.problems
+    assert "dtype" not in problem.remedy
+    assert "source" in problem.bound
 
 
 def test_what_was_written_wrong_keeps_its_name(

@@ -161,9 +161,21 @@ def test_what_is_written_is_read_to_the_last_bit(shape: str, kinds: tuple[str, .
     FORMAT.write(source, tmp_path, WriteOptions(torch.float32, kinds, tp=2), sizes.append)
     found = FORMAT.open(tmp_path, None)
     assert (found.kinds, found.model, found.dtype) == (kinds, SHAPES[shape], torch.float32)
-    assert found.step == (source.step if kinds == KINDS else 0)
+    assert found.step == source.step
     assert_same(found, source)
     assert sum(sizes) == sum(tensor.nbytes for tensor in everything(source).values())
+
+
+def test_the_step_and_the_tokenizer_of_the_run_are_there(tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer.model"
+    tokenizer.write_bytes(b"\n a model")
+    source, folder = Invented(SHAPES["mha"], torch.float32, tokenizer=tokenizer), tmp_path / "universal"
+    folder.mkdir()
+    FORMAT.write(source, folder, WriteOptions(torch.float32, (WEIGHT,)), lambda size: None)
+    assert (folder / LATEST_UNIVERSAL).read_text() == f"step-{source.step:08d}"
+    found = FORMAT.open(folder, None)
+    assert found.tokenizer is not None
+    assert found.tokenizer.read_bytes() == tokenizer.read_bytes()
 
 
 def test_weights_alone_take_no_room_for_moments(tmp_path: Path) -> None:

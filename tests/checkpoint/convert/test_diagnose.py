@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from llama_mcore.checkpoint.convert import hf, native
-from llama_mcore.checkpoint.convert.diagnose import diagnose
+from llama_mcore.checkpoint.convert.diagnose import _as_text, diagnose
 from llama_mcore.checkpoint.convert.formats import WriteOptions
 from llama_mcore.checkpoint.convert.tensors import interleaved, join_qkv, split
 from llama_mcore.checkpoint.layout import WEIGHT
@@ -122,6 +123,40 @@ def test_a_part_is_named_where_one_differs() -> None:
     wrong = replace(sound, changed={QKV.format(0): join_qkv(q, k, v * 2, MODEL)})
     (found,) = diagnose(sound, wrong).tensors
     assert (found.part, found.largest, found.cause) == ("v", pytest.approx(0.5), "")
+
+
+def said(left: Invented, right: Invented) -> list[list[str]]:
+    """The words of each line."""
+    return [line.split() for line in "\n".join(_as_text(diagnose(left, right))).splitlines()]
+
+
+def test_layers_that_are_alike_are_a_line() -> None:
+    deep = ModelConfig(**(MODEL.model_dump() | {"num_layers": 12}))
+    one, other = Invented(deep, torch.float32), Invented(deep, torch.float32, seed=1)
+    found = [words for words in said(one, other) if "decoder.layers.{}.mlp.linear_fc1.weight" in words]
+    assert [(words[0], words[2]) for words in found] == [("12", "gate"), ("12", "up")]
+
+
+def test_what_has_one_cause_is_a_line() -> None:
+    sound = Invented(MODEL, torch.float32)
+    (found,) = (
+        words for words in said(sound, through_bf16(sound)) if words[-1] == "bf16" and "likely" not in words
+    )
+    assert found[:2] == [str(len(sound.names())), "several"]
+
+
+def test_what_is_not_finite_is_the_largest() -> None:
+    sound = Invented(MODEL, torch.float32)
+    for spoiled in LAYERS:
+        names = [FC1.replace("0", str(layer)) for layer in LAYERS]
+        changed = {name: sound.full(name) + 1 for name in names}
+        changed[names[spoiled]] = sound.full(names[spoiled]) * nan
+        found = [
+            words
+            for words in said(sound, replace(sound, changed=changed))
+            if names[0].replace("0", "{}") in words
+        ]
+        assert [words[3] for words in found] == ["nan", "nan"]
 
 
 def written(weights: Invented, folder: Path, form: object, dtype: torch.dtype) -> Path:

@@ -288,6 +288,37 @@ def test_the_model_of_megatron_lm(folder: Path) -> None:
     }
 
 
+OTHERS = {
+    "add_qkv_bias": True,
+    "qk_layernorm": True,
+    "num_experts": 8,
+    "rotary_percent": 0.5,
+    "rotary_interleaved": True,
+    "rotary_seq_len_interpolation_factor": 2,
+    "apply_layernorm_1p": True,
+    "multi_latent_attention": True,
+    "apply_residual_connection_post_layernorm": True,
+    "attention_output_gate": True,
+    "softmax_type": "learnable",
+    "softmax_scale": 1.0,
+    "window_size": [128, 0],
+    "qk_l2_norm": True,
+    "no_rope_freq": 4,
+    "mrope_section": [8, 12, 12],
+    "glu_linear_offset": 1.0,
+    "activation_func_clamp_value": 7.0,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_would_be_computed_otherwise_is_refused(name: str, folder: Path) -> None:
+    common = {"args": Namespace(**vars(torch.load(folder / "common.pt", weights_only=False)["args"]))}
+    setattr(common["args"], name, OTHERS[name])
+    torch.save(common, folder / "common.pt")
+    with refused(CheckpointError, f"args: {name}", OTHERS[name], remedy=False):
+        FORMAT.open(folder, None)
+
+
 def test_a_padded_vocabulary_is_cut(folder: Path) -> None:
     common = {"args": Namespace(**vars(torch.load(folder / "common.pt", weights_only=False)["args"]))}
     common["args"].vocab_size = 90

@@ -97,6 +97,7 @@ def reason(path: Path, **options: Any) -> str:
     with pytest.raises(CheckpointError) as caught:
         read_pickled([path], **options)
     message = str(caught.value)
+    assert "weights_only" not in message  # torch's advice is to trust the file
     assert len(message) < 3000
     assert message.isascii()
     assert message.isprintable()
@@ -181,6 +182,10 @@ def test_no_code_is_run_whatever_the_environment_says(
 
 FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "legacy": (lambda p: saved(p, torch.ones(2), _use_new_zipfile_serialization=False), "torch.save"),
+    "operation-that-is-not-known": (
+        lambda p: archive(p, b"\x80\x02\x95" + bytes(9) + b"."),
+        "nsupported operand",
+    ),
     "pickle": (lambda p: written(p, pickle.dumps({"a": 1})), "torch.save"),
     "empty": (lambda p: written(p, b""), "torch.save"),
     "zip-of-nothing": (lambda p: written(p, b"PK\5\6" + bytes(18)), ""),
@@ -211,6 +216,23 @@ FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
 def test_hostile_files(name: str, tmp_path: Path) -> None:
     make, expected = FILES[name]
     assert expected in reason(make(tmp_path / "a.pt"))
+
+
+def test_a_program_of_torchscript_is_told_what_to_do(tmp_path: Path) -> None:
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "a.pth"))
+    message = reason(tmp_path / "a.pth")
+    assert "TorchScript" in message
+    assert "state_dict" in message
+
+
+def test_what_is_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "zero" / "norm").mkdir(parents=True)
+    one, other = (saved(tmp_path / "zero" / name, {}) for name in ("norm/fp32.pt", "step.pt"))
+    read_pickled([one])
+    read_pickled([one, other])
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"{one}: a pickle,")
+    assert second.startswith(f"{tmp_path / 'zero'}: 2 files of pickles,")
 
 
 def test_two_entries_of_one_name(tmp_path: Path) -> None:

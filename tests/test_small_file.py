@@ -1,0 +1,79 @@
+import errno
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llama_mcore import small_file
+from llama_mcore.data.manifest import manifest_path, read_manifest
+from llama_mcore.data.tokenizer import Tokenizer
+from llama_mcore.errors import DataError, MissingInputError, UserError
+from llama_mcore.small_file import read_small_file
+from tests.support.errors import refused
+
+
+def sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], None], type[UserError]]] = {
+    "pipe": (os.mkfifo, DataError),
+    "endless": (lambda path: path.symlink_to("/dev/zero"), DataError),
+    "a terabyte of nothing": (sparse, DataError),
+    "a link to nothing": (lambda path: path.symlink_to("nowhere"), MissingInputError),
+    "a link to itself": (lambda path: path.symlink_to(path), MissingInputError),
+    "a folder": (Path.mkdir, MissingInputError),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_side_files_of_datasets_and_tokenizers_neither_wait_nor_fill_the_memory(
+    kind: str, tmp_path: Path
+) -> None:
+    make, error = HOSTILE[kind]
+    make(manifest_path(tmp_path / "d"))
+    with refused(error, "manifest", tmp_path / "d.json"):
+        read_manifest(tmp_path / "d")
+    make(tmp_path / "tokenizer.model")
+    with refused(error, "data.tokenizer", tmp_path / "tokenizer.model"):
+        Tokenizer(tmp_path / "tokenizer.model", "data.tokenizer")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_only_regular_files_are_read(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    with pytest.raises(ValueError, match="not a regular file"):
+        read_small_file(tmp_path / "a", 5, follow=True)
+
+
+def test_a_file_has_at_most_its_limit(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    assert read_small_file(tmp_path / "a", 5) == b"12345"
+    with pytest.raises(ValueError, match="it has 5 bytes, more than 4"):
+        read_small_file(tmp_path / "a", 4)
+    with pytest.raises(ValueError, match="more than 100"):
+        read_small_file(Path("/proc/self/status"), 100)  # which says to have no bytes
+
+
+def test_links_are_followed_where_told(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to("a")
+    assert read_small_file(tmp_path / "link", 5, follow=True) == b"12345"
+    with pytest.raises(OSError):
+        read_small_file(tmp_path / "link", 5)
+
+
+def test_a_file_system_that_does_not_answer_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").touch()
+    let_go = threading.Event()
+    monkeypatch.setattr(small_file, "_read", lambda *args: let_go.wait())
+    monkeypatch.setattr(small_file, "_PATIENCE_S", 0.01)
+    with pytest.raises(OSError) as error:
+        read_small_file(tmp_path / "a", 5)
+    let_go.set()
+    assert error.value.errno == errno.ETIMEDOUT
