@@ -522,6 +522,9 @@ def slurm(
     partition: Annotated[str | None, typer.Option(help="Default: the site's.")] = None,
     account: Annotated[str | None, typer.Option(help="Default: the site's.")] = None,
     qos: Annotated[str | None, typer.Option(help="Default: the site's.")] = None,
+    data_later: Annotated[
+        bool, typer.Option("--data-later", help="Write it before the data is there: only the job looks.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Script to write; default: print it.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a script that is there.")] = False,
     debug: Debug = False,
@@ -531,7 +534,7 @@ def slurm(
         from llama_mcore.launch.slurm import SlurmJob, job_script, write_script
 
         job = SlurmJob(nodes, gpus_per_node, time, signal_seconds, job_name, partition, account, qos)
-        script = job_script(config, context.args, job)
+        script = job_script(config, context.args, job, data_later=data_later)
         if output is None:
             typer.echo(script, nl=False)
         else:

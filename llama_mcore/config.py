@@ -33,7 +33,7 @@ from llama_mcore.observe.config import ObserveConfig
 from llama_mcore.parallel.config import ParallelConfig, ZeroConfig
 from llama_mcore.section import Section
 from llama_mcore.small_file import parse_yaml, read_small_file
-from llama_mcore.train.config import EvalConfig, HealthConfig, OptimConfig, TrainConfig
+from llama_mcore.train.config import EvalConfig, HealthConfig, OptimConfig, TrainConfig, short_warmup
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 LARGEST_CONFIG = 256 << 10
@@ -109,7 +109,7 @@ def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
         with gathering(errors):
             expand(data)
     with gathering(errors):
-        run = _validated(data)
+        run = _with_warmup(_validated(data))
     raise_all(errors)
     return run
 
@@ -119,6 +119,13 @@ def _validated(data: dict[str, Any]) -> RunConfig:
         return RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError([_problem(details) for details in error.errors()]) from None
+
+
+def _with_warmup(run: RunConfig) -> RunConfig:
+    """Where the file gives none: the paper's, or a share of a run that is short beside them."""
+    if "warmup_steps" in run.optim.model_fields_set:
+        return run
+    return run.changed(optim={"warmup_steps": short_warmup(run.train.steps)})
 
 
 def load_mixture(mixture: str, field: str) -> dict[str, SourceConfig]:
@@ -460,6 +467,8 @@ def _check_training(run: RunConfig) -> list[Problem]:
                 "optim.warmup_steps",
                 run.optim.warmup_steps,
                 f"must not exceed train.steps = {run.train.steps}",
+                f"optim.warmup_steps={short_warmup(run.train.steps)}, as for a file that gives none, "
+                f"or train.steps={run.optim.warmup_steps} and more",
             )
         )
     if run.eval.interval and not run.data.has_held_out:
@@ -468,7 +477,7 @@ def _check_training(run: RunConfig) -> list[Problem]:
                 "eval.interval",
                 run.eval.interval,
                 "needs held-out data",
-                "set data.valid, or valid of a source, or eval.interval=0",
+                "add data.valid=PREFIX, or valid of a source, or eval.interval=0",
             )
         )
     return problems

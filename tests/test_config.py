@@ -272,12 +272,27 @@ def test_bf16_without_zero_is_refused_with_the_reason(config: str) -> None:
 
 
 def test_warm_up_must_end_within_the_run(config: str) -> None:
-    problems = unfit(config, "optim.warmup_steps=11")
-    assert "10" in check_problem(problems, "optim.warmup_steps", 11, remedy=False).bound
+    problem = check_problem(unfit(config, "optim.warmup_steps=11"), "optim.warmup_steps", 11)
+    assert "10" in problem.bound
+    assert "optim.warmup_steps=1," in problem.remedy
+    assert "train.steps=11 " in problem.remedy
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(5, 0), (10, 1), (2500, 250), (20_010, 2000)])
+def test_a_warm_up_that_nobody_gives_is_the_paper_s_or_a_tenth(
+    tmp_path: Path, steps: int, warmup: int
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(VALID | {"optim": {"lr": 1e-3}}))
+    run = load_run(str(path), [f"train.steps={steps}"])
+    assert run.optim.warmup_steps == warmup
+    check_run(run, 1)
 
 
 def test_evaluation_needs_held_out_data(config: str) -> None:
-    assert "data.valid" in check_problem(unfit(config, "eval.interval=5"), "eval.interval", 5).remedy
+    remedy = check_problem(unfit(config, "eval.interval=5"), "eval.interval", 5).remedy
+    assert "data.valid=" in remedy
+    assert "eval.interval=0" in remedy
     check_run(load_run(config, ["eval.interval=5", "data.valid=held_out"]), 1)
 
 

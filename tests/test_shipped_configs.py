@@ -46,6 +46,11 @@ def test_a_shipped_run_fits_its_worlds(name: str, world_size: int) -> None:
     assert f"{world_size:,} ranks" in describe_run(run, world_size)
 
 
+@pytest.mark.parametrize("name", WORLDS)
+def test_a_shipped_run_can_be_a_few_steps(name: str) -> None:
+    check_run(load_run(name, ["train.steps=10"]), WORLDS[name][0])
+
+
 @pytest.mark.parametrize("name", TABLE_2)
 def test_the_paper_sizes_have_the_settings_of_table_2(name: str) -> None:
     params, dimension, heads, layers, lr, tokens = TABLE_2[name]

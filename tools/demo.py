@@ -173,8 +173,8 @@ def resume(command: list[object], steps: int) -> str:
     check(len(rows) == steps, f"metrics.jsonl holds {len(rows)} steps instead of {steps}")
     check(loss < bound, f"the training loss ended at {loss:.3f}, not below {bound:.3f}")
     return (
-        f"training loss {loss:.3f}, held-out loss {rows[-1]['valid_loss']:.3f}; "
-        f"bound {bound:.3f} = {bound / UNTRAINED_LOSS:.0%} of ln({VOCAB_SIZE})"
+        f"training loss {loss:.3f}, below the {bound:.3f} asked of it ({bound / UNTRAINED_LOSS:.0%} of the "
+        f"ln({VOCAB_SIZE}) of an untrained model); held-out loss {rows[-1]['valid_loss']:.3f}"
     )
 
 

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -299,7 +300,8 @@ def _section(outcome: Outcome) -> str:
     when = f" {outcome.date}, {outcome.seconds:.0f} s. {outcome.machine}" if outcome.date else ""
     columns = ("status", "name", "measured", "bar", "why")
     rows = [
-        {column: getattr(line, column).replace("|", "\\|") for column in columns} for line in outcome.lines
+        {column: getattr(line, column).replace("|", "\\|") for column in columns}
+        for line in _together(outcome.lines)
     ]
     parts = [f"{outcome.sentence}.{when}".rstrip()]
     if rows:
@@ -307,3 +309,18 @@ def _section(outcome: Outcome) -> str:
     if outcome.output:
         parts.append("\n".join(["The last that it printed:\n", *(f"    {row}" for row in outcome.output)]))
     return "\n\n".join(parts)
+
+
+def _together(lines: Sequence[Line]) -> list[Line]:
+    """Cases of one test, name[case], that have nothing to say of their own as one line."""
+
+    def shared(line: Line) -> Line:
+        plain = line.status != "failed" and not line.measured
+        return replace(line, name=line.name.partition("[")[0]) if plain else line
+
+    counts = Counter(map(shared, lines))
+    names = {shared(line): line.name for line in lines}
+    return [
+        replace(line, name=f"{line.name}, {count} cases" if count > 1 else names[line])
+        for line, count in counts.items()
+    ]

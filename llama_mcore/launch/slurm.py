@@ -44,11 +44,11 @@ class SlurmJob:
     qos: str | None = None
 
 
-def job_script(config: str, overrides: Sequence[str], job: SlurmJob, *, inputs_are_there: bool = True) -> str:
+def job_script(config: str, overrides: Sequence[str], job: SlurmJob, *, data_later: bool = False) -> str:
     """The script that trains what `llama-mcore train --config CONFIG OVERRIDES` would, on the nodes of `job`.
 
-    Raises one error with all problems: that of their kind if all are of one, else ConfigError. A plan, which
-    is made before its data, looks at no files (`inputs_are_there` false); the job itself does.
+    Raises one error with all problems: that of their kind if all are of one, else ConfigError. With
+    `data_later` the script comes before its data, and no files are looked at; the job itself does that.
     """
     failures: list[UserError] = []
     problems = [*_check_job(job), *_check_words(config, overrides)]
@@ -61,7 +61,7 @@ def job_script(config: str, overrides: Sequence[str], job: SlurmJob, *, inputs_a
     problems += [*_check_name(job.job_name or ""), *of_run]
     if problems:
         failures.append(ConfigError(problems))
-    if inputs_are_there:
+    if not data_later:
         # loads numpy, which a plan does without
         from llama_mcore.launch.run_checks import planned_data, unusable_files
 

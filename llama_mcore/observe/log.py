@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import TextIO
 
 NAME = "llama_mcore"
+TIME = "%Y-%m-%d %H:%M:%S"  # local, as Slurm's own log has it
 
 
 def get_logger() -> logging.Logger:
@@ -20,7 +21,7 @@ def setup_logging(rank: int) -> logging.Logger:
     """Log to stderr: rank 0 from INFO on, the others warnings and errors under their rank."""
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler = _StderrHandler()
-    handler.setFormatter(logging.Formatter(f"{prefix}%(levelname)s %(message)s"))
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(levelname)s %(message)s", TIME))
     logger = get_logger()
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from llama_mcore.errors import DataError, MissingInputError, Problem, input_problem
+from llama_mcore.errors import DataError, MissingInputError, Problem, UserError, input_problem
+from llama_mcore.observe.goodput import PRODUCTIVE, read_lives
 from llama_mcore.picture import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TRAIN_COLOR, VALID_COLOR, LR_COLOR = "#1f4e79", "#c8501e", "#8a8a8a"
+TRAIN_COLOR, VALID_COLOR, LR_COLOR, STOP_COLOR = "#1f4e79", "#c8501e", "#8a8a8a", "#3c8c3c"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -33,7 +34,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def loss_curve(metrics: Path, output: Path, title: str | None = None) -> None:
-    """Draw the losses and the learning rate of a run as a PNG.
+    """Draw the losses and the learning rate of a run as a PNG, with a mark wherever a later start of the run
+    went on, as timeline.jsonl beside the metrics tells.
 
     `title` defaults to the name of the run's folder. Raises DataError where no step has a finite loss,
     OutputError where `output` cannot be written.
@@ -45,30 +47,41 @@ def loss_curve(metrics: Path, output: Path, title: str | None = None) -> None:
 
     figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
     loss_axes, lr_axes = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    _draw_loss(loss_axes, rows)
+    _draw_loss(loss_axes, rows, _resumed_after(metrics.parent))
     _draw_lr(lr_axes, rows)
     loss_axes.set_title(title or metrics.resolve().parent.name, loc="left", fontweight="bold")
     save_figure(figure, output)
 
 
 def smoothed(values: list[float], window: int) -> list[float]:
-    """Centred moving average over `window` values, narrower towards the ends: it follows without lagging."""
-    sums = [0.0, *accumulate(values)]
-    averages = []
-    for i in range(len(values)):
-        half = min(window // 2, i, len(values) - 1 - i)
-        averages.append((sums[i + half + 1] - sums[i - half]) / (2 * half + 1))
-    return averages
+    """Centred moving average over `window` values (one more if that is even), which follows without lagging.
+    It leaves out `window // 2` values at each end, where an average over fewer would be as noisy as they are.
+    """
+    sums, width = [0.0, *accumulate(values)], 2 * (window // 2) + 1
+    return [(end - start) / width for start, end in zip(sums, sums[width:], strict=False)]
 
 
-def _draw_loss(axes: "Axes", rows: list[dict[str, Any]]) -> None:
+def _resumed_after(run_dir: Path) -> list[int]:
+    """The steps after which later starts of the run went on, without those that trained nothing."""
+    try:
+        lives = read_lives(run_dir)
+    except UserError:
+        return []  # of metrics alone, there is a picture too
+    trained = [[step for _, kind, step in life.entries if kind == PRODUCTIVE] for life in lives]
+    return [steps[0] - 1 for steps in trained if steps and steps[0] > 1]
+
+
+def _draw_loss(axes: "Axes", rows: list[dict[str, Any]], resumed_after: list[int]) -> None:
     train = [(row["step"], row["loss"]) for row in rows if row["loss"] is not None]
     valid = [(row["step"], row["valid_loss"]) for row in rows if row.get("valid_loss") is not None]
     steps, losses = [step for step, _ in train], [loss for _, loss in train]
     axes.plot(steps, losses, color=TRAIN_COLOR, alpha=0.3, linewidth=0.8, label="train")
-    axes.plot(
-        steps, smoothed(losses, len(losses) // 20), color=TRAIN_COLOR, linewidth=1.8, label="train, smoothed"
-    )
+    window = len(losses) // 20
+    inner = steps[window // 2 : len(steps) - window // 2]
+    axes.plot(inner, smoothed(losses, window), color=TRAIN_COLOR, linewidth=1.8, label="train, smoothed")
+    for number, step in enumerate(resumed_after):
+        label = "" if number else "stopped and resumed"
+        axes.axvline(step, color=STOP_COLOR, linewidth=1.0, linestyle="--", label=label, zorder=1)
     if valid:
         axes.plot(*zip(*valid, strict=True), "o", color=VALID_COLOR, markersize=5, label="held-out", zorder=3)
     last_step, last_loss = (valid or train)[-1]

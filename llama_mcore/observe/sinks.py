@@ -220,7 +220,8 @@ class _PlainLines:
 
 
 class _ProgressLine:
-    """A line that redraws itself; evaluations, skipped updates and decisions leave a line that stays."""
+    """A line that redraws itself, cut at the terminal's width: the ETA comes before the rest. Evaluations,
+    skipped updates and decisions leave a line that stays."""
 
     def __init__(self, console: Console, total_steps: int, start_step: int) -> None:
         self._eta = _Eta(total_steps)
@@ -236,8 +237,8 @@ class _ProgressLine:
     def write(self, report: StepReport) -> None:
         mfu = "" if report.mfu_causal is None else f" {describe_mfu(report)}"
         line = (
-            f"loss {report.loss:.3f} norm {report.grad_norm:.2f} lr {report.lr:.1e} "
-            f"{report.tokens_per_s:,.0f} tok/s{mfu} ETA {self._eta.update(report)}"
+            f"ETA {self._eta.update(report)} loss {report.loss:.3f} norm {report.grad_norm:.2f} "
+            f"lr {report.lr:.1e} {report.tokens_per_s:,.0f} tok/s{mfu}"
         )
         self._progress.update(self._task, completed=report.step, description=line)
         if report.valid_loss is not None or report.skipped or report.decision:

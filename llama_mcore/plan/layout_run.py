@@ -102,7 +102,7 @@ def write_run(option: Option, config: Path, script: Path | None = None, *, force
     with published(config) as temporary, output_errors(config):
         temporary.write_text(head + dump_run(option.run), encoding="utf-8")
     if script:
-        write_script(job_script(str(config), [], job, inputs_are_there=False), script, force=force)
+        write_script(job_script(str(config), [], job, data_later=True), script, force=force)
 
 
 def slurm_job(cluster: Cluster) -> SlurmJob:
@@ -115,8 +115,8 @@ def slurm_job(cluster: Cluster) -> SlurmJob:
 
 
 def launch_command(option: Option, config: Path) -> str:
-    """What writes the job script for that file."""
+    """What writes the job script for that file, also before there is data."""
     job = slurm_job(option.cluster)
     per_node = [] if job.gpus_per_node == 8 else ["--gpus-per-node", str(job.gpus_per_node)]
-    command = ["llama-mcore", "slurm", "--config", str(config), "--nodes", str(job.nodes), *per_node]
-    return shlex.join(command)
+    nodes = ["--nodes", str(job.nodes), *per_node]
+    return shlex.join(["llama-mcore", "slurm", "--config", str(config), *nodes, "--data-later"])

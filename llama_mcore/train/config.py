@@ -6,6 +6,8 @@ from pydantic import Field
 
 from llama_mcore.section import Section
 
+PAPER_WARMUP = 2000
+
 
 class TrainConfig(Section):
     steps: int = Field(ge=1)
@@ -27,8 +29,9 @@ class OptimConfig(Section):
     """Peak learning rate, reached at the end of the warm-up."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """Final learning rate as a share of the peak."""
-    warmup_steps: int = Field(default=2000, ge=0)
-    """Optimizer steps in which the learning rate rises from 0: Adam's averages need some to settle."""
+    warmup_steps: int = Field(default=PAPER_WARMUP, ge=0)
+    """Optimizer steps in which the learning rate rises from 0: Adam's averages need some to settle. A file
+    that gives none gets the paper's 2,000, or a tenth of a run of fewer than 20,000 steps."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Share of the past in Adam's average of the gradient."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -41,6 +44,11 @@ class OptimConfig(Section):
     """Apply weight decay to the norm weights too; the paper does not say which it did."""
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 switches clipping off."""
+
+
+def short_warmup(steps: int) -> int:
+    """Warm-up steps of a run of so many: the paper's, or a tenth where that is less."""
+    return min(PAPER_WARMUP, steps // 10)
 
 
 class EvalConfig(Section):

@@ -44,8 +44,9 @@ def train(
         try:
             with ExitStack() as stack:
                 job = open_job(run, groups, stop, start, phases, stack)
+                first = job.state.step
                 _train_on(job)
-                return _finish(job)
+                return _finish(job, first)
         except StoppedEarly:
             phases.enter(Phase.END, 0)
             get_logger().info("stopped before the first step; the same command starts again")
@@ -235,11 +236,14 @@ def _replica_check_is_due(job: Job, saving: bool) -> bool:
     return interval > 0 and (saving or job.state.step % interval == 0)
 
 
-def _finish(job: Job) -> int:
+def _finish(job: Job, first: int) -> int:
+    """`first`: the step that this start went on from."""
     step, steps = job.state.step, job.run.train.steps
     job.phases.enter(Phase.END, step)
     exit_code = 0 if step >= steps else EXIT_SAVED
-    if exit_code == 0:
+    if first >= steps:
+        get_logger().info("nothing to do: the run has done %d steps, of train.steps = %d", step, steps)
+    elif exit_code == 0:
         get_logger().info("finished %d steps", step)
     else:
         get_logger().info("stopped at step %d of %d; the same command goes on", step, steps)

@@ -228,6 +228,24 @@ def test_a_cell_is_one_cell() -> None:
     assert "    no | line" in text
 
 
+def test_cases_that_say_the_same_are_one_row() -> None:
+    skipped = [Line(f"test_b[{n}]", "unproven", "needs a GPU") for n in range(3)]
+    failed = [Line(f"test_b[{n}]", "failed", "1 > 2") for n in (3, 4)]
+    lines = [Line("test_a[1]", "run"), *skipped, *failed, Line("test_c[1]", "run", measured="2")]
+    rows = [
+        row.split("|")[1:3]
+        for row in page({"one": Outcome("a part", lines=lines)}).splitlines()
+        if "test" in row
+    ]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["run", "test_a[1]"],
+        ["unproven", "test_b, 3 cases"],
+        ["failed", "test_b[3]"],
+        ["failed", "test_b[4]"],
+        ["run", "test_c[1]"],
+    ]
+
+
 def told(path: Path) -> list[Line]:
     return [Line(**json.loads(row)) for row in path.read_text().splitlines()]
 

@@ -23,7 +23,7 @@ from llama_mcore.model.attention import documents_of
 from llama_mcore.model.build import build_model
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.parallel.config import ParallelConfig
-from llama_mcore.parallel.device import DEVICE
+from llama_mcore.parallel.device import DEVICE, hide_gpus
 from llama_mcore.parallel.groups import Groups, process_groups
 from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of, full_fp32_weight
 from llama_mcore.train.state import TrainState
@@ -100,6 +100,7 @@ def _tokens(model: ModelConfig) -> Tensor:
 def reference() -> Numbers:
     """The steps of `trained` by plain torch on the CPU, without DeepSpeed."""
     os.environ[DEVICE] = "cpu"
+    hide_gpus()
     found = train_reference()
     return list(zip(found.losses, found.grad_norms, strict=True))
 

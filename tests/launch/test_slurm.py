@@ -114,7 +114,7 @@ def found_by_shellcheck(script: str) -> str:
 
 @pytest.mark.parametrize("size", SHIPPED)
 def test_the_shipped_sizes_give_the_shipped_settings(size: str) -> None:
-    script = job_script(size, [], SlurmJob(SHIPPED[size]), inputs_are_there=False)
+    script = job_script(size, [], SlurmJob(SHIPPED[size]), data_later=True)
     shipped = (ROOT / "slurm" / f"{size}.sh").read_text()
     assert options(script) == options(shipped)
     code = [line for line in shipped.splitlines() if line and not line.startswith("#")]
@@ -304,6 +304,15 @@ def test_the_data_is_looked_into(tmp_path: Path) -> None:
         tiny(tmp_path)
 
 
+def test_a_script_is_written_before_the_data_if_that_is_said(tmp_path: Path) -> None:
+    command = ["slurm", "--config=tiny", "--nodes=2", "--gpus-per-node=1", f"data.train={tmp_path}/later"]
+    command += ["data.epochs=1", f"run.dir={tmp_path}/run", "eval.interval=0"]
+    refusal, written = (CliRunner().invoke(app, [*command, *option]) for option in ([], ["--data-later"]))
+    assert refusal.exit_code == 66, refusal.output
+    assert written.exit_code == 0, written.output
+    assert f"data.train={tmp_path}/later" in written.stdout
+
+
 def test_the_folder_of_the_run_is_looked_into(tmp_path: Path) -> None:
     run_dir = tmp_path / "llama-run"
     run_dir.mkdir()
@@ -315,7 +324,7 @@ def test_the_folder_of_the_run_is_looked_into(tmp_path: Path) -> None:
         tiny(tmp_path, "data.epochs=1", time="never")
     for field in ("--time", "source train"):
         check_problem(error.value.problems, field)
-    job_script("tiny", data(tmp_path), SlurmJob(2, 1), inputs_are_there=False)
+    job_script("tiny", data(tmp_path), SlurmJob(2, 1), data_later=True)
 
 
 def test_settings_that_do_not_fit_are_told_before_the_data_is_read(tmp_path: Path) -> None:

@@ -86,15 +86,36 @@ def test_an_unwritable_picture_is_one_clear_error(metrics: Path, tmp_path: Path)
 
 def test_smoothing_does_not_lag_behind_a_line() -> None:
     line = [float(value) for value in range(50)]
-    assert smoothed(line, 10) == pytest.approx(line)
+    assert smoothed(line, 10) == pytest.approx(line[5:-5])
 
 
 def test_smoothing_takes_the_noise_away() -> None:
     noise = [1.0 + (-1) ** i for i in range(100)]
-    middle = smoothed(noise, 20)[20:80]
-    assert max(middle) - min(middle) < 0.2
+    smooth = smoothed(noise, 20)
+    assert len(smooth) == 100 - 20
+    assert max(smooth) - min(smooth) < 0.2  # to the ends
 
 
-def test_smoothing_of_one_value_and_of_none() -> None:
-    assert smoothed([3.0], 5) == [3.0]
+@pytest.mark.parametrize(("resumed_at", "marks"), [(None, 0), (1, 0), (31, 1)])
+def test_the_picture_marks_where_the_run_was_stopped(
+    metrics: Path, tmp_path: Path, resumed_at: int | None, marks: int
+) -> None:
+    firsts = [1] if resumed_at is None else [1, resumed_at]
+    lines: list[dict[str, object]] = []
+    for life, first in enumerate(firsts, start=1):
+        lines += [
+            {"life": life, "began": 100.0 * life, "job": "", "host": "n1", "ranks": 1},
+            {"of": life, "t": 100.0 * life + 1, "phase": "train", "step": first},
+            {"of": life, "t": 100.0 * life + 2, "left": 75},
+        ]
+    (metrics.parent / "timeline.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    loss_curve(metrics, tmp_path / "loss.png")
+    image = imread(tmp_path / "loss.png")
+    green = (image[..., 1] - image[..., 0] > 0.2) & (image[..., 1] - image[..., 2] > 0.2)
+    assert (green.sum() > 100) == (marks > 0)
+
+
+def test_smoothing_of_fewer_values_than_it_takes() -> None:
+    assert smoothed([3.0], 0) == [3.0]
+    assert smoothed([3.0], 5) == []
     assert smoothed([], 5) == []

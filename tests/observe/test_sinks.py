@@ -33,13 +33,8 @@ def report(
     step: int, loss: float = 2.0, valid_loss: float | None = None, skipped: bool = False
 ) -> StepReport:
     valid = {} if valid_loss is None else {"code": HeldOut(valid_loss, 10)}
-    windows = {"code": 3 * step}
-    return StepReport(
-        *(step, loss, 0.5, 1e-3, step * 100, 1000.0, 2.0, 4096),
-        windows=windows,
-        valid=valid,
-        skipped=skipped,
-    )
+    new = {"windows": {"code": 3 * step}, "valid": valid, "skipped": skipped}
+    return StepReport(step, loss, 0.5, 1e-3, step * 100, 1000.0, 2.0, 4096, **new)
 
 
 def write(
@@ -48,6 +43,7 @@ def write(
     start_step: int = 0,
     config: ObserveConfig = QUIET,
     terminal: bool = False,
+    width: int = 100,
 ) -> str:
     """What a person sees of a run of 40 steps that reports `reports`."""
     screen = io.StringIO()
@@ -55,7 +51,7 @@ def write(
         file=screen,
         force_terminal=terminal,
         force_interactive=terminal,
-        width=100,
+        width=width,
         color_system=None,
         soft_wrap=True,
     )
@@ -235,9 +231,14 @@ def test_one_slow_step_does_not_move_the_eta(tmp_path: Path) -> None:
 def test_a_terminal_gets_a_progress_line_and_lasting_evaluations(tmp_path: Path) -> None:
     screen = write(tmp_path, [report(1), report(2, valid_loss=2.25), report(3)], terminal=True)
     assert "3/40" in screen
-    assert "tok/s ETA 1m14s" in screen  # 37 steps of 2 s
+    assert "ETA 1m14s" in screen  # 37 steps of 2 s
     assert "step 2  loss 2.0000" in screen
     assert "held-out loss 2.2500" in screen
+
+
+def test_a_terminal_of_80_columns_shows_the_eta(tmp_path: Path) -> None:
+    long = replace(report(1), loss=12.345, tokens_per_s=1_234_567.0, mfu_causal=0.485, mfu_full=0.495)
+    assert "ETA 1m18s" in write(tmp_path, [long], terminal=True, width=80)  # 39 steps of 2 s
 
 
 def test_an_unwritable_run_folder_is_one_clear_error(tmp_path: Path) -> None:

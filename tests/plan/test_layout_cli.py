@@ -79,7 +79,7 @@ def test_a_written_layout_loads_and_passes_the_checks(tmp_path: Path) -> None:
     assert run.accumulation_steps(64) == layout["accumulation_steps"]
     assert run.train.steps * run.tokens_per_step >= 1e12
     assert path.read_text().startswith("# Written by")
-    assert found["slurm_command"] == f"llama-mcore slurm --config '{path}' --nodes 8"
+    assert found["slurm_command"] == f"llama-mcore slurm --config '{path}' --nodes 8 --data-later"
 
 
 @pytest.mark.process
@@ -102,7 +102,7 @@ def test_a_part_of_a_node_is_a_job_and_a_ragged_number_of_nodes_is_none(tmp_path
     small = ["layout", "--model", "7b", "--gpu", "h200", "--tokens", "1B", "--gpus"]
     files = ["--write-config", str(tmp_path / "run.yaml"), "--write-script", str(tmp_path / "job.sh")]
     found = answer(*small, "4", *files)
-    assert found["slurm_command"].endswith(" --nodes 1 --gpus-per-node 4")
+    assert found["slurm_command"].endswith(" --nodes 1 --gpus-per-node 4 --data-later")
     assert "#SBATCH --gpus-per-node=4\n" in (tmp_path / "job.sh").read_text()
     assert is_shown(refusal(*small, "12", *files, "--force"), "--gpus", 12)
 

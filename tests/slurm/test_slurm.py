@@ -46,8 +46,9 @@ class Outcome:
 
     def steps_of(self, said: str) -> list[str]:
         """The numbers of the lines that say `INFO ... at step N`."""
-        lines = [line for line in self.job.said().splitlines() if line.startswith(f"INFO {said} at step ")]
-        return [line.split()[4].rstrip(":,;") for line in lines]
+        start = f" INFO {said} at step "
+        ends = [line.partition(start)[2] for line in self.job.said().splitlines() if start in line]
+        return [end.split()[0].rstrip(":,;") for end in ends]
 
 
 @dataclass

@@ -1,15 +1,19 @@
 """llama_mcore.train.loop: what it settles before there is a job. Whole runs are in test_run.py."""
 
+import logging
 from datetime import timedelta
-from typing import NoReturn
+from types import SimpleNamespace
+from typing import NoReturn, cast
 from unittest.mock import patch
 
 import pytest
 
 from llama_mcore.config import RunConfig, load_run
+from llama_mcore.observe.phases import Phases
 from llama_mcore.parallel.config import ParallelConfig
 from llama_mcore.parallel.groups import TIMEOUT
 from llama_mcore.train import loop
+from llama_mcore.train.job import Job
 from llama_mcore.train.signals import StopRequest
 
 LIMITS = ("first_step_s", "start_s", "setup_s", "save_s", "evaluate_s", "end_s", "min_step_s")
@@ -42,3 +46,22 @@ def test_collectives_outlast_every_limit_of_the_watchdog(limit: str) -> None:
 def test_short_limits_leave_the_usual_timeout() -> None:
     short = [f"watchdog.{limit}=1" for limit in LIMITS]
     assert timeout_of_collectives(load_run("7b", [*short, "checkpoint.timeout_s=1"])) == TIMEOUT
+
+
+@pytest.mark.parametrize(
+    ("first", "step", "said", "exit_code"),
+    [
+        (0, 5, "finished 5 steps", 0),
+        (2, 4, "stopped at step 4 of 5", 75),
+        (5, 5, "nothing to do: the run has done 5 steps", 0),
+        (7, 7, "nothing to do: the run has done 7 steps", 0),
+    ],
+)
+def test_the_last_line_says_whether_anything_was_done(
+    first: int, step: int, said: str, exit_code: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, state = SimpleNamespace(train=SimpleNamespace(steps=5)), SimpleNamespace(step=step)
+    job = SimpleNamespace(run=run, state=state, phases=Phases(), timeline=None)
+    with caplog.at_level(logging.INFO):
+        assert loop._finish(cast(Job, job), first) == exit_code
+    assert caplog.messages[-1].startswith(said)

@@ -83,7 +83,9 @@ CONFIGURATION = {
     ),
 }
 DATA = {
-    "no-dataset": Bad(66, "data.train", ANY, ["nowhere.idx", "preprocess_data.py"], ["data.train={}/nowhere"]),
+    "no-dataset": Bad(
+        66, "data.train", ANY, ["nowhere.idx", "preprocess_data.py"], ["data.train={}/nowhere"]
+    ),
     "too-short": Bad(65, "dataset", ANY, ["32 tokens", "model.seq_length + 1 = 33"], ["data.train={}/short"]),
     "more-than-planned": Bad(
         65, "source train", "240 windows", ["0.10 epochs", "sample", "available"], ["data.epochs=0.1"]
