@@ -31,7 +31,7 @@ def exit_codes(folder: Path) -> dict[str, int]:
 def test_a_hostile_file_is_refused_in_one_message(
     folder: Path, exit_codes: dict[str, int], name: str
 ) -> None:
-    said = (folder / f"{name}.txt").read_bytes().decode("ascii")
+    said = (folder / f"{name}.txt").read_text(encoding="utf-8")
     assert exit_codes[name] in ((64,) if name in YAML else (65, 66)), said[-3000:]
     assert sum(line.startswith(TITLES) for line in said.splitlines()) == 1, said
     assert "Traceback" not in said
