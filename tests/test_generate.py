@@ -17,7 +17,7 @@ from llama_mcore.data.tokenizer_training import train_tokenizer
 from llama_mcore.errors import CheckpointError, DataError, MissingInputError
 from llama_mcore.generate import generate, sample
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.model.shapes import parameter_shapes
+from llama_mcore.model.sharding import parameter_shapes
 from tests.data.conftest import write_jsonl
 from tests.support.errors import refused
 

@@ -18,7 +18,7 @@ SCRIPTS = sorted((ROOT / "tools").glob("*.py"))
 
 BASE = {"errors", "section", "small_file", "units"}
 CONFIGURED = ("model", "parallel", "data", "train", "checkpoint", "observe", "launch")
-CONFIGS = {f"{package}.config" for package in CONFIGURED}
+CONFIGS = {f"{package}.config" for package in CONFIGURED} | {"model.parameters"}
 
 # Module, or package with all in it -> what of llama_mcore it may import. The longest name that fits decides.
 MAY_IMPORT: dict[str, set[str]] = {

@@ -27,7 +27,7 @@ from llama_mcore.checkpoint.convert.formats import NAMES, WriteOptions, get_form
 from llama_mcore.checkpoint.convert.run import convert
 from llama_mcore.checkpoint.layout import WEIGHT
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.model.shapes import parameter_shapes
+from llama_mcore.model.sharding import parameter_shapes
 
 SHAPE = {"hidden_size": 2048, "num_attention_heads": 16, "ffn_hidden_size": 5632, "seq_length": 2048}
 LAYERS = 16

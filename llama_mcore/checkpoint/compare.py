@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llama_mcore.checkpoint.reader import CheckpointReader
-from llama_mcore.model.shapes import parameter_shapes
+from llama_mcore.model.sharding import parameter_shapes
 
 CHUNK = 1 << 22
 """Elements of a tensor that are compared at a time."""

@@ -3,8 +3,9 @@
 It is not what a run resumes from: it is not atomic, holds pickles and depends on the layout.
 """
 
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from llama_mcore.checkpoint.disk import replace_hint
 from llama_mcore.checkpoint.layout import LATEST
 from llama_mcore.config import RunConfig
+from llama_mcore.model.parameters import COLUMNS, PARAMETERS, Parameter
 from llama_mcore.parallel.groups import Groups
 from llama_mcore.train.state import TrainState
 
@@ -46,24 +48,24 @@ def save_deepspeed_folder(engine: DeepSpeedEngine, run: RunConfig, state: TrainS
 
 
 def universal_info(run: RunConfig) -> dict[str, Any]:
-    """How tensor parallelism cuts our parameters, in DeepSpeed's words (its `ds_to_universal.py`); what no
-    pattern matches is cut in rows."""
+    """How tensor parallelism splits our parameters, in DeepSpeed's words (its `ds_to_universal.py`); what no
+    pattern matches is split in rows. What it calls row parallelism splits the columns of a weight."""
     return {
         constants.UNIVERSAL_CHECKPOINT_INFO: {
             constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE,
-            constants.TP_REPLICATED_PARAMETER_PATTERNS: [r".*layernorm\.weight$"],
-            constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS: [
-                r".*linear_proj\.weight$",
-                r".*linear_fc2\.weight$",
-            ],
-            constants.PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0: [r".*linear_fc1\.weight$"],
-            constants.VOCABULARY_PARAMETER_PATTERNS: [
-                r".*word_embeddings\.weight$",
-                r"output_layer\.weight$",
-            ],
+            constants.TP_REPLICATED_PARAMETER_PATTERNS: _patterns(lambda each: each.split is None),
+            constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS: _patterns(lambda each: each.split == COLUMNS),
+            constants.PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0: _patterns(lambda each: each.fused == "gate_up"),
+            constants.VOCABULARY_PARAMETER_PATTERNS: _patterns(lambda each: each.is_vocabulary),
             constants.ORIGINAL_VOCAB_SIZE: run.model.vocab_size,
         }
     }
+
+
+def _patterns(wanted: Callable[[Parameter], bool]) -> list[str]:
+    """Regular expressions for the names of parameters."""
+    names = (re.escape(parameter.name) for parameter in PARAMETERS if wanted(parameter))
+    return [name.replace(r"\{\}", r"\d+") + "$" for name in names]
 
 
 @contextmanager

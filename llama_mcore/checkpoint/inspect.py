@@ -8,7 +8,6 @@ from typing import Any
 
 from llama_mcore.checkpoint.compare import Comparison, TensorDifference, compare
 from llama_mcore.checkpoint.convert.formats import looks_like
-from llama_mcore.checkpoint.convert.names import pattern_of
 from llama_mcore.checkpoint.layout import (
     TEMPORARY,
     find_checkpoint,
@@ -21,6 +20,7 @@ from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.data.ledger import format_table
 from llama_mcore.data.progress import InputProgress
 from llama_mcore.errors import CheckpointError, MissingInputError, Problem, input_problem, shown
+from llama_mcore.model.parameters import pattern_of
 
 _SHOWN_FILES = 20
 

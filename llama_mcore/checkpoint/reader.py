@@ -18,8 +18,8 @@ from llama_mcore.checkpoint.manifest import MANIFEST, RankFile, damaged_files, m
 from llama_mcore.checkpoint.stored import DTYPE_NAMES, StoredTensor, read_safetensors
 from llama_mcore.errors import CheckpointError, Problem, shown
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.model.shapes import parameter_shapes
-from llama_mcore.model.sharding import Cut, cut_of, unshard
+from llama_mcore.model.parameters import TpSplit
+from llama_mcore.model.sharding import parameter_shapes, split_of, unshard
 from llama_mcore.train.state import HealthState, TrainState
 
 _FP32_BYTES = 4
@@ -71,12 +71,12 @@ class CheckpointReader:
 
     def full(self, name: str, kind: str = WEIGHT) -> Tensor:
         """The full fp32 tensor: master weight or Adam moment."""
-        cut, tp_size = cut_of(name), self._tp_size
+        split, tp_size = split_of(name), self._tp_size
         shape = list(self._shapes[name])
-        if cut is not None:
-            shape[cut.dim] //= tp_size
-        ranks = range(tp_size if cut is not None else 1)
-        return unshard([self._read(kind, name, rank).view(shape) for rank in ranks], cut)
+        if split is not None:
+            shape[split.dim] //= tp_size
+        ranks = range(tp_size if split is not None else 1)
+        return unshard([self._read(kind, name, rank).view(shape) for rank in ranks], split)
 
     def local(
         self, name: str, kind: str, tp_rank: int, tp_size: int, start: int = 0, numel: int | None = None
@@ -85,20 +85,20 @@ class CheckpointReader:
 
         Reads these elements alone; where columns are cut into more parts than they were saved in, their rows.
         """
-        cut = cut_of(name)
+        split = split_of(name)
         end = self._numel(name, tp_size) if numel is None else start + numel
-        if cut is None or tp_size == self._tp_size:
-            return self._read(kind, name, tp_rank if cut is not None else 0, start, end)
-        if cut.dim == 0:
-            return self._rows(kind, name, cut, tp_rank, tp_size, start, end)
+        if split is None or tp_size == self._tp_size:
+            return self._read(kind, name, tp_rank if split is not None else 0, start, end)
+        if split.dim == 0:
+            return self._rows(kind, name, split, tp_rank, tp_size, start, end)
         return self._columns(kind, name, tp_rank, tp_size, start, end)
 
     def _rows(
-        self, kind: str, name: str, cut: Cut, tp_rank: int, tp_size: int, start: int, end: int
+        self, kind: str, name: str, split: TpSplit, tp_rank: int, tp_size: int, start: int, end: int
     ) -> Tensor:
         """Runs of rows that lie together in a saved shard, each as one stretch."""
         rows, width = self._shapes[name][0], self._shapes[name][1:].numel()
-        here, there = rows // cut.stride // tp_size, rows // cut.stride // self._tp_size
+        here, there = rows // split.stride // tp_size, rows // split.stride // self._tp_size
         parts = []
         row, last = start // width, -(-end // width)
         while row < last:
@@ -166,12 +166,12 @@ class CheckpointReader:
     def _check_complete(self) -> None:
         """Every element of every parameter and moment is there, once."""
         for name, shape in self._shapes.items():
-            cut = cut_of(name)
-            if cut and shape[cut.dim] % (cut.stride * self._tp_size):
+            split = split_of(name)
+            if split and shape[split.dim] % (split.stride * self._tp_size):
                 bound = f"does not divide {name} {list(shape)} of the model in {self.path}"
                 raise CheckpointError(Problem("layout.tp", self._tp_size, bound))
             size = self._numel(name, self._tp_size)
-            for kind, tp_rank in product(self.kinds, range(self._tp_size if cut else 1)):
+            for kind, tp_rank in product(self.kinds, range(self._tp_size if split else 1)):
                 pieces = self._pieces[kind, name, tp_rank]
                 pieces.sort(key=itemgetter(0, 1))
                 starts, ends = [piece[0] for piece in pieces], [piece[1] for piece in pieces]
@@ -194,7 +194,7 @@ class CheckpointReader:
                 start = stop
 
     def _numel(self, name: str, tp_size: int) -> int:
-        return self._shapes[name].numel() // (tp_size if cut_of(name) else 1)
+        return self._shapes[name].numel() // (tp_size if split_of(name) else 1)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from llama_mcore.checkpoint.fragments import (
 )
 from llama_mcore.checkpoint.layout import KINDS, fragment_key
 from llama_mcore.errors import NumericalError, Problem
-from llama_mcore.model.sharding import cut_of
+from llama_mcore.model.sharding import split_of
 from llama_mcore.parallel.cgroup import available_memory
 from llama_mcore.parallel.device import CopyStream, host_block, on_gpu
 from llama_mcore.parallel.groups import Groups
@@ -199,7 +199,7 @@ def _saved_fragments(engine: DeepSpeedEngine, groups: Groups) -> list[Fragment]:
 def _distinct_fragments(engine: DeepSpeedEngine, groups: Groups) -> list[Fragment]:
     """This rank's, without those of parameters that the first tensor-parallel rank has too."""
     owned = owned_fragments(engine, groups.dp_rank)
-    return [fragment for fragment in owned if groups.tp_rank == 0 or cut_of(fragment.name) is not None]
+    return [fragment for fragment in owned if groups.tp_rank == 0 or split_of(fragment.name) is not None]
 
 
 def _have_state(engine: DeepSpeedEngine, groups: Groups) -> None:

@@ -1,15 +1,18 @@
 """From a configuration to the GPTModel of this rank. The only list of megatron-core options that we set."""
 
+import zlib
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
+from torch import nn
 
 from llama_mcore.model.attention import attention_for, load_backend
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.gpt import LlamaModel
-from llama_mcore.model.init import init_weights
 from llama_mcore.model.kernels import choose_kernels, kernels_for
-from llama_mcore.model.sharding import mark_tensor_parallel
+from llama_mcore.model.parameters import parameter_of
+from llama_mcore.model.sharding import full_shape, shard
 from llama_mcore.model.spec import block_spec
 from llama_mcore.parallel.config import ParallelConfig
 from llama_mcore.parallel.groups import Groups
@@ -97,3 +100,36 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         recompute_method="uniform" if recompute_all else None,
         recompute_num_layers=1 if recompute_all else None,
     )
+
+
+def mark_tensor_parallel(model: nn.Module) -> None:
+    """Set megatron-core's attributes on every parameter.
+
+    DeepSpeed counts a parameter without `tensor_model_parallel` on tensor-parallel rank 0 only, so a
+    missing mark gives a wrong gradient norm without any other sign.
+    """
+    for name, parameter in model.named_parameters():
+        split = parameter_of(name).split
+        parameter.tensor_model_parallel = split is not None  # type: ignore[attr-defined]
+        parameter.partition_dim = split.dim if split else -1  # type: ignore[attr-defined]
+        parameter.partition_stride = split.stride if split else 1  # type: ignore[attr-defined]
+
+
+def init_weights(model: nn.Module, config: ModelConfig, seed: int, tp_rank: int, tp_size: int) -> None:
+    """Fill this rank's shards in place.
+
+    Each parameter has a generator of its own, seeded by `seed` and its name, draws the full tensor and
+    keeps this rank's part. So neither tensor parallelism nor the order of construction changes a weight.
+    """
+    for name, weight in model.named_parameters():
+        parameter = parameter_of(name)
+        if parameter.init == "ones":
+            nn.init.ones_(weight)
+            continue
+        std = config.init_std / ((2 * config.num_layers) ** 0.5 if parameter.init == "residual" else 1)
+        # torch's CPU generator reads 32 bits of its seed and drops the rest
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        full = torch.empty(full_shape(weight.shape, parameter.split, tp_size))
+        full.normal_(0.0, std, generator=generator)
+        with torch.no_grad():
+            weight.copy_(shard(full, parameter.split, tp_rank, tp_size))

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from llama_mcore.model.parameters import num_params
 from llama_mcore.section import Section
 
 Recompute = Literal["none", "selective", "full"]
@@ -84,12 +85,7 @@ class ModelConfig(Section):
 
     def num_params(self) -> int:
         """Number of parameters: embedding, layers, final norm, output layer."""
-        q_and_o = 2 * self.hidden_size * self.num_attention_heads * self.head_dim
-        k_and_v = 2 * self.hidden_size * self.num_query_groups * self.head_dim
-        mlp = 3 * self.hidden_size * self.ffn_hidden_size
-        norms = 2 * self.hidden_size
-        embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
-        return self.num_layers * (q_and_o + k_and_v + mlp + norms) + self.hidden_size + embeddings
+        return num_params(self)
 
 
 def default_ffn_hidden_size(hidden_size: int) -> int:

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from llama_mcore.model.attention.torch_layout import heads_first
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.layer_function import split_qkv
+from llama_mcore.model.parameters import EMBEDDING, OUTPUT, PARAMETERS
 from llama_mcore.model.rmsnorm import rmsnorm
 from llama_mcore.model.rope import rope, rope_table
 from llama_mcore.model.swiglu import swiglu
@@ -47,10 +48,10 @@ class Decoder:
         """Tokens read so far."""
         self._device = device
         self._full = lambda name: full(name).to(device=device, dtype=dtype)
-        self._embedding = self._full("embedding.word_embeddings.weight")
+        self._embedding = self._full(EMBEDDING)
         self._layers = [self._read_layer(index) for index in range(model.num_layers)]
         self._norm = self._full("decoder.final_layernorm.weight")
-        self._output = self._embedding if model.tie_embeddings else self._full("output_layer.weight")
+        self._output = self._embedding if model.tie_embeddings else self._full(OUTPUT)
         shape = (model.seq_length, 1, model.num_query_groups, model.head_dim)
         self._caches = [
             _Cache(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))
@@ -98,14 +99,5 @@ class Decoder:
 
     def _read_layer(self, index: int) -> dict[str, Tensor]:
         """By the name of the module that holds each weight."""
-        return {
-            name.split(".")[-1]: self._full(f"decoder.layers.{index}.{name}.weight")
-            for name in (
-                "input_layernorm",
-                "self_attention.linear_qkv",
-                "self_attention.linear_proj",
-                "pre_mlp_layernorm",
-                "mlp.linear_fc1",
-                "mlp.linear_fc2",
-            )
-        }
+        names = [parameter.name for parameter in PARAMETERS if parameter.is_in_layer]
+        return {name.split(".")[-2]: self._full(name.format(index)) for name in names}

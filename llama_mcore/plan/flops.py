@@ -17,6 +17,7 @@ Published figures differ in which attention they count, by 7 points of MFU at s 
 from dataclasses import dataclass
 
 from llama_mcore.model.config import ModelConfig, Recompute
+from llama_mcore.model.parameters import num_multiplied
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,9 @@ class TokenFlops:
 
 def token_flops(model: ModelConfig) -> TokenFlops:
     """Operations per token at the model's own sequence length."""
-    norms = (2 * model.num_layers + 1) * model.hidden_size
-    # A tied matrix is counted once among the parameters and is the one of the output layer.
-    looked_up = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size
     width = model.num_attention_heads * model.head_dim
     return TokenFlops(
-        matmul=6 * (model.num_params() - norms - looked_up),
+        matmul=6 * num_multiplied(model),
         full_attention=12 * model.num_layers * width * model.seq_length,
     )
 

@@ -5,9 +5,11 @@ with what its engine holds, to the byte. plan/footprint.py adds what comes on to
 """
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
 from llama_mcore.model.config import ModelConfig
+from llama_mcore.model.parameters import parameters_of
 from llama_mcore.parallel.config import ParallelConfig, ZeroConfig
 
 FP32, BF16 = 4, 2  # bytes per value
@@ -54,15 +56,12 @@ class _Parameters:
         return self.matrices + self.norms
 
 
+@cache  # a search over layouts asks for the same few again and again
 def _parameters(model: ModelConfig, tp: int) -> _Parameters:
-    hidden, embedding = model.hidden_size, model.vocab_size // tp * model.hidden_size
-    qkv = (model.num_attention_heads + 2 * model.num_query_groups) // tp * model.head_dim * hidden
-    proj = model.num_attention_heads // tp * model.head_dim * hidden
-    fc1, fc2 = 2 * model.ffn_hidden_size // tp * hidden, model.ffn_hidden_size // tp * hidden
-    output = [] if model.tie_embeddings else [embedding]
+    sizes = [(parameter.is_norm, parameter.size(model, tp)) for _, parameter in parameters_of(model)]
     return _Parameters(
-        matrices=[embedding, *model.num_layers * [qkv, proj, fc1, fc2], *output],
-        norms=(2 * model.num_layers + 1) * [hidden],
+        matrices=[size for is_norm, size in sizes if not is_norm],
+        norms=[size for is_norm, size in sizes if is_norm],
     )
 
 

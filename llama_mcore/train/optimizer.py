@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from llama_mcore.errors import ConfigError, Problem
+from llama_mcore.model.parameters import parameter_of
 from llama_mcore.train.config import OptimConfig
 
 
@@ -16,8 +17,9 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
     DeepSpeed accepts it, and apex's, under every ZeRO stage; its own FusedAdam is built at the first start.
     Raises ConfigError where apex is chosen and not installed.
     """
-    norms = [p for name, p in model.named_parameters() if name.endswith("layernorm.weight")]
-    matrices = [p for name, p in model.named_parameters() if not name.endswith("layernorm.weight")]
+    named = list(model.named_parameters())
+    norms = [weight for name, weight in named if parameter_of(name).is_norm]
+    matrices = [weight for name, weight in named if not parameter_of(name).is_norm]
     groups = [
         {"params": matrices, "weight_decay": optim.weight_decay},
         {"params": norms, "weight_decay": optim.weight_decay if optim.decay_norms else 0.0},

@@ -177,7 +177,7 @@ def _unsharded_grad_norm(engine: DeepSpeedEngine, groups: Groups) -> float | Non
     """
     if engine.zero_optimization_stage() > 0 or not engine.is_gradient_accumulation_boundary():
         return None
-    squares = torch.zeros(2, device=groups.device)  # replicated, cut
+    squares = torch.zeros(2, device=groups.device)  # replicated, split
     for parameter in engine.module.parameters():
         squares[int(parameter.tensor_model_parallel)] += parameter.grad.square().sum()
     if groups.tp_rank:

@@ -22,8 +22,7 @@ from llama_mcore.checkpoint.layout import KINDS, checkpoints_dir
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.checkpoint.save import Saver
 from llama_mcore.config import RunConfig
-from llama_mcore.model.shapes import parameter_shapes
-from llama_mcore.model.sharding import cut_of, shard
+from llama_mcore.model.sharding import parameter_shapes, shard, split_of
 from llama_mcore.observe.phases import Phases
 from llama_mcore.parallel.groups import Groups, model_parallel_groups
 from llama_mcore.train.agreement import together as all_together
@@ -86,7 +85,7 @@ class Engine:
     def fill(self, version: int) -> None:
         self.version, named = version, {}
         for (name, kind), full in content(version).items():
-            part = shard(full, cut_of(name), self._groups.tp_rank, self._groups.tp_size).contiguous()
+            part = shard(full, split_of(name), self._groups.tp_rank, self._groups.tp_size).contiguous()
             if kind == KINDS[0]:
                 named[name] = nn.Parameter(part)
             self.optimizer.state[named[name]][kind] = part

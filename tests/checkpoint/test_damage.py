@@ -26,7 +26,7 @@ from llama_mcore.checkpoint.layout import (
 from llama_mcore.checkpoint.manifest import MANIFEST, Manifest
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.errors import CheckpointError, MissingInputError
-from llama_mcore.model.sharding import cut_of
+from llama_mcore.model.sharding import split_of
 from tests.checkpoint.damage import FIRST_RANK, edit_manifest, edit_tensors
 from tests.checkpoint.tiny import tensors_of, write_checkpoint
 from tests.support.errors import ANY, check_problem, refused
@@ -413,9 +413,11 @@ def test_fragments_that_do_not_make_the_model_are_refused_though_sealed(checkpoi
 
 def flat_quarters(full: dict[tuple[str, str], Tensor], rank: int, tp: int) -> dict[str, Tensor]:
     return {
-        fragment_key(kind, name, 0): (tensor.reshape(-1).chunk(tp)[rank] if cut_of(name) else tensor).clone()
+        fragment_key(kind, name, 0): (
+            tensor.reshape(-1).chunk(tp)[rank] if split_of(name) else tensor
+        ).clone()
         for (kind, name), tensor in full.items()
-        if rank == 0 or cut_of(name)
+        if rank == 0 or split_of(name)
     }
 
 

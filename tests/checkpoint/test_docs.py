@@ -9,7 +9,7 @@ import torch
 
 from llama_mcore.checkpoint.layout import KINDS, find_checkpoint
 from llama_mcore.checkpoint.reader import CheckpointReader
-from llama_mcore.model.sharding import cut_of, unshard
+from llama_mcore.model.sharding import split_of, unshard
 
 pytestmark = [pytest.mark.process, pytest.mark.xdist_group("saved")]
 
@@ -28,7 +28,7 @@ def test_its_program_reads_every_parameter(saved: Path, name: str, tmp_path: Pat
     reader = CheckpointReader(find_checkpoint(saved / name))
     for parameter in reader.names():
         for kind in KINDS:
-            full, cut = reader.full(parameter, kind), cut_of(parameter)
+            full, cut = reader.full(parameter, kind), split_of(parameter)
             shards = module.shards(reader.path, kind, parameter)
             shape = list(full.shape)
             if cut:

@@ -15,8 +15,7 @@ from llama_mcore.checkpoint.manifest import MANIFEST, Layout, Manifest, RankFile
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.checkpoint.tensor_file import write_tensors
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.model.shapes import parameter_shapes
-from llama_mcore.model.sharding import cut_of, shard
+from llama_mcore.model.sharding import parameter_shapes, shard, split_of
 
 # Every dimension that is cut is a multiple of 12, so that sizes of which none divides the other fit: 3 and 4.
 SMALL = ModelConfig(
@@ -53,8 +52,8 @@ def write_checkpoint(
     draw = random.Random(tp * 100 + dp)
     files: list[dict[str, Tensor]] = [{} for _ in range(tp * dp)]
     for (kind, name), full in tensors.items():
-        for tp_rank in range(tp if cut_of(name) else 1):
-            flat = shard(full, cut_of(name), tp_rank, tp).reshape(-1)
+        for tp_rank in range(tp if split_of(name) else 1):
+            flat = shard(full, split_of(name), tp_rank, tp).reshape(-1)
             ends = sorted(draw.randint(0, len(flat)) for _ in range(dp - 1))
             stretches = list(itertools.pairwise([0, *ends, len(flat)]))
             for dp_rank, (start, end) in enumerate(draw.sample(stretches, dp)):
@@ -111,7 +110,7 @@ def test_full(readers: dict, tensors: dict, tp: int, dp: int) -> None:
 def test_local_of_every_pair_of_sizes(readers: dict, tensors: dict, saved: int, loaded: int) -> None:
     for (kind, name), full in tensors.items():
         for tp_rank in range(loaded):
-            expected = shard(full, cut_of(name), tp_rank, loaded).reshape(-1)
+            expected = shard(full, split_of(name), tp_rank, loaded).reshape(-1)
             assert torch.equal(readers[saved, 5].local(name, kind, tp_rank, loaded), expected)
 
 
@@ -122,7 +121,7 @@ def test_local_of_any_stretch(readers: dict, tensors: dict, data: st.DataObject)
     kind, name = data.draw(st.sampled_from(sorted(tensors)), "parameter")
     loaded = data.draw(st.sampled_from(TP_SIZES), "loaded")
     tp_rank = data.draw(st.integers(0, loaded - 1), "rank")
-    expected = shard(tensors[kind, name], cut_of(name), tp_rank, loaded).reshape(-1)
+    expected = shard(tensors[kind, name], split_of(name), tp_rank, loaded).reshape(-1)
     start = data.draw(st.integers(0, len(expected)), "start")
     numel = data.draw(st.integers(0, len(expected) - start), "numel")
     found = reader.local(name, kind, tp_rank, loaded, start, numel)
@@ -144,7 +143,7 @@ def test_a_rank_reads_only_what_it_needs(large: Path, saved: int, loaded: int) -
     reader = CheckpointReader(large / str(saved))
     before, need = bytes_read(), 0
     for name, shape in parameter_shapes(LARGE).items():
-        numel = shape.numel() // (loaded if cut_of(name) else 1) // 8
+        numel = shape.numel() // (loaded if split_of(name) else 1) // 8
         for kind in KINDS:
             reader.local(name, kind, loaded - 1, loaded, numel, numel).sum()
             need += 4 * numel * columns_read(name, saved, loaded)
@@ -159,5 +158,5 @@ def bytes_read() -> int:
 
 def columns_read(name: str, saved: int, loaded: int) -> int:
     """Rows lie in one piece. Of columns that are cut further than they were saved in, whole rows are read."""
-    cut = cut_of(name)
+    cut = split_of(name)
     return max(1, loaded // saved) if cut and cut.dim == 1 else 1

@@ -10,8 +10,7 @@ from llama_mcore.checkpoint.layout import KINDS, fragment_key, parse_fragment_ke
 from llama_mcore.checkpoint.manifest import MANIFEST, Layout, Manifest, RankFile, manifest_bytes
 from llama_mcore.checkpoint.tensor_file import write_tensors
 from llama_mcore.data.ledger import Segment, SourcePlan
-from llama_mcore.model.shapes import parameter_shapes
-from llama_mcore.model.sharding import cut_of, shard
+from llama_mcore.model.sharding import parameter_shapes, shard, split_of
 from tests.support.models import KILOBYTES, model_config
 
 Tensors = dict[tuple[str, str], Tensor]
@@ -76,9 +75,9 @@ def tensors_of(seed: int) -> Tensors:
 def shards_of(full: Tensors, rank: int, tp: int) -> dict[str, Tensor]:
     """What one tensor-parallel rank writes, by its key; what all of them hold only the first writes."""
     return {
-        fragment_key(kind, name, 0): shard(tensor, cut_of(name), rank, tp).reshape(-1).contiguous()
+        fragment_key(kind, name, 0): shard(tensor, split_of(name), rank, tp).reshape(-1).contiguous()
         for (kind, name), tensor in full.items()
-        if rank == 0 or cut_of(name)
+        if rank == 0 or split_of(name)
     }
 
 

@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from llama_mcore.model.build import build_model
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.model.shapes import parameter_shapes
-from llama_mcore.model.sharding import cut_of, shard
+from llama_mcore.model.sharding import parameter_shapes, shard, split_of
 from llama_mcore.parallel.config import ParallelConfig
 from llama_mcore.parallel.groups import Groups
 from tests.model import paper
@@ -64,7 +63,7 @@ def fill(gpt: nn.Module, weights: dict[str, Tensor], groups: Groups) -> None:
 
 def local(name: str, full: Tensor, groups: Groups) -> Tensor:
     """This rank's part of a full weight or of its gradient."""
-    return shard(full, cut_of(name), groups.tp_rank, groups.tp_size)
+    return shard(full, split_of(name), groups.tp_rank, groups.tp_size)
 
 
 def paper_decoder(weights: dict[str, Tensor], model: ModelConfig, x: Tensor) -> Tensor:

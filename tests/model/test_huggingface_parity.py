@@ -14,13 +14,14 @@ from transformers import LlamaForCausalLM
 
 from llama_mcore.checkpoint.convert import hf
 from llama_mcore.checkpoint.convert.formats import WriteOptions
-from llama_mcore.checkpoint.convert.hf import NAMES, HfWeights
+from llama_mcore.checkpoint.convert.hf import HfWeights
+from llama_mcore.checkpoint.convert.names import HUGGING_FACE
 from llama_mcore.checkpoint.convert.tensors import split
 from llama_mcore.checkpoint.convert.verify import relative_error
 from llama_mcore.checkpoint.convert.weights import loaded_model
 from llama_mcore.checkpoint.layout import WEIGHT
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.model.shapes import parameter_shapes
+from llama_mcore.model.sharding import parameter_shapes
 
 # fp32 rounds by 6e-8; sums of some hundred products stay two orders of magnitude below this.
 TOLERANCE = 1e-5
@@ -144,4 +145,4 @@ def hf_gradients(ours: torch.nn.Module, model: ModelConfig) -> Iterator[tuple[st
     """Gradients come apart as their weights do."""
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None
-        yield from zip(NAMES.parts(name), split(name, parameter.grad, model), strict=True)
+        yield from zip(HUGGING_FACE.parts(name), split(name, parameter.grad, model), strict=True)

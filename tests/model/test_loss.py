@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_mcore.model import loss as loss_module
 from llama_mcore.model.loss import linear_cross_entropy
-from llama_mcore.model.sharding import Cut, shard, unshard
+from llama_mcore.model.parameters import TpSplit
+from llama_mcore.model.sharding import shard, unshard
 from llama_mcore.parallel.config import ParallelConfig
 from llama_mcore.parallel.groups import process_groups
 from llama_mcore.parallel.overlap import TensorParallel
@@ -45,7 +46,7 @@ def fused(
     """The same from this rank's shards, put together again."""
     rank = tp.rank if tp.sequence_parallel else 0
     part = hidden.chunk(tp.size if tp.sequence_parallel else 1)[rank].clone().requires_grad_()
-    rows = shard(weight, Cut(0), tp.rank, tp.size).clone().requires_grad_()
+    rows = shard(weight, TpSplit(0), tp.rank, tp.size).clone().requires_grad_()
     mean = linear_cross_entropy(part, rows, labels, mask, tp)
     (3 * mean).backward()
     grad_hidden = _gather(part.grad, tp) if tp.sequence_parallel else part.grad
@@ -55,7 +56,7 @@ def fused(
 def _gather(x: Tensor, tp: TensorParallel) -> Tensor:
     every = [torch.empty_like(x) for _ in range(tp.size)]
     dist.all_gather(every, x.contiguous(), group=tp.group)
-    return unshard(every, Cut(0))
+    return unshard(every, TpSplit(0))
 
 
 def compare(tp: TensorParallel) -> None:

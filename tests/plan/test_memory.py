@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_mcore.model.config import PRESETS, ModelConfig
-from llama_mcore.model.shapes import parameter_shapes
+from llama_mcore.model.sharding import parameter_shapes
 from llama_mcore.parallel.config import ParallelConfig, ZeroConfig
 from llama_mcore.plan.memory import ModelState, model_state, params_per_rank
 from tests.support.models import GROUPED, model_config

@@ -15,7 +15,7 @@ from llama_mcore.config import RunConfig
 from llama_mcore.data.loader import MicroBatch
 from llama_mcore.model import rmsnorm
 from llama_mcore.model.build import build_model
-from llama_mcore.model.sharding import cut_of, unshard
+from llama_mcore.model.sharding import split_of, unshard
 from llama_mcore.parallel.config import ParallelConfig
 from llama_mcore.parallel.groups import Groups, model_parallel_groups, process_groups
 from llama_mcore.train.engine import build_engine, full_fp32_weight
@@ -154,7 +154,7 @@ def trained(losses: list[float], norms: list[float], model: nn.Module, groups: G
         weight = full_fp32_weight(parameter).contiguous()
         shards = [torch.empty_like(weight) for _ in range(groups.tp_size)]
         dist.all_gather(shards, weight, group=groups.tp_group)
-        cut = cut_of(name)
+        cut = split_of(name)
         if groups.rank == 0:
             full[name] = as_numpy(unshard(shards, cut))
         if cut is None and not all(torch.equal(shards[0], other) for other in shards):

@@ -17,18 +17,16 @@ from llama_mcore.checkpoint.convert.deepspeed_universal import (
 from llama_mcore.checkpoint.convert.deepspeed_zero import read_zero
 from llama_mcore.checkpoint.convert.formats import Format, check_named
 from llama_mcore.checkpoint.convert.hf_tokenizer import TOKENIZER_MODEL
-from llama_mcore.checkpoint.convert.names import HUGGING_FACE, NameTable
+from llama_mcore.checkpoint.convert.names import HUGGING_FACE
 from llama_mcore.checkpoint.convert.tensors import is_vocabulary, join, split
 from llama_mcore.checkpoint.convert.weights import Weights
 from llama_mcore.checkpoint.layout import LATEST, WEIGHT
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, Problem, shown
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.model.shapes import parameter_shapes
-from llama_mcore.model.sharding import cut_of, full_shape, unshard
+from llama_mcore.model.sharding import full_shape, parameter_shapes, split_of, unshard
 from llama_mcore.small_file import read_small_file
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_HF_NAMES = NameTable(HUGGING_FACE)
 _LONGEST_TAG = 255
 # Megatron's make-vocab-size-divisible-by: more rows than that to a rank are no padding
 _MOST_PADDING = 128
@@ -63,13 +61,13 @@ class DeepSpeedWeights:
         return tensor[: self.model.vocab_size] if is_vocabulary(name) else tensor
 
     def _stored_names(self, name: str) -> tuple[str, ...]:
-        return _HF_NAMES.parts(name) if self._is_hf else (name,)
+        return HUGGING_FACE.parts(name) if self._is_hf else (name,)
 
     def _whole(self, name: str, kind: str) -> Tensor:
         """A parameter as it was trained, from the shards of all tensor-parallel ranks."""
-        cut = cut_of(name) if self._parts.tp > 1 else None
-        ranks = range(self._parts.tp if cut else 1)
-        return unshard([self._shard(name, kind, rank) for rank in ranks], cut)
+        tp_split = split_of(name) if self._parts.tp > 1 else None
+        ranks = range(self._parts.tp if tp_split else 1)
+        return unshard([self._shard(name, kind, rank) for rank in ranks], tp_split)
 
     def _shard(self, name: str, kind: str, tp_rank: int) -> Tensor:
         pieces, shape = self._parts.pieces[kind, name, tp_rank], self._parts.shapes[tp_rank][name]
@@ -113,7 +111,7 @@ class DeepSpeedWeights:
             part: tensor.shape
             for name, shape in shapes.items()
             for part, tensor in zip(
-                _HF_NAMES.parts(name),
+                HUGGING_FACE.parts(name),
                 split(name, torch.empty(shape, device="meta"), self.model),
                 strict=True,
             )
@@ -142,12 +140,12 @@ class DeepSpeedWeights:
         tp = self._parts.tp
         if len(found) != len(shape):
             return False
-        whole = full_shape(found, cut_of(name) if tp > 1 else None, tp)
+        whole = full_shape(found, split_of(name) if tp > 1 else None, tp)
         most = shape[0] + (_MOST_PADDING * tp if self._is_vocabulary(name) else 0)
         return whole[1:] == shape[1:] and shape[0] <= whole[0] <= most
 
     def _is_vocabulary(self, name: str) -> bool:
-        return is_vocabulary(_HF_NAMES.canonical(name) if self._is_hf else name)
+        return is_vocabulary(HUGGING_FACE.canonical(name) if self._is_hf else name)
 
 
 def checkpoint_folder(path: Path) -> Path:

@@ -42,8 +42,7 @@ from llama_mcore.checkpoint.disk import sync_folder, write_file
 from llama_mcore.checkpoint.layout import KINDS, WEIGHT
 from llama_mcore.checkpoint.stored import StoredTensor
 from llama_mcore.errors import CheckpointError, Problem, shown
-from llama_mcore.model.shapes import parameter_shapes
-from llama_mcore.model.sharding import cut_of
+from llama_mcore.model.sharding import parameter_shapes, split_of
 
 ZERO = "zero"
 LATEST_UNIVERSAL = "latest_universal"
@@ -158,11 +157,11 @@ def write_universal(weights: Weights, folder: Path, options: WriteOptions, advan
 
 
 def _cutting(name: str) -> dict[str, Any]:
-    """How DeepSpeed is to cut and pad a parameter, in the words of deepspeed/checkpoint/constants.py."""
-    cut = cut_of(name)
-    words: dict[str, Any] = {} if cut is None else {"cat_dim": cut.dim}
-    if cut and cut.stride > 1:
-        words["param_n_sub_params"] = cut.stride
+    """How DeepSpeed is to split and pad a parameter, in the words of deepspeed/checkpoint/constants.py."""
+    split = split_of(name)
+    words: dict[str, Any] = {} if split is None else {"cat_dim": split.dim}
+    if split and split.stride > 1:
+        words["param_n_sub_params"] = split.stride
     if is_vocabulary(name):
         words["vocab_tensor"] = True
     return words

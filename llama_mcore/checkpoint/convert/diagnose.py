@@ -18,16 +18,16 @@ from torch import Tensor
 
 from llama_mcore.checkpoint.convert.formats import check_there, detect, get_format, same_model
 from llama_mcore.checkpoint.convert.named_model import named_model
-from llama_mcore.checkpoint.convert.names import pattern_of
 from llama_mcore.checkpoint.convert.progress import byte_progress
-from llama_mcore.checkpoint.convert.tensors import interleaved, is_vocabulary, join_qkv, split
+from llama_mcore.checkpoint.convert.tensors import interleaved, is_vocabulary, join_qkv, split, split_qkv
 from llama_mcore.checkpoint.convert.weights import Weights
 from llama_mcore.checkpoint.layout import WEIGHT
 from llama_mcore.data.ledger import format_table
 from llama_mcore.errors import shown
 from llama_mcore.model.config import ModelConfig
+from llama_mcore.model.parameters import parameter_of, pattern_of
 
-_PARTS = {"linear_qkv.weight": ("q", "k", "v"), "linear_fc1.weight": ("gate", "up")}
+_PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up"), None: ("",)}
 _SHOWN = 20
 # What a wrong value of a field does, for those that conversions lose.
 _FIELDS = {
@@ -109,6 +109,7 @@ def diagnose(left: Weights, right: Weights, advance: Callable[[int], None] = lam
 
 
 def _differences(name: str, left: Tensor, right: Tensor, model: ModelConfig) -> Iterator[Difference]:
+    fused = parameter_of(name).fused
     if is_vocabulary(name):
         rows = min(len(left), len(right))
         left, right = left[:rows], right[:rows]  # how many rows there are is the configuration's matter
@@ -116,18 +117,17 @@ def _differences(name: str, left: Tensor, right: Tensor, model: ModelConfig) -> 
         yield Difference(name, "", nan, f"shapes {list(left.shape)} and {list(right.shape)}")
     elif _equal(left, right):
         return
-    elif cause := _cause(name, left, right, model):
+    elif cause := _cause(fused or "", left, right, model):
         yield Difference(name, "", _largest(left, right), cause)
     else:
-        labels = next((parts for end, parts in _PARTS.items() if name.endswith(end)), ("",))
-        parts = zip(labels, split(name, left, model), split(name, right, model), strict=True)
+        parts = zip(_PARTS[fused], split(name, left, model), split(name, right, model), strict=True)
         for label, one, other in parts:
             if not _equal(one, other):
                 yield Difference(name, label, _largest(one, other), _cause(label, one, other, model))
 
 
 def _cause(what: str, left: Tensor, right: Tensor, model: ModelConfig) -> str:
-    """The mistake that makes one of the two from the other. `what`: the name of a tensor or of a part."""
+    """The mistake that makes one of the two from the other. `what`: qkv or gate_up, or the name of a part."""
     for cause, mistake in _MISTAKES.items():
         made = ((mistake(what, one, model), other) for one, other in ((left, right), (right, left)))
         if any(found is not None and _equal(found, other) for found, other in made):
@@ -136,20 +136,20 @@ def _cause(what: str, left: Tensor, right: Tensor, model: ModelConfig) -> str:
 
 
 def _exchanged(what: str, weight: Tensor, model: ModelConfig) -> Tensor | None:
-    return torch.cat(weight.chunk(2)[::-1]) if what.endswith("linear_fc1.weight") else None
+    return torch.cat(weight.chunk(2)[::-1]) if what == "gate_up" else None
 
 
 def _ungrouped(what: str, weight: Tensor, model: ModelConfig) -> Tensor | None:
-    return torch.cat(split(what, weight, model)) if what.endswith("linear_qkv.weight") else None
+    return torch.cat(split_qkv(weight, model)) if what == "qkv" else None
 
 
 def _unpermuted(what: str, weight: Tensor, model: ModelConfig) -> Tensor | None:
     """Of q or k alone, or of both in the fused weight."""
     if what in ("q", "k"):
         return interleaved(weight, weight.size(0) // model.head_dim)
-    if not what.endswith("linear_qkv.weight"):
+    if what != "qkv":
         return None
-    q, k, v = split(what, weight, model)
+    q, k, v = split_qkv(weight, model)
     q, k = (interleaved(part, part.size(0) // model.head_dim) for part in (q, k))
     return join_qkv(q, k, v, model)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from llama_mcore.checkpoint.convert.formats import Advance, Format, WriteOptions, check_named
 from llama_mcore.checkpoint.convert.hf_tokenizer import TOKENIZER_MODEL, pad_id, tokenizer_files
 from llama_mcore.checkpoint.convert.json_object import read_json_object
-from llama_mcore.checkpoint.convert.names import HUGGING_FACE, NameTable
+from llama_mcore.checkpoint.convert.names import HUGGING_FACE
 from llama_mcore.checkpoint.convert.safetensors_stream import TensorStream
 from llama_mcore.checkpoint.convert.tensors import join, split
 from llama_mcore.checkpoint.convert.weights import Weights
@@ -25,12 +25,11 @@ from llama_mcore.checkpoint.stored import StoredTensor, read_safetensors
 from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import CheckpointError, ConfigError, Problem, shown
 from llama_mcore.model.config import ModelConfig, RopeScaling
-from llama_mcore.model.shapes import parameter_shapes
+from llama_mcore.model.sharding import parameter_shapes
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-NAMES = NameTable(HUGGING_FACE)
 # A name that leads nowhere else and steers no terminal.
 _FILE_NAME = re.compile(r"[^./\\\x00-\x1f\x7f\ud800-\udfff][^/\\\x00-\x1f\x7f\ud800-\udfff]*\.safetensors")
 _LONGEST_NAME = 255  # bytes, of Linux
@@ -88,7 +87,7 @@ def write(weights: Weights, folder: Path, options: WriteOptions, advance: Advanc
 def hf_tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under its Hugging Face name, in the order of the model."""
     for name in weights.names():
-        yield from zip(NAMES.parts(name), split(name, weights.full(name), weights.model), strict=True)
+        yield from zip(HUGGING_FACE.parts(name), split(name, weights.full(name), weights.model), strict=True)
 
 
 def hf_shapes(model: ModelConfig) -> dict[str, torch.Size]:
@@ -97,7 +96,7 @@ def hf_shapes(model: ModelConfig) -> dict[str, torch.Size]:
         part: tensor.shape
         for name, shape in parameter_shapes(model).items()
         for part, tensor in zip(
-            NAMES.parts(name), split(name, torch.empty(shape, device="meta"), model), strict=True
+            HUGGING_FACE.parts(name), split(name, torch.empty(shape, device="meta"), model), strict=True
         )
     }
 
@@ -279,7 +278,7 @@ class HfWeights:
         return list(parameter_shapes(self.model))
 
     def full(self, name: str, kind: str = WEIGHT) -> Tensor:
-        parts = tuple(self._tensors[part].full() for part in NAMES.parts(name))
+        parts = tuple(self._tensors[part].full() for part in HUGGING_FACE.parts(name))
         return join(name, parts, self.model).to(self.dtype)
 
     def _find_tensors(self) -> dict[str, StoredTensor]:

@@ -23,7 +23,7 @@ from llama_mcore.checkpoint.convert.weights import Weights
 from llama_mcore.checkpoint.layout import KINDS, WEIGHT
 from llama_mcore.errors import CheckpointError, MissingInputError, Problem, input_problem, shown
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.model.shapes import parameter_shapes
+from llama_mcore.model.sharding import parameter_shapes
 from llama_mcore.small_file import read_json, read_small_file
 
 TRACKER = "latest_checkpointed_iteration.txt"

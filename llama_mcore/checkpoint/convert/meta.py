@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from llama_mcore.checkpoint.convert.meta_params import (
     params_of,
     parse_params,
 )
-from llama_mcore.checkpoint.convert.names import META, NameTable
+from llama_mcore.checkpoint.convert.names import META
 from llama_mcore.checkpoint.convert.pickled import read_pickled
 from llama_mcore.checkpoint.convert.tensors import half_split, interleaved, join, split
 from llama_mcore.checkpoint.convert.torch_file import TorchFile
@@ -37,35 +38,28 @@ from llama_mcore.checkpoint.layout import WEIGHT
 from llama_mcore.checkpoint.stored import SAFETENSORS_DTYPES, StoredTensor
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, Problem, input_problem, shown
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.model.shapes import parameter_shapes
-from llama_mcore.model.sharding import Cut, full_shape, shard, unshard
+from llama_mcore.model.parameters import COLUMNS, EMBEDDING, OUTPUT, ROWS, TpSplit
+from llama_mcore.model.sharding import full_shape, local_shape, parameter_shapes, shard, split_of, unshard
 
 RECEIPT = "conversion.json"
 TOKENIZER_MODEL = "tokenizer.model"
-NAMES = NameTable(META)
-EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
-EMBEDDING_PART, OUTPUT_PART = "tok_embeddings.weight", "output.weight"
+(EMBEDDING_PART,), (OUTPUT_PART,) = META.parts(EMBEDDING), META.parts(OUTPUT)
 MOST_RANKS = 100
 _FILE_NAME = re.compile(r"consolidated\.\d\d\.pth", re.ASCII)
 _BUFFERS = "rope.freqs"
 _LARGEST_MODEL = 1 << 50  # parameters
-_ROWS, _COLUMNS = Cut(dim=0), Cut(dim=1)
-_CUTS: dict[str, Cut | None] = {
-    **dict.fromkeys(("wq.weight", "wk.weight", "wv.weight", "w1.weight", "w3.weight", OUTPUT_PART), _ROWS),
-    **dict.fromkeys(("wo.weight", "w2.weight"), _COLUMNS),
-    "norm.weight": None,
-}
 
 
-def cut_of(part: str, embedding: Cut) -> Cut | None:
-    """How a tensor of this name is cut; None if every rank holds all of it.
+def part_split(part: str, embedding: TpSplit) -> TpSplit | None:
+    """How a tensor of this name is split; None if every rank holds all of it.
 
-    The embedding is cut in columns in LLaMA and Llama 2 (ParallelEmbedding), in rows in Llama 3
-    (VocabParallelEmbedding).
+    The embedding is split in columns in LLaMA and Llama 2 (ParallelEmbedding), in rows in Llama 3
+    (VocabParallelEmbedding). Parts of a fused parameter are split as it is, each by itself.
     """
     if part == EMBEDDING_PART:
         return embedding
-    return next(cut for suffix, cut in _CUTS.items() if part.endswith(suffix))
+    whole = split_of(META.canonical(part))
+    return replace(whole, stride=1) if whole else None
 
 
 def meta_shapes(model: ModelConfig) -> dict[str, torch.Size]:
@@ -79,7 +73,7 @@ def meta_shapes(model: ModelConfig) -> dict[str, torch.Size]:
 
 
 def _parts(name: str, weight: Tensor, model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    for part, tensor in zip(NAMES.parts(name), split(name, weight, model), strict=True):
+    for part, tensor in zip(META.parts(name), split(name, weight, model), strict=True):
         heads = _rotated_heads(part, model)
         yield part, interleaved(tensor, heads) if heads else tensor
 
@@ -100,9 +94,9 @@ def write(weights: Weights, folder: Path, options: WriteOptions, advance: Advanc
     write_file(folder / PARAMS, [json.dumps(params_of(model), indent=2).encode() + b"\n"])
     if weights.tokenizer:
         write_file(folder / TOKENIZER_MODEL, [weights.tokenizer.read_bytes()])
-    embedding = _ROWS if is_llama3(model) else _COLUMNS
+    embedding = ROWS if is_llama3(model) else COLUMNS
     specs = {
-        part: (options.dtype, _local(shape, cut_of(part, embedding), tp))
+        part: (options.dtype, local_shape(shape, part_split(part, embedding), tp))
         for part, shape in meta_shapes(model).items()
     }
     with ExitStack() as stack:
@@ -110,7 +104,7 @@ def write(weights: Weights, folder: Path, options: WriteOptions, advance: Advanc
 
         def add(part: str, tensor: Tensor) -> None:
             for rank, file in enumerate(files):
-                file.add(part, shard(tensor, cut_of(part, embedding), rank, tp))
+                file.add(part, shard(tensor, part_split(part, embedding), rank, tp))
 
         for name in weights.names():
             weight = weights.full(name)
@@ -136,13 +130,6 @@ def _indivisible(model: ModelConfig, tp: int) -> list[Problem]:
     possible = [str(ranks) for ranks in range(1, MOST_RANKS) if common % ranks == 0]
     bound = f"does not divide {', '.join(f'{field} {size}' for field, size in sizes.items())} into files"
     return [Problem("--tp", tp, bound, f"one of these does: {', '.join(possible)}")]
-
-
-def _local(shape: torch.Size, cut: Cut | None, tp: int) -> torch.Size:
-    local = list(shape)
-    if cut:
-        local[cut.dim] //= tp
-    return torch.Size(local)
 
 
 def _file_name(rank: int) -> str:
@@ -180,18 +167,18 @@ class MetaWeights:
         return list(parameter_shapes(self.model))
 
     def full(self, name: str, kind: str = WEIGHT) -> Tensor:
-        return join(name, tuple(self._part(part) for part in NAMES.parts(name)), self.model).to(self.dtype)
+        return join(name, tuple(self._part(part) for part in META.parts(name)), self.model).to(self.dtype)
 
     def _part(self, part: str) -> Tensor:
         """Merged from all ranks, rows of a head half-split."""
-        cut = self._cut(part)
-        ranks = self._ranks if cut else self._ranks[:1]
-        tensor = unshard([rank[part].full() for rank in ranks], cut)
+        tp_split = self._split(part)
+        ranks = self._ranks if tp_split else self._ranks[:1]
+        tensor = unshard([rank[part].full() for rank in ranks], tp_split)
         heads = _rotated_heads(part, self.model)
         return half_split(tensor, heads) if heads else tensor
 
-    def _cut(self, part: str) -> Cut | None:
-        return cut_of(part, self._embedding)
+    def _split(self, part: str) -> TpSplit | None:
+        return part_split(part, self._embedding)
 
     def _open_files(self) -> list[dict[str, StoredTensor]]:
         """Of each rank, its tensors by name, without the buffers that follow from params.json."""
@@ -209,13 +196,13 @@ class MetaWeights:
             for rank in ranks
         ]
 
-    def _embedding_cut(self, dim: int) -> Cut:
+    def _embedding_cut(self, dim: int) -> TpSplit:
         """Rows have all of `dim` columns; where there is one rank, it is no matter."""
         embedding = self._ranks[0].get(EMBEDDING_PART)
         if not isinstance(embedding, StoredTensor) or len(embedding.shape) != 2:
             bound = f"of {self.folder} must be there, a matrix"
             raise CheckpointError(Problem("tensor", EMBEDDING_PART, bound))
-        return _ROWS if embedding.shape[1] == dim else _COLUMNS
+        return ROWS if embedding.shape[1] == dim else COLUMNS
 
     def _vocabulary(self) -> int:
         return full_shape(self._ranks[0][EMBEDDING_PART].shape, self._embedding, len(self._ranks))[0]
@@ -229,11 +216,11 @@ class MetaWeights:
         if self.model.tie_embeddings and OUTPUT_PART not in self._ranks[0]:
             del expected[OUTPUT_PART]
         indivisible = [
-            Problem("tensor", name, f"of shape {list(shape)} cannot be cut for {tp} files")
+            Problem("tensor", name, f"of shape {list(shape)} cannot be split for {tp} files")
             for name, shape in expected.items()
-            if (cut := self._cut(name)) and shape[cut.dim] % tp
+            if (tp_split := self._split(name)) and shape[tp_split.dim] % tp
         ]
-        shapes = {name: _local(shape, self._cut(name), tp) for name, shape in expected.items()}
+        shapes = {name: local_shape(shape, self._split(name), tp) for name, shape in expected.items()}
         problems = [
             problem
             for rank, found in enumerate(self._ranks)
@@ -245,7 +232,7 @@ class MetaWeights:
     def _check_copies(self) -> None:
         """What is there more than once must be the same each time."""
         for part, first in self._ranks[0].items():
-            if self._cut(part) is None:
+            if self._split(part) is None:
                 content = first.full()
                 for rank, found in enumerate(self._ranks):
                     if not torch.equal(found[part].full(), content):

@@ -26,8 +26,7 @@ from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, Problem
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.model.shapes import parameter_shapes
-from llama_mcore.model.sharding import cut_of, shard
+from llama_mcore.model.sharding import local_shape, parameter_shapes, shard, split_of
 
 
 class NativeWeights:
@@ -78,7 +77,7 @@ def _open_tokenizer(path: Path) -> Tokenizer:
 def write(weights: Weights, folder: Path, options: WriteOptions, advance: Advance) -> None:
     """A checkpoint of `options.tp` ranks, from which a run of any layout starts or goes on."""
     tp, model = options.tp, padded_model(weights.model, options.tp)
-    shapes = _local_shapes(model, tp)
+    shapes = {name: local_shape(shape, split_of(name), tp) for name, shape in parameter_shapes(model).items()}
     manifest_of = _state(weights, model, options)
     with ExitStack() as stack:
         files = [
@@ -89,7 +88,7 @@ def write(weights: Weights, folder: Path, options: WriteOptions, advance: Advanc
                         fragment_key(kind, name, 0): (torch.float32, torch.Size([shape.numel()]))
                         for name, shape in shapes.items()
                         for kind in options.kinds
-                        if rank == 0 or cut_of(name) is not None
+                        if rank == 0 or split_of(name) is not None
                     },
                     {"run_id": manifest_of["run_id"], "step": str(manifest_of["step"]), "rank": str(rank)},
                     hashed=True,
@@ -102,9 +101,9 @@ def write(weights: Weights, folder: Path, options: WriteOptions, advance: Advanc
                 tensor = weights.full(name, kind).float()
                 if is_vocabulary(name):
                     tensor = padded(tensor, model.vocab_size)
-                cut = cut_of(name)
-                for rank in range(tp if cut else 1):
-                    files[rank].add(fragment_key(kind, name, 0), shard(tensor, cut, rank, tp).reshape(-1))
+                split = split_of(name)
+                for rank in range(tp if split else 1):
+                    files[rank].add(fragment_key(kind, name, 0), shard(tensor, split, rank, tp).reshape(-1))
                 advance(tensor.nbytes)
     rank_files = tuple(
         RankFile(name=rank_file(rank), tp_rank=rank, bytes=file.bytes, sha256=file.sha256)
@@ -130,16 +129,6 @@ def padded_model(model: ModelConfig, tp: int) -> ModelConfig:
     if problems:
         raise ConfigError(problems)
     return model.model_copy(update={"vocab_size": -(-model.vocab_size // tp) * tp})
-
-
-def _local_shapes(model: ModelConfig, tp: int) -> dict[str, torch.Size]:
-    shapes = {}
-    for name, shape in parameter_shapes(model).items():
-        cut, local = cut_of(name), list(shape)
-        if cut:
-            local[cut.dim] //= tp
-        shapes[name] = torch.Size(local)
-    return shapes
 
 
 def _state(weights: Weights, model: ModelConfig, options: WriteOptions) -> dict[str, Any]:

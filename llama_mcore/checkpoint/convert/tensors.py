@@ -7,23 +7,26 @@ import torch
 from torch import Tensor
 
 from llama_mcore.model.config import ModelConfig
+from llama_mcore.model.parameters import parameter_of
 
 
 def split(name: str, weight: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
     """The parts of the parameter with this canonical name; itself if it is not fused."""
-    if name.endswith("linear_qkv.weight"):
+    fused = parameter_of(name).fused
+    if fused == "qkv":
         return split_qkv(weight, model)
-    if name.endswith("linear_fc1.weight"):
+    if fused == "gate_up":
         return split_gate_up(weight)
     return (weight,)
 
 
 def join(name: str, parts: tuple[Tensor, ...], model: ModelConfig) -> Tensor:
     """Inverse of `split`."""
-    if name.endswith("linear_qkv.weight"):
+    fused = parameter_of(name).fused
+    if fused == "qkv":
         q, k, v = parts
         return join_qkv(q, k, v, model)
-    if name.endswith("linear_fc1.weight"):
+    if fused == "gate_up":
         gate, up = parts
         return join_gate_up(gate, up)
     (weight,) = parts
@@ -69,7 +72,7 @@ def padded(weight: Tensor, rows: int) -> Tensor:
 
 def is_vocabulary(name: str) -> bool:
     """Whether the rows of the parameter with this canonical name are tokens."""
-    return name in ("embedding.word_embeddings.weight", "output_layer.weight")
+    return parameter_of(name).is_vocabulary
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:

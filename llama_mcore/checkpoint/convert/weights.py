@@ -15,7 +15,7 @@ from llama_mcore.parallel.config import ParallelConfig
 
 
 class Weights(Protocol):
-    """Full tensors by megatron-core's names (model/shapes.py), read one at a time.
+    """Full tensors by megatron-core's names (model/parameters.py), read one at a time.
 
     This is the form that all formats meet in: qkv and gate|up fused as in one megatron-core rank, rotary
     embedding half-split, without the rows that tensor parallelism pads a vocabulary with.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llama_mcore.checkpoint.layout import KINDS, WEIGHT
 from llama_mcore.model.config import ModelConfig, RopeScaling
-from llama_mcore.model.shapes import parameter_shapes
+from llama_mcore.model.sharding import parameter_shapes
 
 _LLAMA = {
     "num_layers": 2,

@@ -15,7 +15,7 @@ from llama_mcore.checkpoint.convert.tensors import is_vocabulary, padded
 from llama_mcore.checkpoint.convert.weights import loaded_model
 from llama_mcore.checkpoint.layout import KINDS, WEIGHT
 from llama_mcore.model.build import transformer_config
-from llama_mcore.model.sharding import cut_of, shard
+from llama_mcore.model.sharding import shard, split_of
 from llama_mcore.parallel.config import ParallelConfig
 from llama_mcore.parallel.groups import process_groups
 from tests.checkpoint.convert.invented import SHAPES, Invented
@@ -71,7 +71,7 @@ def expected_shards(shape: str, weights: Invented, kind: str, tp: int, rank: int
     full = {name: weights.full(name, kind) for name in weights.names()}
     rows = padded_rows(shape, tp)
     full = {name: padded(tensor, rows) if is_vocabulary(name) else tensor for name, tensor in full.items()}
-    return {name: shard(tensor, cut_of(name), rank, tp) for name, tensor in full.items()}
+    return {name: shard(tensor, split_of(name), rank, tp) for name, tensor in full.items()}
 
 
 def save(path: Path, shape: str, tp: int, metadata: dict[str, bool]) -> None:

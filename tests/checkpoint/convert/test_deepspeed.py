@@ -13,7 +13,8 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from llama_mcore.checkpoint.convert.deepspeed import FORMAT
 from llama_mcore.checkpoint.convert.deepspeed_universal import LATEST_UNIVERSAL
 from llama_mcore.checkpoint.convert.formats import WriteOptions
-from llama_mcore.checkpoint.convert.hf import NAMES, model_of
+from llama_mcore.checkpoint.convert.hf import model_of
+from llama_mcore.checkpoint.convert.names import HUGGING_FACE
 from llama_mcore.checkpoint.convert.tensors import join
 from llama_mcore.checkpoint.convert.weights import Weights
 from llama_mcore.checkpoint.layout import KINDS, LATEST, WEIGHT, find_checkpoint
@@ -140,7 +141,7 @@ def test_a_model_of_transformers_is_read_under_our_names(saved: Path, stage: int
     theirs = get_fp32_state_dict_from_zero_checkpoint(str(folder))
     assert (found.kinds, found.step) == (KINDS, HF_STEPS)
     for name in found.names():
-        wanted = join(name, tuple(theirs[part] for part in NAMES.parts(name)), model)
+        wanted = join(name, tuple(theirs[part] for part in HUGGING_FACE.parts(name)), model)
         assert torch.equal(found.full(name), wanted), name
         assert found.full(name, "exp_avg").count_nonzero()
 

@@ -18,7 +18,7 @@ from llama_mcore.checkpoint.convert import hf, native, run
 from llama_mcore.checkpoint.convert import verify as verify_module
 from llama_mcore.checkpoint.convert.formats import WriteOptions
 from llama_mcore.checkpoint.convert.hf import HfWeights
-from llama_mcore.checkpoint.convert.names import HUGGING_FACE, NameTable
+from llama_mcore.checkpoint.convert.names import NameTable
 from llama_mcore.checkpoint.convert.native import NativeWeights
 from llama_mcore.checkpoint.convert.run import RECEIPT
 from llama_mcore.checkpoint.convert.verify import Place, Verification, digest
@@ -31,6 +31,7 @@ from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.data.tokenizer_training import train_tokenizer
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, OutputError
 from llama_mcore.generate import generate
+from llama_mcore.model.parameters import PARAMETERS
 from tests.checkpoint.damage import edit_manifest, edit_tensors
 from tests.support.errors import ANY, check_problem, refused
 from tests.support.product import llama_mcore, metrics
@@ -243,9 +244,8 @@ def test_verification_finds_what_only_running_the_model_shows(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Writer and reader that agree on a wrong table, gate and up exchanged: every tensor reads back equal."""
-    pattern = "decoder.layers.{}.mlp.linear_fc1.weight"
-    wrong = HUGGING_FACE | {pattern: HUGGING_FACE[pattern][::-1]}
-    monkeypatch.setattr(hf, "NAMES", NameTable(wrong))
+    wrong = {each.name: each.hugging_face[:: -1 if each.fused == "gate_up" else 1] for each in PARAMETERS}
+    monkeypatch.setattr(hf, "HUGGING_FACE", NameTable(wrong))
     output = tmp_path / "hf"
     with refused(CheckpointError, "relative error of the logits", remedy=False):
         convert(run_dir, output)

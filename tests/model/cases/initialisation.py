@@ -7,7 +7,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from llama_mcore.model.sharding import cut_of, unshard
+from llama_mcore.model.sharding import split_of, unshard
 from llama_mcore.parallel.groups import Groups
 from tests.model.building import build, model_config
 
@@ -31,6 +31,6 @@ def _full_weights(fields: dict[str, object], groups: Groups) -> dict[str, object
         mine = parameter.detach().contiguous()
         shards = [torch.empty_like(mine) for _ in range(groups.tp_size)]
         dist.all_gather(shards, mine, group=groups.tp_group)
-        full = unshard(shards, cut_of(name)).contiguous()
+        full = unshard(shards, split_of(name)).contiguous()
         found[name] = [list(full.shape), hashlib.sha256(full.numpy().tobytes()).hexdigest()]
     return found

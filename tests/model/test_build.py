@@ -1,15 +1,16 @@
-"""One seed gives the same full weights under every layout."""
+"""llama_mcore.model.build: initial weights, the same full ones for one seed under every layout."""
 
 import pytest
 import torch
 
 from llama_mcore.model.build import build_model
-from llama_mcore.model.init import RESIDUAL_PROJECTIONS
 from llama_mcore.parallel.config import ParallelConfig
 from llama_mcore.parallel.groups import Groups
 from tests.model.building import model_config
 from tests.model.cases import initialisation
 from tests.model.conftest import OnRanks
+
+RESIDUAL_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
 
 
 @pytest.mark.process

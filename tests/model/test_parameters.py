@@ -1,9 +1,9 @@
-"""parameter_shapes says what the built model holds, name by name and in its order."""
+"""llama_mcore.model.parameters says what the built model holds, name by name and in its order."""
 
 import pytest
 
 from llama_mcore.model.config import PRESETS, ModelConfig
-from llama_mcore.model.shapes import parameter_shapes
+from llama_mcore.model.sharding import parameter_shapes
 from tests.model.building import model_config
 from tests.model.cases import initialisation
 from tests.model.conftest import OnRanks
