@@ -70,8 +70,8 @@ class RunConfig(Section):
     health: HealthConfig = HealthConfig()
 
     def data_parallel_size(self, world_size: int) -> int:
-        """dp = world_size / tp."""
-        return world_size // self.parallel.tp
+        """Data-parallel ranks of a world."""
+        return self.parallel.dp(world_size)
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches that one rank runs per optimizer step."""
@@ -357,7 +357,7 @@ def _check_batch(run: RunConfig, world_size: int) -> list[Problem]:
                 f"start {_worlds_that_fit(run, world_size) or tp} ranks or change parallel.tp",
             )
         ]
-    per_pass = train.micro_batch_size * (world_size // tp)
+    per_pass = train.micro_batch_size * run.data_parallel_size(world_size)
     if train.global_batch_size % per_pass:
         worlds = _worlds_that_fit(run, world_size)
         nearest = per_pass * max(1, round(train.global_batch_size / per_pass))
@@ -366,7 +366,7 @@ def _check_batch(run: RunConfig, world_size: int) -> list[Problem]:
                 "train.global_batch_size",
                 train.global_batch_size,
                 f"must be divisible by train.micro_batch_size * dp = {train.micro_batch_size} * "
-                f"{world_size // tp} = {per_pass}",
+                f"{run.data_parallel_size(world_size)} = {per_pass}",
                 f"nearest that fits: {nearest}{f'; or start {worlds} ranks' if worlds else ''}",
             )
         ]
@@ -379,7 +379,7 @@ def _worlds_that_fit(run: RunConfig, world_size: int) -> str:
     passes, rest = divmod(train.global_batch_size, train.micro_batch_size)
     if rest:
         return ""
-    dp = world_size // tp
+    dp = run.data_parallel_size(world_size)
     fewer = (n for n in range(min(dp, passes), 0, -1) if passes % n == 0 and n * tp < world_size)
     larger = range(max(dp, 1), min(passes, _LARGEST_DP) + 1)
     more = (n for n in larger if passes % n == 0 and n * tp > world_size)

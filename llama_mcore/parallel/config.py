@@ -16,6 +16,10 @@ class ParallelConfig(Section):
     """Split the activations outside the GEMMs along the sequence (Korthikanti et al., 2022).
     Has no effect at tp = 1, where there is nothing to split."""
 
+    def dp(self, world_size: int) -> int:
+        """Data-parallel ranks of a world."""
+        return world_size // self.tp
+
 
 class ZeroConfig(Section):
     """DeepSpeed ZeRO over the data-parallel ranks."""

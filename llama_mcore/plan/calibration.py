@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, ValidationError
 from llama_mcore.errors import ConfigError, MissingInputError, Problem, input_problem, shown
 from llama_mcore.model.config import Recompute
 from llama_mcore.plan.efficiency import Efficiency, parse_efficiency
-from llama_mcore.plan.hardware import DEFAULT_NETWORK, Gpu, gpu_of_driver, network
+from llama_mcore.plan.hardware import Gpu, gpu_of_driver
 from llama_mcore.plan.throughput import Predictor, Shape, Work
 from llama_mcore.small_file import read_json
 
@@ -122,7 +122,7 @@ class _Measured(BaseModel):
 def _gemm_share(gpu: Gpu, shape: Shape, work: Work, speed: float) -> float:
     """By bisection: a step is the shorter, the larger the share."""
     measured = work.micro_batch * shape.sequence / speed
-    one = network(DEFAULT_NETWORK[gpu.name])
+    one = gpu.network
 
     def predicted(share: float) -> float:
         return Predictor(gpu, one, replace(Efficiency(), gemm_share=share)).step_time(shape, work).total

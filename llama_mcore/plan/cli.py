@@ -11,6 +11,7 @@ import typer
 
 from llama_mcore.errors import report_errors
 from llama_mcore.plan.as_json import print_json
+from llama_mcore.plan.hardware import GPUS
 from llama_mcore.plan.layout_cli import add_commands
 
 app = typer.Typer(
@@ -35,7 +36,7 @@ def _root() -> None:
 def size(
     flops: Annotated[str, typer.Option(help="Training budget, e.g. 5.6e23.")] = "",
     gpus: Annotated[str, typer.Option(help="With --days: the training budget instead of --flops.")] = "",
-    gpu: Annotated[str, typer.Option(help="Kind of GPU: a100-80gb, h100 ...")] = "a100-80gb",
+    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "a100-80gb",
     days: Annotated[str, typer.Option(help="With --gpus: days for which all of them train.")] = "",
     mfu: Annotated[
         str,

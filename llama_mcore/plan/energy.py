@@ -10,9 +10,6 @@ PUE = 1.1
 CO2_T_PER_MWH = 0.385
 """The United States' average, which the paper uses for every model."""
 
-# Thermal design power in watts, of NVIDIA's data sheets: an upper bound of what a GPU draws.
-GPU_WATTS = {"a100-40gb": 400.0, "a100-80gb": 400.0, "h100": 700.0, "h200": 700.0, "b200": 1000.0}
-
 
 @dataclass(frozen=True)
 class PaperRun:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama_mcore.plan.efficiency import Efficiency
-from llama_mcore.plan.hardware import DEFAULT_NETWORK, network
 from llama_mcore.plan.layout_report import LAYOUT_COLUMNS, layout_row
 from llama_mcore.plan.layout_run import base_run
 from llama_mcore.plan.search import Cluster, Found, Goal, search
@@ -54,7 +53,7 @@ def how_to_train(plan: SizePlan) -> How | None:
     asked = plan.request
     if not asked.gpus:
         return None
-    between = network(DEFAULT_NETWORK[asked.gpu.name])
+    between = asked.gpu.network
     cluster = Cluster(asked.gpu, asked.gpus, between, Efficiency())
     run = base_run(plan.shape.preset) if plan.shape.preset else base_run(shape=plan.shape.fields)
     goal = Goal(run, plan.recommended.allocation.tokens, BATCH_TOKENS / run.model.seq_length)

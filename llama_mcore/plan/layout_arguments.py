@@ -63,7 +63,7 @@ def asked_cluster(gpu: str, gpus: str, network: str, gpus_per_node: str, calibra
         lambda: whole_number("--gpus-per-node", gpus_per_node),
         lambda: load_calibration(calibration) if calibration else Efficiency(),
     )
-    usual = hardware.network(hardware.DEFAULT_NETWORK[kind.name])
+    usual = kind.network
     return Cluster(kind, count, between or usual, efficiency, per_node)
 
 

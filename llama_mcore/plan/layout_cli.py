@@ -8,6 +8,7 @@ import typer
 
 from llama_mcore.errors import report_errors
 from llama_mcore.plan.as_json import print_json
+from llama_mcore.plan.hardware import GPUS
 
 Model = Annotated[str, typer.Option(help="7b, 13b, 33b, 65b, llama2-70b, llama3-8b or llama3-70b.")]
 SeqLength = Annotated[str, typer.Option(help="Tokens in a sequence; default: the model's.")]
@@ -84,7 +85,7 @@ def memory(
 
 def layout(
     gpus: Annotated[str, typer.Option(help="How many GPUs.")],
-    gpu: Annotated[str, typer.Option(help="a100-40gb, a100-80gb, h100, h200 or b200.")],
+    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")],
     tokens: Annotated[str, typer.Option(help="Tokens to train on, e.g. 1.4T or 300B.")],
     model: Model = "",
     num_layers: Annotated[str, typer.Option(help="With the next two: instead of --model.")] = "",

@@ -74,7 +74,7 @@ def model_state(
     model: ModelConfig, parallel: ParallelConfig, zero: ZeroConfig, precision: str, world_size: int
 ) -> ModelState:
     """Model state on the fullest rank, with fp32 gradient accumulation, before the optimizer's step."""
-    parameters, dp = _parameters(model, parallel.tp), world_size // parallel.tp
+    parameters, dp = _parameters(model, parallel.tp), parallel.dp(world_size)
     weight_bytes = BF16 if precision == "bf16" else FP32
     if zero.stage == 0:
         values = sum(parameters.all)

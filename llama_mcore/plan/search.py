@@ -11,10 +11,11 @@ from typing import get_args
 from llama_mcore.config import RunConfig, check_run
 from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.model.config import Recompute
+from llama_mcore.parallel.config import ParallelConfig
 from llama_mcore.plan.efficiency import Efficiency
 from llama_mcore.plan.flops import executed_flops, mfu, token_flops
 from llama_mcore.plan.footprint import Footprint, memory_of
-from llama_mcore.plan.hardware import DEFAULT_NETWORK, GIB, GPUS, Gpu, Network, network
+from llama_mcore.plan.hardware import GIB, GPUS, Gpu, Network
 from llama_mcore.plan.throughput import Predictor, StepTime, Work, shape_of
 
 TENSOR_PARALLEL = (1, 2, 4, 8, 16)
@@ -130,7 +131,7 @@ def _option(
         return f"tensor parallelism: tp must divide the {cluster.gpus_per_node} GPUs of a node"
     if cluster.gpus % tp:
         return f"tensor parallelism: tp must divide the {cluster.gpus:,} GPUs"
-    batch = _nearest_batch(goal, micro_batch * (cluster.gpus // tp))
+    batch = _nearest_batch(goal, micro_batch * ParallelConfig(tp=tp).dp(cluster.gpus))
     if abs(batch - goal.sequences) > NEAR_BATCH * goal.sequences:
         return f"batch: no multiple of micro-batch x dp is within {NEAR_BATCH:.0%} of {goal.sequences:,.0f}"
     run = _run(goal, batch, tp, stage, micro_batch, recompute)
@@ -210,7 +211,11 @@ def _anything_fits(goal: Goal, cluster: Cluster) -> bool:
 
 def _other_batch(goal: Goal, cluster: Cluster) -> Iterator[str]:
     sizes = sorted(
-        {_nearest_batch(goal, cluster.gpus // tp) for tp in TENSOR_PARALLEL if cluster.gpus % tp == 0},
+        {
+            _nearest_batch(goal, ParallelConfig(tp=tp).dp(cluster.gpus))
+            for tp in TENSOR_PARALLEL
+            if cluster.gpus % tp == 0
+        },
         key=lambda size: abs(size - goal.sequences),
     )
     for size in sizes:
@@ -233,6 +238,6 @@ def _more_gpus(goal: Goal, cluster: Cluster) -> Iterator[str]:
 
 def _other_gpu(goal: Goal, cluster: Cluster) -> Iterator[str]:
     for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.memory_bytes):
-        if _anything_fits(goal, replace(cluster, gpu=gpu, network=network(DEFAULT_NETWORK[gpu.name]))):
+        if _anything_fits(goal, replace(cluster, gpu=gpu, network=gpu.network)):
             yield f"--gpu {gpu.name}"
             return

@@ -13,7 +13,6 @@ from llama_mcore.model.config import PRESETS, ModelConfig, Recompute
 from llama_mcore.plan.arguments import listed_gpu, number
 from llama_mcore.plan.data import DataPlan, table_1_plan
 from llama_mcore.plan.energy import (
-    GPU_WATTS,
     PAPER_GPU_WATTS,
     PAPER_RUNS,
     co2_t,
@@ -288,7 +287,7 @@ def _shaped(asked: Request, optimum: Allocation) -> tuple[Shape, Allocation]:
 
 def _cost(asked: Request, allocation: Allocation) -> Costed:
     hours = gpu_hours_of_flops(allocation.training_flops, asked.gpu.peak.bf16_flops, asked.mfu)
-    return _costed(allocation, asked.law, asked.inference_tokens, hours, GPU_WATTS[asked.gpu.name])
+    return _costed(allocation, asked.law, asked.inference_tokens, hours, asked.gpu.watts)
 
 
 def _costed(

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from llama_mcore.model.config import Recompute
 from llama_mcore.plan.data import PAPER_TOKENS, WORTHWHILE_EPOCHS
-from llama_mcore.plan.energy import CO2_T_PER_MWH, GPU_WATTS, PAPER_65B_TOKENS_PER_S, PAPER_GPU_WATTS, PUE
+from llama_mcore.plan.energy import CO2_T_PER_MWH, PAPER_65B_TOKENS_PER_S, PAPER_GPU_WATTS, PUE
 from llama_mcore.plan.how import How, how_dict, how_parts
 from llama_mcore.plan.scaling import LAWS, ROUNDING, Allocation, ParametricLaw, kaplan_loss
 from llama_mcore.plan.size import Costed, PaperModel, SizePlan
@@ -97,7 +97,7 @@ def notes(plan: SizePlan) -> list[str]:
         f"{plan.mfu_full:.3g} with full attention counted (HFU {_hfu(plan, 'selective')} with our backward, "
         f"{_hfu(plan, 'full')} with full recompute), {plan.tokens_per_s_per_gpu:,.0f} tokens/s/GPU. "
         f"Peak: {asked.gpu.peak.source}. Inference is counted at the same MFU; serving often reaches less.",
-        f"energy: GPU-hours x {GPU_WATTS[asked.gpu.name]:g} W x PUE {PUE:g}; CO2: {CO2_T_PER_MWH:g} t a MWh "
+        f"energy: GPU-hours x {asked.gpu.watts:g} W x PUE {PUE:g}; CO2: {CO2_T_PER_MWH:g} t a MWh "
         f"(LLaMA paper, section 6, with {PAPER_GPU_WATTS:g} W for its A100).",
         *_data_notes(plan),
     ]

@@ -4,8 +4,6 @@ import pytest
 
 from llama_mcore.errors import ConfigError
 from llama_mcore.plan.hardware import (
-    ALIASES,
-    DEFAULT_NETWORK,
     GPUS,
     NETWORKS,
     gpu,
@@ -14,6 +12,8 @@ from llama_mcore.plan.hardware import (
     peak_of,
 )
 from tests.support.errors import refused
+
+ALIASES = [alias for found in GPUS.values() for alias in found.aliases]
 
 
 @pytest.mark.parametrize("name", [*GPUS, *ALIASES, "A100-80GB"])
@@ -27,10 +27,10 @@ def test_a_known_gpu(name: str) -> None:
     assert 0.75 < found.best_gemm_flops / found.peak.bf16_flops < 1
 
 
-def test_aliases_and_default_networks_lead_somewhere() -> None:
-    assert set(ALIASES.values()) <= set(GPUS)
-    assert set(DEFAULT_NETWORK) == set(GPUS)
-    assert set(DEFAULT_NETWORK.values()) <= set(NETWORKS)
+def test_each_name_is_that_of_one_gpu() -> None:
+    names = [*GPUS, *ALIASES, *(found.driver_name for found in GPUS.values())]
+    assert len(set(names)) == len(names)
+    assert {found.network.name for found in GPUS.values()} <= set(NETWORKS)
 
 
 @pytest.mark.parametrize(

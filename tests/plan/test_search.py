@@ -6,7 +6,7 @@ from llama_mcore.config import check_run
 from llama_mcore.errors import ConfigError
 from llama_mcore.plan.efficiency import Efficiency
 from llama_mcore.plan.flops import token_flops
-from llama_mcore.plan.hardware import DEFAULT_NETWORK, gpu, network
+from llama_mcore.plan.hardware import gpu
 from llama_mcore.plan.layout_run import base_run
 from llama_mcore.plan.search import (
     MICRO_BATCHES,
@@ -34,7 +34,7 @@ CASES = [
 
 
 def cluster(kind: str, gpus: int, per_node: int = 8) -> Cluster:
-    return Cluster(gpu(kind), gpus, network(DEFAULT_NETWORK[kind]), Efficiency(), per_node)
+    return Cluster(gpu(kind), gpus, gpu(kind).network, Efficiency(), per_node)
 
 
 def goal(model: str, tokens: float = 1e12, batch_tokens: float = FOUR_M) -> Goal:

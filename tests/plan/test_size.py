@@ -6,7 +6,6 @@ import pytest
 
 from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.model.config import PRESETS, ModelConfig
-from llama_mcore.plan.energy import GPU_WATTS
 from llama_mcore.plan.flops import token_flops
 from llama_mcore.plan.hardware import GPUS
 from llama_mcore.plan.scaling import PARAMETRIC_LAWS
@@ -235,7 +234,7 @@ def test_every_gpu_of_the_table_and_its_other_names(name: str, listed: str) -> N
     plan = answer(flops="1e23", gpu=name)
     assert plan.request.gpu is GPUS[listed]
     assert plan.recommended.training_mwh == pytest.approx(
-        plan.recommended.training_gpu_hours * GPU_WATTS[listed] * 1.1 / 1e6
+        plan.recommended.training_gpu_hours * GPUS[listed].watts * 1.1 / 1e6
     )
 
 
