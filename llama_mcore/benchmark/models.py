@@ -19,7 +19,6 @@ from llama_mcore.model.build import build_model
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.parallel.groups import Groups
 from llama_mcore.train.engine import build_engine, dtype_of
-from llama_mcore.train.optimizer import build_optimizer
 from llama_mcore.train.step import mean_loss, train_step
 
 
@@ -91,7 +90,15 @@ class HuggingFaceContender:
         return self.module(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss
 
     def add_optimizer(self) -> None:
-        self.optimizer = build_optimizer(self.module, self.optim)
+        optim = self.optim
+        self.optimizer = torch.optim.AdamW(
+            self.module.parameters(),
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
 
     def step(self) -> None:
         loss = self.loss()
