@@ -15,15 +15,6 @@ from llama_mcore.model.attention import BACKENDS, choose_attention, installed_pa
 from llama_mcore.model.kernels import kernels_for
 from llama_mcore.parallel.device import usable_gpus
 
-USES = {
-    "cudnn": "cuDNN's, by torch",
-    "flash": "FlashAttention 2, by torch",
-    "efficient": "torch's memory-efficient kernel",
-    "reference": "holds all scores: the definition that the others are compared with",
-    "flash_attn": "FlashAttention 2",
-    "xformers": "the paper's attention",
-    "te": "TransformerEngine's, with model.recompute=none",
-}
 KERNELS = {
     "plain": "one kernel per operation",
     "compile": "one Triton kernel each on a GPU; on the CPU compiling costs more than it saves",
@@ -48,12 +39,13 @@ def attention_backends(tested: Mapping[str, Outcome]) -> list[Finding]:
     """`tested`: the outcomes of `to_test`."""
     defaults = _default_attention()
     findings = []
-    for name, limits in BACKENDS.items():
-        remedy = OPTIONAL[limits.package].remedy if limits.package else "model.attention=auto"
+    for name, backend in BACKENDS.items():
+        package = backend.limits.package
+        remedy = OPTIONAL[package].remedy if package else "model.attention=auto"
         if refused := _attention_refused(name):
             found = Finding("attention", name, "missing", refused, COST, remedy)
         else:
-            found = of_test("attention", name, tested[f"attention {name}"], USES[name], COST, remedy)
+            found = of_test("attention", name, tested[f"attention {name}"], backend.about, COST, remedy)
         findings.append(as_default(found, defaults[name]) if name in defaults else found)
     return findings
 
@@ -91,10 +83,10 @@ def as_default(finding: Finding, by: str) -> Finding:
 
 def _attention_refused(name: str) -> str:
     """Why a backend is not tested; empty where it is."""
-    package = BACKENDS[name].package
+    package = BACKENDS[name].limits.package
     if package and package not in installed_packages():
         return f"needs the package {package}, which is not installed"
-    return "" if attention_cases(name) else BACKENDS[name].refusal(attention_case(DTYPES[0])) or ""
+    return "" if attention_cases(name) else BACKENDS[name].limits.refusal(attention_case(DTYPES[0])) or ""
 
 
 def _kernels_refused(name: str) -> Problem | None:

@@ -61,7 +61,7 @@ def smoke_tests(names: Sequence[str], environ: Mapping[str, str]) -> dict[str, O
 def attention_cases(name: str) -> list[Case]:
     """What a run here may ask of an attention backend, as far as that says that it can: each dtype, by hand
     where it has halves."""
-    refusal = BACKENDS[name].refusal
+    refusal = BACKENDS[name].limits.refusal
     cases = []
     for dtype in DTYPES:
         asked = [attention_case(dtype, by_hand) for by_hand in (True, False)]

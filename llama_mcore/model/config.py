@@ -1,14 +1,20 @@
 """The shape of a LLaMA and its presets. Pure Python: `--dry-run` and the planner read it without torch."""
 
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from llama_mcore.model.parameters import num_params
 from llama_mcore.section import Section
 
 Recompute = Literal["none", "selective", "full"]
+ATTENTION_BACKENDS = sorted(
+    path.stem.removesuffix("_backend") for path in (Path(__file__).parent / "attention").glob("*_backend.py")
+)
+"""Names by files, as each describes itself in terms of torch, which is not loaded here."""
 
 
 class RopeScaling(Section):
@@ -57,17 +63,25 @@ class ModelConfig(Section):
 
     layer: Literal["llama", "stock"] = "llama"
     """`llama`: our layer; `stock`: megatron-core's own, for comparison."""
-    attention: Literal["auto", "cudnn", "flash", "efficient", "flash_attn", "xformers", "te", "reference"] = (
-        "auto"
-    )
-    """Who computes attention. auto: the first of cudnn, flash, efficient and reference that can, on this
-    device and in this precision; see model/attention/choice.py. flash_attn, xformers and te are packages."""
+    attention: str = "auto"
+    """Who computes attention: a file model/attention/NAME_backend.py. auto: the first of cudnn, flash,
+    efficient and reference that can, on this device and in this precision; see model/attention/choice.py.
+    flash_attn, xformers and te are packages."""
     kernels: Literal["auto", "plain", "compile", "apex"] = "auto"
     """Who computes norms, rotations and SwiGLU in the hand-written layer; see model/kernels.py."""
     recompute: Recompute = "selective"
     """What the backward computes again instead of keeping it from the forward. none: nothing, plain
     autograd; selective: norms, rotations and the SwiGLU product, by the hand-written backward; full: the
     whole layer."""
+
+    @field_validator("attention")
+    @classmethod
+    def _names_a_backend(cls, value: str) -> str:
+        if value != "auto" and value not in ATTENTION_BACKENDS:
+            raise PydanticCustomError(
+                "unknown_backend", "must be auto or one of {known}", {"known": ", ".join(ATTENTION_BACKENDS)}
+            )
+        return value
 
     @field_validator("num_query_groups", "head_dim", "ffn_hidden_size")
     @classmethod

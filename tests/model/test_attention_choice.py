@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from llama_mcore.errors import ConfigError
@@ -17,13 +18,14 @@ from llama_mcore.model.attention import (
 )
 from llama_mcore.model.attention.choice import choose_attention
 from llama_mcore.model.build import construct
+from llama_mcore.model.config import ATTENTION_BACKENDS
 from llama_mcore.parallel.config import ParallelConfig
 from tests.support.errors import refused
 from tests.support.models import model_config
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 HOPPER, AMPERE, ADA, BLACKWELL, TURING = (9, 0), (8, 0), (8, 9), (10, 0), (7, 5)
-EVERY_PACKAGE = {limits.package for limits in BACKENDS.values() if limits.package}
+EVERY_PACKAGE = {backend.limits.package for backend in BACKENDS.values() if backend.limits.package}
 ON_HOPPER = Case(HOPPER, BF16, 128)
 
 
@@ -95,11 +97,11 @@ def test_what_cannot_do_a_case_is_refused_by_name(name: str, case: Case, because
         choose_attention(one, case, EVERY_PACKAGE)
 
 
-@pytest.mark.parametrize("name", [name for name, limits in BACKENDS.items() if limits.package])
+@pytest.mark.parametrize("name", [name for name, backend in BACKENDS.items() if backend.limits.package])
 def test_a_package_that_is_not_installed_is_named(name: str) -> None:
     with refused(ConfigError, "model.attention", name) as caught:
         choose_attention(name, replace(ON_HOPPER, by_hand=False), ())
-    assert str(BACKENDS[name].package) in caught.value.problems[0].bound
+    assert str(BACKENDS[name].limits.package) in caught.value.problems[0].bound
 
 
 @pytest.mark.parametrize("capability", [None, AMPERE, HOPPER, BLACKWELL])
@@ -111,7 +113,7 @@ def test_everything_that_the_product_computes_has_a_backend(
 ) -> None:
     case = Case(capability, dtype, head_dim, bool(flags & 1), bool(flags & 2), bool(flags & 4))
     chosen = choose_attention("auto", case)
-    assert BACKENDS[chosen.name].refusal(case) is None
+    assert BACKENDS[chosen.name].limits.refusal(case) is None
 
 
 def test_a_model_is_not_built_with_a_backend_that_cannot() -> None:
@@ -166,11 +168,11 @@ def test_gpu_backends_agree_with_the_reference(
 ) -> None:
     """Against the reference in fp64. What a kernel keeps between its two products is rounded to the dtype,
     and so is what it gives; errors of the terms of a sum differ in sign."""
-    by_hand = BACKENDS[name].by_hand
+    by_hand = BACKENDS[name].limits.by_hand
     case = Case(torch.cuda.get_device_capability(), dtype, head_dim, by_hand=by_hand)
-    if BACKENDS[name].package not in {None, *installed_packages()}:
-        pytest.skip(f"needs the package {BACKENDS[name].package}")
-    if reason := BACKENDS[name].refusal(case):
+    if BACKENDS[name].limits.package not in {None, *installed_packages()}:
+        pytest.skip(f"needs the package {BACKENDS[name].limits.package}")
+    if reason := BACKENDS[name].limits.refusal(case):
         pytest.skip(f"{name} {reason}")
     backend, reference = load_backend(name), load_backend("reference")
     generator = torch.Generator(gpu).manual_seed(0)
@@ -202,13 +204,15 @@ def step(dtype: torch.dtype) -> float:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [name for name, one in BACKENDS.items() if one.deterministic])
+@pytest.mark.parametrize("name", [name for name, one in BACKENDS.items() if one.limits.deterministic])
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_what_says_so_gives_the_same_bits(gpu: torch.device, name: str, dtype: torch.dtype) -> None:
     torch.use_deterministic_algorithms(True)
     try:
         case = Case(torch.cuda.get_device_capability(), dtype, 128, deterministic=True)
-        if BACKENDS[name].package not in {None, *installed_packages()} or BACKENDS[name].refusal(case):
+        if BACKENDS[name].limits.package not in {None, *installed_packages()} or BACKENDS[
+            name
+        ].limits.refusal(case):
             pytest.skip(f"{name} cannot do this here")
         backend = load_backend(name)
         q, k, v, grad = (torch.randn(2048, 2, 8, 128, device=gpu, dtype=dtype) for _ in range(4))
@@ -222,3 +226,13 @@ def test_what_says_so_gives_the_same_bits(gpu: torch.device, name: str, dtype: t
             assert all(map(torch.equal, first, once()))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_a_backend_is_known_by_its_file_alone() -> None:
+    """The configuration, which loads no torch, reads names of files; the choice what stands in them."""
+    assert sorted(BACKENDS) == ATTENTION_BACKENDS
+    assert all(backend.about for backend in BACKENDS.values())
+    asked = [backend.preference for backend in BACKENDS.values() if backend.preference is not None]
+    assert asked == sorted(set(asked))
+    with pytest.raises(ValidationError, match="must be auto or one of"):
+        model_config(attention="fast")

@@ -9,15 +9,8 @@ from importlib.util import find_spec
 import torch
 
 from llama_mcore.errors import ConfigError, Problem
-from llama_mcore.model.attention.backend import AttentionBackend
-from llama_mcore.model.attention.choice import (
-    AMPERE,
-    BACKENDS,
-    Case,
-    Choice,
-    Limits,
-    choose_attention,
-)
+from llama_mcore.model.attention.backend import AMPERE, AttentionBackend, Case
+from llama_mcore.model.attention.choice import BACKENDS, Choice, choose_attention
 from llama_mcore.model.attention.documents import Documents, documents_of, per_document
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.parallel.device import compute_capability
@@ -28,9 +21,9 @@ __all__ = [
     "Case",
     "Choice",
     "Documents",
-    "Limits",
     "attention_for",
     "case_of",
+    "choose_attention",
     "documents_of",
     "installed_packages",
     "load_backend",
@@ -66,11 +59,17 @@ def case_of(model: ModelConfig, dtype: torch.dtype, documents: bool = False) -> 
 
 def installed_packages() -> set[str]:
     """Packages that backends need and that are here, by their name for pip."""
-    needed = {limits.package for limits in BACKENDS.values() if limits.package}
-    return {package for package in needed if find_spec(package.replace("-", "_"))}
+    needed = {backend.limits.package for backend in BACKENDS.values() if backend.limits.package}
+    return {package for package in needed if find_spec(_module_of(package))}
 
 
 def load_backend(name: str) -> AttentionBackend:
     """The backend of that name. Raises whatever the import of its package raises."""
-    backend: AttentionBackend = import_module(f"{__name__}.{name}_backend").BACKEND
+    backend = BACKENDS[name]
+    if backend.limits.package:
+        import_module(_module_of(backend.limits.package))
     return backend
+
+
+def _module_of(package: str) -> str:
+    return package.replace("-", "_")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from llama_mcore.model.attention.backend import AttentionBackend
+from llama_mcore.model.attention.backend import HOPPER, NARROW, AttentionBackend, Limits
 from llama_mcore.model.attention.torch_layout import (
     attend_by,
     heads_first,
@@ -46,4 +46,13 @@ def backward(
     return grad_q, grad_k, grad_v
 
 
-BACKEND = AttentionBackend(attend, forward, backward)
+BACKEND = AttentionBackend(
+    "cuDNN's, by torch",
+    # aten/src/ATen/native/transformers/cuda/sdp_utils.cpp. Wider heads than 128 it takes of some widths and
+    # versions alone.
+    Limits(oldest=dict.fromkeys(NARROW, HOPPER), largest_head_dim=128, documents=False),
+    attend,
+    forward,
+    backward,
+    preference=1,
+)

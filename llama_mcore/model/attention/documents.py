@@ -1,7 +1,7 @@
 """Where the documents of a micro-batch lie, so that attention can stay inside each."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ def per_document(backend: AttentionBackend, documents: Documents) -> AttentionBa
                 grad[part] = piece
         return grads
 
-    return AttentionBackend(attend, forward, backward)
+    return replace(backend, attend=attend, forward=forward, backward=backward)
 
 
 def _parts(documents: Documents) -> Iterator[tuple[slice, slice]]:

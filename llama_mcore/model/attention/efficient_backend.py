@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from llama_mcore.model.attention.backend import AttentionBackend
+from llama_mcore.model.attention.backend import AMPERE, ANY_WIDTH, MAXWELL, AttentionBackend, Limits
 from llama_mcore.model.attention.torch_layout import (
     attend_by,
     heads_first,
@@ -54,4 +54,16 @@ def backward(
     return grad_q, grad_k, grad_v
 
 
-BACKEND = AttentionBackend(attend, forward, backward)
+BACKEND = AttentionBackend(
+    "torch's memory-efficient kernel",
+    # As for flash_backend.py.
+    Limits(
+        oldest={torch.bfloat16: AMPERE, torch.float16: MAXWELL, torch.float32: MAXWELL},
+        largest_head_dim=ANY_WIDTH,
+        deterministic=True,
+    ),
+    attend,
+    forward,
+    backward,
+    preference=3,
+)

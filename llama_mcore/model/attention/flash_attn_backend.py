@@ -1,16 +1,16 @@
 """FlashAttention 2 (Dao, 2023) by the package flash-attn: GPU, bf16 or fp16."""
 
 import torch
-from flash_attn import flash_attn_func
-from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_forward
 from torch import Tensor
 
-from llama_mcore.model.attention.backend import AttentionBackend
+from llama_mcore.model.attention.backend import AttentionBackend, Limits
 
 NO_WINDOW = {"window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None}
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func
+
     out = flash_attn_func(
         *(_batch_first(x) for x in (q, k, v)),
         causal=True,
@@ -20,6 +20,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    from flash_attn.flash_attn_interface import _flash_attn_forward
+
     q, k, v = (_batch_first(x) for x in (q, k, v))
     scale = q.size(-1) ** -0.5
     out, log_sum_exp, *_ = _flash_attn_forward(
@@ -31,6 +33,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    from flash_attn.flash_attn_interface import _flash_attn_backward
+
     grad_out, q, k, v, out = (_batch_first(x) for x in (grad_out, q, k, v, out))
     grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     _flash_attn_backward(
@@ -51,4 +55,10 @@ def _batch_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1)
 
 
-BACKEND = AttentionBackend(attend, forward, backward)
+BACKEND = AttentionBackend(
+    "FlashAttention 2",
+    Limits(package="flash-attn", largest_in_small_memory=192, deterministic=True),
+    attend,
+    forward,
+    backward,
+)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from llama_mcore.model.attention.backend import AttentionBackend
+from llama_mcore.model.attention.backend import AttentionBackend, Limits
 from llama_mcore.model.attention.torch_layout import (
     attend_by,
     heads_first,
@@ -63,4 +63,13 @@ def _gpu_backward(
     return grad_q, sum_groups(grad_k, groups), sum_groups(grad_v, groups)
 
 
-BACKEND = AttentionBackend(attend, forward, backward)
+BACKEND = AttentionBackend(
+    "FlashAttention 2, by torch",
+    # aten/src/ATen/native/transformers/cuda/sdp_utils.cpp. The backward adds in any order unless
+    # torch.use_deterministic_algorithms is on (attention_backward.cu).
+    Limits(on_cpu=True, largest_in_small_memory=192, deterministic=True),
+    attend,
+    forward,
+    backward,
+    preference=2,
+)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from llama_mcore.model.attention.backend import AttentionBackend
+from llama_mcore.model.attention.backend import ANY_WIDTH, DTYPES, AttentionBackend, Limits
 from llama_mcore.model.precision import widen
 
 
@@ -62,4 +62,17 @@ def _sum_groups(grad: Tensor, heads_per_group: int) -> Tensor:
     return grad.unflatten(2, (-1, heads_per_group)).sum(3)
 
 
-BACKEND = AttentionBackend(attend, forward, backward)
+BACKEND = AttentionBackend(
+    "holds all scores: the definition that the others are compared with",
+    Limits(
+        on_cpu=True,
+        oldest=dict.fromkeys(DTYPES, (0, 0)),
+        head_dim_multiple=1,
+        largest_head_dim=ANY_WIDTH,
+        deterministic=True,
+    ),
+    attend,
+    forward,
+    backward,
+    preference=4,
+)

@@ -3,9 +3,8 @@
 from functools import lru_cache
 
 from torch import Tensor, nn
-from transformer_engine.pytorch import DotProductAttention
 
-from llama_mcore.model.attention.backend import AttentionBackend
+from llama_mcore.model.attention.backend import AttentionBackend, Limits
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -15,6 +14,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def _module(heads: int, groups: int, head_dim: int) -> nn.Module:
     """It has no weights; one serves all layers."""
+    from transformer_engine.pytorch import DotProductAttention
+
     return DotProductAttention(
         heads,
         head_dim,
@@ -25,4 +26,8 @@ def _module(heads: int, groups: int, head_dim: int) -> nn.Module:
     )
 
 
-BACKEND = AttentionBackend(attend)
+BACKEND = AttentionBackend(
+    "TransformerEngine's, with model.recompute=none",
+    Limits(package="transformer-engine", by_hand=False),
+    attend,
+)

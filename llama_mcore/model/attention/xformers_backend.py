@@ -2,17 +2,20 @@
 
 import torch
 from torch import Tensor
-from xformers.ops import LowerTriangularMask, fmha, memory_efficient_attention
 
-from llama_mcore.model.attention.backend import AttentionBackend
+from llama_mcore.model.attention.backend import AMPERE, NARROW, AttentionBackend, Limits
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
     q, k, v = _prepared(q, k, v)
     return memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask()).transpose(0, 1)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    from xformers.ops import LowerTriangularMask, fmha
+
     q, k, v = _prepared(q, k, v)
     out, log_sum_exp = fmha.memory_efficient_attention_forward_requires_grad(
         q, k, v, attn_bias=LowerTriangularMask()
@@ -23,6 +26,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    from xformers.ops import LowerTriangularMask, fmha
+
     groups = k.size(2)
     wide_q, wide_k, wide_v = _prepared(q, k, v)
     grad_q, grad_k, grad_v = fmha.memory_efficient_attention_backward(
@@ -49,4 +54,10 @@ def _sum_groups(grad: Tensor, groups: int) -> Tensor:
     return grad.unflatten(2, (groups, -1)).sum(3).transpose(0, 1)
 
 
-BACKEND = AttentionBackend(attend, forward, backward)
+BACKEND = AttentionBackend(
+    "the paper's attention",
+    Limits(package="xformers", oldest=dict.fromkeys((*NARROW, torch.float32), AMPERE)),
+    attend,
+    forward,
+    backward,
+)
