@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from llama_mcore.checkpoint.layout import step_dir
 from llama_mcore.checkpoint.manifest import Layout, Manifest, RankFile, manifest_bytes
+from llama_mcore.checkpoint.start import Start
 from llama_mcore.config import RunConfig, load_run
 from llama_mcore.errors import Problem, UserError
 from llama_mcore.launch import all_reduce, node_checks, preflight, run_checks, versions
@@ -122,7 +123,7 @@ def cases(folder: Path, settings: list[str]) -> dict[str, Case]:
         "start-hangs": Case(settings, everywhere=(gives_up(preflight.START),), start=hang),
         "another-model": Case([*in_prepared["continues"], "model.num_layers=3"]),
         "retried": Case(in_prepared["no-progress"], start=partial(run_checks.start, retry=True)),
-        "not-auto": Case(in_prepared["foreign"], start=partial(run_checks.start, auto=False)),
+        "fresh": Case(in_prepared["foreign"], start=partial(run_checks.start, asked=Start(fresh=True))),
         "slow-group": Case(settings, everywhere=((preflight, "all_reduce_speed", measured),), ranks=4),
     }
 
