@@ -155,6 +155,12 @@ def run_id_of(folder: Path) -> str | None:
     return manifest.run_id if manifest else None
 
 
+def not_foreign(run_dir: Path, run_id: str) -> list[Path]:
+    """The checkpoints of a run that is at work, oldest first, and what cannot be read. Raises as
+    `step_folders` does."""
+    return [folder for folder in step_folders(run_dir) if run_id_of(folder) in (None, run_id)]
+
+
 def _manifest_of(folder: Path) -> Manifest | None:
     try:
         return read_manifest(folder)

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from llama_mcore.checkpoint.compare import changed_settings
-from llama_mcore.checkpoint.layout import given_up_dir, run_id_of, step_folders, step_of
+from llama_mcore.checkpoint.layout import given_up_dir, not_foreign, step_of
 from llama_mcore.checkpoint.lease import FOLDER as LEASE
 from llama_mcore.checkpoint.lineage import read_lineage, write_lineage
 from llama_mcore.checkpoint.load import check_same_model
@@ -56,7 +56,7 @@ def find_start(run: RunConfig, start: Start, groups: Groups, together: Together,
     Every byte is checked once: each rank hashes its share of the files. Raises what `way_of` does,
     CheckpointError where none of the checkpoints is sound, and ConfigError for one of another model.
     """
-    start = same_on_all_ranks(groups, lambda: _still_asked(run, start), together)
+    start = same_on_all_ranks(groups, lambda: still_asked(run, start), together)
     way = same_on_all_ranks(groups, lambda: way_of(run, start), together)
     for remark in way.remarks():
         get_logger().info("%s", remark)
@@ -81,7 +81,7 @@ def find_start(run: RunConfig, start: Start, groups: Groups, together: Together,
     return Found(way, None)
 
 
-def _still_asked(run: RunConfig, asked: Start) -> Start:
+def still_asked(run: RunConfig, asked: Start) -> Start:
     """What still counts of what was asked for when a job began that Slurm has put back into the queue."""
     still = replace(asked, resume="auto", init_from="", fresh=False)
     if still == asked or not is_requeued(Path(run.run.dir)):
@@ -151,8 +151,7 @@ def put_aside(run_dir: Path, state: TrainState) -> list[Path]:
 
 
 def _later(run_dir: Path, state: TrainState) -> list[Path]:
-    later = [path for path in step_folders(run_dir) if step_of(path) > state.step]
-    return [path for path in later if run_id_of(path) in (None, state.run_id)]
+    return [path for path in not_foreign(run_dir, state.run_id) if step_of(path) > state.step]
 
 
 def same_on_all_ranks(groups: Groups, look: Callable[[], T], together: Together) -> T:

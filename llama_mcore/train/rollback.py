@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llama_mcore.checkpoint.layout import run_id_of, step_folders, step_of, unreadable
+from llama_mcore.checkpoint.layout import not_foreign, step_of, unreadable
 from llama_mcore.checkpoint.load import load_checkpoint
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.config import RunConfig
@@ -69,11 +69,10 @@ def _checkpoint_to_return_to(
 
 def _candidates(run_dir: Path, now: TrainState) -> list[Path]:
     try:
-        folders = step_folders(run_dir)
+        folders = not_foreign(run_dir, now.run_id)
     except OSError as error:
         raise unreadable(error) from None
-    earlier = [folder for folder in folders if step_of(folder) <= now.health.anchor]
-    return [folder for folder in earlier if run_id_of(folder) in (None, now.run_id)]
+    return [folder for folder in folders if step_of(folder) <= now.health.anchor]
 
 
 def _check_data(run: RunConfig, state: TrainState) -> None:

@@ -12,6 +12,7 @@ from llama_mcore.checkpoint.layout import (
     complete_checkpoints,
     find_checkpoint,
     held_in,
+    not_foreign,
     step_dir,
 )
 from llama_mcore.checkpoint.lineage import (
@@ -26,6 +27,8 @@ from llama_mcore.checkpoint.manifest import MANIFEST
 from llama_mcore.checkpoint.start import Outlook, Start, Way, outlook, way_of
 from llama_mcore.config import RunConfig, dump_run
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, UserError
+from llama_mcore.train.resume import put_aside
+from llama_mcore.train.state import TrainState
 from tests.checkpoint.damage import edit_manifest
 from tests.checkpoint.tiny import RUN_ID, write_checkpoint
 from tests.support import models
@@ -139,6 +142,17 @@ def test_what_cannot_be_read_is_nobody_elses(run: RunConfig, run_dir: Path) -> N
     (damaged / MANIFEST).write_text("{")
     assert way_of(run, Start()).folders == [mine, damaged]
     assert outlook(run).checkpoint == mine
+
+
+def test_what_is_put_aside_is_the_runs_own(run_dir: Path) -> None:
+    for step, run_id in ((4, RUN_ID), (6, OTHER), (8, RUN_ID), (10, OTHER)):
+        write_checkpoint(run_dir, step, run_id=run_id)
+    (step_dir(run_dir, 10) / MANIFEST).write_text("{")
+    aside = put_aside(run_dir, TrainState(step=4, run_id=RUN_ID))
+    names = ["step-00000004", "step-00000006", "given-up-step-00000008", "given-up-step-00000010"]
+    assert sorted(path.name for path in checkpoints_dir(run_dir).iterdir()) == sorted(names)
+    assert [path.name for path in aside] == names[2:]
+    assert not_foreign(run_dir, OTHER) == [step_dir(run_dir, 6)]
 
 
 def test_names_that_are_not_read_are_said(run: RunConfig, run_dir: Path) -> None:

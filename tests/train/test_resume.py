@@ -13,10 +13,13 @@ import pytest
 from llama_mcore.checkpoint.compare import changed_settings
 from llama_mcore.checkpoint.layout import step_dir
 from llama_mcore.checkpoint.manifest import read_manifest
+from llama_mcore.checkpoint.start import Start
+from llama_mcore.observe.lives import NotedLife, add_life
+from llama_mcore.train.resume import still_asked
 from tests.support.errors import ANY, is_shown
-from tests.support.models import Small
-from tests.support.product import Finished, checkpoints, metrics, numbers, train
-from tests.train.lives import Life, ask, first_steps, live
+from tests.support.models import Small, run_config
+from tests.support.product import Finished, checkpoints, llama_mcore, metrics, numbers, train
+from tests.train.lives import Life, ask, be_killed, first_steps, live
 
 pytestmark = pytest.mark.process
 
@@ -222,7 +225,7 @@ def test_weights_alone_are_taken(started: Callable[[str], Started]) -> None:
     """Moments and place in the data are not, which is said; settings of the other run are not compared."""
     found, drawn = started("from-weights"), started("auto-begins").losses()
     (said,) = [line for line in found.ended.lines if "with the weights of" in line]
-    assert "moments" in said
+    assert "Adam moments" in said
     assert "since the checkpoint" not in found.ended.output
     losses = found.losses()
     assert losses[1] < drawn[1] - 0.1
@@ -234,6 +237,52 @@ def test_weights_alone_are_taken(started: Callable[[str], Started]) -> None:
     assert manifest.attempt == 1
     assert manifest.began_from is not None
     assert manifest.began_from.path == str(step_dir(found.finished, 4))
+
+
+def test_moments_begin_at_zero(small: Small, started: Callable[[str], Started], tmp_path: Path) -> None:
+    """As from a checkpoint that has none."""
+    whole, bare = started("from-weights"), tmp_path / "bare"
+    made = llama_mcore(
+        "convert", "--input", whole.finished, "--output", bare, "--to", "native", "--no-verify"
+    )
+    assert made.exit_code == 0, made.output
+    settings = [*small.overrides(tmp_path / "run"), *SETTINGS, f"train.steps={STEPS}"]
+    done = train(settings, "--init-from", str(bare))
+    assert done.exit_code == 0, done.output
+    assert "Adam moments" not in done.output
+    assert numbers(tmp_path / "run") == numbers(whole.run_dir)
+
+
+def test_a_run_that_was_killed_before_its_first_save_begins_with_the_same_weights(
+    small: Small, started: Callable[[str], Started], tmp_path: Path
+) -> None:
+    """Also without the flag; never with drawn ones."""
+    whole = started("from-weights")
+    settings = [*small.overrides(tmp_path / "run"), *SETTINGS, f"train.steps={STEPS}"]
+    flag = ["--init-from", str(whole.finished)]
+    killed = live(Life([*settings, *flag], be_killed, step=2, ranks=[0], world_size=1))
+    assert killed.codes == [137], killed.output
+    assert checkpoints(tmp_path / "run") == []
+    run_file = (tmp_path / "run/run.json").read_text()
+    again = train(settings)
+    assert again.exit_code == 0, again.output
+    assert numbers(tmp_path / "run") == numbers(whole.run_dir)
+    assert (tmp_path / "run/run.json").read_text() == run_file
+
+
+@pytest.mark.parametrize(
+    "asked", [Start("runs/a"), Start(init_from="b"), Start(fresh=True, accept_data_change=True)]
+)
+def test_what_counted_when_a_job_began_does_not_when_slurm_puts_it_back(
+    asked: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_config(tmp_path)
+    add_life(tmp_path, NotedLife(began=1.0, job="7", host="n", ranks=1, saved=True, step=1))
+    for name, value in (("SLURM_JOB_ID", "7"), ("SLURM_RESTART_COUNT", "0")):
+        monkeypatch.setenv(name, value)
+    assert still_asked(run, asked) == asked
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert still_asked(run, asked) == Start(accept_data_change=asked.accept_data_change)
 
 
 def test_checkpoints_say_whose_run_it_is(started: Callable[[str], Started]) -> None:
