@@ -29,10 +29,11 @@ class Lineage(Section):
     """None: from weights that were drawn."""
 
 
-def new_lineage(run_id: str = "", began_from: Origin | None = None) -> Lineage:
+def new_lineage(run_id: str | None = None, began_from: Origin | None = None) -> Lineage:
     """Of a run that begins now; its id is drawn where none is given."""
     began = datetime.now(UTC).isoformat(timespec="seconds")
-    return Lineage(run_id=run_id or uuid4().hex, began=began, began_from=began_from)
+    run_id = uuid4().hex if run_id is None else run_id
+    return Lineage(run_id=run_id, began=began, began_from=began_from)
 
 
 def read_lineage(run_dir: Path) -> Lineage | None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from llama_mcore.checkpoint.layout import step_dir
+from llama_mcore.checkpoint.lineage import new_lineage, write_lineage
 from llama_mcore.checkpoint.manifest import Layout, Manifest, RankFile, manifest_bytes
 from llama_mcore.checkpoint.start import Start
 from llama_mcore.config import RunConfig, load_run
@@ -194,7 +195,8 @@ def prepared(folder: Path, name: str, run: RunConfig) -> Path:
 
 
 def checkpoint(run_dir: Path, run: RunConfig, step: int) -> Path:
-    """As far as its manifest and the sizes of its files show."""
+    """As far as its manifest and the sizes of its files show, of a run that has begun there."""
+    write_lineage(run_dir, new_lineage("r"))
     folder = step_dir(run_dir, step)
     folder.mkdir(parents=True)
     (folder / "rank-00000.safetensors").write_bytes(b"x" * 10)
