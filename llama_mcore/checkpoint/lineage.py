@@ -6,6 +6,7 @@ run's. Loads no torch.
 
 import hashlib
 import json
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
@@ -63,7 +64,7 @@ def origin_of(folder: Path) -> Origin:
     manifest = read_manifest(folder)
     content = read_small_file(folder / MANIFEST, LARGEST_MANIFEST)
     return Origin(
-        path=str(folder.resolve()),
+        path=os.fsencode(folder.resolve()).decode(errors="backslashreplace"),
         run_id=manifest.run_id,
         step=manifest.step,
         manifest_sha256=hashlib.sha256(content).hexdigest(),

@@ -189,12 +189,14 @@ def _named(run_dir: Path, held: Held, path: Path) -> list[Path]:
         remedy = "name a checkpoint of the run, or auto or never"
         raise MissingInputError(input_problem("--resume", path, remedy))
     folders = [path] if (path / MANIFEST).is_file() else held_in(path).own or [find_checkpoint(path)]
-    run_id = run_id_of(folders[-1])
-    if held.lineage and run_id in (None, held.lineage.run_id):
-        return folders
-    holds = f"holds run {shown(held.lineage.run_id)}" if held.lineage else "holds no run"
-    bound = f"is of run {shown(run_id)}, and run.dir = {run_dir} {holds}"
-    raise ConfigError(Problem("--resume", path, bound, _ways_out(folders[-1])))
+    own = held.lineage.run_id if held.lineage else None
+    for folder in reversed(folders):
+        run_id = run_id_of(folder)
+        if run_id not in (None, own):  # what cannot be read is found to be damaged
+            holds = f"holds run {shown(own)}" if own is not None else "holds no run"
+            bound = f"is of run {shown(run_id)}, and run.dir = {run_dir} {holds}"
+            raise ConfigError(Problem("--resume", path, bound, _ways_out(folder)))
+    return folders
 
 
 def _ways_out(folder: Path) -> str:

@@ -198,6 +198,18 @@ def test_another_runs_checkpoint_is_refused_with_both_ways_out(
         assert f"run.dir={source.parents[1]}" in str(caught.value)
 
 
+def test_behind_a_damaged_checkpoint_no_other_run_is_taken(
+    run: RunConfig, run_dir: Path, source: Path
+) -> None:
+    begun(run_dir)
+    newest = write_checkpoint(source.parents[1], 5, run_id=OTHER)
+    (newest / MANIFEST).write_text("{")
+    with refused(ConfigError, "--resume", source.parents[1]):
+        way_of(run, Start(str(source.parents[1])))
+    with refused(CheckpointError, "--resume", newest):
+        outlook(run, Start(str(newest)))
+
+
 def test_a_converted_state_is_told_its_place(run: RunConfig, source: Path, tmp_path: Path) -> None:
     converted = source.rename(tmp_path / "converted")
     with refused(ConfigError, "--resume", converted) as caught:
@@ -242,6 +254,11 @@ def test_a_run_begins_with_anothers_weights(run: RunConfig, source: Path) -> Non
         assert begins_with(way) == (source, str(source))
         assert way.lineage.run_id != OTHER
         assert str(outlook(run, start)) == f"begins with the weights of {source}"
+
+
+def test_a_folder_with_any_name_can_be_begun_from(run: RunConfig, source: Path, tmp_path: Path) -> None:
+    odd = source.rename(tmp_path / os.fsdecode(b"\xff"))
+    assert begins_with(way_of(run, Start(init_from=str(odd)))) == (odd, f"{tmp_path}/\\xff")
 
 
 def test_the_same_command_goes_on(run: RunConfig, run_dir: Path, source: Path, tmp_path: Path) -> None:
