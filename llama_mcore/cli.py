@@ -278,8 +278,15 @@ def train(
         int | None, typer.Option(help="With --dry-run: ranks to plan for; default: parallel.tp.")
     ] = None,
     resume: Annotated[
-        str, typer.Option(help="auto: from the newest checkpoint; never; or a checkpoint's folder.")
+        str,
+        typer.Option(
+            help="auto: from the newest checkpoint; never; or the folder of an older one of this run, to go "
+            "back to it."
+        ),
     ] = "auto",
+    init_from: Annotated[
+        str, typer.Option(help="Checkpoint, or run folder, whose weights a new run begins with.")
+    ] = "",
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Move what the run's folder holds aside and begin anew.")
     ] = False,
@@ -301,8 +308,10 @@ def train(
 
         place = take_place()
         from llama_mcore import start_run
+        from llama_mcore.checkpoint.start import Start
         from llama_mcore.config import check_run, load_run
 
+        start = Start(resume, init_from, fresh, accept_data_change)
         if world_size is not None:
             start_run.check_world_size(world_size, dry_run)
         run = load_run(config, context.args)
@@ -312,15 +321,14 @@ def train(
         check_run(run, ranks)
         if not dry_run:
             start_run.check_lives(run, retry or fresh)
-            leave(start_run.train_watched(run, resume, fresh, accept_data_change))
+            leave(start_run.train_watched(run, start))
         from llama_mcore.train.ds_config import deepspeed_config
 
         deepspeed_config(run, ranks)
-        auto = resume == "auto" and not fresh
         if place.is_alone or world_size:
-            start_run.print_plan(run, ranks, auto)
+            start_run.print_plan(run, ranks, start)
         else:
-            start_run.preflight_run(run, place, json=False, auto=auto, retry=retry or fresh)
+            start_run.preflight_run(run, place, start, json=False, retry=retry or fresh)
 
 
 @app.command(
@@ -331,6 +339,9 @@ def train(
 def preflight(
     context: typer.Context,
     config: Annotated[str, typer.Option(help="YAML file, or a shipped one: tiny, 7b, 13b, 33b, 65b.")],
+    init_from: Annotated[
+        str, typer.Option(help="Checkpoint, or run folder, whose weights a new run begins with.")
+    ] = "",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Set by deepspeed.")] = 0,
     debug: Debug = False,
@@ -343,13 +354,14 @@ def preflight(
 
         place = take_place()
         from llama_mcore import start_run
+        from llama_mcore.checkpoint.start import Start
         from llama_mcore.config import check_run, load_run
         from llama_mcore.train.ds_config import deepspeed_config
 
         run = load_run(config, context.args)
         check_run(run, place.world_size)
         deepspeed_config(run, place.world_size)
-        start_run.preflight_run(run, place, json=json)
+        start_run.preflight_run(run, place, Start(init_from=init_from), json=json)
 
 
 @app.command("convert")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import typer
 
+from llama_mcore.checkpoint.start import Start
 from llama_mcore.config import RunConfig
 from llama_mcore.errors import ConfigError, Problem, UserError, raise_all
 from llama_mcore.parallel.rank import Place
@@ -36,7 +37,7 @@ def check_lives(run: RunConfig, anyway: bool) -> None:
         check_progress(Path(run.run.dir), os.environ.get("SLURM_JOB_ID", ""))
 
 
-def train_watched(run: RunConfig, resume: str, fresh: bool, accept_data_change: bool) -> int:
+def train_watched(run: RunConfig, start: Start) -> int:
     """Fork: this process watches the one that trains, and ends with its exit code."""
     from llama_mcore.launch.supervisor import Supervisor
     from llama_mcore.train.signals import stop_signals
@@ -64,30 +65,27 @@ def train_watched(run: RunConfig, resume: str, fresh: bool, accept_data_change: 
         silence_libraries(cpu=not on_gpu())
         from llama_mcore.observe.phases import Phases
         from llama_mcore.train.loop import train
-        from llama_mcore.train.resume import Start
 
         # Modules stay to the end: DeepSpeed looks for garbage six times while it starts, a third of a second
         # each with them.
         gc.freeze()
-        return train(run, stop, Start(resume, fresh, accept_data_change), Phases([pulse], supervisor.began))
+        return train(run, stop, start, Phases([pulse], supervisor.began))
 
 
-def print_plan(run: RunConfig, ranks: int, auto: bool) -> None:
-    """Print the plan and whether it can start. `auto`: it goes on from what is in its folder."""
+def print_plan(run: RunConfig, ranks: int, start: Start) -> None:
+    """Print the plan and whether it can start."""
     from llama_mcore.checkpoint.run_folder import state_of
     from llama_mcore.launch.run_checks import unusable_files
     from llama_mcore.plan.summary import conclude, describe_run
 
     typer.echo(describe_run(run, ranks, state_of(Path(run.run.dir))))
-    failures = unusable_files(run, lambda: typer.echo(_data_plan(run)), auto=auto)
+    failures = unusable_files(run, lambda: typer.echo(_data_plan(run)), start, typer.echo)
     typer.echo(f"\n{conclude(run, ranks, sum(len(failure.problems) for failure in failures))}")
     raise_all(failures)
 
 
-def preflight_run(
-    run: RunConfig, place: Place, *, json: bool, auto: bool = True, retry: bool = False
-) -> None:
-    """Check it from every rank. `auto` and `retry` as of `start` in launch/run_checks.py."""
+def preflight_run(run: RunConfig, place: Place, asked: Start, *, json: bool, retry: bool = False) -> None:
+    """Check it from every rank. `retry` as of `start` in launch/run_checks.py."""
     from functools import partial
 
     from llama_mcore.observe.log import silence_libraries
@@ -111,7 +109,7 @@ def preflight_run(
 
     if place.rank == 0 and not json:
         typer.echo("\n".join([*within(LIMIT_S, {"run": plan, "data": data_plan}).values(), ""]))
-    preflight(run, json, partial(start, auto=auto, retry=retry))
+    preflight(run, json, partial(start, asked=asked, retry=retry))
 
 
 def _data_plan(run: RunConfig) -> str:

@@ -212,9 +212,30 @@ MUTANTS = [
     Mutant(
         name="retention: checkpoints of later steps do not count",
         symbol="save:_tidy",
-        old="if path.stem < final.stem]",
-        new="if path != final]",
+        old="path.stem < final.stem and",
+        new="path != final and",
         tests=["tests/checkpoint/test_crash.py"],
+    ),
+    Mutant(
+        name="retention: checkpoints of other runs stay",
+        symbol="save:_tidy",
+        old="if run_id_of(path) == run_id]",
+        new="]",
+        tests=["tests/checkpoint/test_crash.py"],
+    ),
+    Mutant(
+        name="a checkpoint of another run is not gone on from",
+        symbol="held_in",
+        old="manifest.run_id != lineage.run_id",
+        new="False",
+        tests=["tests/checkpoint/test_start.py"],
+    ),
+    Mutant(
+        name="a run begins again with the weights that it began with",
+        symbol="checkpoint.start:_unchanged",
+        old="origin_of(folder).manifest_sha256 == origin.manifest_sha256",
+        new="True",
+        tests=["tests/checkpoint/test_start.py"],
     ),
     Mutant(
         name="fencing: a holder thought dead may not publish",
@@ -330,9 +351,9 @@ MUTANTS = [
     ),
     Mutant(
         name="no run begins in a folder that is not its own",
-        symbol="_begin_anew",
+        symbol="_way_of",
         old="raise would_begin_anew(run_dir)",
-        new="return",
+        new="pass",
         tests=["tests/train/test_resume.py"],
     ),
     Mutant(

@@ -16,8 +16,9 @@ from llama_mcore.cli import app
 from llama_mcore.errors import Problem, report_errors
 from llama_mcore.parallel.rank import Place
 from llama_mcore.plan.cli import app as plan_app
+from tests.checkpoint.tiny import write_checkpoint
 from tests.support.errors import is_shown
-from tests.support.models import write_tokens
+from tests.support.models import KILOBYTES, overrides, write_tokens
 from tests.support.world import ROOT, TIMEOUT_S
 
 COMMANDS = [command.name or "" for command in app.registered_commands]
@@ -139,6 +140,29 @@ def test_the_conclusion_of_a_dry_run_is_its_last_word_and_true(tmp_path: Path) -
     assert f"{tmp_path / 'run'}  is not a run's folder" in "\n".join(lines)
     refused(64, MISSING, *settings, "data.train=nowhere")
     assert dry_run(*settings, "--fresh")[0] == 0
+
+
+def test_a_dry_run_says_where_the_run_would_begin(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "train", [np.arange(1000) % 2])
+    settings = [f"data.train={tmp_path / 'train'}", "data.valid=null", "eval.interval=0", "data.epochs=9999"]
+    settings += [
+        "data.tokenizer=null",
+        "data.eod_token=1",
+        f"run.dir={tmp_path / 'run'}",
+        *overrides(KILOBYTES),
+    ]
+    mine, other = write_checkpoint(tmp_path / "run"), write_checkpoint(tmp_path / "other", run_id="beef")
+    mine.with_name("step-best").mkdir()
+    _, lines, _ = dry_run(*settings)
+    (begins,) = [line for line in lines if line.startswith("start: ")]
+    assert begins == f"start: continues at step 4 from {mine}"
+    assert any("not read: step-best" in line for line in lines)
+    _, lines, _ = dry_run(*settings, "--init-from", str(other), f"run.dir={tmp_path / 'new'}")
+    assert f"start: begins with the weights of {other}" in lines
+    for name in ("--init-from", "--resume"):
+        code, _, errors = dry_run(*settings, name, str(other))
+        assert (code, is_shown(errors, name, other)) == (64, True), errors
+    assert run("train", "--config", "tiny", "--init-from", "x", "--resume", "y")[0] == 64
 
 
 @pytest.mark.parametrize("size", ["0", "-2"])

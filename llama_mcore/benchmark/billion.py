@@ -7,6 +7,7 @@ meanwhile.
 """
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -154,11 +155,14 @@ def show_run(run: Billion) -> None:
         (waited,) = run.stall()
         said |= {"measured": f"{waited:.2f} s for {run.gigabytes:.1f} GB", "bar": f"at most {STALL_S} s"}
         check(waited <= STALL_S, "the bar is not held")
+    again = run.folder / "again"
     with showing(SAME):
-        run.go_on("--resume", str(step_dir(run.folder / "run", run.saved)), f"run.dir={run.folder / 'again'}")
+        saved, copy = (step_dir(folder, run.saved) for folder in (run.folder / "run", again))
+        shutil.copytree(saved, copy, copy_function=os.link)  # gigabytes, which are not written twice
+        run.go_on(f"run.dir={again}")
         check(min(run.numbers("again")) == run.saved + 1, "it did not begin there")
         _check_same(run.numbers("again"), run.numbers("run"))
-    shutil.rmtree(run.folder / "again/checkpoints", ignore_errors=True)
+    shutil.rmtree(again / "checkpoints", ignore_errors=True)
     with showing(RESUMES):
         run.go_on()
         steps = list(run.numbers("run"))

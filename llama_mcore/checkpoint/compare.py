@@ -50,7 +50,9 @@ def compare(
     advance: Callable[[int], None] = lambda size: None,
 ) -> Comparison:
     """Read both, a few megabytes at a time; `advance` is told how many bytes of one."""
-    before, now = (reader.manifest.model_dump(mode="json", exclude={"files"}) for reader in (left, right))
+    before, now = (
+        reader.manifest.model_dump(mode="json", exclude={"files", "attempt"}) for reader in (left, right)
+    )
     shapes, others = parameter_shapes(left.model), parameter_shapes(right.model)
     shared = [name for name in shapes if shapes[name] == others.get(name)]
     found = [
@@ -71,13 +73,14 @@ def compare(
     )
 
 
-def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two nested mappings, as `section.key: old -> new`."""
+def changed_settings(before: dict[str, Any], now: dict[str, Any], *, of_both: bool = False) -> list[str]:
+    """What differs between two nested mappings, as `section.key: old -> new`; with `of_both` of those keys
+    alone that both have."""
     old, new = dict(_flat(before)), dict(_flat(now))
     return [
         f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}"
         for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key)
+        if old.get(key) != new.get(key) and not (of_both and (key not in old or key not in new))
     ]
 
 

@@ -1,5 +1,6 @@
-"""What a checkpoint looks like on disk.
+"""What a checkpoint looks like on disk, and which of a folder are the run's.
 
+    RUN_DIR/run.json              which run it is (lineage.py)
     RUN_DIR/checkpoints/step-00000100/
         manifest.json             the run, and the list of its files with their hashes
         rank-00000.safetensors    the fragments that rank 0 owned
@@ -9,24 +10,27 @@ A fragment is a stretch of one parameter of one tensor-parallel rank, as ZeRO cu
 or one of its Adam moments, stored flat under the key `kind/parameter/start`.
 
 A folder under its final name is complete: it is written under a temporary name and renamed when all of it is
-on the disk. What has any other name, such as a copy that somebody made, is neither read nor removed.
+on the disk. What has any other name, such as a copy that somebody made, is neither read nor removed,
+and neither is what another run has written.
 docs/checkpoint.md has the whole story.
 """
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import get_args
 
-from llama_mcore.checkpoint.manifest import MANIFEST, Kind, missing_files, read_manifest
-from llama_mcore.errors import CheckpointError, MissingInputError, Problem, input_problem
+from llama_mcore.checkpoint.lineage import Lineage, new_lineage, read_lineage
+from llama_mcore.checkpoint.manifest import MANIFEST, Kind, Manifest, missing_files, read_manifest
+from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, Problem, input_problem, shown
 
 TEMPORARY = ".tmp"
 REPLACED = ".replaced"
 """What a checkpoint is called while another of its step takes its name; it counts until that is done."""
 GIVEN_UP = "given-up-"
-"""Begins the name of a checkpoint whose steps a rollback gave up; nothing reads or removes it."""
+"""Begins the name of a checkpoint whose steps were given up; nothing reads or removes it."""
 LATEST = "latest"
 WEIGHT = "weight"
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -108,13 +112,82 @@ def problems_of(folder: Path) -> list[Problem]:
         return error.problems
 
 
+@dataclass(frozen=True)
+class Held:
+    """What carries the names of checkpoints in a run's folder, by whose it is."""
+
+    lineage: Lineage | None
+    """What run.json says; without one, the run that all these checkpoints are of. None: no run."""
+    adopted: bool
+    """It was taken from the checkpoints."""
+    own: list[Path] = field(default_factory=list)
+    """Oldest first. What cannot be read is among them: it is nobody else's."""
+    foreign: dict[Path, str] = field(default_factory=dict)
+    """Checkpoints of other runs, and the ids of these."""
+
+
+def held_in(run_dir: Path) -> Held:
+    """Whose the checkpoints in a run's folder are.
+
+    Raises CheckpointError for a run.json that cannot be read, ConfigError where there is none and the
+    checkpoints are of several runs, OSError as `step_folders` does.
+    """
+    manifests = {folder: _manifest_of(folder) for folder in step_folders(run_dir)}
+    written = {folder: manifest for folder, manifest in manifests.items() if manifest}
+    lineage = read_lineage(run_dir)
+    adopted = lineage is None and bool(written)
+    if adopted:
+        newest = list(written.values())[-1]
+        if any(manifest.run_id != newest.run_id for manifest in written.values()):
+            raise _of_several_runs(run_dir, written)
+        lineage = new_lineage(newest.run_id, newest.began_from)
+    foreign = {
+        folder: manifest.run_id
+        for folder, manifest in written.items()
+        if lineage and manifest.run_id != lineage.run_id
+    }
+    return Held(lineage, adopted, [folder for folder in manifests if folder not in foreign], foreign)
+
+
+def run_id_of(folder: Path) -> str | None:
+    """Of the run that wrote a checkpoint; None where its manifest cannot be read."""
+    manifest = _manifest_of(folder)
+    return manifest.run_id if manifest else None
+
+
+def not_foreign(run_dir: Path, run_id: str) -> list[Path]:
+    """The checkpoints of a run that is at work, oldest first, and what cannot be read. Raises as
+    `step_folders` does."""
+    return [folder for folder in step_folders(run_dir) if run_id_of(folder) in (None, run_id)]
+
+
+def _manifest_of(folder: Path) -> Manifest | None:
+    try:
+        return read_manifest(folder)
+    except CheckpointError:
+        return None
+
+
+def _of_several_runs(run_dir: Path, written: dict[Path, Manifest]) -> ConfigError:
+    remedy = f"leave those of one run in {checkpoints_dir(run_dir)} and move the others out"
+    return ConfigError(
+        [
+            Problem(
+                "checkpoint", folder, f"is of run {shown(manifest.run_id)}, others are of another", remedy
+            )
+            for folder, manifest in written.items()
+        ]
+    )
+
+
 def complete_checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoints of a run whose manifest is sound and whose files are all there, oldest first."""
-    return [folder for folder in step_folders(run_dir) if not problems_of(folder)]
+    """The run's checkpoints whose manifest is sound and whose files are all there, oldest first. Raises what
+    `held_in` does."""
+    return [folder for folder in held_in(run_dir).own if not problems_of(folder)]
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder as it is; the newest complete checkpoint of a run folder."""
+    """A checkpoint folder as it is; of a run's folder the newest complete one that is the run's."""
     remedy = "give a run folder or a step-* folder"
     try:
         if (path / MANIFEST).is_file():

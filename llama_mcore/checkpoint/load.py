@@ -37,17 +37,23 @@ def check_same_model(reader: CheckpointReader, run: RunConfig) -> None:
 
 
 def load_checkpoint(
-    engine: DeepSpeedEngine, reader: CheckpointReader, groups: Groups, phases: Phases | None = None
+    engine: DeepSpeedEngine,
+    reader: CheckpointReader,
+    groups: Groups,
+    phases: Phases | None = None,
+    *,
+    weights_alone: bool = False,
 ) -> None:
-    """Fill weights, masters and Adam moments of this rank.
+    """Fill weights, masters and Adam moments of this rank; of `weights_alone` the moments are zero and count
+    no steps.
 
     The job may be new or have trained before. All ranks call it together: at stages 1 and 2 the weights are
     gathered over the data-parallel group. `phases` are told of every piece that was read, and beat once.
     """
     phases = phases or Phases()
     fragments = owned_fragments(engine, groups.dp_rank)
-    create_optimizer_state(fragments, reader.state.updates)
-    _fill(fragments, reader, groups, phases)
+    create_optimizer_state(fragments, 0 if weights_alone else reader.state.updates)
+    _fill(fragments, reader, (WEIGHT,) if weights_alone else reader.kinds, groups, phases)
     phases.beat()
 
     def full(name: str) -> Tensor:
@@ -57,12 +63,18 @@ def load_checkpoint(
     set_model_weights(engine, groups.dp_rank, full)
 
 
-def _fill(fragments: Sequence[Fragment], reader: CheckpointReader, groups: Groups, phases: Phases) -> None:
+def _fill(
+    fragments: Sequence[Fragment],
+    reader: CheckpointReader,
+    kinds: Sequence[str],
+    groups: Groups,
+    phases: Phases,
+) -> None:
     """Read a piece into one slot of host memory while the one before is copied out of the other."""
     pieces = [
         (fragment, kind, *stretch)
         for fragment in fragments
-        for kind in reader.kinds  # moments that are not there begin at zero
+        for kind in kinds  # moments that are not there begin at zero
         for stretch in _stretches(fragment.numel)
     ]
     if not pieces:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from llama_mcore.data.ledger import Segment
 from llama_mcore.errors import CheckpointError, Problem, shown
 from llama_mcore.small_file import read_json
-from llama_mcore.train.state import HealthState
+from llama_mcore.train.state import HealthState, Origin
 
 FORMAT = "llama_mcore/1"
 MANIFEST = "manifest.json"
@@ -54,6 +54,10 @@ class Manifest(_Record):
     format: str = FORMAT
     run_id: str
     """Drawn when the run began; the same in all its checkpoints and in every rank file."""
+    attempt: Count = 0
+    """The start of the run that wrote it, by the number of its lease; 0 for what `convert` made."""
+    began_from: Origin | None = None
+    """The checkpoint whose weights the run began with; None where they were drawn."""
     step: Count
     """Optimizer steps done."""
     consumed_samples: Count

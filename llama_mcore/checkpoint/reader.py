@@ -47,7 +47,14 @@ class CheckpointReader:
             working()
         self.model = self._checked_model(opened)
         health = found.health or HealthState(anchor=found.step)
-        self.state = TrainState(found.step, found.consumed_samples, found.segments, found.run_id, health)
+        self.state = TrainState(
+            step=found.step,
+            consumed_samples=found.consumed_samples,
+            segments=found.segments,
+            run_id=found.run_id,
+            began_from=found.began_from,
+            health=health,
+        )
         self._tp_size = found.layout.tp
         self._shapes = parameter_shapes(self.model)
         self._pieces: dict[tuple[str, str, int], list[tuple[int, int, StoredTensor]]] = defaultdict(list)

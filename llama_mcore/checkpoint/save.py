@@ -35,9 +35,12 @@ from llama_mcore.checkpoint.layout import (
     LATEST,
     REPLACED,
     TEMPORARY,
-    complete_checkpoints,
+    given_up_dir,
+    problems_of,
     rank_file,
+    run_id_of,
     step_dir,
+    step_folders,
     unfinished,
 )
 from llama_mcore.checkpoint.lease import Lease
@@ -46,6 +49,7 @@ from llama_mcore.checkpoint.phase import agree, in_background
 from llama_mcore.checkpoint.snapshot import SLOTS, Copying, check_finite, host_copy, not_finite, saved_tensors
 from llama_mcore.checkpoint.tensor_file import write_tensors
 from llama_mcore.config import RunConfig
+from llama_mcore.errors import shown
 from llama_mcore.observe.log import get_logger
 from llama_mcore.parallel.groups import Groups
 from llama_mcore.train.state import TrainState
@@ -178,7 +182,7 @@ class Saver:
         def publish() -> None:
             _publish(writing.final, manifest, self._lease)
             anchor = step_dir(Path(self._run.run.dir), writing.state.health.anchor)
-            _tidy(writing.final, self._run.checkpoint.keep, anchor)
+            _tidy(writing.final, self._run.checkpoint.keep, anchor, manifest.run_id)
 
         writing.work = in_background(publish)
 
@@ -186,6 +190,8 @@ class Saver:
         state, groups = writing.state, self._groups
         return Manifest(
             run_id=state.run_id,
+            attempt=self._lease.number if self._lease else 0,
+            began_from=state.began_from,
             step=state.step,
             consumed_samples=state.consumed_samples,
             lr=writing.lr,
@@ -270,26 +276,46 @@ def _publish(final: Path, manifest: Manifest, lease: Lease | None) -> None:
         lease.check()
     write_file(temporary / MANIFEST, [manifest_bytes(manifest)])
     sync_folder(temporary)
-    if final.exists():  # the same step, saved again after a resume; it may be the only checkpoint
-        replaced = final.with_suffix(REPLACED)
-        if replaced.exists():
-            _remove(replaced)
-        rename(final, replaced)
+    _make_way(final, manifest.run_id)
     rename(temporary, final)
     sync_names(final)
 
 
-def _tidy(final: Path, keep: int, anchor: Path) -> None:
-    """Update the hint and remove old checkpoints: the new one is on the disk, whatever becomes of these.
+def _make_way(final: Path, run_id: str) -> None:
+    """Free the name of a checkpoint, which has one where a step is saved again after a resume.
+
+    That may be the only checkpoint: it goes when the new one is there. What the run has not written is not
+    removed: what cannot be read is put aside, and for a checkpoint of another run OSError is raised.
+    """
+    if not final.exists():
+        return
+    replaced = final.with_suffix(REPLACED)
+    for path in (replaced, final):
+        found = run_id_of(path)
+        if found not in (None, run_id):
+            raise OSError(0, f"{path} is a checkpoint of another run ({shown(found)}): move it elsewhere")
+        if found is None and path.exists():
+            aside = given_up_dir(path)
+            get_logger().warning("%s cannot be read and is put aside as %s", path, aside.name)
+            rename(path, aside)
+    if replaced.exists():
+        _remove(replaced)
+    if final.exists():
+        rename(final, replaced)
+
+
+def _tidy(final: Path, keep: int, anchor: Path, run_id: str) -> None:
+    """Update the hint and remove old checkpoints of the run: the new one is on the disk, whatever becomes of
+    these.
 
     Those of later steps neither count nor go: they are damaged, or of a future that was given up. `anchor`
     stays: a rollback returns to it.
     """
     try:
         replace_hint(final.parent / LATEST, f"{final.name}\n")
-        complete = complete_checkpoints(final.parents[1])
-        replaced = [path for path in [final.with_suffix(REPLACED)] if path.exists()]
-        older = [path for path in complete if path.stem < final.stem]
+        own = [path for path in step_folders(final.parents[1]) if run_id_of(path) == run_id]
+        replaced = [path for path in own if path == final.with_suffix(REPLACED)]
+        older = [path for path in own if path.stem < final.stem and not problems_of(path)]
         surplus = [path for path in [*older, final][:-keep] if path != anchor]
         for path in replaced + surplus:
             _remove(path)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llama_mcore.checkpoint.lease import check_free
-from llama_mcore.checkpoint.run_folder import Outlook, outlook
+from llama_mcore.checkpoint.start import Outlook, Start, outlook
 from llama_mcore.config import RunConfig
 from llama_mcore.data.ledger import Segment, check_caps
 from llama_mcore.data.sources import OpenSource, missing_inputs, open_sources, plan_run
@@ -26,13 +26,16 @@ def planned_data(run: RunConfig) -> tuple[list[OpenSource], Segment]:
 
 
 def unusable_files(
-    run: RunConfig, look_at_data: Callable[[], object] | None, *, auto: bool = True
+    run: RunConfig,
+    look_at_data: Callable[[], object] | None,
+    asked: Start = Start(),  # noqa: B008  frozen
+    say: Callable[[str], object] = lambda remark: None,
 ) -> list[UserError]:
-    """What is wrong with the files that the run reads, and, for one that goes on from its folder (`auto`),
-    with those in there. Who holds it now is not asked.
+    """What is wrong with the files that the run reads, and with those in its folder. Who holds it now is not
+    asked.
 
     `look_at_data`, called where all files are there, raises what `planned_data` does; None for settings with
-    which nobody can look.
+    which nobody can look. `say` is told what a start would do in the folder, and what it would remark there.
     """
     failures: list[UserError] = []
     with gathering(failures):
@@ -41,8 +44,9 @@ def unusable_files(
         if look_at_data:
             look_at_data()
     with gathering(failures):
-        if auto:
-            outlook(run)
+        found = outlook(run, asked)
+        for remark in (f"start: {found}", *found.way.remarks()):
+            say(remark)
     return failures
 
 
@@ -58,21 +62,22 @@ def data(run: RunConfig) -> tuple[list[Finding], list[OpenSource]]:
     ], sources
 
 
-def start(run: RunConfig, *, auto: bool = True, retry: bool = False) -> list[Finding]:
+def start(
+    run: RunConfig,
+    asked: Start = Start(),  # noqa: B008  frozen
+    *,
+    retry: bool = False,
+) -> list[Finding]:
     """What a start would do in the run's folder, or why it would be refused there.
 
-    `auto`: it goes on from that folder, with neither --resume nor --fresh; `retry`: it starts although the
-    last lives saved nothing.
+    `retry`: it starts although the last lives saved nothing.
     """
     run_dir, job = Path(run.run.dir), os.environ.get("SLURM_JOB_ID", "")
     found = _refusals(lambda: check_free(run_dir))
     if not retry:
         found += _refusals(lambda: check_progress(run_dir, job))
-    if not auto:
-        found.append(Finding("run folder", "start", "ok", "as --resume or --fresh says", required=True))
-        return found
     try:
-        return [*found, _ahead(outlook(run))]
+        return [*found, _ahead(outlook(run, asked))]
     except UserError as error:
         return [*found, *(_problem("run folder", problem) for problem in error.problems)]
 
@@ -86,10 +91,17 @@ def _refusals(check: Callable[[], None]) -> list[Finding]:
 
 
 def _ahead(found: Outlook) -> Finding:
-    if not found.passed_over:
-        return Finding("run folder", "start", "ok", str(found), required=True)
-    meaning = f"what is newer is damaged and passed over: {found.passed_over[0]}"
-    return Finding("run folder", "start", "note", str(found), meaning, required=True)
+    remarks = found.way.remarks()
+    if found.passed_over:
+        remarks.insert(0, f"what is newer is damaged and passed over: {found.passed_over[0]}")
+    return Finding(
+        "run folder",
+        "start",
+        "note" if remarks else "ok",
+        str(found),
+        "; ".join(remarks),
+        required=True,
+    )
 
 
 def _problem(group: str, problem: Problem) -> Finding:

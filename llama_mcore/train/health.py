@@ -79,6 +79,7 @@ def rolled_back(now: TrainState, checkpoint: TrainState, reason: str) -> TrainSt
         consumed_samples=now.consumed_samples,
         segments=now.segments,
         run_id=now.run_id,
+        began_from=now.began_from,
         health=checkpoint.health.model_copy(update=remembered),
     )
 

@@ -5,7 +5,6 @@ import os
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -14,6 +13,7 @@ from llama_mcore.checkpoint.disk import replace_hint
 from llama_mcore.checkpoint.layout import checkpoints_dir
 from llama_mcore.checkpoint.lease import Lease, held_lease
 from llama_mcore.checkpoint.load import load_checkpoint
+from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.checkpoint.run_folder import CONFIG_FILE
 from llama_mcore.checkpoint.save import Saver
 from llama_mcore.config import RunConfig, dump_run
@@ -35,7 +35,7 @@ from llama_mcore.parallel.rank import place_in
 from llama_mcore.train.agreement import any_rank, together
 from llama_mcore.train.alike import check_alike
 from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of
-from llama_mcore.train.resume import Found, Start, find_start
+from llama_mcore.train.resume import Found, Start, find_start, settle
 from llama_mcore.train.signals import StoppedEarly, StopRequest
 from llama_mcore.train.state import TrainState
 from llama_mcore.train.stragglers import Stragglers
@@ -117,13 +117,13 @@ def open_job(
     _stop_if_asked(stop, groups)
     found = find_start(run, start, groups, lambda action: together(groups, action), phases)
     _stop_if_asked(stop, groups)
-    saved = found.reader.state if found.reader else TrainState(run_id=_drawn_by_rank_0())
+    saved = found.state
     segments = together(groups, lambda: _plan_data(run, sources, saved, start.accept_data_change))
-    together(groups, lambda: _prepare_run_dir(run, computed_by) if groups.rank == 0 else None)
+    together(groups, lambda: _prepare_run_dir(run, computed_by, found) if groups.rank == 0 else None)
     phases.settled()
     phases.beat()
     engine = _loaded_engine(run, groups, phases, found, stop)
-    if found.reader and not computed_by.is_reproducible:
+    if found.resumes and not computed_by.is_reproducible:
         get_logger().info(AGREES_TO_ROUNDING)
     state = _going_on(saved, segments)
     saver = stack.enter_context(closing(together(groups, lambda: Saver(engine, run, groups, lease))))
@@ -172,9 +172,20 @@ def _loaded_engine(
     phases.beat()
     _stop_if_asked(stop, groups)
     if reader:
-        together(groups, lambda: load_checkpoint(engine, reader, groups, phases))
-        get_logger().info("resuming at step %d from %s", reader.state.step, reader.path)
+        together(
+            groups,
+            lambda: load_checkpoint(engine, reader, groups, phases, weights_alone=not found.resumes),
+        )
+        get_logger().info(_said_of(reader, found.resumes))
     return engine
+
+
+def _said_of(reader: CheckpointReader, resumes: bool) -> str:
+    if resumes:
+        return f"resuming at step {reader.state.step} from {reader.path}"
+    began = f"beginning at step 0 with the weights of {reader.path}"
+    left = "; its Adam moments and its place in the data are left" if len(reader.kinds) > 1 else ""
+    return f"{began}{left}"
 
 
 def _going_on(saved: TrainState, segments: tuple[Segment, ...]) -> TrainState:
@@ -223,10 +234,11 @@ def _batches(run: RunConfig, groups: Groups, sources: list[OpenSource], state: T
     )
 
 
-def _prepare_run_dir(run: RunConfig, computed_by: Computation) -> None:
-    """Create the run's folder and write down what runs there, and on what."""
+def _prepare_run_dir(run: RunConfig, computed_by: Computation, found: Found) -> None:
+    """Make the run's folder ready and write down what runs there, and on what."""
     run_dir = Path(run.run.dir)
     try:
+        settle(run, found)
         checkpoints_dir(run_dir).mkdir(parents=True, exist_ok=True)
         replace_hint(run_dir / CONFIG_FILE, f"# {computed_by}\n{dump_run(run)}")
     except OSError as error:
@@ -250,13 +262,6 @@ def _plan_data(
     remaining = max(0, run.train.steps - state.step) * run.train.global_batch_size
     check_caps(segments[-1], state.consumed_samples + remaining)
     return segments
-
-
-def _drawn_by_rank_0() -> str:
-    """The id of a new run, the same on all ranks."""
-    box = [uuid4().hex]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _announce(run: RunConfig, groups: Groups, computed_by: Computation, saver: Saver) -> None:

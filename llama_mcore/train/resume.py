@@ -9,17 +9,20 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from llama_mcore.checkpoint.compare import changed_settings
-from llama_mcore.checkpoint.layout import find_checkpoint, step_folders, unreadable
+from llama_mcore.checkpoint.layout import given_up_dir, not_foreign, step_of
 from llama_mcore.checkpoint.lease import FOLDER as LEASE
+from llama_mcore.checkpoint.lineage import read_lineage, write_lineage
 from llama_mcore.checkpoint.load import check_same_model
 from llama_mcore.checkpoint.reader import CheckpointReader
-from llama_mcore.checkpoint.run_folder import is_same_run, would_begin_anew
+from llama_mcore.checkpoint.start import Start, Way, none_sound, way_of
 from llama_mcore.config import RunConfig
-from llama_mcore.errors import CheckpointError, MissingInputError, Problem, input_problem
-from llama_mcore.observe.lives import LIVES_FILE, is_requeued
+from llama_mcore.errors import CheckpointError, OutputError, Problem
+from llama_mcore.observe.lives import is_requeued
 from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.phases import Phases
+from llama_mcore.observe.sinks import GIVEN_UP_METRICS, METRICS_FILE, keep_steps_after
 from llama_mcore.parallel.groups import Groups
+from llama_mcore.train.state import TrainState
 
 T = TypeVar("T")
 Together = Callable[[Callable[[], T]], T]
@@ -27,76 +30,64 @@ Together = Callable[[Callable[[], T]], T]
 
 
 @dataclass(frozen=True)
-class Start:
-    """What the user asked for: in a job of Slurm, of its first start."""
-
-    resume: str = "auto"
-    """auto: from the newest sound checkpoint of the run's folder, if it has any; never; or the folder of a
-    checkpoint or of a run."""
-    fresh: bool = False
-    """Move what the run's folder holds aside and begin anew."""
-    accept_data_change: bool = False
-    """Resume with other data than before, and record that."""
-
-
-@dataclass(frozen=True)
 class Found:
+    way: Way
     reader: CheckpointReader | None
     passed_over: list[str] = field(default_factory=list)
     """Newer checkpoints that are damaged, and how."""
 
+    @property
+    def resumes(self) -> bool:
+        """The run goes on; else it begins, with the reader's weights where there is one."""
+        return bool(self.way.folders)
+
+    @property
+    def state(self) -> TrainState:
+        """To go on from."""
+        if self.resumes and self.reader:
+            return self.reader.state
+        return TrainState(run_id=self.way.lineage.run_id, began_from=self.way.lineage.began_from)
+
 
 def find_start(run: RunConfig, start: Start, groups: Groups, together: Together, phases: Phases) -> Found:
-    """The checkpoint to begin from, read and verified; all ranks call it together and get the same.
+    """The checkpoint to begin from, read and verified; all ranks call it together and get the same. Nothing
+    is changed before `settle`.
 
-    Every byte is checked once: each rank hashes its share of the files. Raises MissingInputError where a
-    named checkpoint is not there, CheckpointError where none of those that are is sound, ConfigError for a
-    checkpoint of another model and for a folder that would be overwritten.
+    Every byte is checked once: each rank hashes its share of the files. Raises what `way_of` does,
+    CheckpointError where none of the checkpoints is sound, and ConfigError for one of another model.
     """
-    start = same_on_all_ranks(groups, lambda: _still_asked(run, start), together)
-    folders = same_on_all_ranks(groups, lambda: _candidates(run, start), together)
+    start = same_on_all_ranks(groups, lambda: still_asked(run, start), together)
+    way = same_on_all_ranks(groups, lambda: way_of(run, start), together)
+    for remark in way.remarks():
+        get_logger().info("%s", remark)
+    damaged: list[Problem] = []
     passed_over: list[str] = []
-    for folder in reversed(folders):
+    for folder in way.newest_first():
         try:
             reader = together(lambda folder=folder: verified(folder, groups, phases))  # type: ignore[misc]
         except CheckpointError as error:
+            damaged += error.problems
             passed_over.append(error.message())
             get_logger().warning("%s IS DAMAGED and passed over: %s", folder, error.message())
             continue
         together(lambda reader=reader: check_same_model(reader, run))  # type: ignore[misc]
-        for change in changed_settings(reader.manifest.config, run.model_dump(mode="json")):
-            get_logger().info("since the checkpoint: %s", change)
-        return Found(reader, passed_over)
-    if passed_over:
-        problems = [Problem("checkpoint", run.run.dir, reason) for reason in passed_over]
-        remedy = "restore one, or begin anew with --fresh"
-        raise CheckpointError([*problems, Problem("--resume", start.resume, "found no sound one", remedy)])
-    together(lambda: _begin_anew(run, start) if groups.rank == 0 else None)
-    return Found(None)
+        found = Found(way, reader, passed_over)
+        if found.resumes:
+            for change in changed_settings(reader.manifest.config, run.model_dump(mode="json"), of_both=True):
+                get_logger().info("since the checkpoint: %s", change)
+        return found
+    if damaged:
+        raise none_sound(run, start, damaged)
+    return Found(way, None)
 
 
-def _still_asked(run: RunConfig, asked: Start) -> Start:
+def still_asked(run: RunConfig, asked: Start) -> Start:
     """What still counts of what was asked for when a job began that Slurm has put back into the queue."""
-    if not is_requeued(Path(run.run.dir)) or (asked.resume == "auto" and not asked.fresh):
+    still = replace(asked, resume="auto", init_from="", fresh=False)
+    if still == asked or not is_requeued(Path(run.run.dir)):
         return asked
-    get_logger().info("put back into the queue: --fresh and --resume counted when the job began")
-    return replace(asked, resume="auto", fresh=False)
-
-
-def _candidates(run: RunConfig, start: Start) -> list[Path]:
-    """Folders of checkpoints to begin from, oldest first."""
-    if start.fresh or start.resume == "never":
-        return []
-    named = Path(run.run.dir if start.resume == "auto" else start.resume)
-    try:
-        if start.resume == "auto":
-            return step_folders(named)
-        if named.is_dir():
-            return step_folders(named) or [find_checkpoint(named)]
-    except OSError as error:
-        raise unreadable(error) from None
-    remedy = "name a run's folder or a checkpoint, or auto or never"
-    raise MissingInputError(input_problem("--resume", named, remedy))
+    get_logger().info("put back into the queue: --fresh, --init-from and --resume counted when the job began")
+    return still
 
 
 def verified(folder: Path, groups: Groups, phases: Phases) -> CheckpointReader:
@@ -109,23 +100,58 @@ def verified(folder: Path, groups: Groups, phases: Phases) -> CheckpointReader:
     return reader
 
 
-def _begin_anew(run: RunConfig, start: Start) -> None:
-    """Refuse to overwrite another run; a run that died before its first checkpoint may begin again."""
-    run_dir = Path(run.run.dir)
-    there = [path for path in run_dir.iterdir() if path.name != LEASE] if run_dir.is_dir() else []
+def settle(run: RunConfig, found: Found) -> None:
+    """Make the run's folder that of what was found, before its first step. Rank 0 alone, which holds the run.
+
+    Nothing is removed: what does not count any more is moved aside. Raises OSError and OutputError.
+    """
+    run_dir, way = Path(run.run.dir), found.way
+    if way.fresh:
+        _move_aside(run_dir)
+    if way.goes_back:
+        _give_up_after(run_dir, found.state)
+    if read_lineage(run_dir) != way.lineage:
+        write_lineage(run_dir, way.lineage)
+
+
+def _move_aside(run_dir: Path) -> None:
+    there = [path for path in run_dir.iterdir() if path.name != LEASE]
     if not there:
         return
-    if start.fresh:
-        aside = run_dir.with_name(f"{run_dir.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
-        aside.mkdir()
-        for path in there:
-            path.rename(aside / path.name)
+    aside = run_dir.with_name(f"{run_dir.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+    aside.mkdir()
+    for path in there:
+        path.rename(aside / path.name)
+
+
+def _give_up_after(run_dir: Path, state: TrainState) -> None:
+    """Keep what the run did after a checkpoint that it goes back to, where it is not taken up again."""
+    if not _later(run_dir, state):
         return
-    if [path.name for path in there] == [LIVES_FILE]:
-        return
-    if start.resume == "auto" and not step_folders(run_dir) and is_same_run(run_dir, run):
-        return
-    raise would_begin_anew(run_dir)
+    metrics, kept = run_dir / METRICS_FILE, run_dir / GIVEN_UP_METRICS
+    if metrics.exists():
+        keep_steps_after(metrics, state.step, kept)
+    names = ", ".join(path.name for path in put_aside(run_dir, state))
+    get_logger().warning(
+        "GONE BACK to step %d; what came after it is kept: checkpoints/%s, lines of steps in %s. "
+        "To go on after a stop leave --resume off",
+        state.step,
+        names,
+        kept.name,
+    )
+
+
+def put_aside(run_dir: Path, state: TrainState) -> list[Path]:
+    """Rename the run's checkpoints after `state`, so that none of them is taken up again; their new names."""
+    try:
+        return [path.rename(given_up_dir(path)) for path in _later(run_dir, state)]
+    except OSError as error:
+        bound = f"cannot be put aside ({error.strerror})"
+        raise OutputError(Problem("checkpoint", error.filename, bound)) from error
+
+
+def _later(run_dir: Path, state: TrainState) -> list[Path]:
+    return [path for path in not_foreign(run_dir, state.run_id) if step_of(path) > state.step]
 
 
 def same_on_all_ranks(groups: Groups, look: Callable[[], T], together: Together) -> T:

@@ -2,18 +2,18 @@
 
 from pathlib import Path
 
-from llama_mcore.checkpoint.layout import given_up_dir, step_folders, step_of, unreadable
+from llama_mcore.checkpoint.layout import not_foreign, step_of, unreadable
 from llama_mcore.checkpoint.load import load_checkpoint
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.config import RunConfig
 from llama_mcore.data.ledger import check_caps
-from llama_mcore.errors import CheckpointError, DataError, NumericalError, OutputError, Problem
+from llama_mcore.errors import CheckpointError, DataError, NumericalError, Problem
 from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.phases import Phases
 from llama_mcore.parallel.groups import Groups
 from llama_mcore.train.engine import DeepSpeedEngine
 from llama_mcore.train.health import rolled_back
-from llama_mcore.train.resume import Together, same_on_all_ranks, verified
+from llama_mcore.train.resume import Together, put_aside, same_on_all_ranks, verified
 from llama_mcore.train.state import TrainState
 
 
@@ -37,7 +37,7 @@ def roll_back(
     state = rolled_back(now, reader.state, reason)
     together(lambda: _check_data(run, state))
     together(lambda: load_checkpoint(engine, reader, groups, phases))
-    together(lambda: _put_aside(Path(run.run.dir), state.step) if groups.rank == 0 else None)
+    together(lambda: put_aside(Path(run.run.dir), state) if groups.rank == 0 else None)
     get_logger().warning(
         "ROLLED BACK from step %d to %s and jumped over samples %d to %d: %s",
         now.step,
@@ -60,7 +60,7 @@ def _checkpoint_to_return_to(
         except CheckpointError as error:
             get_logger().warning("%s IS DAMAGED and passed over: %s", folder, error.message())
             continue
-        if reader.state.health.is_quiet and reader.manifest.run_id == now.run_id:
+        if reader.state.health.is_quiet:
             return reader
     remedy = "lower optim.lr or look at the data, and begin anew"
     bound = f"and there is no sound checkpoint up to step {now.health.anchor:,} to roll back to"
@@ -69,7 +69,7 @@ def _checkpoint_to_return_to(
 
 def _candidates(run_dir: Path, now: TrainState) -> list[Path]:
     try:
-        folders = step_folders(run_dir)
+        folders = not_foreign(run_dir, now.run_id)
     except OSError as error:
         raise unreadable(error) from None
     return [folder for folder in folders if step_of(folder) <= now.health.anchor]
@@ -85,14 +85,3 @@ def _check_data(run: RunConfig, state: TrainState) -> None:
         bound = f"calls for a rollback to step {last.to_step:,}, after which the data would not suffice"
         problem = Problem(f"step {last.at_step:,}", last.reason, bound)
         raise NumericalError([problem, *error.problems]) from None
-
-
-def _put_aside(run_dir: Path, step: int) -> None:
-    """Rename the checkpoints after `step`: a run that resumes must not take up what was given up."""
-    try:
-        for folder in step_folders(run_dir):
-            if step_of(folder) > step:
-                folder.rename(given_up_dir(folder))
-    except OSError as error:
-        bound = f"cannot be put aside ({error.strerror})"
-        raise OutputError(Problem("checkpoint", error.filename, bound)) from error

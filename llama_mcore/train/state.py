@@ -11,6 +11,17 @@ from llama_mcore.section import Section
 Count = Annotated[int, Field(ge=0)]
 
 
+class Origin(Section):
+    """A checkpoint whose weights a run began with."""
+
+    path: str
+    run_id: str
+    """Of the run that wrote it."""
+    step: Count
+    manifest_sha256: str
+    """Of the file manifest.json, which names the hashes of all others."""
+
+
 class Rollback(Section):
     """A return to a checkpoint, and the samples that were read since then and given up."""
 
@@ -61,6 +72,8 @@ class TrainState:
     """What the run has read and goes on reading; the last one is at work."""
     run_id: str = ""
     """Drawn when the run began."""
+    began_from: Origin | None = None
+    """None: from weights that were drawn."""
     health: HealthState = field(default_factory=HealthState)
     """What was noticed of the steps so far."""
 

@@ -17,8 +17,10 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from llama_mcore.checkpoint.layout import checkpoints_dir, rank_file, step_dir
+from llama_mcore.checkpoint.manifest import MANIFEST
 from llama_mcore.errors import OutputError
 from tests.checkpoint.crash_run import LAST, RANKS, SAVES, Rank, Save, Watch, joined, names_in, watched
+from tests.checkpoint.damage import edit_manifest
 from tests.support.world import exit_codes_of, run_ranks
 
 T = TypeVar("T")
@@ -58,6 +60,9 @@ class Tried:
     """Of each kind of fault; or why it cannot be made here."""
     retention: tuple[int, list[str]]
     """Version found, and names, where newer checkpoints are damaged."""
+    among_others: tuple[list[list[str]], str]
+    """Names after each of three saves, and what the second said, where there are checkpoints that the run has
+    not written."""
 
 
 def try_all(folder: Path, counts: Mapping[str, int]) -> Tried:
@@ -66,7 +71,9 @@ def try_all(folder: Path, counts: Mapping[str, int]) -> Tried:
         job.__name__: job(made(folder / job.__name__), operations, counts.get(job.__name__))
         for job in (kills, errors, strace, full_disk)
     }
-    return Tried(cases, run_ranks(RANKS, retention, folder)[0])
+    return Tried(
+        cases, run_ranks(RANKS, retention, folder)[0], run_ranks(RANKS, save_among_others, folder)[0]
+    )
 
 
 def made(folder: Path) -> Path:
@@ -282,6 +289,28 @@ def retention(folder: Path) -> tuple[int, list[str]]:
         dist.barrier()
         rank.save(3, 3)
         return rank.newest(), names_in(rank.run_dir)
+
+
+def save_among_others(folder: Path) -> tuple[list[list[str]], str]:
+    """Steps 1 and 5 are another run's, and what step 6 was cannot be read. Step 5's name is wanted too."""
+    with joined() as groups:
+        before, rank = (Rank(folder / "others", groups, keep=keep) for keep in (9, 1))
+        for step in (1, 2, 5, 6):
+            before.save(step, step)
+        if groups.rank == 0:
+            for step in (1, 5):
+                edit_manifest(step_dir(rank.run_dir, step), lambda manifest: manifest.update(run_id="other"))
+            (step_dir(rank.run_dir, 6) / MANIFEST).write_text("{")
+        dist.barrier()
+        names, said = [], ""
+        for step in (3, 5, 6):
+            try:
+                rank.save(step, step)
+            except OutputError as error:
+                said = str(error)
+            names.append(names_in(rank.run_dir))
+            dist.barrier()
+        return names, said
 
 
 def full_disk(folder: Path, operations: list[list[str]], count: int | None) -> list[Case] | str:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from llama_mcore.checkpoint import disk
-from llama_mcore.checkpoint.run_folder import CONFIG_FILE, foreign, is_same_run, outlook, state_of
+from llama_mcore.checkpoint.run_folder import CONFIG_FILE, foreign, is_same_run, state_of
+from llama_mcore.checkpoint.start import outlook
 from llama_mcore.config import RunConfig, dump_run, load_run
 from llama_mcore.errors import OutputError
 from tests.support.errors import is_shown, refused

@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 
 from llama_mcore.checkpoint.layout import step_dir
+from llama_mcore.checkpoint.lineage import new_lineage, write_lineage
 from llama_mcore.checkpoint.manifest import Layout, Manifest, RankFile, manifest_bytes
+from llama_mcore.checkpoint.start import Start
 from llama_mcore.config import RunConfig, load_run
 from llama_mcore.errors import Problem, UserError
 from llama_mcore.launch import all_reduce, node_checks, preflight, run_checks, versions
@@ -122,7 +124,7 @@ def cases(folder: Path, settings: list[str]) -> dict[str, Case]:
         "start-hangs": Case(settings, everywhere=(gives_up(preflight.START),), start=hang),
         "another-model": Case([*in_prepared["continues"], "model.num_layers=3"]),
         "retried": Case(in_prepared["no-progress"], start=partial(run_checks.start, retry=True)),
-        "not-auto": Case(in_prepared["foreign"], start=partial(run_checks.start, auto=False)),
+        "fresh": Case(in_prepared["foreign"], start=partial(run_checks.start, asked=Start(fresh=True))),
         "slow-group": Case(settings, everywhere=((preflight, "all_reduce_speed", measured),), ranks=4),
     }
 
@@ -193,7 +195,8 @@ def prepared(folder: Path, name: str, run: RunConfig) -> Path:
 
 
 def checkpoint(run_dir: Path, run: RunConfig, step: int) -> Path:
-    """As far as its manifest and the sizes of its files show."""
+    """As far as its manifest and the sizes of its files show, of a run that has begun there."""
+    write_lineage(run_dir, new_lineage("r"))
     folder = step_dir(run_dir, step)
     folder.mkdir(parents=True)
     (folder / "rank-00000.safetensors").write_bytes(b"x" * 10)

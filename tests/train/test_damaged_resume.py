@@ -152,11 +152,10 @@ def test_the_result_is_that_of_a_run_resumed_from_there(
 ) -> None:
     without, run_dir = went_on(f"without-{damage.ranks}").run_dir, went_on(damage.name).run_dir
     assert losses(run_dir) == losses(without)
-    assert (
-        checkpoints(run_dir)
-        == checkpoints(without)
-        == [f"step-0000000{step}" for step in range(1, STEPS + 1)]
-    )
+    # What cannot be read is nobody's for certain, and not replaced.
+    aside = [f"given-up-{NEWEST}"] if damage.name == "manifest" else []
+    every = [f"step-0000000{step}" for step in range(1, STEPS + 1)]
+    assert (checkpoints(run_dir), checkpoints(without)) == ([*aside, *every], every)
     for name in (LAST_OF_ONE, LAST_OF_TWO)[: damage.ranks]:
         last = Path("checkpoints/step-00000005") / name
         assert tensor_bytes(run_dir / last) == tensor_bytes(without / last)

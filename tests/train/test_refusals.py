@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.checkpoint.damage import edit_manifest
 from tests.support.errors import ANY, is_shown
 from tests.support.models import Small, write_tokens
 from tests.support.product import Finished, checkpoints, finish, metrics, start, train
@@ -44,6 +45,19 @@ def damaged_checkpoint(run_dir: Path, finished: Path) -> None:
     finished_run(run_dir, finished)
     for path in run_dir.rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:1000])
+
+
+def damaged_run_file(run_dir: Path, finished: Path) -> None:
+    finished_run(run_dir, finished)
+    (run_dir / "run.json").write_text("{")
+
+
+def another_runs_checkpoint(run_dir: Path, finished: Path) -> None:
+    """An older one: it is not overlooked either."""
+    finished_run(run_dir, finished)
+    place = run_dir / "checkpoints/step-00000002"
+    shutil.copytree(run_dir / "checkpoints/step-00000004", place)
+    edit_manifest(place, lambda manifest: manifest.update(run_id="beef", step=2))
 
 
 def missing_rank_file(run_dir: Path, finished: Path) -> None:
@@ -116,6 +130,10 @@ FILES = {
         ["--accept-data-change"],
         ["data.train={}/one-window"],
         finished_run,
+    ),
+    "damaged-run-file": Bad(65, "run.json", ANY, ["restore it"], prepare=damaged_run_file, ranks=2),
+    "another-runs-checkpoint": Bad(
+        64, "checkpoint", ANY, ["step-00000002", "move it out", "run.dir"], prepare=another_runs_checkpoint
     ),
     "damaged-checkpoint": Bad(65, "--resume", "auto", [RANK_FILE, "--fresh"], prepare=damaged_checkpoint),
     "missing-rank-file": Bad(65, "--resume", "auto", [RANK_FILE, "--fresh"], prepare=missing_rank_file),
@@ -200,7 +218,9 @@ def test_what_shows_later_leaves_no_half_checkpoint(started: Callable[[str], Sta
     assert checkpoints(run_dir) == []
 
 
-@pytest.mark.parametrize("name", ["another-model", "another-order", "missing-rank-file"])
+@pytest.mark.parametrize(
+    "name", ["another-model", "another-order", "missing-rank-file", "another-runs-checkpoint"]
+)
 def test_a_refused_resume_leaves_the_run_as_it_was(started: Callable[[str], Started], name: str) -> None:
     run_dir, finished = started(name).run_dir, started(name).finished
     kept = [path.relative_to(run_dir) for path in run_dir.rglob("*") if path.is_file()]

@@ -1,17 +1,25 @@
 """Where a run begins: --resume, --fresh, and the folder that is in use. Never silently anew."""
 
+import json
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 
 from llama_mcore.checkpoint.compare import changed_settings
+from llama_mcore.checkpoint.layout import step_dir
+from llama_mcore.checkpoint.manifest import read_manifest
+from llama_mcore.checkpoint.start import Start
+from llama_mcore.observe.lives import NotedLife, add_life
+from llama_mcore.train.resume import still_asked
 from tests.support.errors import ANY, is_shown
-from tests.support.models import Small
-from tests.support.product import Finished, checkpoints, metrics, train
+from tests.support.models import Small, run_config
+from tests.support.product import Finished, checkpoints, llama_mcore, metrics, numbers, train
+from tests.train.lives import Life, ask, be_killed, first_steps, live
 
 pytestmark = pytest.mark.process
 
@@ -25,6 +33,20 @@ def nothing(run_dir: Path, finished: Path) -> None:
 
 def copied(run_dir: Path, finished: Path) -> None:
     shutil.copytree(finished, run_dir)
+
+
+def without_run_file(run_dir: Path, finished: Path) -> None:
+    """A backup of the checkpoints, and a copy under a name of its own."""
+    shutil.copytree(finished / "checkpoints", run_dir / "checkpoints")
+    shutil.copytree(finished / "checkpoints/step-00000002", run_dir / "checkpoints/step-best")
+    shutil.copy(finished / "metrics.jsonl", run_dir)
+
+
+def with_a_foreign_checkpoint(run_dir: Path, finished: Path) -> None:
+    copied(run_dir, finished)
+    (run_dir / "run.json").write_text(
+        (run_dir / "run.json").read_text().replace('"run_id": "', '"run_id": "0')
+    )
 
 
 def without_checkpoints(run_dir: Path, finished: Path) -> None:
@@ -81,8 +103,15 @@ CASES = [
     Case("never-into-a-run", copied, NEVER, refused=(64, "run.dir")),
     Case("never-into-nothing", nothing, NEVER),
     Case("fresh", copied, ["--fresh"]),
-    Case("named-run", nothing, ["--resume", "{finished}"], begins_at=4),
-    Case("named-step", nothing, ["--resume", "{finished}/checkpoints/step-00000002"], begins_at=2),
+    Case("named-run", copied, ["--resume", "{run_dir}"], begins_at=4),
+    Case("named-step", copied, ["--resume", "{run_dir}/checkpoints/step-00000002"], begins_at=2),
+    Case("named-of-another", nothing, ["--resume", "{finished}"], refused=(64, "--resume")),
+    Case("from-weights", nothing, ["--init-from", "{finished}"]),
+    Case("from-weights-into-a-run", copied, ["--init-from", "{finished}"], refused=(64, "--init-from")),
+    Case("both-doors", copied, ["--init-from", "x", "--resume", "y"], refused=(64, "--init-from")),
+    Case("fresh-from-weights", copied, ["--fresh", "--init-from", "{finished}"]),
+    Case("adopted", without_run_file, begins_at=4),
+    Case("of-two-runs", with_a_foreign_checkpoint, refused=(64, "checkpoint")),
     Case("named-nowhere", nothing, ["--resume", "{finished}/nowhere"], refused=(66, "--resume")),
     Case("named-empty", nothing, ["--resume", "{finished}/tensorboard"], refused=(66, "checkpoint")),
 ]
@@ -116,7 +145,7 @@ def started(
     def ended(name: str) -> Started:
         case, run_dir = cases[name], folder / name
         case.prepare(run_dir, finished)
-        flags = [flag.format(finished=finished) for flag in case.flags]
+        flags = [flag.format(finished=finished, run_dir=run_dir) for flag in case.flags]
         settings = [*small.overrides(run_dir), *SETTINGS, f"train.steps={STEPS}"]
         return Started(run_dir, finished, train(settings, *flags))
 
@@ -135,7 +164,7 @@ def test_each_start_ends_as_it_should(started: Callable[[str], Started], case: C
         assert found.ended.exit_code == 0, output
         assert found.trained() == list(range(case.begins_at + 1, STEPS + 1))
         assert metrics(found.run_dir)[-1]["step"] == STEPS
-        assert checkpoints(found.run_dir)[-1] == "step-00000006"
+        assert "step-00000006" in checkpoints(found.run_dir)
 
 
 def test_a_resume_says_which_settings_changed(started: Callable[[str], Started]) -> None:
@@ -175,6 +204,121 @@ def test_what_fresh_replaces_is_kept_aside(started: Callable[[str], Started]) ->
 
 def test_a_named_checkpoint_gives_the_same_steps(started: Callable[[str], Started]) -> None:
     from_two, went_on = started("named-step").losses(), started("auto-goes-on").losses()
-    assert list(from_two) == [3, 4, 5, 6]
+    assert list(from_two) == [1, 2, 3, 4, 5, 6]
     # the schedule of four steps decided steps 3 and 4 of the finished run
     assert from_two[3] == went_on[3]
+
+
+def test_what_a_run_did_after_the_step_it_goes_back_to_is_kept(started: Callable[[str], Started]) -> None:
+    found = started("named-step")
+    assert checkpoints(found.run_dir) == [
+        "given-up-step-00000004",
+        *(f"step-0000000{step}" for step in (2, 4, 6)),
+    ]
+    kept = (found.run_dir / "metrics-given-up.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in kept] == metrics(found.finished)[2:]
+    (said,) = [line for line in found.ended.lines if "GONE BACK to step 2" in line]
+    assert all(name in said for name in ("given-up-step-00000004", "metrics-given-up.jsonl", "--resume off"))
+
+
+def test_weights_alone_are_taken(started: Callable[[str], Started]) -> None:
+    """Moments and place in the data are not, which is said; settings of the other run are not compared."""
+    found, drawn = started("from-weights"), started("auto-begins").losses()
+    (said,) = [line for line in found.ended.lines if "with the weights of" in line]
+    assert "Adam moments" in said
+    assert "since the checkpoint" not in found.ended.output
+    losses = found.losses()
+    assert losses[1] < drawn[1] - 0.1
+    assert losses == started("fresh-from-weights").losses()
+    assert metrics(found.run_dir)[0]["tokens"] == metrics(found.finished)[0]["tokens"]
+    (manifest,) = [read_manifest(step_dir(found.run_dir, 2))]
+    other = read_manifest(step_dir(found.finished, 4))
+    assert manifest.run_id != other.run_id
+    assert manifest.attempt == 1
+    assert manifest.began_from is not None
+    assert manifest.began_from.path == str(step_dir(found.finished, 4))
+
+
+def test_moments_begin_at_zero(small: Small, started: Callable[[str], Started], tmp_path: Path) -> None:
+    """As from a checkpoint that has none."""
+    whole, bare = started("from-weights"), tmp_path / "bare"
+    made = llama_mcore(
+        "convert", "--input", whole.finished, "--output", bare, "--to", "native", "--no-verify"
+    )
+    assert made.exit_code == 0, made.output
+    settings = [*small.overrides(tmp_path / "run"), *SETTINGS, f"train.steps={STEPS}"]
+    done = train(settings, "--init-from", str(bare))
+    assert done.exit_code == 0, done.output
+    assert "Adam moments" not in done.output
+    assert numbers(tmp_path / "run") == numbers(whole.run_dir)
+
+
+def test_a_run_that_was_killed_before_its_first_save_begins_with_the_same_weights(
+    small: Small, started: Callable[[str], Started], tmp_path: Path
+) -> None:
+    """Also without the flag; never with drawn ones."""
+    whole = started("from-weights")
+    settings = [*small.overrides(tmp_path / "run"), *SETTINGS, f"train.steps={STEPS}"]
+    flag = ["--init-from", str(whole.finished)]
+    killed = live(Life([*settings, *flag], be_killed, step=2, ranks=[0], world_size=1))
+    assert killed.codes == [137], killed.output
+    assert checkpoints(tmp_path / "run") == []
+    run_file = (tmp_path / "run/run.json").read_text()
+    again = train(settings)
+    assert again.exit_code == 0, again.output
+    assert numbers(tmp_path / "run") == numbers(whole.run_dir)
+    assert (tmp_path / "run/run.json").read_text() == run_file
+
+
+@pytest.mark.parametrize(
+    "asked", [Start("runs/a"), Start(init_from="b"), Start(fresh=True, accept_data_change=True)]
+)
+def test_what_counted_when_a_job_began_does_not_when_slurm_puts_it_back(
+    asked: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_config(tmp_path)
+    add_life(tmp_path, NotedLife(began=1.0, job="7", host="n", ranks=1, saved=True, step=1))
+    for name, value in (("SLURM_JOB_ID", "7"), ("SLURM_RESTART_COUNT", "0")):
+        monkeypatch.setenv(name, value)
+    assert still_asked(run, asked) == asked
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert still_asked(run, asked) == Start(accept_data_change=asked.accept_data_change)
+
+
+def test_checkpoints_say_whose_run_it_is(started: Callable[[str], Started]) -> None:
+    """Once, with the names that are not read; a copy under such a name stays where it is."""
+    found = started("adopted")
+    (of_run, not_read) = [line for line in found.ended.lines if "run.json" in line or "not read" in line]
+    run_id = read_manifest(step_dir(found.finished, 4)).run_id
+    assert run_id in of_run
+    assert "step-best" in not_read
+    assert json.loads((found.run_dir / "run.json").read_text())["run_id"] == run_id
+    assert (found.run_dir / "checkpoints/step-best/manifest.json").exists()
+
+
+def test_a_stopped_run_from_anothers_weights_goes_on_by_the_same_command(
+    small: Small, started: Callable[[str], Started], tmp_path: Path
+) -> None:
+    """Ctrl-C at step 3, and the checkpoint that it began from is gone by then."""
+    whole = started("from-weights")
+    source, run_dir = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(whole.finished, source)
+    settings = [*small.overrides(run_dir), *SETTINGS, f"train.steps={STEPS}", "--init-from", str(source)]
+    stopped = live(Life(settings, partial(ask, signal.SIGINT), step=3, ranks=[0], world_size=1))
+    assert stopped.codes == [75], stopped.output
+    assert checkpoints(run_dir) == ["step-00000002", "step-00000003"]
+    first = (run_dir / "metrics.jsonl").read_text()
+    shutil.rmtree(source)
+    again = train(settings)
+    assert again.exit_code == 0, again.output
+    assert first_steps(run_dir) == [1, 4]
+    assert (run_dir / "metrics.jsonl").read_text().startswith(first)
+    assert numbers(run_dir) == numbers(whole.run_dir)
+    manifests = [read_manifest(run_dir / "checkpoints" / name) for name in checkpoints(run_dir)]
+    assert [(manifest.step, manifest.attempt) for manifest in manifests] == [(2, 1), (3, 1), (4, 2), (6, 2)]
+    assert {manifest.run_id for manifest in manifests} == {
+        json.loads((run_dir / "run.json").read_text())["run_id"]
+    }
+    shorter = train([*settings, "train.steps=5"])
+    assert shorter.exit_code == 0, shorter.output
+    assert len(metrics(run_dir)) == STEPS

@@ -138,6 +138,7 @@ def _state(weights: Weights, model: ModelConfig, options: WriteOptions) -> dict[
     tokenizer = str(weights.tokenizer.resolve()) if weights.tokenizer else None
     known = {
         "run_id": uuid.uuid4().hex,
+        "began_from": None,
         "step": weights.step if goes_on else 0,
         "consumed_samples": 0,
         "lr": 0.0,

@@ -23,7 +23,8 @@ from llama_mcore.checkpoint.convert.native import NativeWeights
 from llama_mcore.checkpoint.convert.run import RECEIPT
 from llama_mcore.checkpoint.convert.verify import Place, Verification, digest
 from llama_mcore.checkpoint.convert.weights import Rounded
-from llama_mcore.checkpoint.layout import WEIGHT, find_checkpoint
+from llama_mcore.checkpoint.layout import WEIGHT, find_checkpoint, step_dir
+from llama_mcore.checkpoint.manifest import read_manifest
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.cli import app
 from llama_mcore.data.preprocess import preprocess
@@ -124,12 +125,25 @@ def test_a_run_starts_from_what_was_converted(run_dir: Path, tmp_path: Path) -> 
         # nothing is drawn: how it would be does not matter
         drawn_so = f"model.init_std={0.02 if start == 'as-it-is' else 0.03}"
         overrides = [f"run.dir={tmp_path / start}-run", "model.vocab_size=500", "train.steps=1", drawn_so]
-        train(run_dir / "config.yaml", "--resume", tmp_path / start, *overrides)
+        train(run_dir / "config.yaml", "--init-from", tmp_path / start, *overrides)
         first.append([row["loss"] for row in metrics(tmp_path / f"{start}-run")])
     drawn = metrics(run_dir)[0]["loss"]
     assert first[0] == first[1]
     assert len(first[0]) == 1
     assert first[0][0] < drawn - 0.01
+
+
+def test_a_run_goes_on_from_a_full_state_in_its_place(run_dir: Path, tmp_path: Path) -> None:
+    """Moments and steps too: under the name of a checkpoint, in a folder that has no run."""
+    convert(run_dir, tmp_path / "full", target="native", optimizer=True, verify=False)
+    place = step_dir(tmp_path / "run", 2)
+    place.parent.mkdir(parents=True)
+    (tmp_path / "full").rename(place)
+    train(run_dir / "config.yaml", f"run.dir={tmp_path / 'run'}", "model.vocab_size=500", "train.steps=3")
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [3]
+    before, after = (read_manifest(step_dir(tmp_path / "run", step)) for step in (2, 3))
+    assert before.run_id == after.run_id
+    assert after.consumed_samples == 6
 
 
 def test_files_have_the_permissions_of_any_new_file(exported: Path) -> None:
