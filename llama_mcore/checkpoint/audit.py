@@ -52,7 +52,13 @@ def audit_run(run_dir: Path) -> str:
     rows = [lines[place] for place in counting([key_of(line) for line in lines])]
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("counting windows", total=sum(expected.values()))
-        uses = count_uses(segments, position, lambda windows: progress.advance(task, windows))
+        try:
+            uses = count_uses(segments, position, lambda windows: progress.advance(task, windows))
+        except MemoryError:
+            bound, remedy = "need more memory to be counted than there is", "audit it on a larger machine"
+            raise DataError(
+                Problem("windows", f"{path}: of {len(expected)} sources", bound, remedy)
+            ) from None
     rollbacks = manifest.health.rollbacks if manifest.health else ()
     problems = [
         *_check_steps(metrics, lines, rows, manifest.step),

@@ -210,7 +210,7 @@ def _sinks(
     if lease is None:
         return nullcontext()
     run_dir, continues = Path(run.run.dir), found.reader.path if found.reader else None
-    if continues and continues.resolve().parent == checkpoints_dir(run_dir).resolve():
+    if continues and (state.step == 0 or continues.resolve().parent == checkpoints_dir(run_dir).resolve()):
         continues = None
     return MetricSinks(run.observe, run_dir, run.train.steps, state.step, lease, continues)
 

@@ -374,6 +374,11 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / TIMELINE_FILE).mkdir()
     with pytest.raises(DataError, match=r"timeline\.jsonl: .*Is a directory"):
         show_goodput(tmp_path)
+    os.mkfifo(tmp_path / f"pipe-{TIMELINE_FILE}")
+    (tmp_path / TIMELINE_FILE).rmdir()
+    (tmp_path / f"pipe-{TIMELINE_FILE}").rename(tmp_path / TIMELINE_FILE)
+    with pytest.raises(DataError, match="not a regular file"):
+        show_goodput(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="Not a directory"):
         show_goodput(tmp_path / "file")

@@ -1,4 +1,5 @@
-"""A job that is stopped, loses its run to another, and is continued: it changes nothing and ends."""
+"""metrics.jsonl stays true: where a job is stopped, loses its run to another and is continued, which changes
+nothing and ends; where the power fails; where lines are there twice."""
 
 import json
 import os
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from llama_mcore.checkpoint import disk
 from tests.support.models import Small
-from tests.support.product import Finished, Job, llama_mcore, metrics, train
+from tests.support.product import Finished, Job, llama_mcore, metrics, run_command, train
+from tests.support.world import exit_codes_of
 from tests.train.lives import wait_for_steps
 
 pytestmark = pytest.mark.process
@@ -96,6 +99,43 @@ def test_lines_that_a_power_cut_took_are_missed(run: TakenOver, tmp_path: Path) 
     audited = llama_mcore("audit-data", run_dir)
     assert audited.exit_code == 65, audited.output
     assert "steps = 24 to 30: " in audited.output
+
+
+def note_what_reaches_the_disk(log: Path, words: list[str]) -> None:
+    """A command that notes each fsync of metrics.jsonl, with the lines on the disk from then on, and each
+    rename of a save."""
+    fsync = os.fsync
+
+    def note(*words: object) -> None:
+        with log.open("a") as file:
+            print(*words, file=file)
+
+    def noted_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path.name == "metrics.jsonl":
+            note("lines", len(path.read_bytes().splitlines()))
+
+    os.fsync = noted_fsync
+    disk.observer = lambda operation, path: note(operation, path.name)
+    run_command(words)
+
+
+def test_lines_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
+    small: Small, tmp_path: Path
+) -> None:
+    settings = [*small.overrides(tmp_path / "run"), *SETTINGS, "train.steps=6", "observe.tensorboard=false"]
+    words = ["train", "--config", "tiny", *settings]
+    assert exit_codes_of(1, note_what_reaches_the_disk, tmp_path / "log", words) == [0]
+    noted = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    lines, published = 0, []
+    for operation, what in noted:
+        if operation == "lines":
+            lines = int(what)
+        elif operation == "rename" and what in {f"step-{step:08d}" for step in (2, 4, 6)}:
+            published.append(what)
+            assert lines >= int(what.removeprefix("step-"))
+    assert len(published) == 3
 
 
 def test_repeated_lines_fail_the_audit_until_the_run_is_started_again(run: TakenOver, tmp_path: Path) -> None:
