@@ -22,6 +22,7 @@ STALE_S = 60.0
 """A life whose lease was not touched for so long is over; as in checkpoint/lease.py."""
 PRODUCTIVE, LOST, EVALUATION, DOWN = "productive", "lost", "evaluation", "down"
 KINDS = (PRODUCTIVE, LOST, "saving", EVALUATION, "restarting", "ending", DOWN)
+_END_OF_TIME = 1e11
 _KIND_OF_PHASE: dict[str, str] = {
     Phase.START: "restarting",
     Phase.SETUP: "restarting",
@@ -108,10 +109,17 @@ def _add_row(lives: list[Life], row: object) -> None:
     if not isinstance(row, dict):
         raise TypeError
     if "life" in row:
-        life = Life(int(row["life"]), float(row["began"]), str(row["job"]), int(row["ranks"]))
+        life = Life(int(row["life"]), _time(row["began"]), str(row["job"]), int(row["ranks"]))
         lives.insert(_place(lives, life), life)
     else:
         _add(_writer(lives, row), row)
+
+
+def _time(seconds: Any) -> float:
+    """Raises ValueError for what no clock says."""
+    if not 0 <= float(seconds) < _END_OF_TIME:
+        raise ValueError
+    return float(seconds)
 
 
 def _place(lives: Sequence[Life], life: Life) -> int:
@@ -132,7 +140,7 @@ def _writer(lives: Sequence[Life], row: dict[str, Any]) -> Life:
 
 
 def _add(life: Life, row: dict[str, Any]) -> None:
-    when = float(row["t"])
+    when = _time(row["t"])
     if "phase" in row:
         life.entries.append((when, _KIND_OF_PHASE[row["phase"]], int(row["step"])))
     elif "saved" in row:

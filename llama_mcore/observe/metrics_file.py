@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llama_mcore.errors import DataError, MissingInputError, Problem, input_problem
 from llama_mcore.observe.line_file import append, ends_torn, open_to_append, read_lines
+from llama_mcore.observe.log import get_logger
 
 METRICS_FILE = "metrics.jsonl"
 GIVEN_UP_METRICS = "metrics-given-up.jsonl"
@@ -144,6 +145,10 @@ def drop_steps_after(metrics: Path, step: int) -> list[Key]:
     places = [place for place, key in enumerate(keys) if key]
     counted = [places[place] for place in counting([key for key in keys if key])]
     kept = {place: key for place in counted if (key := keys[place]) and key.step <= step}
+    lost = [key.step for place, key in enumerate(keys) if key and key.step <= step and place not in kept]
+    if lost:
+        what = f"{len(lost):,} lines that count no more, of steps {describe_steps(as_ranges(lost))}"
+        get_logger().warning("%s: DROPPED %s: a later attempt has those steps", metrics, what)
     if len(kept) < len(keys) or size < metrics.stat().st_size:
         temporary = metrics.with_name(metrics.name + ".tmp")
         temporary.unlink(missing_ok=True)

@@ -173,7 +173,13 @@ def test_the_kinds_always_add_up(
 
 
 @pytest.mark.parametrize(
-    "damage", [b'{"t": 1200.0, "pha', b"\x00\xff\n", b"[1]\n", b'{"t": "x", "left": 0}\n', b'{"left": 0}\n']
+    "damage",
+    [
+        *(b'{"t": 1200.0, "pha', b"\x00\xff\n", b'{"t": 1e308, "left": 0}\n', b'{"t": 1e400, "left": 0}\n'),
+        b"[1]\n",
+        b'{"t": "x", "left": 0}\n',
+        b'{"left": 0}\n',
+    ],
 )
 def test_a_damaged_line_is_passed_over(tmp_path: Path, damage: bytes) -> None:
     sound = to_dict(*_read(write(tmp_path, KILLED)))

@@ -146,6 +146,7 @@ def test_who_lost_the_run_adds_nothing(tmp_path: Path) -> None:
                 action()
             assert "taken over by another job" in str(caught.value)
     assert [row["step"] for row in rows(tmp_path)] == [step for step, _ in losses(tmp_path)] == [1, 2]
+    assert not (tmp_path / GIVEN_UP_METRICS).exists()
 
 
 def test_who_lost_the_run_before_the_first_step_drops_nothing(tmp_path: Path) -> None:
@@ -157,13 +158,18 @@ def test_who_lost_the_run_before_the_first_step_drops_nothing(tmp_path: Path) ->
     assert (tmp_path / METRICS_FILE).read_bytes() == before
 
 
-def test_a_resume_drops_what_an_attempt_added_that_had_lost_the_run(tmp_path: Path) -> None:
+def test_a_resume_drops_what_an_attempt_added_that_had_lost_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write(tmp_path, [report(step) for step in range(1, 5)])
     write(tmp_path, [report(step, loss=3.0) for step in range(4, 8)], start_step=3, lease=Held(2))
     with (tmp_path / METRICS_FILE).open("ab") as file:  # of the first: a repeated step and one that was not
         for step in (5, 9):
             file.write(orjson.dumps(report(step).to_dict() | {"attempt": 1}) + b"\n")
+    assert "DROPPED" not in caplog.text
     write(tmp_path, [report(step, loss=4.0) for step in (10, 11)], start_step=9, lease=Held(3))
+    assert "DROPPED 2 lines that count no more, of steps 5, 9:" in caplog.text
+    assert "LACKS steps 8 to 9:" in caplog.text
     assert [(row["step"], row["attempt"]) for row in rows(tmp_path)] == [
         *[(step, 1) for step in (1, 2, 3)],
         *[(step, 2) for step in (4, 5, 6, 7)],
