@@ -21,7 +21,7 @@ def test_a_line_without_an_end_is_not_read_into_memory(
     monkeypatch.setattr(line_file, "LONGEST", 1000)
     (tmp_path / "lines").write_bytes(b"1\n" + b"x" * 999 + b"\n")
     assert len(list(read_lines(tmp_path / "lines"))) == 2
-    os.truncate(tmp_path / "lines", 1 << 40)  # a file of zeros that takes no room
+    os.truncate(tmp_path / "lines", 1 << 20)
     lines = read_lines(tmp_path / "lines")
     assert [next(lines), len(next(lines))] == [b"1", 999]
     with pytest.raises(OSError, match="line 3 is longer than 1,000 bytes"):
