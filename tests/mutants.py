@@ -240,8 +240,8 @@ MUTANTS = [
     Mutant(
         name="fencing: a holder thought dead may not publish",
         symbol="Lease.check",
-        old="newest is None or newest[0] != self.number or not",
-        new="newest is None or not",
+        old=" or any(self.path.with_name(name).exists() for name in names)",
+        new="",
         tests=["tests/checkpoint/test_lease.py::test_a_holder_that_was_thought_dead_may_not_publish"],
     ),
     Mutant(

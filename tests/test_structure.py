@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch.heartbeat": {"launch.patience", "observe.phases"},
     "launch.supervisor": {
         *("errors", "launch", "observe.lives", "observe.phases", "parallel.rank", "train.signals"),
+        "checkpoint.lease",
     },
     "launch.progress": {"errors", "observe.lives"},
     "launch.torchrun": {
@@ -74,7 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint.run_folder",
     },
     "launch.limited": set(),
-    "launch.versions": {"parallel.device"},
+    "launch.versions": {"parallel.device", "small_file"},
     "launch.preflight": {"errors", "launch", "config", "parallel", "train.alike"},
     # Checks a run as `train --dry-run` does, and writes a file whole or not at all.
     "launch.slurm": {

@@ -9,7 +9,6 @@ what the model learns.
 """
 
 import argparse
-import json
 import math
 import os
 import shlex
@@ -29,6 +28,8 @@ sys.path.insert(0, str(ROOT))  # llama_mcore of this checkout, also where it is 
 
 from llama_mcore.config import load_run  # noqa: E402
 from llama_mcore.errors import report_errors  # noqa: E402
+from llama_mcore.observe.metrics_file import read_metrics  # noqa: E402
+from llama_mcore.observe.report import Point, loss_curve  # noqa: E402
 
 DEMO = Path("runs/demo")
 TRAIN, UNINTERRUPTED = DEMO / "train", DEMO / "uninterrupted"
@@ -167,21 +168,21 @@ def train_and_stop(command: list[object], steps: int) -> str:
 def resume(command: list[object], steps: int) -> str:
     execute(command)
     rows = metrics(TRAIN)
-    loss = sum(row["loss"] for row in rows[-10:]) / 10
+    loss = sum(row.loss or math.nan for row in rows[-10:]) / 10
     # fewer steps than configured go the whole way, not as far down
     bound = LOSS_BOUND if steps >= configured_steps() else UNTRAINED_LOSS
     check(len(rows) == steps, f"metrics.jsonl holds {len(rows)} steps instead of {steps}")
     check(loss < bound, f"the training loss ended at {loss:.3f}, not below {bound:.3f}")
     return (
         f"training loss {loss:.3f}, below the {bound:.3f} asked of it ({bound / UNTRAINED_LOSS:.0%} of the "
-        f"ln({VOCAB_SIZE}) of an untrained model); held-out loss {rows[-1]['valid_loss']:.3f}"
+        f"ln({VOCAB_SIZE}) of an untrained model); held-out loss {rows[-1].valid_loss:.3f}"
     )
 
 
 def compare_with_uninterrupted(command: list[object]) -> str:
     execute([*command, f"run.dir={UNINTERRUPTED}"])
     resumed, whole = (
-        [row["loss"] for row in metrics(folder)[-COMPARED_STEPS:]] for folder in (TRAIN, UNINTERRUPTED)
+        [row.loss for row in metrics(folder)[-COMPARED_STEPS:]] for folder in (TRAIN, UNINTERRUPTED)
     )
     check(resumed == whole, f"losses of the last {COMPARED_STEPS} steps differ:\n{resumed}\n{whole}")
     return f"losses of the last {COMPARED_STEPS} steps are equal to the last bit"
@@ -203,8 +204,6 @@ def generate() -> str:
 
 
 def picture() -> str:
-    from llama_mcore.observe.report import loss_curve
-
     title = "LLaMA, 6M parameters, stopped half-way and resumed"
     loss_curve(ROOT / TRAIN / "metrics.jsonl", ROOT / DEMO / "loss.png", title)
     return f"loss curve in {DEMO}/loss.png"
@@ -235,9 +234,9 @@ def echo(command: list[object]) -> list[str]:
     return words
 
 
-def metrics(run_dir: Path) -> list[dict]:
+def metrics(run_dir: Path) -> list[Point]:
     path = ROOT / run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_metrics(path, Point) if path.exists() else []
 
 
 def steps_done(run_dir: Path) -> int:

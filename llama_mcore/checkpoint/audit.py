@@ -2,25 +2,42 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import orjson
 from rich.console import Console
 from rich.progress import Progress
 
 from llama_mcore.checkpoint.layout import find_checkpoint
 from llama_mcore.checkpoint.manifest import read_manifest
-from llama_mcore.data.audit import check_ledger, check_uses, count_uses, use_table
-from llama_mcore.errors import DataError, MissingInputError, Problem, input_problem
-from llama_mcore.observe.sinks import METRICS_FILE
+from llama_mcore.data.audit import MEND_LINES, check_ledger, check_uses, count_uses, use_table
+from llama_mcore.errors import DataError, Problem
+from llama_mcore.observe.metrics_file import (
+    METRICS_FILE,
+    Count,
+    Row,
+    as_ranges,
+    counting,
+    describe_steps,
+    key_of,
+    missing_steps,
+    read_every_line,
+)
 from llama_mcore.train.state import Rollback
+
+
+class Ledger(Row):
+    """What is audited of a step."""
+
+    tokens: Count
+    windows: dict[str, Count]
 
 
 def audit_run(run_dir: Path) -> str:
     """Count from the plan how often every window was read up to the newest checkpoint, and compare every
-    line of metrics.jsonl with it.
+    line of metrics.jsonl with it: each step has one.
 
-    Returns a table of plan against use and a conclusion. Raises DataError with what does not agree, after the
+    Returns a table of plan against use and a conclusion. Raises DataError with what does not agree, and the
     same table.
     """
     path = find_checkpoint(run_dir)
@@ -30,22 +47,32 @@ def audit_run(run_dir: Path) -> str:
         bound = "was converted from another format and has read no data yet: there is nothing to audit"
         raise DataError(Problem("checkpoint", path, bound, "train from it first"))
     expected = segments[-1].used(position)
+    metrics = run_dir / METRICS_FILE
+    lines = list(read_every_line(metrics, Ledger))
+    rows = [lines[place] for place in counting([key_of(line) for line in lines])]
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("counting windows", total=sum(expected.values()))
-        uses = count_uses(segments, position, lambda windows: progress.advance(task, windows))
-    rows = _rows(run_dir / METRICS_FILE)
+        try:
+            uses = count_uses(segments, position, lambda windows: progress.advance(task, windows))
+        except MemoryError:
+            bound, remedy = "need more memory to be counted than there is", "audit it on a larger machine"
+            raise DataError(
+                Problem("windows", f"{path}: of {len(expected)} sources", bound, remedy)
+            ) from None
     rollbacks = manifest.health.rollbacks if manifest.health else ()
     problems = [
+        *_check_steps(metrics, lines, rows, manifest.step),
         *check_uses(uses),
         *check_ledger(segments, rows),
         *_check_jumps(rollbacks, rows, segments[-1].seq_length),
     ]
     if manifest.windows_read != expected:
-        bound = f"the plan gives {expected}"
-        problems.append(Problem(f"{path}: windows_read", manifest.windows_read, bound))
+        bound, remedy = f"the plan gives {expected}", "the checkpoint was changed: take an older one"
+        problems.append(Problem(f"{path}: windows_read", manifest.windows_read, bound, remedy))
     table = use_table(segments, uses)
     if problems:
-        problems[-1] = Problem(**vars(problems[-1]) | {"remedy": f"plan against use:\n{table}"})
+        last = problems[-1]
+        problems[-1] = replace(last, remedy=f"{last.remedy}\nplan against use:\n{table}")
         raise DataError(problems)
     changed = f" over {len(segments)} plans" if len(segments) > 1 else ""
     jumped = [
@@ -53,40 +80,42 @@ def audit_run(run_dir: Path) -> str:
         f"{past.at_step:,} the run rolled back to step {past.to_step:,} ({past.reason}).\n"
         for past in rollbacks
     ]
+    elsewhere = [
+        f"Steps up to {row.step - 1:,} are those of {row.continues}.\n" for row in rows if row.continues
+    ]
     return (
-        f"{table}\n{''.join(jumped)}{position:,} samples and {len(rows):,} lines of {METRICS_FILE}{changed}: "
-        "no window was read more often than planned, and the ledger says what the plan gives."
+        f"{table}\n{''.join(jumped)}{''.join(elsewhere)}{position:,} samples and {len(rows):,} lines of "
+        f"{METRICS_FILE}{changed}: no window was read more often than planned, and the ledger says what the "
+        "plan gives."
     )
 
 
-def _check_jumps(rollbacks: Sequence[Rollback], rows: list[dict], seq_length: int) -> list[Problem]:
+def _check_steps(metrics: Path, lines: list[Ledger], rows: list[Ledger], last: int) -> list[Problem]:
+    """Steps up to the checkpoint's, `last`, without a line, and steps with more than the line that counts."""
+    problems = []
+    if missing := missing_steps([key_of(row) for row in rows], last):
+        first, _ = missing[0]
+        remedy = f"restore the file, or do them again: --resume a checkpoint before step {first:,}"
+        bound = "have no line, and every step of the run must have one"
+        problems.append(Problem(f"{metrics}: steps", describe_steps(missing), bound, remedy))
+    counted = {id(row) for row in rows}
+    if repeated := as_ranges(line.step for line in lines if id(line) not in counted):
+        bound = "have more lines than the one that counts, of the last attempt"
+        remedy = "the next start of the run drops the others: give its command again"
+        problems.append(Problem(f"{metrics}: steps", describe_steps(repeated), bound, remedy))
+    return problems
+
+
+def _check_jumps(rollbacks: Sequence[Rollback], rows: list[Ledger], seq_length: int) -> list[Problem]:
     """The first step after each rollback that is said to have read what it gave up."""
     problems = []
     for number, past in enumerate(rollbacks):
         if any(later.to_step < past.to_step for later in rollbacks[number:]):
             continue  # given up itself
         for row in rows:
-            consumed = row["tokens"] // seq_length
-            if row["step"] > past.to_step and consumed <= past.end_sample:
+            consumed = row.tokens // seq_length
+            if row.step > past.to_step and consumed <= past.end_sample:
                 bound = f"must be more than the {past.end_sample:,} after which the run went on"
-                problems.append(Problem(f"step {row['step']}: samples", f"{consumed:,}", bound))
+                problems.append(Problem(f"step {row.step}: samples", f"{consumed:,}", bound, MEND_LINES))
                 break
     return problems
-
-
-def _rows(path: Path) -> list[dict]:
-    """The steps of a run; a line that a kill has cut off ends them."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise MissingInputError(input_problem("metrics", path, error=error)) from None
-    rows = []
-    for number, line in enumerate(content.splitlines(keepends=True), 1):
-        if line.endswith(b"\n"):
-            try:
-                row = orjson.loads(line)
-                rows.append({key: row[key] for key in ("step", "tokens", "windows")})
-            except (orjson.JSONDecodeError, LookupError, TypeError) as error:
-                where = f"{path} line {number}"
-                raise DataError(Problem("metrics", where, f"is no step ({error})")) from None
-    return rows

@@ -3,9 +3,9 @@
     RUN_DIR/lease/00000003.json             held: its file is touched every few seconds
     RUN_DIR/lease/00000002.released.json    given back, or taken over as its holder had died
 
-The highest number holds the run. A job takes it over by creating the next file, which only one of several can
-do, also on a network file system. A holder that was thought dead finds the higher number before it publishes
-a checkpoint, and stops.
+The highest number holds the run, and is that of the attempt. A job takes it over by creating the next file,
+which only one of several can do, also on a network file system. A holder that was thought dead finds the
+higher number before it adds a line or publishes a checkpoint, and stops.
 """
 
 import fcntl
@@ -21,6 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from llama_mcore.errors import PreflightError, Problem
+from llama_mcore.observe.metrics_file import METRICS_FILE, last_attempt
 from llama_mcore.small_file import read_json
 
 FOLDER = "lease"
@@ -75,11 +76,24 @@ class Lease:
     """File descriptor of the lock that the kernel holds on the file while this process lives."""
 
     def check(self) -> None:
-        """Raise OSError if another job has taken the run over."""
-        newest = _newest(self.path.parent)
-        if newest is None or newest[0] != self.number or not self.path.exists():
+        """Raise OSError if another job has taken the run over, which it did with the next number. Cheap
+        enough for every step, however many attempts there were."""
+        following = f"{self.number + 1:08d}"
+        names = (f"{following}.json", f"{following}{_RELEASED}")
+        if not self.path.exists() or any(self.path.with_name(name).exists() for name in names):
+            newest = _newest(self.path.parent)
             holder = f" by {_describe(_holder(newest[1]))}" if newest else ""
             raise OSError(0, f"the run was taken over{holder}, and this job may not write to it any more")
+
+
+def was_taken_over(run_dir: Path, pid: int) -> bool:
+    """Whether another job has held the run since that process of this machine did."""
+    newest, me = _newest(run_dir / FOLDER), _myself()
+    if newest is None:
+        return False
+    holder = _holder(newest[1])
+    mine = (me.boot, me.namespace, pid)
+    return holder is None or (holder.boot, holder.namespace, holder.pid) != mine
 
 
 @contextmanager
@@ -91,9 +105,11 @@ def held_lease(run_dir: Path) -> Iterator[Lease]:
     cannot be written.
     """
     folder = run_dir / FOLDER
+    # Where somebody deleted the leases, the lines of earlier attempts still have their numbers.
+    before = 0 if _newest(folder) else last_attempt(run_dir / METRICS_FILE)
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    lease = _acquire(folder)
+    lease = _acquire(folder, before)
     ended = threading.Event()
     beating = threading.Thread(target=_beat, args=(lease.path, ended), name="lease", daemon=True)
     beating.start()
@@ -105,11 +121,11 @@ def held_lease(run_dir: Path) -> Iterator[Lease]:
         _release(lease, created)
 
 
-def _acquire(folder: Path) -> Lease:
+def _acquire(folder: Path, before: int) -> Lease:
     newest = _newest(folder)
     if newest and not newest[1].name.endswith(_RELEASED):
         _wait_until_dead(newest[1])
-    number = newest[0] + 1 if newest else 1
+    number = 1 + (newest[0] if newest else before)
     path = folder / f"{number:08d}.json"
     content = json.dumps(asdict(_myself())).encode()
     try:
@@ -209,7 +225,9 @@ def _holder(path: Path) -> Holder | None:
 
 
 def _newest(folder: Path) -> tuple[int, Path] | None:
-    numbered = [(int(path.name[:8]), path) for path in folder.glob("[0-9]*.json") if path.name[:8].isdigit()]
+    numbered = [
+        (int(path.name[:8]), path) for path in folder.glob("[0-9]*.json") if path.name[:8].isdecimal()
+    ]
     return max(numbered, default=None)
 
 

@@ -9,7 +9,7 @@ from llama_mcore.checkpoint.lineage import RUN_FILE
 from llama_mcore.config import LARGEST_CONFIG, RunConfig
 from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.observe.lives import LIVES_FILE
-from llama_mcore.observe.sinks import GIVEN_UP_METRICS, METRICS_FILE
+from llama_mcore.observe.metrics_file import GIVEN_UP_METRICS, METRICS_FILE
 from llama_mcore.observe.timeline import TIMELINE_FILE
 from llama_mcore.small_file import parse_yaml, read_small_file
 

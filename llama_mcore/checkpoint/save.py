@@ -142,6 +142,8 @@ class Saver:
 
     def _prepare(self, temporary: Path) -> None:
         if self._groups.rank == 0:
+            if self._lease:
+                self._lease.check()  # what is unfinished may be another job's
             _make_room(temporary, self._run.model.num_params() * _BYTES_PER_PARAMETER)
         self._copying = self._host_copy.begin(saved_tensors(self._engine, self._groups))
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from llama_mcore.data.ledger import Segment, SourcePlan, format_table
 from llama_mcore.errors import Problem
 
 CHUNK = 1 << 20
+MEND_LINES = "restore metrics.jsonl, or do the steps again from an earlier checkpoint: --resume"
 
 
 @dataclass(frozen=True)
@@ -66,33 +67,45 @@ def _most(uses: NDArray[np.uint16]) -> int:
 def check_uses(uses: Iterable[SourceUse]) -> list[Problem]:
     """Where a window, or a source in all, was read more often than planned."""
     problems = []
+    remedy = "the checkpoint is not of that plan: take an older one, or begin anew"
     for use in uses:
         name = f"source {use.plan.name}"
         if use.most > use.allowed:
-            problems.append(
-                Problem(name, f"a window read {use.most} times", f"the plan allows {use.allowed}")
-            )
+            bound = f"the plan allows {use.allowed}"
+            problems.append(Problem(name, f"a window read {use.most} times", bound, remedy))
         if use.reads > use.plan.cap:
-            problems.append(Problem(name, f"{use.reads:,} windows read", f"the plan allows {use.plan.cap:,}"))
+            bound = f"the plan allows {use.plan.cap:,}"
+            problems.append(Problem(name, f"{use.reads:,} windows read", bound, remedy))
     return problems
 
 
-def check_ledger(segments: Sequence[Segment], rows: Iterable[dict[str, Any]]) -> list[Problem]:
-    """Where the ledger in the rows of metrics.jsonl is not what the plan gives at their positions, or
-    tokens were lost or counted twice between two rows. At most one problem of each kind."""
+class Line(Protocol):
+    """What the ledger says of a step."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def windows(self) -> dict[str, int]: ...
+
+
+def check_ledger(segments: Sequence[Segment], lines: Iterable[Line]) -> list[Problem]:
+    """Where the ledger in the lines of metrics.jsonl is not what the plan gives at their positions, or
+    tokens were lost or counted twice between two lines. At most one problem of each kind."""
     problems: dict[str, Problem] = {}
     before = 0
-    for row in rows:
-        step, tokens = row["step"], row["tokens"]
+    for line in lines:
+        step, tokens = line.step, line.tokens
         position, rest = divmod(tokens, segments[-1].seq_length)
         at_work = [segment for segment in segments if segment.start_sample < position] or segments[:1]
         expected = at_work[-1].used(position)
         if rest or tokens <= before:
             bound = f"must be whole sequences and more than the {before:,} of the step before"
-            problems.setdefault("tokens", Problem(f"step {step}: tokens", f"{tokens:,}", bound))
-        if row["windows"] != expected:
+            problems.setdefault("tokens", Problem(f"step {step}: tokens", f"{tokens:,}", bound, MEND_LINES))
+        if line.windows != expected:
             bound = f"the plan gives {expected}"
-            problems.setdefault("windows", Problem(f"step {step}: windows", row["windows"], bound))
+            problems.setdefault("windows", Problem(f"step {step}: windows", line.windows, bound, MEND_LINES))
         before = tokens
     return list(problems.values())
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from llama_mcore.checkpoint.lease import was_taken_over
 from llama_mcore.errors import EXIT_SAVED, EXIT_SOFTWARE, say
 from llama_mcore.launch.config import WatchdogConfig
 from llama_mcore.launch.heartbeat import Heartbeat, Pulse, Reached
@@ -226,13 +227,15 @@ class Supervisor:
         }
 
     def _note(self, life: NotedLife) -> None:
-        """Rank 0's. What cannot be written is left out."""
+        """Rank 0's. What cannot be written is left out, and what is of a run that another job took over."""
         if self._place.rank > 0:
             return
+        held = self._heartbeat.reached().settled
 
         def write() -> None:
             with suppress(OSError):
-                add_life(self._run_dir, life)
+                if not (held and was_taken_over(self._run_dir, self._pid)):
+                    add_life(self._run_dir, life)
 
         writing = threading.Thread(target=write, daemon=True)
         writing.start()

@@ -11,7 +11,8 @@ from typing import Any
 
 import orjson
 
-from llama_mcore.errors import DataError, MissingInputError, Problem
+from llama_mcore.errors import DataError, MissingInputError, Problem, input_problem
+from llama_mcore.observe.line_file import read_lines
 from llama_mcore.observe.lives import EndedLife, read_ended_lives
 from llama_mcore.observe.metrics import describe_duration
 from llama_mcore.observe.phases import Phase
@@ -21,6 +22,7 @@ STALE_S = 60.0
 """A life whose lease was not touched for so long is over; as in checkpoint/lease.py."""
 PRODUCTIVE, LOST, EVALUATION, DOWN = "productive", "lost", "evaluation", "down"
 KINDS = (PRODUCTIVE, LOST, "saving", EVALUATION, "restarting", "ending", DOWN)
+_END_OF_TIME = 1e11
 _KIND_OF_PHASE: dict[str, str] = {
     Phase.START: "restarting",
     Phase.SETUP: "restarting",
@@ -81,17 +83,19 @@ def read_lives(run_dir: Path) -> list[Life]:
 
     Raises MissingInputError where there is no run, DataError where its files cannot be read.
     """
-    content, noted = _content(run_dir / TIMELINE_FILE), read_ended_lives(run_dir)
-    if content is None and not noted:
-        raise MissingInputError(Problem("RUN_DIR", run_dir, f"has no {TIMELINE_FILE}", "give a run's folder"))
+    timeline, noted = run_dir / TIMELINE_FILE, read_ended_lives(run_dir)
     lives: list[Life] = []
-    for row in _rows(content or b""):
-        with suppress(LookupError, TypeError, ValueError):
-            if "life" in row:
-                life = Life(int(row["life"]), float(row["began"]), str(row["job"]), int(row["ranks"]))
-                lives.insert(_place(lives, life), life)
-            else:
-                _add(_writer(lives, row), row)
+    try:
+        for line in read_lines(timeline):
+            with suppress(LookupError, TypeError, ValueError, OverflowError):
+                _add_row(lives, orjson.loads(line))
+    except FileNotFoundError:  # a run may end before it has one
+        if not noted:
+            bound, remedy = f"has no {TIMELINE_FILE}", "give a run's folder"
+            raise MissingInputError(Problem("RUN_DIR", run_dir, bound, remedy)) from None
+    except OSError as error:
+        remedy = "give a run's folder that you may read"
+        raise DataError(input_problem("timeline", timeline, remedy, error)) from None
     _add_ends(lives, noted)
     for number, life in enumerate(lives, start=1):
         life.number = number
@@ -101,25 +105,21 @@ def read_lives(run_dir: Path) -> list[Life]:
     return lives
 
 
-def _content(path: Path) -> bytes | None:
-    """None if it is not there: a run may end before it has a timeline."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        bound = f"cannot be read ({error.strerror})"
-        raise DataError(Problem("timeline", path, bound, "give a run's folder that you may read")) from None
+def _add_row(lives: list[Life], row: object) -> None:
+    if not isinstance(row, dict):
+        raise TypeError
+    if "life" in row:
+        life = Life(int(row["life"]), _time(row["began"]), str(row["job"]), int(row["ranks"]))
+        lives.insert(_place(lives, life), life)
+    else:
+        _add(_writer(lives, row), row)
 
 
-def _rows(content: bytes) -> Iterator[dict[str, Any]]:
-    for line in content.split(b"\n"):
-        try:
-            row = orjson.loads(line)
-        except orjson.JSONDecodeError:
-            continue
-        if isinstance(row, dict):
-            yield row
+def _time(seconds: Any) -> float:
+    """Raises ValueError for what no clock says."""
+    if not 0 <= float(seconds) < _END_OF_TIME:
+        raise ValueError
+    return float(seconds)
 
 
 def _place(lives: Sequence[Life], life: Life) -> int:
@@ -140,7 +140,7 @@ def _writer(lives: Sequence[Life], row: dict[str, Any]) -> Life:
 
 
 def _add(life: Life, row: dict[str, Any]) -> None:
-    when = float(row["t"])
+    when = _time(row["t"])
     if "phase" in row:
         life.entries.append((when, _KIND_OF_PHASE[row["phase"]], int(row["step"])))
     elif "saved" in row:

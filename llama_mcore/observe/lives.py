@@ -9,15 +9,13 @@ killed with its supervisor, as with its node.
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from pydantic import ValidationError
 
+from llama_mcore.observe.line_file import append, ends_torn, open_to_append, read_lines
 from llama_mcore.section import Section
-from llama_mcore.small_file import read_small_file
 
 LIVES_FILE = "lives.jsonl"
-_LARGEST = 64 << 20
 
 
 class NotedLife(Section):
@@ -46,22 +44,16 @@ class EndedLife(NotedLife):
 def add_life(run_dir: Path, life: NotedLife) -> None:
     """Raises OSError. The folder may not be there yet; a line that a full disk cut stays alone."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / LIVES_FILE).open("ab+", buffering=0) as file:
-        file.write(b"\n" * ends_torn(file) + life.model_dump_json().encode() + b"\n")
-
-
-def ends_torn(file: BinaryIO) -> bool:
-    """Whether the last line of a file that is open for reading and appending lacks its end."""
-    file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-    return file.read(1) not in (b"", b"\n")
+    with open_to_append(run_dir / LIVES_FILE) as file:
+        append(file, b"\n" * ends_torn(file) + life.model_dump_json().encode() + b"\n")
 
 
 def read_noted_lives(run_dir: Path) -> list[NotedLife]:
     """All that can be read, in the order of their first lines; lines that are not whole are passed over."""
     lives: list[NotedLife] = []
     without_end: dict[float, int] = {}
-    with suppress(OSError, ValueError):
-        for line in read_small_file(run_dir / LIVES_FILE, _LARGEST).split(b"\n"):
+    with suppress(OSError):
+        for line in read_lines(run_dir / LIVES_FILE):
             with suppress(ValueError):
                 life = _parsed(line)
                 place = without_end.pop(life.began, len(lives))

@@ -1,13 +1,12 @@
-"""What a run looked like: its metrics read back, and a picture of the loss."""
+"""What a run looked like: a picture of the loss."""
 
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import orjson
-
-from llama_mcore.errors import DataError, MissingInputError, Problem, UserError, input_problem
+from llama_mcore.errors import DataError, Problem, UserError
 from llama_mcore.observe.goodput import PRODUCTIVE, read_lives
+from llama_mcore.observe.metrics_file import Row, read_metrics
 from llama_mcore.picture import save_figure
 
 if TYPE_CHECKING:
@@ -16,21 +15,13 @@ if TYPE_CHECKING:
 TRAIN_COLOR, VALID_COLOR, LR_COLOR, STOP_COLOR = "#1f4e79", "#c8501e", "#8a8a8a", "#3c8c3c"
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl, oldest first; a last line still being written is left out.
+class Point(Row):
+    """What the picture shows of a step."""
 
-    Raises MissingInputError without the file and DataError at a damaged line.
-    """
-    if not path.is_file():
-        raise MissingInputError(input_problem("metrics", path, "give the metrics.jsonl of a run"))
-    lines = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            rows.append(orjson.loads(line))
-        except orjson.JSONDecodeError as error:
-            raise DataError(Problem("metrics", f"{path}:{number}", f"is not JSON ({error})")) from None
-    return rows
+    loss: float | None
+    """None if it was not finite."""
+    lr: float
+    valid_loss: float | None = None
 
 
 def loss_curve(metrics: Path, output: Path, title: str | None = None) -> None:
@@ -40,8 +31,8 @@ def loss_curve(metrics: Path, output: Path, title: str | None = None) -> None:
     `title` defaults to the name of the run's folder. Raises DataError where no step has a finite loss,
     OutputError where `output` cannot be written.
     """
-    rows = read_metrics(metrics)
-    if not any(row["loss"] is not None for row in rows):
+    rows = read_metrics(metrics, Point)
+    if not any(row.loss is not None for row in rows):
         raise DataError(Problem("metrics", metrics, "holds no finite loss", "let the run do a step first"))
     from matplotlib.figure import Figure
 
@@ -71,9 +62,9 @@ def _resumed_after(run_dir: Path) -> list[int]:
     return [steps[0] - 1 for steps in trained if steps and steps[0] > 1]
 
 
-def _draw_loss(axes: "Axes", rows: list[dict[str, Any]], resumed_after: list[int]) -> None:
-    train = [(row["step"], row["loss"]) for row in rows if row["loss"] is not None]
-    valid = [(row["step"], row["valid_loss"]) for row in rows if row.get("valid_loss") is not None]
+def _draw_loss(axes: "Axes", rows: list[Point], resumed_after: list[int]) -> None:
+    train = [(row.step, row.loss) for row in rows if row.loss is not None]
+    valid = [(row.step, row.valid_loss) for row in rows if row.valid_loss is not None]
     steps, losses = [step for step, _ in train], [loss for _, loss in train]
     axes.plot(steps, losses, color=TRAIN_COLOR, alpha=0.3, linewidth=0.8, label="train")
     window = len(losses) // 20
@@ -92,8 +83,8 @@ def _draw_loss(axes: "Axes", rows: list[dict[str, Any]], resumed_after: list[int
     _tidy(axes)
 
 
-def _draw_lr(axes: "Axes", rows: list[dict[str, Any]]) -> None:
-    axes.plot([row["step"] for row in rows], [row["lr"] for row in rows], color=LR_COLOR, linewidth=1.5)
+def _draw_lr(axes: "Axes", rows: list[Point]) -> None:
+    axes.plot([row.step for row in rows], [row.lr for row in rows], color=LR_COLOR, linewidth=1.5)
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes.set_ylabel("learning rate")

@@ -1,7 +1,5 @@
 """Where step reports go: metrics.jsonl, TensorBoard, and a line for the person who watches."""
 
-import errno
-import math
 import os
 import sys
 from collections import deque
@@ -18,22 +16,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from llama_mcore.errors import OutputError, Problem
 from llama_mcore.observe.config import ObserveConfig
+from llama_mcore.observe.line_file import Fence, append, open_to_append
+from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.metrics import StepReport, describe_duration, describe_mfu, describe_step
+from llama_mcore.observe.metrics_file import (
+    GIVEN_UP_METRICS,
+    METRICS_FILE,
+    describe_steps,
+    drop_steps_after,
+    keep_steps_after,
+    missing_steps,
+    sync_folder,
+)
 
-METRICS_FILE = "metrics.jsonl"
-GIVEN_UP_METRICS = "metrics-given-up.jsonl"
-"""The steps that rollbacks gave up. One may be there twice, if the run was killed just then."""
 TENSORBOARD_DIR = "tensorboard"
 ETA_WINDOW = 50  # steps
 _VALID_SCALARS = ("loss", "perplexity", "bits_per_byte", "tokens")
 
 
 class MetricSinks:
-    """Writes every step of one run; made by one rank alone.
+    """Writes every step of one run; made by one rank alone, which holds the run's lease.
 
     A run that resumes at `start_step` has lost what came after it: those lines leave metrics.jsonl
     and those TensorBoard events are hidden, so that no step appears twice.
-    Raises OutputError where the run folder cannot be written.
+    Raises OutputError where the run folder cannot be written, or another job has taken the run over.
     """
 
     def __init__(
@@ -42,22 +48,32 @@ class MetricSinks:
         run_dir: Path,
         total_steps: int,
         start_step: int,
+        lease: Fence,
+        continues: Path | None = None,
         console: Console | None = None,
     ) -> None:
+        """`continues`: the checkpoint that the run goes on from, if another folder has it and its steps."""
         self._config = config
         self._run_dir = run_dir
         self._total_steps = total_steps
         self._start_step = start_step
+        self._lease = lease
+        self._continues = continues
         self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         with _writing(self._run_dir), ExitStack() as stack:
             self._run_dir.mkdir(parents=True, exist_ok=True)
+            self._lease.check()  # what is dropped may be another job's
             metrics = self._run_dir / METRICS_FILE
-            drop_steps_after(metrics, self._start_step)
-            # Unbuffered: a line that did not fit the disk must not be tried again when the file is closed.
-            self._metrics = stack.enter_context(metrics.open("ab", buffering=0))
+            kept = drop_steps_after(metrics, self._start_step)
+            missing = [] if self._continues else missing_steps(kept, self._start_step)
+            if missing:
+                steps = describe_steps(missing)
+                get_logger().warning("%s LACKS steps %s: they are lost, and audit-data fails", metrics, steps)
+            self._metrics = stack.enter_context(open_to_append(metrics))
+            sync_folder(self._run_dir)
             self._events = self._open_events(stack)
             self._watcher = self._open_watcher(stack)
             self._stack = stack.pop_all()
@@ -71,18 +87,32 @@ class MetricSinks:
 
     def write(self, report: StepReport) -> None:
         """Record one step. A loss that is not finite becomes null in metrics.jsonl."""
+        row = report.to_dict() | {"attempt": self._lease.number}
+        if self._continues:
+            row["continues"] = str(self._continues)
         with _writing(self._run_dir):
-            line = orjson.dumps(report.to_dict()) + b"\n"
-            if self._metrics.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._lease.check()  # at each step: this process may have been stopped at any moment
+            append(self._metrics, orjson.dumps(row) + b"\n")
             if self._events:
                 self._events.write(report)
+        self._continues = None
         with suppress(OSError):  # its output may go to a full disk too: no reason to end a run
             self._watcher.write(report)
+
+    def check(self) -> None:
+        """Raise OutputError if another job has taken the run over."""
+        with _writing(self._run_dir):
+            self._lease.check()
+
+    def sync(self) -> None:
+        """See the lines on the disk: before a checkpoint that counts on them."""
+        with _writing(self._run_dir):
+            os.fsync(self._metrics.fileno())
 
     def go_back(self, step: int) -> None:
         """Go on after `step`: the lines of later steps move to the file of what was given up."""
         with _writing(self._run_dir):
+            self._lease.check()
             keep_steps_after(self._run_dir / METRICS_FILE, step, self._run_dir / GIVEN_UP_METRICS)
             self._stack.close()
         self._start_step = step
@@ -103,47 +133,15 @@ class MetricSinks:
         return line
 
 
-def drop_steps_after(metrics: Path, step: int) -> None:
-    """Keep the whole lines of `metrics` up to `step`; the file is replaced in one move."""
-    if not metrics.exists():
-        return
-    content = metrics.read_bytes()
-    kept = b"".join(line + b"\n" for line in content.splitlines() if _step_of(line) <= step)
-    if kept == content:
-        return
-    temporary = metrics.with_name(metrics.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(metrics)
-
-
-def keep_steps_after(metrics: Path, step: int, kept: Path) -> None:
-    """Add the whole lines of `metrics` after `step` to the end of `kept`."""
-    later = [line + b"\n" for line in metrics.read_bytes().splitlines() if step < _step_of(line) < math.inf]
-    with kept.open("ab") as file:
-        file.writelines(later)
-
-
-def _step_of(line: bytes) -> float:
-    """Step of a line; infinity for one that a kill or a crash left half-written."""
-    try:
-        return float(orjson.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
-
-
 @contextmanager
 def _writing(run_dir: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission into an OutputError."""
+    """Turn a full disk, a missing permission or a lease that is lost into an OutputError."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OutputError(
-            Problem("run.dir", run_dir, f"cannot be written ({reason})", "choose another folder or make room")
-        ) from error
+        remedy = "choose another folder or make room" if error.errno else "nothing: that job goes on"
+        raise OutputError(Problem("run.dir", run_dir, f"cannot be written ({reason})", remedy)) from error
 
 
 class _TensorBoard:

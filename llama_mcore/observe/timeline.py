@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Self
 
 import orjson
 
-from llama_mcore.observe.lives import ends_torn
+from llama_mcore.observe.line_file import Fence, append, ends_torn, open_to_append
 from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.phases import Listener, Phase
 
@@ -31,31 +31,32 @@ TIMELINE_FILE = "timeline.jsonl"
 class Timeline(Listener):
     """One life's part of the file, written by rank 0.
 
-    Nothing is written before `settled`: until then it is not certain that the folder is this run's. A full
-    disk costs lines, and a warning, but never the run.
+    Nothing is written before `settled`: until then it is not certain that the folder is this run's; and
+    nothing once another job has taken it over. A full disk costs lines, and a warning, but never the run.
     """
 
-    def __init__(self, run_dir: Path, life: int, ranks: int, began: float) -> None:
-        """`life`: the number of the lease that the run is held by. `began`: when
-        the process did that the launcher started."""
-        self._path, self._life = run_dir / TIMELINE_FILE, life
+    def __init__(self, run_dir: Path, lease: Fence, ranks: int, began: float) -> None:
+        """`lease`: what the run is held by; its number is that of the life. `began`: when the process did
+        that the launcher started."""
+        self._path, self._lease = run_dir / TIMELINE_FILE, lease
         self._clock_offset = time.time() - time.monotonic()
-        self._held_back: list[bytes] = []
+        self._held_back: list[bytes] | None = []
         self._file: BinaryIO | None = None
         self._failed = self._torn = False
         self.exit_code = 0
         job = os.environ.get("SLURM_JOB_ID", "")
         host = socket.gethostname()
-        self._write({"life": life, "began": began, "job": job, "host": host, "ranks": ranks})
+        self._write({"life": lease.number, "began": began, "job": job, "host": host, "ranks": ranks})
 
     def settled(self) -> None:
         try:
-            self._file = self._path.open("ab+", buffering=0)
+            self._lease.check()
+            self._file = open_to_append(self._path)
             self._torn = ends_torn(self._file)
         except OSError as error:
             self._fail(error)
-        held_back, self._held_back = self._held_back, []
-        for line in held_back:
+        held_back, self._held_back = self._held_back, None
+        for line in held_back or []:
             self._append(line)
 
     def enter(self, phase: Phase, step: int) -> None:
@@ -80,11 +81,11 @@ class Timeline(Listener):
 
     def _note(self, what: dict[str, Any]) -> None:
         now = round(time.monotonic() + self._clock_offset, 3)
-        self._write({"of": self._life, "t": now, **what})
+        self._write({"of": self._lease.number, "t": now, **what})
 
     def _write(self, line: dict[str, Any]) -> None:
         encoded = orjson.dumps(line) + b"\n"
-        if self._file:
+        if self._held_back is None:
             self._append(encoded)
         else:
             self._held_back.append(encoded)
@@ -93,8 +94,10 @@ class Timeline(Listener):
         if self._file is None:
             return
         try:
-            whole = b"\n" * self._torn + line
-            self._torn = self._file.write(whole) != len(whole)
+            self._lease.check()
+            begin, self._torn = b"\n" * self._torn, True
+            append(self._file, begin + line)
+            self._torn = False
         except OSError as error:
             self._fail(error)
 

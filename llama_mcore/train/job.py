@@ -137,7 +137,7 @@ def open_job(
         timeline=timeline,
         engine=engine,
         sources=sources,
-        sinks=together(groups, lambda: stack.enter_context(_sinks(run, groups, state))),
+        sinks=together(groups, lambda: stack.enter_context(_sinks(run, lease, found, state))),
         batches=stack.enter_context(_batches(run, groups, sources, state)),
         saver=saver,
         stragglers=Stragglers(run.observe.straggler_window, groups),
@@ -209,16 +209,21 @@ def _timeline(
     """Rank 0, which holds the lease, writes down where its time goes."""
     if lease is None:
         return nullcontext()
-    timeline = Timeline(Path(run.run.dir), lease.number, groups.world_size, phases.began)
+    timeline = Timeline(Path(run.run.dir), lease, groups.world_size, phases.began)
     phases.add(timeline)
     timeline.enter(Phase.SETUP, 0)
     return timeline
 
 
-def _sinks(run: RunConfig, groups: Groups, state: TrainState) -> AbstractContextManager[MetricSinks | None]:
-    if groups.rank > 0:
+def _sinks(
+    run: RunConfig, lease: Lease | None, found: Found, state: TrainState
+) -> AbstractContextManager[MetricSinks | None]:
+    if lease is None:
         return nullcontext()
-    return MetricSinks(run.observe, Path(run.run.dir), run.train.steps, state.step)
+    run_dir, continues = Path(run.run.dir), found.reader.path if found.reader else None
+    if continues and (state.step == 0 or continues.resolve().parent == checkpoints_dir(run_dir).resolve()):
+        continues = None
+    return MetricSinks(run.observe, run_dir, run.train.steps, state.step, lease, continues)
 
 
 def _batches(run: RunConfig, groups: Groups, sources: list[OpenSource], state: TrainState) -> MicroBatches:

@@ -1,10 +1,12 @@
 """The story of a run: step, report, evaluate, recover, save, stop."""
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import islice
+from typing import TypeVar
 
 from llama_mcore.checkpoint.deepspeed_folder import save_deepspeed_folder
 from llama_mcore.checkpoint.save import Saved
@@ -28,6 +30,7 @@ from llama_mcore.train.signals import StoppedEarly, StopRequest
 from llama_mcore.train.step import StepResult, train_step
 from llama_mcore.train.utilization import step_mfu
 
+T = TypeVar("T")
 MARGIN = timedelta(minutes=10)
 
 
@@ -191,9 +194,18 @@ def _return_or_stop(job: Job, judgement: Judgement) -> None:
         )
         raise NumericalError(Problem("step", job.state.step, judgement.reason, remedy))
     groups, reason, sinks = job.groups, judgement.reason, job.sinks
-    job.state = roll_back(
-        job.engine, job.run, groups, job.state, reason, lambda action: together(groups, action), job.phases
-    )
+
+    def as_holder(action: Callable[[], T]) -> T:
+        """Together, where the run is still this job's: a checkpoint to go back to takes minutes to read."""
+
+        def act() -> T:
+            if sinks:
+                sinks.check()
+            return action()
+
+        return together(groups, act)
+
+    job.state = roll_back(job.engine, job.run, groups, job.state, reason, as_holder, job.phases)
     together(groups, lambda: sinks.go_back(job.state.step) if sinks else None)
     job.batches.seek(job.state.consumed_samples)
     _save(job)
@@ -207,6 +219,7 @@ def _save(job: Job, due: bool = True) -> None:
     if job.saved == job.state:
         return
     job.phases.enter(Phase.SAVE, job.state.step)
+    together(job.groups, lambda: job.sinks.sync() if job.sinks else None)
     if due and job.state.health.is_quiet:
         health = job.state.health.model_copy(update={"anchor": job.state.step})
         job.state = replace(job.state, health=health)

@@ -345,21 +345,21 @@ def dies(rank: Rank) -> dict:
 
 
 def taken_over(rank: Rank) -> dict:
-    """Between two saves another job, which thinks this one dead, takes the run."""
+    """While the second save is written another job, which thinks this one dead, takes the run."""
     rank.train(1)
-    said = []
     with held_lease(rank.folder) if rank.groups.rank == 0 else nullcontext() as lease:
         saver = Saver(rank.engine, rank.run, rank.groups, lease)
-        for step in (1, 2):
-            if lease and step == 2:
-                (rank.folder / FOLDER / f"{lease.number + 1:08d}.json").touch()
-            said.append(refusal(lambda step=step: save_with(saver, step)))
+        begin_with(saver, 1)
+        said = [refusal(saver.finish)]
+        begin_with(saver, 2)
+        if lease:
+            (rank.folder / FOLDER / f"{lease.number + 1:08d}.json").touch()
+        said += [refusal(saver.finish), refusal(lambda: begin_with(saver, 3))]
     return {"said": said, "left": names(rank)}
 
 
-def save_with(saver: Saver, step: int) -> None:
+def begin_with(saver: Saver, step: int) -> None:
     saver.begin(TrainState(step, step, run_id="r"), lr=0.0)
-    saver.finish()
 
 
 def save_checkpoint_at(rank: Rank, step: int) -> None:

@@ -1,5 +1,6 @@
 """A run is written by one job at a time, and a job that lost it does not publish."""
 
+import errno
 import fcntl
 import json
 import os
@@ -17,8 +18,9 @@ import psutil
 import pytest
 
 from llama_mcore.checkpoint import lease
-from llama_mcore.checkpoint.lease import FOLDER, STALE_S, check_free, held_lease
+from llama_mcore.checkpoint.lease import FOLDER, STALE_S, check_free, held_lease, was_taken_over
 from llama_mcore.errors import PreflightError
+from llama_mcore.observe.metrics_file import METRICS_FILE
 from tests.support.errors import refused
 
 HOLD = """
@@ -230,6 +232,52 @@ def test_a_holder_that_was_thought_dead_may_not_publish(run_dir: Path) -> None:
         written_by(run_dir, 2, job="78")
         with pytest.raises(OSError, match=f"{ELSEWHERE}, job 78"):
             held.check()
+
+
+def test_a_successor_that_has_left_again_is_seen(run_dir: Path) -> None:
+    with held_lease(run_dir) as held:
+        written_by(run_dir, 2).rename(run_dir / FOLDER / "00000002.released.json")
+        written_by(run_dir, 3, job="79")
+        with pytest.raises(OSError, match="job 79"):
+            held.check()
+
+
+def test_a_file_system_that_fails_is_no_successor(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, **_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with held_lease(run_dir) as held:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "stat", fail)
+            with pytest.raises(OSError) as caught:
+                held.check()
+        assert caught.value.errno == errno.EIO
+        held.check()
+
+
+def test_numbers_go_on_where_the_leases_were_deleted(run_dir: Path) -> None:
+    """Else lines of earlier attempts would pass for later ones."""
+    (run_dir / METRICS_FILE).write_text('{"step": 1, "attempt": 4}\n{"step": 2, "attempt": 5}\n')
+    with held_lease(run_dir) as held:
+        assert held.number == 6
+
+
+@pytest.mark.process
+def test_whether_a_process_still_had_the_run_at_its_end(run_dir: Path) -> None:
+    first = subprocess.Popen([sys.executable, "-c", HOLD, str(run_dir)], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    assert not was_taken_over(run_dir, first.pid)  # nobody has had it
+    assert first.stdout.readline() == "held\n"
+    assert not was_taken_over(run_dir, first.pid)
+    first.kill()
+    first.wait()
+    assert not was_taken_over(run_dir, first.pid)
+    with held_lease(run_dir):
+        assert was_taken_over(run_dir, first.pid)
+        assert not was_taken_over(run_dir, os.getpid())
+    assert was_taken_over(run_dir, first.pid)
+    written_by(run_dir, 3, **(me() | {"boot": "another"}))
+    assert was_taken_over(run_dir, os.getpid())
 
 
 def test_of_two_that_take_over_at_once_one_is_refused(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The audit counts every window and finds what does not follow the plan."""
 
 from collections import Counter
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -11,10 +12,16 @@ from llama_mcore.data.ledger import Segment, continued
 from tests.data.test_ledger import read, segment
 
 
-def rows(plan: Segment, steps: int, batch: int) -> list[dict]:
+@dataclass
+class Line:
+    step: int
+    tokens: int
+    windows: dict[str, int]
+
+
+def rows(plan: Segment, steps: int, batch: int) -> list[Line]:
     return [
-        {"step": step, "tokens": step * batch * plan.seq_length, "windows": plan.used(step * batch)}
-        for step in range(1, steps + 1)
+        Line(step, step * batch * plan.seq_length, plan.used(step * batch)) for step in range(1, steps + 1)
     ]
 
 
@@ -69,9 +76,7 @@ def test_a_ledger_that_follows_the_plan_is_accepted() -> None:
     assert check_ledger([plan], rows(plan, 6, 8)) == []
     other = segment([20, 10, 6], [9, 9, 9])
     segments = continued([plan], other, 24, accept_change=True)
-    changed = [
-        {"step": step, "tokens": step * 8 * 8, "windows": segments[1].used(step * 8)} for step in range(4, 7)
-    ]
+    changed = [Line(step, step * 8 * 8, segments[1].used(step * 8)) for step in range(4, 7)]
     assert check_ledger(segments, [*rows(plan, 3, 8), *changed]) == []
     assert check_ledger(segments, rows(plan, 6, 8))[0].field == "step 4: windows"
 
@@ -80,7 +85,7 @@ def test_a_ledger_that_follows_the_plan_is_accepted() -> None:
 def test_a_ledger_that_does_not_is_found(change: dict) -> None:
     plan = segment([20, 10], [9, 9])
     ledger = rows(plan, 4, 8)
-    ledger[1] |= change
+    ledger[1] = replace(ledger[1], **change)
     problems = check_ledger([plan], ledger)
     assert problems
     assert problems[0].field.startswith("step 2: ")

@@ -1,6 +1,7 @@
 """llama_mcore.launch.preflight on two real ranks: each fault that one of them sees is known to both."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -209,4 +210,7 @@ def test_any_change_of_the_sources_is_another_version(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("x = 2\n")
     changed = source_digest(tmp_path)
     (tmp_path / "b.py").touch()
-    assert len({before, changed, source_digest(tmp_path)}) == 3
+    os.mkfifo(tmp_path / "pipe.py")
+    with_pipe = source_digest(tmp_path)
+    (tmp_path / "pipe.py").unlink()
+    assert len({before, changed, with_pipe, source_digest(tmp_path)}) == 4

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import stat
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from llama_mcore.observe.goodput_report import show_goodput, to_dict
 from llama_mcore.observe.lives import EndedLife, add_life
 from llama_mcore.observe.phases import Phase, Phases
 from llama_mcore.observe.timeline import TIMELINE_FILE, Timeline
+from tests.observe.held import Held
 from tests.support.errors import refused
 
 # As earlier versions wrote them: only the first line says of which life it is.
@@ -171,7 +173,13 @@ def test_the_kinds_always_add_up(
 
 
 @pytest.mark.parametrize(
-    "damage", [b'{"t": 1200.0, "pha', b"\x00\xff\n", b"[1]\n", b'{"t": "x", "left": 0}\n', b'{"left": 0}\n']
+    "damage",
+    [
+        *(b'{"t": 1200.0, "pha', b"\x00\xff\n", b'{"t": 1e308, "left": 0}\n', b'{"t": 1e400, "left": 0}\n'),
+        b"[1]\n",
+        b'{"t": "x", "left": 0}\n',
+        b'{"left": 0}\n',
+    ],
 )
 def test_a_damaged_line_is_passed_over(tmp_path: Path, damage: bytes) -> None:
     sound = to_dict(*_read(write(tmp_path, KILLED)))
@@ -185,7 +193,7 @@ def _read(run_dir: Path) -> tuple:
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     phases = Phases()
-    with Timeline(tmp_path, life=4, ranks=2, began=0.0) as timeline:
+    with Timeline(tmp_path, Held(4), ranks=2, began=0.0) as timeline:
         phases.add(timeline)
         phases.enter(Phase.SETUP, 0)
         assert not list(tmp_path.iterdir())  # the folder is not yet known to be this run's
@@ -206,7 +214,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 )
 def test_a_life_that_fails_says_how(tmp_path: Path, error: Exception, exit_code: int) -> None:
     def life() -> None:
-        with Timeline(tmp_path, life=1, ranks=1, began=0.0) as timeline:
+        with Timeline(tmp_path, Held(1), ranks=1, began=0.0) as timeline:
             timeline.settled()
             raise error
 
@@ -215,12 +223,34 @@ def test_a_life_that_fails_says_how(tmp_path: Path, error: Exception, exit_code:
     assert read_lives(tmp_path)[0].left == exit_code
 
 
-def test_a_full_disk_costs_lines_and_nothing_else(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_a_full_disk_costs_lines_and_nothing_else(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / TIMELINE_FILE).symlink_to("/dev/full")
-    with Timeline(tmp_path, life=1, ranks=1, began=0.0) as timeline:
+    monkeypatch.setattr(stat, "S_ISREG", lambda mode: True)  # else it would not even be opened
+    with Timeline(tmp_path, Held(1), ranks=1, began=0.0) as timeline:
         timeline.settled()
         timeline.enter(Phase.TRAIN, 1)
     assert caplog.text.count("No space left on device") == caplog.text.count("timeline.jsonl") == 1
+
+
+def test_a_life_that_lost_the_run_adds_nothing(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    lease = Held()
+    with Timeline(tmp_path, lease, ranks=1, began=0.0) as timeline:
+        timeline.settled()
+        timeline.enter(Phase.TRAIN, 1)
+        before = (tmp_path / TIMELINE_FILE).read_bytes()
+        lease.is_lost = True
+        timeline.enter(Phase.EVALUATE, 1)
+        timeline.saved(1)
+    assert (tmp_path / TIMELINE_FILE).read_bytes() == before
+    assert caplog.text.count("taken over by another job") == 1
+
+
+def test_a_life_that_lost_the_run_before_it_had_begun_adds_nothing(tmp_path: Path) -> None:
+    with Timeline(tmp_path, Held(is_lost=True), ranks=1, began=0.0) as timeline:
+        timeline.settled()
+    assert not (tmp_path / TIMELINE_FILE).exists()
 
 
 def test_the_command_prints_a_table_json_and_a_picture(
@@ -329,7 +359,7 @@ def test_steps_that_no_checkpoint_has_are_lost_when_the_run_is_over(tmp_path: Pa
 def test_the_next_life_begins_on_a_line_of_its_own(tmp_path: Path) -> None:
     """Where a kill or a full disk cut the last one."""
     write(tmp_path, KILLED, tail=b'{"t": 1021.0, "ph')
-    with Timeline(tmp_path, life=2, ranks=2, began=2000.0) as timeline:
+    with Timeline(tmp_path, Held(2), ranks=2, began=2000.0) as timeline:
         timeline.settled()
     first, second = read_lives(tmp_path)
     assert (first.lease, second.lease, second.began) == (1, 2, 2000.0)
@@ -350,15 +380,19 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / TIMELINE_FILE).mkdir()
     with pytest.raises(DataError, match=r"timeline\.jsonl: .*Is a directory"):
         show_goodput(tmp_path)
+    os.mkfifo(tmp_path / f"pipe-{TIMELINE_FILE}")
+    (tmp_path / TIMELINE_FILE).rmdir()
+    (tmp_path / f"pipe-{TIMELINE_FILE}").rename(tmp_path / TIMELINE_FILE)
+    with pytest.raises(DataError, match="not a regular file"):
+        show_goodput(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="Not a directory"):
         show_goodput(tmp_path / "file")
 
-    def locked(path: Path, follow_symlinks: bool = True) -> None:
+    def locked(path: Path, *_: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    for access in ("stat", "read_bytes"):
-        monkeypatch.setattr(Path, access, locked)
+    monkeypatch.setattr(os, "open", locked)
     with pytest.raises(DataError, match="Permission denied"):
         show_goodput(tmp_path)
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -81,8 +82,9 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     assert read_ended_lives(tmp_path) == []
 
 
-def test_a_full_disk_is_an_oserror(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_oserror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / LIVES_FILE).symlink_to("/dev/full")
+    monkeypatch.setattr(stat, "S_ISREG", lambda mode: True)  # else it would not even be opened
     with pytest.raises(OSError) as caught:
         add_life(tmp_path, life(1))
     assert caught.value.errno == errno.ENOSPC

@@ -7,8 +7,8 @@ import orjson
 import pytest
 from matplotlib.image import imread
 
-from llama_mcore.errors import DataError, MissingInputError, OutputError
-from llama_mcore.observe.report import loss_curve, read_metrics, smoothed
+from llama_mcore.errors import DataError, OutputError
+from llama_mcore.observe.report import loss_curve, smoothed
 from tests.support.errors import refused
 
 
@@ -22,27 +22,6 @@ def metrics(tmp_path: Path) -> Path:
     path.parent.mkdir()
     path.write_bytes(b"".join(row(step) for step in range(1, 60)) + row(60, valid_loss=0.5))
     return path
-
-
-def test_rows_come_back_in_order(metrics: Path) -> None:
-    assert [item["step"] for item in read_metrics(metrics)] == list(range(1, 61))
-
-
-def test_a_line_still_being_written_is_left_out(metrics: Path) -> None:
-    with metrics.open("ab") as file:
-        file.write(row(61)[:-5])
-    assert len(read_metrics(metrics)) == 60
-
-
-def test_a_damaged_line_is_named(metrics: Path) -> None:
-    metrics.write_bytes(row(1) + b"{oops\n" + row(3))
-    with refused(DataError, "metrics", f"{metrics}:2", remedy=False):
-        read_metrics(metrics)
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with refused(MissingInputError, "metrics", tmp_path / "metrics.jsonl"):
-        read_metrics(tmp_path / "metrics.jsonl")
 
 
 def test_the_picture_shows_the_curve(metrics: Path, tmp_path: Path) -> None:

@@ -17,16 +17,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from llama_mcore.errors import OutputError
 from llama_mcore.observe.config import ObserveConfig
 from llama_mcore.observe.metrics import HeldOut, StepReport
-from llama_mcore.observe.sinks import (
-    GIVEN_UP_METRICS,
-    METRICS_FILE,
-    TENSORBOARD_DIR,
-    MetricSinks,
-    drop_steps_after,
-)
+from llama_mcore.observe.metrics_file import GIVEN_UP_METRICS, METRICS_FILE, drop_steps_after
+from llama_mcore.observe.sinks import TENSORBOARD_DIR, MetricSinks
+from tests.observe.held import Held
 from tests.support.errors import refused
 
 QUIET = ObserveConfig(log_interval=10, tensorboard=False)
+LEASE = Held()
 
 
 def report(
@@ -44,6 +41,8 @@ def write(
     config: ObserveConfig = QUIET,
     terminal: bool = False,
     width: int = 100,
+    lease: Held = LEASE,
+    continues: Path | None = None,
 ) -> str:
     """What a person sees of a run of 40 steps that reports `reports`."""
     screen = io.StringIO()
@@ -55,7 +54,7 @@ def write(
         color_system=None,
         soft_wrap=True,
     )
-    with MetricSinks(config, run_dir, total_steps=40, start_step=start_step, console=console) as sinks:
+    with MetricSinks(config, run_dir, 40, start_step, lease, continues, console) as sinks:
         for one in reports:
             sinks.write(one)
     return screen.getvalue()
@@ -81,6 +80,7 @@ def test_every_step_is_a_line(tmp_path: Path) -> None:
         "attention",
         "kernels",
         "windows",
+        "attempt",
     ]
     assert second["valid_loss"] == 2.5
 
@@ -92,7 +92,7 @@ def test_mfu_is_on_the_line_of_a_terminal_where_it_is_known(tmp_path: Path) -> N
 
 
 def test_a_line_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
-    with MetricSinks(QUIET, tmp_path, 40, 0, Console(file=io.StringIO())) as sinks:
+    with MetricSinks(QUIET, tmp_path, 40, 0, LEASE, console=Console(file=io.StringIO())) as sinks:
         sinks.write(report(1))
         assert [row["step"] for row in rows(tmp_path)] == [1]
 
@@ -116,7 +116,7 @@ def test_no_step_appears_twice_after_a_resume(tmp_path: Path) -> None:
 
 
 def test_steps_that_are_given_up_move_to_their_own_file(tmp_path: Path) -> None:
-    with MetricSinks(ObserveConfig(), tmp_path, 40, 0, Console(file=io.StringIO())) as sinks:
+    with MetricSinks(ObserveConfig(), tmp_path, 40, 0, LEASE, console=Console(file=io.StringIO())) as sinks:
         for step in (1, 2, 3, 4):
             sinks.write(report(step))
         sinks.go_back(2)
@@ -132,6 +132,98 @@ def test_steps_that_are_given_up_move_to_their_own_file(tmp_path: Path) -> None:
     ]
     events = EventAccumulator(str(tmp_path / TENSORBOARD_DIR)).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+def test_who_lost_the_run_adds_nothing(tmp_path: Path) -> None:
+    lease = Held()
+    with MetricSinks(ObserveConfig(), tmp_path, 40, 0, lease, console=Console(file=io.StringIO())) as sinks:
+        for step in (1, 2):
+            sinks.write(report(step))
+        lease.is_lost = True
+        actions = [lambda: sinks.write(report(3)), sinks.check, lambda: sinks.go_back(1)]
+        for action in actions:
+            with refused(OutputError, "run.dir", tmp_path) as caught:
+                action()
+            assert "taken over by another job" in str(caught.value)
+    assert [row["step"] for row in rows(tmp_path)] == [step for step, _ in losses(tmp_path)] == [1, 2]
+    assert not (tmp_path / GIVEN_UP_METRICS).exists()
+
+
+def test_who_lost_the_run_before_the_first_step_drops_nothing(tmp_path: Path) -> None:
+    """Those are the lines of the one that has it now."""
+    write(tmp_path, [report(1), report(2)])
+    before = (tmp_path / METRICS_FILE).read_bytes()
+    with refused(OutputError, "run.dir", tmp_path):
+        write(tmp_path, [], lease=Held(is_lost=True))
+    assert (tmp_path / METRICS_FILE).read_bytes() == before
+
+
+def test_a_resume_drops_what_an_attempt_added_that_had_lost_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, [report(step) for step in range(1, 5)])
+    write(tmp_path, [report(step, loss=3.0) for step in range(4, 8)], start_step=3, lease=Held(2))
+    with (tmp_path / METRICS_FILE).open("ab") as file:  # of the first: a repeated step and one that was not
+        for step in (5, 9):
+            file.write(orjson.dumps(report(step).to_dict() | {"attempt": 1}) + b"\n")
+    assert "DROPPED" not in caplog.text
+    write(tmp_path, [report(step, loss=4.0) for step in (10, 11)], start_step=9, lease=Held(3))
+    assert "DROPPED 2 lines that count no more, of steps 5, 9:" in caplog.text
+    assert "LACKS steps 8 to 9:" in caplog.text
+    assert [(row["step"], row["attempt"]) for row in rows(tmp_path)] == [
+        *[(step, 1) for step in (1, 2, 3)],
+        *[(step, 2) for step in (4, 5, 6, 7)],
+        *[(step, 3) for step in (10, 11)],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("there", "start", "said"),
+    [(range(1, 6), 5, ""), (range(1, 6), 12, "6 to 12"), ([1, 2, 5, 7], 7, "3 to 4, 6"), ([], 0, "")],
+)
+def test_a_resume_says_which_steps_are_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, there: Sequence[int], start: int, said: str
+) -> None:
+    write(tmp_path, [report(step) for step in there])
+    write(tmp_path, [report(start + 1)], start_step=start, lease=Held(2))
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == (said != "")
+    assert all(f"LACKS steps {said}:" in warning for warning in warnings)
+
+
+def test_steps_that_another_folder_has_are_not_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = Path("/runs/a/checkpoints/step-00000007")
+    write(tmp_path, [report(8), report(9)], start_step=7, continues=checkpoint)
+    assert [row.get("continues") for row in rows(tmp_path)] == [str(checkpoint), None]
+    write(tmp_path, [report(10)], start_step=9, lease=Held(2))
+    assert "LACKS" not in caplog.text
+
+
+def test_lines_are_on_the_disk_when_they_have_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Content, and the file's name, which may be new."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    with MetricSinks(QUIET, tmp_path, 40, 0, LEASE, console=Console(file=io.StringIO())) as sinks:
+        assert synced == [tmp_path.stat().st_ino]
+        sinks.write(report(1))
+        sinks.sync()
+        assert synced[1:] == [(tmp_path / METRICS_FILE).stat().st_ino]
+        sinks.go_back(0)
+    assert synced[2] == (tmp_path / GIVEN_UP_METRICS).stat().st_ino
+
+
+@pytest.mark.parametrize("name", [METRICS_FILE, GIVEN_UP_METRICS, f"{METRICS_FILE}.tmp"])
+def test_a_pipe_in_the_way_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    with MetricSinks(QUIET, tmp_path, 40, 0, LEASE, console=Console(file=io.StringIO())) as sinks:
+        sinks.write(report(1))
+        (tmp_path / name).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / name)
+        if name.endswith(".tmp"):
+            sinks.go_back(0)
+            assert rows(tmp_path) == []
+        else:
+            with refused(OutputError, "run.dir", tmp_path):
+                sinks.go_back(0)
 
 
 def test_plain_output_shows_decisions(tmp_path: Path) -> None:
@@ -264,7 +356,7 @@ def test_a_console_that_takes_nothing_ends_no_run(tmp_path: Path) -> None:
     """As where the job's output goes to a full disk."""
     full = io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True)
     console = Console(file=full, width=100)
-    with MetricSinks(QUIET, tmp_path, total_steps=40, start_step=0, console=console) as sinks:
+    with MetricSinks(QUIET, tmp_path, 40, 0, LEASE, console=console) as sinks:
         for step in range(1, 21):
             sinks.write(report(step))
     assert len((tmp_path / METRICS_FILE).read_bytes().splitlines()) == 20

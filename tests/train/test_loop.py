@@ -3,18 +3,21 @@
 import logging
 from datetime import timedelta
 from types import SimpleNamespace
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 from unittest.mock import patch
 
 import pytest
 
 from llama_mcore.config import RunConfig, load_run
+from llama_mcore.errors import OutputError, Problem
 from llama_mcore.observe.phases import Phases
 from llama_mcore.parallel.config import ParallelConfig
 from llama_mcore.parallel.groups import TIMEOUT
 from llama_mcore.train import loop
+from llama_mcore.train.health import Action, Judgement
 from llama_mcore.train.job import Job
 from llama_mcore.train.signals import StopRequest
+from llama_mcore.train.state import HealthState
 
 LIMITS = ("first_step_s", "start_s", "setup_s", "save_s", "evaluate_s", "end_s", "min_step_s")
 
@@ -46,6 +49,32 @@ def test_collectives_outlast_every_limit_of_the_watchdog(limit: str) -> None:
 def test_short_limits_leave_the_usual_timeout() -> None:
     short = [f"watchdog.{limit}=1" for limit in LIMITS]
     assert timeout_of_collectives(load_run("7b", [*short, "checkpoint.timeout_s=1"])) == TIMEOUT
+
+
+def test_a_job_that_loses_its_run_while_it_rolls_back_puts_nothing_aside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """When it has read the checkpoint to go back to, which takes minutes."""
+    done: list[str] = []
+
+    def lost() -> None:
+        if done:
+            raise OutputError(Problem("run.dir", "run", "the run was taken over"))
+
+    def roll_back(*arguments: Any) -> None:
+        *_, together, _ = arguments
+        together(lambda: done.append("read"))
+        together(lambda: done.append("put aside"))
+
+    monkeypatch.setattr(loop, "roll_back", roll_back)
+    monkeypatch.setattr(loop, "together", lambda groups, action: action())
+    saver, sinks = SimpleNamespace(finish=lambda: None), SimpleNamespace(check=lost)
+    state = SimpleNamespace(step=5)
+    parts = {"run": None, "groups": None, "engine": None}
+    job = SimpleNamespace(state=state, phases=Phases(), saver=saver, sinks=sinks, **parts)
+    with pytest.raises(OutputError):
+        loop._return_or_stop(cast(Job, job), Judgement(HealthState(), Action.ROLL_BACK, "too bad"))
+    assert done == ["read"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Bad input ends with one clear message and its exit code: no traceback, nothing half-written."""
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,6 +31,13 @@ def file_in_place(run_dir: Path, finished: Path) -> None:
 
 def folder_in_place_of_metrics(run_dir: Path, finished: Path) -> None:
     (run_dir / "metrics.jsonl").mkdir(parents=True)
+
+
+def pipe_in_place_of_metrics(run_dir: Path, finished: Path) -> None:
+    """In a folder that has been held before: an attempt's number is then not looked for in the lines."""
+    (run_dir / "lease").mkdir(parents=True)
+    (run_dir / "lease/00000001.released.json").write_text("{}")
+    os.mkfifo(run_dir / "metrics.jsonl")
 
 
 def file_in_place_of_checkpoints(run_dir: Path, finished: Path) -> None:
@@ -118,6 +126,7 @@ FILES = {
     "metrics-is-a-folder": Bad(
         73, "run.dir", ANY, ["Is a directory"], prepare=folder_in_place_of_metrics, ranks=2
     ),
+    "metrics-is-a-pipe": Bad(73, "run.dir", ANY, ["not a regular file"], prepare=pipe_in_place_of_metrics),
     "checkpoints-is-a-file": Bad(73, "run.dir", ANY, [], prepare=file_in_place_of_checkpoints),
     "another-model": Bad(
         64, "model.num_layers", 3, ["from 2", "run.dir"], ["model.num_layers=3"], finished_run

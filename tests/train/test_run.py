@@ -35,7 +35,7 @@ pytestmark = pytest.mark.process
 STEPS, EVALUATED = 30, [12, 24, 30]
 EVERY_STEP = {
     *("step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_time_s", "memory_bytes", "windows"),
-    *("device", "attention", "kernels"),
+    *("device", "attention", "kernels", "attempt"),
 }
 
 

@@ -12,7 +12,7 @@ from llama_mcore.checkpoint.audit import audit_run
 from llama_mcore.data.manifest import build_manifest, write_manifest
 from llama_mcore.errors import DataError
 from tests.checkpoint.damage import edit_manifest
-from tests.support.errors import is_shown, refused
+from tests.support.errors import check_problem, is_shown, refused
 from tests.support.models import Small, write_tokens
 from tests.support.product import Finished, llama_mcore, metrics, train
 
@@ -170,14 +170,34 @@ def test_the_audit_sees_a_ledger_that_does_not_follow_the_plan(run_dir: Path) ->
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     rows[3]["windows"]["prose"] += 1
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with refused(DataError, "step 4: windows", remedy=False):
+    with refused(DataError, "step 4: windows"):
         audit_run(run_dir)
 
 
 def test_the_audit_sees_lost_and_repeated_samples(run_dir: Path) -> None:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run_dir / "metrics.jsonl").write_text("".join([*lines[:3], *lines[1:]]))
-    with refused(DataError, "step 2: tokens", remedy=False):
+    rows = [json.loads(line) for line in lines]
+    rows[2]["tokens"] = rows[1]["tokens"]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with refused(DataError, "step 3: tokens"):
+        audit_run(run_dir)
+
+
+def test_the_audit_names_steps_without_a_line_and_with_two(run_dir: Path) -> None:
+    metrics_file = run_dir / "metrics.jsonl"
+    lines = metrics_file.read_text().splitlines(keepends=True)
+    metrics_file.write_text("".join([lines[0], lines[3], *lines[3:5], *lines[4:5]]))
+    with refused(DataError, f"{metrics_file}: steps", "2 to 3, 6") as caught:
+        audit_run(run_dir)
+    check_problem(caught.value.problems, f"{metrics_file}: steps", "4 to 5")
+    assert "planned share" in str(caught.value)
+
+
+@pytest.mark.parametrize("row", [{}, {"step": 3}, {"step": 3, "tokens": 1, "windows": {"a": "b"}}])
+def test_the_audit_sees_a_line_that_is_no_step(run_dir: Path, row: dict) -> None:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join([*lines[:2], json.dumps(row), "\n", *lines[3:]]))
+    with refused(DataError, "metrics", f"{run_dir / 'metrics.jsonl'}:3"):
         audit_run(run_dir)
 
 
@@ -189,6 +209,15 @@ def test_the_audit_sees_windows_read_too_often(run_dir: Path) -> None:
     with refused(DataError, "source prose", "28 windows read", remedy=False) as caught:
         audit_run(run_dir)
     assert "planned share" in str(caught.value)
+
+
+def test_the_audit_of_more_windows_than_memory_holds_is_refused(run_dir: Path) -> None:
+    def grow(manifest: dict) -> None:
+        manifest["segments"][0]["sources"][0]["num_windows"] = 1 << 60
+
+    edit_manifest(run_dir / "checkpoints/step-00000006", grow)
+    with refused(DataError, "windows"):
+        audit_run(run_dir)
 
 
 def test_other_data_is_refused_and_recorded_when_accepted(done: Done) -> None:
