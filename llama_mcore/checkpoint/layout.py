@@ -30,6 +30,8 @@ GIVEN_UP = "given-up-"
 LATEST = "latest"
 WEIGHT = "weight"
 KINDS: tuple[str, ...] = get_args(Kind)
+_SPARE = 1.1
+"""Room on the disk that a save asks for, relative to what it writes."""
 
 
 _NAME = re.compile(rf"step-(\d{{8}})(?:{re.escape(REPLACED)})?")
@@ -42,6 +44,11 @@ def checkpoints_dir(run_dir: Path) -> Path:
 
 def step_dir(run_dir: Path, step: int) -> Path:
     return checkpoints_dir(run_dir) / f"step-{step:08d}"
+
+
+def room_for(checkpoints: int, num_params: int) -> int:
+    """Bytes that must be free on the disk before so many are written."""
+    return int(_SPARE * checkpoints * 4 * len(KINDS) * num_params)
 
 
 def given_up_dir(folder: Path) -> Path:
