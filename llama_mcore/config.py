@@ -177,7 +177,7 @@ def _find_config(config: str, field: str = "--config") -> Path:
 
 def _read_yaml(path: Path, field: str = "--config") -> dict[str, Any]:
     try:
-        data = parse_yaml(read_small_file(path.resolve(), LARGEST_CONFIG).decode())
+        data = parse_yaml(read_small_file(path, LARGEST_CONFIG, follow=True).decode())
     except (OSError, ValueError) as error:
         raise ConfigError(Problem(field, path, f"is not YAML ({shown(error)})")) from None
     if not isinstance(data, dict) or not all(isinstance(value, dict) for value in data.values()):

@@ -59,8 +59,8 @@ def _read(path: Path, limit: int, follow: bool) -> bytes:
         return content
 
 
-def read_json(path: Path, limit: int) -> Any:
-    return parse_json(read_small_file(path, limit))
+def read_json(path: Path, limit: int, *, follow: bool = False) -> Any:
+    return parse_json(read_small_file(path, limit, follow=follow))
 
 
 def parse_json(text: bytes, most_containers: int = _MOST_CONTAINERS) -> Any:

@@ -1,9 +1,11 @@
 """llama_mcore.cli: the commands, their scripts in tools/, and how an error ends."""
 
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from typer.testing import CliRunner
 
 from llama_mcore import __version__, errors
 from llama_mcore.benchmark.cli import app as benchmark_app
+from llama_mcore.checkpoint.layout import room_for
 from llama_mcore.cli import app
+from llama_mcore.config import load_run
 from llama_mcore.errors import Problem, report_errors
 from llama_mcore.parallel.rank import Place
 from llama_mcore.plan.cli import app as plan_app
@@ -163,6 +167,51 @@ def test_a_dry_run_says_where_the_run_would_begin(tmp_path: Path) -> None:
         code, _, errors = dry_run(*settings, name, str(other))
         assert (code, is_shown(errors, name, other)) == (64, True), errors
     assert run("train", "--config", "tiny", "--init-from", "x", "--resume", "y")[0] == 64
+
+
+def test_a_dry_run_looks_where_checkpoints_will_lie_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusal(*settings: str) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        code, lines, errors = dry_run(*data_in(tmp_path), *settings)
+        assert (code, lines[-1][:10], sorted(tmp_path.rglob("*"))) == (73, "Not ready:", before), errors
+        return errors
+
+    def status(path: Path) -> object:
+        flag = os.ST_RDONLY if path == read_only else 0
+        return SimpleNamespace(f_flag=flag, f_frsize=1, f_blocks=0, f_bfree=0, f_bavail=1 << 40)
+
+    def usage(path: Path) -> object:
+        return disk_usage(path)._replace(free=free)
+
+    data_in(tmp_path)
+    scratch = tmp_path / "run/checkpoints"
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for where in ("file", "file/run", "link/run"):
+        errors = refusal(f"run.dir={tmp_path / where}")
+        assert errors.count("Not a directory") == 1
+        assert str(tmp_path / where) in errors
+    with monkeypatch.context() as context:
+        context.setattr(os, "access", lambda path, mode: False)
+        assert f"{tmp_path} cannot be written (Permission denied)" in refusal()
+    with monkeypatch.context() as context:
+        context.setattr(os, "statvfs", status)
+        for read_only in (tmp_path, scratch):
+            read_only.mkdir(parents=True, exist_ok=True)
+            assert f"{read_only} cannot be written (Read-only file system)" in refusal()
+    disk_usage, checkpoint = shutil.disk_usage, room_for(1, load_run("tiny", []).model.num_params())
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    settings = ["checkpoint.keep=3", "checkpoint.interval=10"]
+    free = 4 * checkpoint - 9
+    assert "4 more checkpoints need 277.3 MiB" in refusal(*settings)
+    assert dry_run(*data_in(tmp_path), "checkpoint.keep=2", *settings[1:])[0] == 0
+    assert dry_run(*data_in(tmp_path), *settings, "checkpoint.interval=50")[0] == 0  # it writes only two
+    (scratch / "step-00000010").mkdir()
+    assert dry_run(*data_in(tmp_path), *settings, "--resume", "never")[0] == 0  # one of the four is there
+    free = checkpoint - 1
+    assert "1 more checkpoint needs" in refusal(*settings, "checkpoint.interval=100", "--fresh")
 
 
 @pytest.mark.parametrize("size", ["0", "-2"])

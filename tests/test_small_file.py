@@ -1,17 +1,29 @@
 import errno
+import json
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from llama_mcore import small_file
+from llama_mcore.checkpoint.convert.hf import hf_config
+from llama_mcore.checkpoint.convert.json_object import read_json_object
+from llama_mcore.checkpoint.convert.named_model import named_model
+from llama_mcore.config import dump_run, load_run
 from llama_mcore.data.manifest import manifest_path, read_manifest
 from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import DataError, MissingInputError, UserError
+from llama_mcore.model.config import ModelConfig
+from llama_mcore.parallel.config import ZeroConfig
+from llama_mcore.parallel.ds_file import read_ds_file
+from llama_mcore.plan.calibration import load_calibration
+from llama_mcore.plan.efficiency import Efficiency
 from llama_mcore.small_file import read_small_file
 from tests.support.errors import refused
+from tests.support.models import PLAIN
 
 
 def sparse(path: Path) -> None:
@@ -64,6 +76,21 @@ def test_links_are_followed_where_told(tmp_path: Path) -> None:
     assert read_small_file(tmp_path / "link", 5, follow=True) == b"12345"
     with pytest.raises(OSError):
         read_small_file(tmp_path / "link", 5)
+
+
+def test_a_file_that_a_user_names_may_be_a_link(tmp_path: Path) -> None:
+    def linked(name: str, content: str) -> Path:
+        (tmp_path / f"target-{name}").write_text(content)
+        (tmp_path / name).symlink_to(f"target-{name}")
+        return tmp_path / name
+
+    config = linked("config.json", json.dumps(hf_config(ModelConfig(**PLAIN), torch.float32, None)))
+    tiny = load_run("tiny", [])
+    assert load_run(str(linked("run.yaml", dump_run(tiny))), []) == tiny
+    assert read_ds_file(ZeroConfig(config=str(linked("ds.json", "{}"))))[1] == {}
+    assert load_calibration(linked("calibration.json", "{}")) == Efficiency()
+    assert named_model(str(config)).num_layers == PLAIN["num_layers"]
+    assert read_json_object(config)["num_hidden_layers"] == PLAIN["num_layers"]
 
 
 def test_a_file_system_that_does_not_answer_is_given_up(

@@ -68,7 +68,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # It looks at what a run will look at, with the same functions.
     "launch.run_checks": {
         *("errors", "units", "launch", "config", "data", "plan.summary"),
-        *("checkpoint.lease", "checkpoint.start"),
+        *("checkpoint.layout", "checkpoint.lease", "checkpoint.start"),
     },
     "launch.node_checks": {
         *("errors", "units", "launch", "config", "plan", "model", "parallel.cgroup", "parallel.device"),

@@ -34,6 +34,8 @@ GIVEN_UP = "given-up-"
 LATEST = "latest"
 WEIGHT = "weight"
 KINDS: tuple[str, ...] = get_args(Kind)
+_SPARE = 1.1
+"""Room on the disk that a save asks for, relative to what it writes."""
 
 
 _NAME = re.compile(rf"step-(\d{{8}})(?:{re.escape(REPLACED)})?")
@@ -46,6 +48,11 @@ def checkpoints_dir(run_dir: Path) -> Path:
 
 def step_dir(run_dir: Path, step: int) -> Path:
     return checkpoints_dir(run_dir) / f"step-{step:08d}"
+
+
+def room_for(checkpoints: int, num_params: int) -> int:
+    """Bytes that must be free on the disk before so many are written."""
+    return int(_SPARE * checkpoints * 4 * len(KINDS) * num_params)
 
 
 def given_up_dir(folder: Path) -> Path:
@@ -140,7 +147,7 @@ def held_in(run_dir: Path) -> Held:
         newest = list(written.values())[-1]
         if any(manifest.run_id != newest.run_id for manifest in written.values()):
             raise _of_several_runs(run_dir, written)
-        lineage = new_lineage(newest.run_id, newest.began_from)
+        lineage = new_lineage(newest.run_id, newest.began_from, adopted=True)
     foreign = {
         folder: manifest.run_id
         for folder, manifest in written.items()

@@ -28,13 +28,17 @@ class Lineage(Section):
     """When that was, or when checkpoints without this file were taken for a run; ISO 8601, UTC."""
     began_from: Origin | None = None
     """None: from weights that were drawn."""
+    adopted: bool = False
+    """Checkpoints without this file were taken for a run, whose steps before may be told of elsewhere."""
 
 
-def new_lineage(run_id: str | None = None, began_from: Origin | None = None) -> Lineage:
+def new_lineage(
+    run_id: str | None = None, began_from: Origin | None = None, *, adopted: bool = False
+) -> Lineage:
     """Of a run that begins now; its id is drawn where none is given."""
     began = datetime.now(UTC).isoformat(timespec="seconds")
     run_id = uuid4().hex if run_id is None else run_id
-    return Lineage(run_id=run_id, began=began, began_from=began_from)
+    return Lineage(run_id=run_id, began=began, began_from=began_from, adopted=adopted)
 
 
 def read_lineage(run_dir: Path) -> Lineage | None:

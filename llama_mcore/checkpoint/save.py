@@ -31,13 +31,13 @@ from llama_mcore.checkpoint.disk import (
     write_file,
 )
 from llama_mcore.checkpoint.layout import (
-    KINDS,
     LATEST,
     REPLACED,
     TEMPORARY,
     given_up_dir,
     problems_of,
     rank_file,
+    room_for,
     run_id_of,
     step_dir,
     step_folders,
@@ -53,10 +53,6 @@ from llama_mcore.errors import shown
 from llama_mcore.observe.log import get_logger
 from llama_mcore.parallel.groups import Groups
 from llama_mcore.train.state import TrainState
-
-_BYTES_PER_PARAMETER = 4 * len(KINDS)
-_SPARE = 1.1
-"""Room on the disk that a save asks for, relative to what it writes."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +140,7 @@ class Saver:
         if self._groups.rank == 0:
             if self._lease:
                 self._lease.check()  # what is unfinished may be another job's
-            _make_room(temporary, self._run.model.num_params() * _BYTES_PER_PARAMETER)
+            _make_room(temporary, room_for(1, self._run.model.num_params()))
         self._copying = self._host_copy.begin(saved_tensors(self._engine, self._groups))
 
     def _write(self, path: Path, copying: Copying, metadata: dict[str, str]) -> tuple[int, str]:
@@ -261,12 +257,12 @@ def save_checkpoint(engine: DeepSpeedEngine, run: RunConfig, state: TrainState, 
     return saved.path
 
 
-def _make_room(temporary: Path, need: int) -> None:
+def _make_room(temporary: Path, needed: int) -> None:
     """An empty folder to write to, on a disk with enough room for what all ranks are about to write."""
     for path in unfinished(temporary.parents[1]):  # which may be what fills the disk
         remove_folder(path)
     make_folder(temporary)
-    free, needed = shutil.disk_usage(temporary).free, int(_SPARE * need)
+    free = shutil.disk_usage(temporary).free
     if free < needed:
         temporary.rmdir()
         raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed and {free:,} are free")

@@ -30,6 +30,7 @@ from llama_mcore.data.preprocess_settings import (
 from llama_mcore.data.progress import InputProgress
 from llama_mcore.data.schedule import WHOLE, Schedule
 from llama_mcore.data.shards import (
+    PLAN,
     Lock,
     PartRecord,
     PartsFolder,
@@ -117,10 +118,18 @@ class Preprocessing:
         job = finished.Job(self._job_sha256(), options, self._tokenizer.sha256)
         begun = is_begun(self._folder, self._plan())
         if not finished.is_finished(self._outputs, job, beside=self._beside, begun=begun):
+            self._check_quarantine()
             return False
         for prefix in self._outputs:
             print(f"{prefix}.bin and .idx: already there, nothing to do", flush=True)
         return True
+
+    def _check_quarantine(self) -> None:
+        """OutputError where the list of bad lines is of a job with nothing else of this one's: one of other
+        keys has other datasets, but the same list. Whose parts there are, `open_parts` asks."""
+        its = [self._folder / PLAN, *map(bin_path, self._outputs)]
+        if self._quarantine.exists() and not any(path.exists() for path in its):
+            raise finished.cannot_replace("--output-prefix", self._quarantine, "written by another job")
 
     def _make(self, parts: PartsFolder) -> None:
         job = self._job(parts)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 
-from llama_mcore.errors import PreflightError, Problem
+from llama_mcore.errors import PreflightError
 from llama_mcore.launch.environment import environment
-from llama_mcore.launch.finding import Finding
+from llama_mcore.launch.finding import Finding, problem_of
 from llama_mcore.launch.limits import MOUNTS, compile_cache, limits
 from llama_mcore.launch.software import import_failure, optional_packages, programs, python_and_packages
 
@@ -92,7 +92,3 @@ def as_json_text(findings: Sequence[Finding]) -> str:
     ok = not any(finding.stops_training for finding in findings)
     content = {"ok": ok, "findings": [asdict(finding) for finding in findings]}
     return json.dumps(content, indent=2)
-
-
-def problem_of(finding: Finding) -> Problem:
-    return Problem(finding.name, finding.value, finding.meaning or finding.status, finding.remedy)

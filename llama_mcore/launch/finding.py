@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from llama_mcore.errors import Problem
+
 Status = Literal["ok", "note", "missing", "problem"]
 
 
@@ -23,3 +25,7 @@ class Finding:
     @property
     def stops_training(self) -> bool:
         return self.required and self.status in ("missing", "problem")
+
+
+def problem_of(finding: Finding) -> Problem:
+    return Problem(finding.name, finding.value, finding.meaning or finding.status, finding.remedy)

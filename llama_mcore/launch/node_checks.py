@@ -1,8 +1,7 @@
-"""What only the node of a rank can tell before a run: the run's folder as it writes it, room, memory, and
+"""What only the node of a rank can tell before a run: the run's folder as it writes it, memory, and
 what would compute."""
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,14 +19,10 @@ from llama_mcore.model.kernels import kernels_for
 from llama_mcore.parallel.cgroup import available_memory, memory_limit
 from llama_mcore.parallel.device import gpu_memory_bytes
 from llama_mcore.plan.footprint import Footprint, memory_of
-from llama_mcore.plan.memory import FP32
 from llama_mcore.units import format_bytes
 
-CHECKPOINTS = 2
-"""The newest must not go before the next one is whole."""
 FOREIGN_SHARE = 0.05
 """Of a GPU's memory: less may be this process's own."""
-_COPIES = 3  # masters and two moments
 
 
 @contextmanager
@@ -96,20 +91,6 @@ def _shows(path: Path, content: str, wait_s: float) -> bool:
         if time.monotonic() >= until:
             return False
         time.sleep(0.1)
-
-
-def free_space(run: RunConfig) -> Finding:
-    """Room for two checkpoints: fp32 weights and both moments, each."""
-    folder = next(
-        path for path in (Path(run.run.dir), *Path(run.run.dir).absolute().parents) if path.is_dir()
-    )
-    free = shutil.disk_usage(folder).free
-    needed = CHECKPOINTS * _COPIES * FP32 * run.model.num_params()
-    value = f"{format_bytes(free)} are free"
-    need = f"{CHECKPOINTS} checkpoints need {format_bytes(needed)}"
-    if free < needed:
-        return _problem("run folder", "free space", value, need, "make room, or choose another run.dir")
-    return _ok("run folder", "free space", f"{value}, {need}")
 
 
 def memory(run: RunConfig, ranks: int, ranks_here: int) -> list[Finding]:

@@ -24,11 +24,11 @@ import torch.distributed as dist
 from llama_mcore.config import RunConfig
 from llama_mcore.errors import PreflightError, Problem
 from llama_mcore.launch.all_reduce import all_reduce_speed
-from llama_mcore.launch.doctor import as_json_text, as_text, problem_of
-from llama_mcore.launch.finding import Finding
+from llama_mcore.launch.doctor import as_json_text, as_text
+from llama_mcore.launch.finding import Finding, problem_of
 from llama_mcore.launch.limited import LIMIT_S, within
-from llama_mcore.launch.node_checks import free_space, kernels, memory, run_folder, shared_mark
-from llama_mcore.launch.run_checks import data, start
+from llama_mcore.launch.node_checks import kernels, memory, run_folder, shared_mark
+from llama_mcore.launch.run_checks import data, free_space, start
 from llama_mcore.launch.versions import versions
 from llama_mcore.parallel.groups import Groups, process_groups
 from llama_mcore.train.alike import REMEDY, Difference, contents_of, differences, settings_of, where

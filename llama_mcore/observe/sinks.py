@@ -52,7 +52,8 @@ class MetricSinks:
         continues: Path | None = None,
         console: Console | None = None,
     ) -> None:
-        """`continues`: the checkpoint that the run goes on from, if another folder has it and its steps."""
+        """`continues`: the checkpoint that the run goes on from, if steps before it may be told of in another
+        folder: they are where this one tells of none."""
         self._config = config
         self._run_dir = run_dir
         self._total_steps = total_steps
@@ -68,6 +69,8 @@ class MetricSinks:
             self._lease.check()  # what is dropped may be another job's
             metrics = self._run_dir / METRICS_FILE
             kept = drop_steps_after(metrics, self._start_step)
+            if kept:
+                self._continues = None
             missing = [] if self._continues else missing_steps(kept, self._start_step)
             if missing:
                 steps = describe_steps(missing)

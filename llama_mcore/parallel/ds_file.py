@@ -53,7 +53,7 @@ def read_ds_file(zero: ZeroConfig) -> tuple[Path, dict[str, Any]]:
     """
     path = _path(zero)
     try:
-        content = read_json(path.resolve(), _LARGEST)
+        content = read_json(path, _LARGEST, follow=True)
     except (OSError, ValueError) as error:
         raise ConfigError(Problem("zero.config", path, f"is not JSON ({shown(error)})")) from None
     if not isinstance(content, dict):

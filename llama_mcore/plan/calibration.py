@@ -27,7 +27,7 @@ def load_calibration(path: Path) -> Efficiency:
     if not path.is_file():
         raise MissingInputError(input_problem("--calibration", path))
     try:
-        found = read_json(path.resolve(), LARGEST_FILE)
+        found = read_json(path, LARGEST_FILE, follow=True)
     except (OSError, ValueError) as error:
         raise ConfigError(Problem("--calibration", path, f"is not JSON ({shown(error)})")) from None
     if not isinstance(found, dict):

@@ -143,11 +143,6 @@ def _inputs(run: RunConfig) -> list[tuple[str, Path]]:
     return files
 
 
-def missing_inputs(run: RunConfig) -> list[Path]:
-    """Files that the run reads and that are not there."""
-    return [path for _, path in _inputs(run) if not path.is_file()]
-
-
 def _total_tokens(run: RunConfig) -> int:
     return run.tokens_per_step * run.train.steps
 

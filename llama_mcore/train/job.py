@@ -220,10 +220,9 @@ def _sinks(
 ) -> AbstractContextManager[MetricSinks | None]:
     if lease is None:
         return nullcontext()
-    run_dir, continues = Path(run.run.dir), found.reader.path if found.reader else None
-    if continues and (state.step == 0 or continues.resolve().parent == checkpoints_dir(run_dir).resolve()):
-        continues = None
-    return MetricSinks(run.observe, run_dir, run.train.steps, state.step, lease, continues)
+    adopted = found.way.lineage.adopted and state.step > 0
+    continues = found.reader.path if found.reader and adopted else None
+    return MetricSinks(run.observe, Path(run.run.dir), run.train.steps, state.step, lease, continues)
 
 
 def _batches(run: RunConfig, groups: Groups, sources: list[OpenSource], state: TrainState) -> MicroBatches:

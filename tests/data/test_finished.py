@@ -106,6 +106,25 @@ def test_a_dataset_of_another_job_stays(change: str, tokenizer_model: Path, tmp_
     preprocess([source], model, tmp_path / "out" / "d", force=True, **settings)
 
 
+def test_what_another_job_left_out_stays_listed(tokenizer_model: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "one", "body": "two"}, {"body": "three"}])
+    words = ("preprocess-data", "--input", source, "--tokenizer-model", tokenizer_model)
+    words = (*words, "--output-prefix", tmp_path / "out/d", "--on-bad-line", "skip", "--max-bad-ratio")
+    quarantine = tmp_path / "out/d.quarantine.jsonl"
+    assert run(*words, 0.1).exit_code == DataError.exit_code
+    assert run(*words, 0.5).exit_code == 0  # its own list
+    before = contents(tmp_path / "out")
+    refusal = run(*words, 0.5, "--json-keys", "body")
+    assert (refusal.exit_code, is_shown(refusal.output, "--output-prefix", quarantine)) == (73, True)
+    assert contents(tmp_path / "out") == before
+    assert not list((tmp_path / "out").glob("*.parts"))
+    (tmp_path / "out/d_text_document.idx").unlink()
+    assert run(*words, 0.5).exit_code == 0
+    assert quarantine.exists()
+    assert run(*words, 0.5, "--json-keys", "body", "--force").exit_code == 0
+    assert not quarantine.exists()
+
+
 def test_merging_again(
     corpus: Path, tokenizer_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_mcore.checkpoint.audit import audit_run
 from llama_mcore.checkpoint.compare import changed_settings
 from llama_mcore.checkpoint.layout import step_dir
 from llama_mcore.checkpoint.manifest import read_manifest
@@ -39,7 +40,6 @@ def without_run_file(run_dir: Path, finished: Path) -> None:
     """A backup of the checkpoints, and a copy under a name of its own."""
     shutil.copytree(finished / "checkpoints", run_dir / "checkpoints")
     shutil.copytree(finished / "checkpoints/step-00000002", run_dir / "checkpoints/step-best")
-    shutil.copy(finished / "metrics.jsonl", run_dir)
 
 
 def with_a_foreign_checkpoint(run_dir: Path, finished: Path) -> None:
@@ -294,6 +294,10 @@ def test_checkpoints_say_whose_run_it_is(started: Callable[[str], Started]) -> N
     assert "step-best" in not_read
     assert json.loads((found.run_dir / "run.json").read_text())["run_id"] == run_id
     assert (found.run_dir / "checkpoints/step-best/manifest.json").exists()
+    # what it did before is told of elsewhere
+    assert metrics(found.run_dir)[0]["continues"].endswith("step-00000004")
+    assert "LACKS" not in found.ended.output
+    audit_run(found.run_dir)
 
 
 def test_a_stopped_run_from_anothers_weights_goes_on_by_the_same_command(

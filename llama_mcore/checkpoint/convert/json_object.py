@@ -12,7 +12,7 @@ _LARGEST = 16 << 20
 def read_json_object(path: Path) -> dict[str, Any]:
     """Raises MissingInputError where there is no such file, CheckpointError where it holds no JSON object."""
     try:
-        content = read_json(path.resolve(), _LARGEST)
+        content = read_json(path, _LARGEST, follow=True)
     except FileNotFoundError:
         raise MissingInputError(input_problem("file", path)) from None
     except (OSError, ValueError) as error:

@@ -78,7 +78,7 @@ Found = dict[str, tuple[Source, ...]]
 
 def _check_backend(folder: Path) -> None:
     try:
-        content = read_json(folder.resolve() / CONFIG, _LARGEST_CONFIG)
+        content = read_json(folder / CONFIG, _LARGEST_CONFIG)
     except FileNotFoundError:
         raise MissingInputError(input_problem("file", folder / CONFIG)) from None
     except (OSError, ValueError) as error:
@@ -183,7 +183,7 @@ def _open(path: Path, model: ModelConfig | None) -> Weights:
 
 def _folder(path: Path) -> Path:
     """The folder of a checkpoint, or the newest that a folder of Megatron-LM's names."""
-    tracker = path.resolve() / TRACKER
+    tracker = path / TRACKER
     if not tracker.is_file():
         return path
     try:

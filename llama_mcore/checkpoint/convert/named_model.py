@@ -23,7 +23,7 @@ def named_model(name: str) -> ModelConfig:
         from llama_mcore.checkpoint.convert.hf import model_of
 
         try:
-            return model_of(read_json(path, LARGEST_CONFIG))
+            return model_of(read_json(path, LARGEST_CONFIG, follow=True))
         except (OSError, ValueError, ValidationError, AttributeError) as error:
             raise ConfigError(Problem("--model", name, f"cannot be read ({shown(error)})", _REMEDY)) from None
     return load_run(name).model
