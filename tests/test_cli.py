@@ -18,6 +18,7 @@ from llama_mcore.checkpoint.layout import room_for
 from llama_mcore.cli import app
 from llama_mcore.config import load_run
 from llama_mcore.errors import Problem, report_errors
+from llama_mcore.launch.run_checks import free_space
 from llama_mcore.parallel.rank import Place
 from llama_mcore.plan.cli import app as plan_app
 from tests.checkpoint.tiny import write_checkpoint
@@ -209,7 +210,9 @@ def test_a_dry_run_looks_where_checkpoints_will_lie_and_changes_nothing(
     assert dry_run(*data_in(tmp_path), "checkpoint.keep=2", *settings[1:])[0] == 0
     assert dry_run(*data_in(tmp_path), *settings, "checkpoint.interval=50")[0] == 0  # it writes only two
     (scratch / "step-00000010").mkdir()
-    assert dry_run(*data_in(tmp_path), *settings, "--resume", "never")[0] == 0  # one of the four is there
+    there = load_run("tiny", [f"run.dir={scratch.parent}", *settings])
+    assert free_space(there).status == "ok"  # one of the four is there
+    assert "4 more checkpoints need" in refusal(*settings, "--fresh")
     free = checkpoint - 1
     assert "1 more checkpoint needs" in refusal(*settings, "checkpoint.interval=100", "--fresh")
 

@@ -54,7 +54,7 @@ def unusable_files(
         for remark in (f"start: {found}", *found.way.remarks()):
             say(remark)
     with gathering(failures):
-        space = free_space(run)
+        space = free_space(run, fresh=asked.fresh)
         if space.stops_training:
             raise OutputError(problem_of(space))
     return failures
@@ -72,14 +72,14 @@ def data(run: RunConfig) -> tuple[list[Finding], list[OpenSource]]:
     ], sources
 
 
-def free_space(run: RunConfig) -> Finding:
+def free_space(run: RunConfig, *, fresh: bool = False) -> Finding:
     """Room for the checkpoints that the run will hold, beside those that are there: the oldest goes when a
-    newer one is whole."""
+    newer one is whole. `fresh`: those that are there are moved aside, and stay."""
     folder = checkpoints_dir(Path(run.run.dir))
     saves = math.ceil(run.train.steps / run.checkpoint.interval)
     held = 0
     with suppress(OSError, ValueError):  # a start refuses what cannot be listed
-        held = len(step_folders(folder.parent))
+        held = 0 if fresh else len(step_folders(folder.parent))
     missing = max(1, min(run.checkpoint.keep + 1, saves) - held)
     free = shutil.disk_usage(_nearest(folder, os.path.isdir)).free
     needed = room_for(missing, run.model.num_params())
