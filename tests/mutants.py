@@ -372,9 +372,9 @@ MUTANTS = [
     ),
     Mutant(
         name="a state with a NaN is not saved",
-        symbol="_is_finite",
-        old="return not values.numel() or",
-        new="return True or",
+        symbol="not_finite",
+        old="strict=True) if not is_finite",
+        new="strict=True) if False",
         tests=[f"{FAULTS}::test_a_state_with_a_nan_is_not_saved"],
     ),
     Mutant(

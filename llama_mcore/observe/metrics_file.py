@@ -187,7 +187,7 @@ def _key(line: bytes) -> Key | None:
         return None
 
 
-def sync_folder(folder: Path) -> None:
+def sync_listing(folder: Path) -> None:
     """See on the disk that the files of a folder are there."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -26,7 +26,7 @@ from llama_mcore.observe.metrics_file import (
     drop_steps_after,
     keep_steps_after,
     missing_steps,
-    sync_folder,
+    sync_listing,
 )
 
 TENSORBOARD_DIR = "tensorboard"
@@ -76,7 +76,7 @@ class MetricSinks:
                 steps = describe_steps(missing)
                 get_logger().warning("%s LACKS steps %s: they are lost, and audit-data fails", metrics, steps)
             self._metrics = stack.enter_context(open_to_append(metrics))
-            sync_folder(self._run_dir)
+            sync_listing(self._run_dir)
             self._events = self._open_events(stack)
             self._watcher = self._open_watcher(stack)
             self._stack = stack.pop_all()

@@ -119,7 +119,7 @@ def open_job(
     _stop_if_asked(stop, groups)
     saved = found.state
     segments = together(groups, lambda: _plan_data(run, sources, saved, start.accept_data_change))
-    together(groups, lambda: _prepare_run_dir(run, computed_by, found) if groups.rank == 0 else None)
+    together(groups, lambda: _prepare_run_dir(run, computed_by, found, lease) if lease else None)
     phases.settled()
     phases.beat()
     engine = _loaded_engine(run, groups, phases, found, stop)
@@ -238,10 +238,11 @@ def _batches(run: RunConfig, groups: Groups, sources: list[OpenSource], state: T
     )
 
 
-def _prepare_run_dir(run: RunConfig, computed_by: Computation, found: Found) -> None:
+def _prepare_run_dir(run: RunConfig, computed_by: Computation, found: Found, lease: Lease) -> None:
     """Make the run's folder ready and write down what runs there, and on what."""
     run_dir = Path(run.run.dir)
     try:
+        lease.check()  # what is moved aside or written over may be another job's
         settle(run, found)
         checkpoints_dir(run_dir).mkdir(parents=True, exist_ok=True)
         replace_hint(run_dir / CONFIG_FILE, f"# {computed_by}\n{dump_run(run)}")

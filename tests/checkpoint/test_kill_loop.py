@@ -22,7 +22,7 @@ from tests.support.product import metrics
 pytestmark = pytest.mark.process
 FEW = 3
 MANY = int(os.environ.get("KILLS", "25"))
-MEASURED = {"tokens_per_s", "step_time_s", "memory_bytes"}
+MEASURED = {"tokens_per_s", "step_time_s", "memory_bytes", "attempt"}
 """What depends on the clock and the process."""
 
 

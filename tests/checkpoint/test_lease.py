@@ -165,6 +165,13 @@ def test_a_lease_that_is_no_file_is_nobodys(run_dir: Path, make: Callable[[Path]
         assert held.number == 2
 
 
+def test_a_name_that_is_no_number_is_no_lease(run_dir: Path) -> None:
+    (run_dir / FOLDER).mkdir()
+    (run_dir / FOLDER / "1\N{SUPERSCRIPT TWO}345678.json").touch()
+    with held_lease(run_dir) as held:
+        assert held.number == 1
+
+
 class Clock:
     """In place of `time` in lease.py: it may be off, and nobody waits. `act` is called before each wait."""
 

@@ -205,6 +205,11 @@ def test_what_fresh_replaces_is_kept_aside(started: Callable[[str], Started]) ->
 def test_a_named_checkpoint_gives_the_same_steps(started: Callable[[str], Started]) -> None:
     from_two, went_on = started("named-step").losses(), started("auto-goes-on").losses()
     assert list(from_two) == [1, 2, 3, 4, 5, 6]
+    assert not any(
+        "continues" in row
+        for name in ("named-step", "auto-goes-on")
+        for row in metrics(started(name).run_dir)
+    )
     # the schedule of four steps decided steps 3 and 4 of the finished run
     assert from_two[3] == went_on[3]
 
