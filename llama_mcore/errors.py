@@ -33,11 +33,11 @@ class Problem:
 
     def __str__(self) -> str:
         remedy = f"; {self.remedy}" if self.remedy else ""
-        field, value = (_on_a_line(str(part)) for part in (self.field, self.value))
+        field, value = (on_a_line(str(part)) for part in (self.field, self.value))
         return f"{field} = {value}: {self.bound}{remedy}"
 
 
-def _on_a_line(text: str) -> str:
+def on_a_line(text: str) -> str:
     """What a user wrote, without what would steer the terminal, and not endless."""
     cut = text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)

@@ -68,10 +68,13 @@ class Lines:
             at_start = self._position == 0
             self._position += len(line)
             size += len(line)
-            if len(line) > LONGEST_DOCUMENT and not line.endswith(b"\n"):
+            too_long = len(line) > LONGEST_DOCUMENT and not line.endswith(b"\n")
+            if at_start:
+                line = line.removeprefix(BOM)
+            if too_long:
                 line = TooLong(line[:START])
                 self._drop_line()
-            lines.append(line.removeprefix(BOM) if at_start else line)
+            lines.append(line)
         return lines
 
     def _skip_to(self, position: int) -> None:

@@ -1,21 +1,22 @@
 """Documents from the rows of Parquet files, a few row pages in memory at a time."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 from pyarrow import compute, parquet
 
-from llama_mcore.data.blocks import BLOCK_BYTES, BadLine, Block
+from llama_mcore.data.blocks import BLOCK_BYTES, LONGEST_DOCUMENT, BadLine, Block
 from llama_mcore.errors import DataError, Problem
 
 _READ_BUFFER = 1 << 20
 _MOST_ROWS = 8192
-LONGEST_CELL = 256 << 20
-"""Bytes. To read one takes about three times as much memory, and its page is decoded as a whole."""
 _LARGEST_UNASKED, _MOST_COMPRESSED = 64 << 20, 200
 """Bytes of a column of a row group, and how many may be one byte on disk: of text it is 2 to 20."""
+_DICTIONARY_PAGE = re.compile(rb"\x15\x04\x15([\x80-\xff]{0,4}[\0-\x7f])", re.DOTALL)
+"""Begins its header, in Thrift's compact notation: fields 1 and 2, a type and a size."""
 
 Answer = TypeVar("Answer")
 
@@ -29,6 +30,7 @@ class ParquetRows:
         self._check_columns()
         metadata = self._file.metadata
         _check_sizes(path, metadata, self._keys)
+        largest_word = _largest_dictionary(path, metadata, self._keys)
         self._starts = [0]
         for group in range(metadata.num_row_groups):
             self._starts.append(self._starts[-1] + metadata.row_group(group).num_rows)
@@ -36,6 +38,10 @@ class ParquetRows:
         self.size_of_row = path.stat().st_size // max(1, self._num_rows)
         """Bytes of the file."""
         self._bytes_per_row = max(1, _uncompressed_bytes(metadata, self._keys) // max(1, self._num_rows))
+        # Each row may be a dictionary's longest word.
+        self._rows_per_batch = min(
+            _MOST_ROWS, BLOCK_BYTES // self._bytes_per_row, LONGEST_DOCUMENT // max(1, largest_word)
+        )
         self._rows_per_unit = max(1, unit_bytes // self._bytes_per_row)
         self._rows: Iterator[pa.RecordBatch] = iter(())
         self._rest: pa.RecordBatch | None = None
@@ -63,7 +69,7 @@ class ParquetRows:
         if row != self._position:
             group = max(g for g, start in enumerate(self._starts) if start <= row)
             self._rows = self._file.iter_batches(
-                batch_size=max(1, min(_MOST_ROWS, BLOCK_BYTES // self._bytes_per_row)),
+                batch_size=max(1, self._rows_per_batch),
                 row_groups=range(group, len(self._starts) - 1),
                 columns=self._keys,
                 use_threads=False,
@@ -111,8 +117,8 @@ class ParquetRows:
 
 
 NOT_TEXT, TOO_LONG = object(), object()
-"""A string that is not UTF-8, and one longer than LONGEST_CELL."""
-_WHY_NOT = {NOT_TEXT: "is not UTF-8", TOO_LONG: f"is longer than {LONGEST_CELL:,} bytes", None: "is null"}
+"""A string that is not UTF-8, and one longer than LONGEST_DOCUMENT."""
+_WHY_NOT = {NOT_TEXT: "is not UTF-8", TOO_LONG: f"is longer than {LONGEST_DOCUMENT:,} bytes", None: "is null"}
 
 
 def _open(path: Path) -> "parquet.ParquetFile":
@@ -149,9 +155,31 @@ def _check_sizes(path: Path, metadata: Any, keys: Sequence[str]) -> None:
         if size > _LARGEST_UNASKED and size > _MOST_COMPRESSED * on_disk:
             bound += f", packed into {on_disk:,}: no text is so repetitive"
             raise DataError(Problem("--input", path, bound, "leave it out"))
-        if size > LONGEST_CELL * column.num_values:
-            bound += f"; a document may have {LONGEST_CELL:,}"
+        if size > LONGEST_DOCUMENT * column.num_values:
+            bound += f"; a document may have {LONGEST_DOCUMENT:,}"
             raise DataError(Problem("--input", path, bound, "cut its documents, or leave it out"))
+
+
+def _largest_dictionary(path: Path, metadata: Any, keys: Sequence[str]) -> int:
+    """Bytes, uncompressed: it is decoded as a whole. DataError where it is longer than a document may be."""
+    largest = 0
+    with path.open("rb") as stream:
+        for column in _columns(metadata, keys):
+            largest = max(largest, _dictionary_bytes(stream, column))
+    if largest > LONGEST_DOCUMENT:
+        bound = f"has a dictionary of {largest:,} bytes; it may have {LONGEST_DOCUMENT:,}"
+        raise DataError(
+            Problem("--input", path, bound, "write it without, cut its documents, or leave it out")
+        )
+    return largest
+
+
+def _dictionary_bytes(stream: BinaryIO, column: Any) -> int:
+    """Of the dictionary that a column of a row group begins with; 0 without one."""
+    stream.seek(min(filter(None, (column.dictionary_page_offset, column.data_page_offset)), default=0))
+    if not (header := _DICTIONARY_PAGE.match(stream.read(8))):
+        return 0
+    return sum((byte & 0x7F) << 7 * index for index, byte in enumerate(header[1])) >> 1
 
 
 def _holds_text(kind: "pa.DataType") -> bool:
@@ -173,13 +201,13 @@ def _values(column: "pa.Array") -> list[object]:
 def _may_be_long(column: "pa.Array") -> bool:
     values = column.dictionary if pa.types.is_dictionary(column.type) else column
     return (
-        values.nbytes > LONGEST_CELL
-        and (compute.max(compute.binary_length(values)).as_py() or 0) > LONGEST_CELL
+        values.nbytes > LONGEST_DOCUMENT
+        and (compute.max(compute.binary_length(values)).as_py() or 0) > LONGEST_DOCUMENT
     )
 
 
 def _value(scalar: "pa.Scalar") -> object:
-    if scalar.is_valid and len(_buffer(scalar)) > LONGEST_CELL:
+    if scalar.is_valid and len(_buffer(scalar)) > LONGEST_DOCUMENT:
         return TOO_LONG
     try:
         return scalar.as_py()

@@ -25,6 +25,7 @@ from llama_mcore.errors import (
 
 _DEMO = "runs/demo/"
 """Where the shipped configuration `tiny` has its data."""
+_MOST_NAMED = 4
 _WEIGHT = re.compile(r"\d*\.?\d+")
 
 
@@ -46,6 +47,12 @@ def missing_inputs(data: DataConfig) -> list[Problem]:
         bound = f"{len(found)} of the inputs that `make demo` makes are not there"
         remedy = "type `make demo` in the checkout, or name data of your own (docs/data.md)"
         return [Problem("data", _DEMO, bound, remedy)]
+    if len(found) > _MOST_NAMED:
+        first = ", ".join(f"{problem.field} {problem.value}" for problem in found[:_MOST_NAMED])
+        remedy = (
+            "make them (docs/data.md), or set data.*; `llama-mcore slurm` goes on before with --data-later"
+        )
+        return [Problem("data", f"{first} ...", f"{len(found)} inputs are not there", remedy)]
     return found
 
 

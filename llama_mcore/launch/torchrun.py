@@ -77,6 +77,8 @@ def parsed(args: Sequence[str]) -> Namespace:
     node = os.environ.get("PET_NODE_RANK") or os.environ.get("SLURM_NODEID", "0")
     settings = torch_run.parse_args(["--node-rank", node, *args])
     settings.signals_to_handle = "SIGHUP,SIGQUIT"
+    if (settings.redirects, settings.tee, settings.local_ranks_filter) == ("0", "0", ""):
+        settings.log_dir = settings.log_dir or os.devnull  # else an empty folder stays for each start
     return settings
 
 

@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager
 
 from llama_mcore.errors import PreflightError, Problem
 
+LOOPBACK = "127.0.0.1"
 CANDIDATES = 8
 LIMIT_S = 300.0
 """How long a job's processes may take to come: nodes load Python from one file system at different speeds."""
@@ -28,14 +29,21 @@ def candidate_ports(first: int) -> range:
     return range(first, min(first + CANDIDATES, 1 << 16))
 
 
+def heard_at(address: str) -> str:
+    """Where to listen for those who know this host by `address`: there if that is the machine itself; else
+    everywhere, as on the host its name may stand for another address than elsewhere."""
+    return LOOPBACK if address in (LOOPBACK, "localhost") else ""
+
+
 @contextmanager
-def announced(port: int, job: str, ports: Sequence[int]) -> Iterator[int]:
-    """Say at the first free one of `ports`, which is yielded, that the store of `job` is at `port`.
+def announced(port: int, job: str, ports: Sequence[int], address: str = "") -> Iterator[int]:
+    """Say at the first free one of `ports`, which is yielded, that the store of `job` is at `port`, to those
+    who know this host by `address`.
 
     Raises PreflightError if none is free.
     """
     answer = f"{port} {_greeting(job)}\n".encode()
-    with closing(_first_free(ports)) as listener:
+    with closing(_first_free(address, ports)) as listener:
         # ends with the process, or once the listener is shut down
         threading.Thread(target=_answer_all, args=(listener, answer), daemon=True).start()
         try:
@@ -76,10 +84,10 @@ def _greeting(job: str) -> str:
     return f"llama-mcore {hashlib.sha256(job.encode(errors='surrogateescape')).hexdigest()}"
 
 
-def _first_free(ports: Sequence[int]) -> socket.socket:
+def _first_free(address: str, ports: Sequence[int]) -> socket.socket:
     for port in ports:
         try:
-            return socket.create_server(("", port), backlog=1024)
+            return socket.create_server((heard_at(address), port), backlog=1024)
         except OSError:
             continue
     raise PreflightError(

@@ -1,5 +1,6 @@
 """The store through which a job's processes find each other, also if the port that they know is taken."""
 
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from datetime import timedelta
 from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
 from llama_mcore.errors import PreflightError, Problem
-from llama_mcore.parallel.meeting import LIMIT_S, announced, candidate_ports, find_store, resolve
+from llama_mcore.parallel.meeting import LIMIT_S, announced, candidate_ports, find_store, heard_at, resolve
 from llama_mcore.parallel.rank import Place
 
 _SERVERS_TRIED = 8
@@ -29,12 +30,12 @@ def store_port(
         yield find_store(address, job, ports, limit_s)
         return
     resolve(address)
-    server = _server(timedelta(seconds=limit_s))
-    with announced(server.port, job, ports):
+    server = _server(address, timedelta(seconds=limit_s))
+    with announced(server.port, job, ports, address):
         yield server.port
 
 
-def _server(limit: timedelta) -> TCPStore:
+def _server(address: str, limit: timedelta) -> TCPStore:
     """A store at a port of the system's choice that this process can open once more.
 
     Seen once in a process that had made many before: it could not, and said that the port was in use.
@@ -42,7 +43,11 @@ def _server(limit: timedelta) -> TCPStore:
     options = {"wait_for_workers": False, "multi_tenant": True}
     tried: list[TCPStore] = []  # kept, so that the next one gets another port
     while True:
-        tried.append(TCPStore("localhost", 0, None, True, limit, **options))
+        port, listener = 0, None
+        if host := heard_at(address):
+            own = socket.create_server((host, 0), backlog=1024)
+            port, listener = own.getsockname()[1], own.detach()  # the store closes it
+        tried.append(TCPStore("localhost", port, None, True, limit, master_listen_fd=listener, **options))
         try:
             TCPStore("localhost", tried[-1].port, None, True, limit, **options)
         except DistNetworkError:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from llama_mcore.config import RunConfig
+from llama_mcore.errors import on_a_line
 from llama_mcore.plan.footprint import memory_of
 from llama_mcore.units import format_bytes, format_count
 
@@ -92,7 +93,7 @@ def _describe_memory(run: RunConfig, world_size: int) -> str:
             found.total - (state.total - found.host_state) - kept,
             "estimate: buckets, working memory, margin, a GPU's context",
         ),
-        ("total", found.total, "on each GPU" + (", beside what is in host memory" if host else "")),
+        ("total", found.total, "on each rank" + (", beside what is in host memory" if host else "")),
     ]
     lines = [_line("memory per rank" if i == 0 else "", _memory_row(*row)) for i, row in enumerate(rows)]
     return "\n".join(lines)
@@ -148,4 +149,5 @@ def _total_tokens(run: RunConfig) -> int:
 
 
 def _line(name: str, text: str, width: int = COLUMN) -> str:
-    return f"{name:<{width}}{text}"
+    """What a user wrote steers no terminal."""
+    return on_a_line(f"{name:<{width}}{text}")

@@ -1,5 +1,6 @@
 import gzip
 import io
+import random
 import re
 import resource
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from llama_mcore.data import parquet as parquet_reader
 from llama_mcore.data.blocks import BadLine
 from llama_mcore.data.inputs import find_inputs, sources_of
 from llama_mcore.data.lines import Lines, lines_before
+from llama_mcore.data.parquet import ParquetRows
 from llama_mcore.data.readers import make_reader, read_jsonl, read_records
 from llama_mcore.errors import DataError, MissingInputError
 from tests.support.errors import refused
@@ -217,6 +219,8 @@ def test_a_line_too_long_is_bad_and_does_not_stay_in_memory(
     texts, bad = read(path)
     assert texts == ["a", "c"]
     assert [line.line for line in bad] == [1, 3]
+    path.write_bytes(jsonl(["first" * 60, "b"]))
+    assert "longer than" in read(path)[1][0].reason
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
@@ -293,16 +297,45 @@ def test_parquet_of_ever_the_same_line_is_text(tmp_path: Path) -> None:
     assert read(path) == (texts, [])
 
 
+@pytest.mark.parametrize("as_words", [False, True])
+def test_rows_of_few_long_words_are_read_a_few_at_a_time(as_words: bool, tmp_path: Path) -> None:
+    """A megabyte on disk that would be eight gigabytes of text at once."""
+    path = tmp_path / "a.parquet"
+    word = random.Random(0).randbytes(1 << 19).hex()
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 8000, pa.int32()), pa.array([word]))
+    parquet.write_table(pa.table({"text": column}), path, store_schema=as_words)
+    before = _peak_rss()
+    blocks = ParquetRows(path, ["text"], 1 << 20).read(0)
+    assert next(blocks).texts[0][0] == word
+    assert _peak_rss() - before < 1 << 30
+
+
+def test_a_dictionary_longer_than_a_document_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.parquet"
+    monkeypatch.setattr(parquet_reader, "LONGEST_DOCUMENT", 4000)
+    for length in (3900, 4100):
+        parquet.write_table(pa.table({"text": ["x" * length, *["short"] * 9]}), path)
+        if length > 4000:
+            with refused(DataError, "--input", path) as error:
+                read(path)
+            assert "a dictionary of 4,113 bytes" in str(error.value)
+        else:
+            assert len(read(path)[0]) == 10
+
+
 @pytest.mark.parametrize("rows", [["x" * 60], ["x" * 60, *["short"] * 9, "x" * 51]])
 def test_parquet_documents_that_are_too_long(
     rows: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of a column are refused before they are read, one among others is a bad row."""
-    monkeypatch.setattr(parquet_reader, "LONGEST_CELL", 50)
+    """All of a column, and what is in its dictionary, are refused before they are read; one among others is a
+    bad row."""
+    monkeypatch.setattr(parquet_reader, "LONGEST_DOCUMENT", 50)
     path = tmp_path / "a.parquet"
     for words in (False, True):
         parquet.write_table(pa.table({"text": rows}), path, use_dictionary=words)
-        if len(rows) == 1:
+        if words or len(rows) == 1:
             with refused(DataError, "--input", path):
                 read(path)
         else:

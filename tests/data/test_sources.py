@@ -130,6 +130,14 @@ def test_what_a_missing_name_may_mean(given: str, remedy: str) -> None:
     assert (problem.field, remedy in problem.remedy) == ("data.train", True), problem
 
 
+def test_many_inputs_that_are_missing_are_one_problem() -> None:
+    sources = {f"s{number}": SourceConfig(train=f"nowhere/{number}") for number in range(5)}
+    (problem,) = missing_inputs(DataConfig(sources=sources))
+    assert "5 inputs" in problem.bound
+    assert "data.sources.s3.train nowhere/3 ..." in str(problem.value)
+    assert "--data-later" in problem.remedy
+
+
 def test_the_demos_data_is_made_by_the_demo() -> None:
     names = (f"runs/demo/data/{name}" for name in ("a", "b"))
     source = SourceConfig(train=next(names), valid=next(names))

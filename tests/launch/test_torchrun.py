@@ -6,6 +6,8 @@ Launchers are forked; their workers are real processes of job.py.
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -17,8 +19,16 @@ import pytest
 from llama_mcore.launch import signs, torchrun, workers
 from llama_mcore.parallel.rank import OUR_TORCHRUN
 from tests.support.errors import is_shown
-from tests.support.product import Finished, Job, llama_mcore, run_command
-from tests.support.world import Call, exit_codes_of, reserved_port, wait_until, write_output_to
+from tests.support.product import Finished, Job, launched_environment, llama_mcore, run_command
+from tests.support.world import (
+    ROOT,
+    TIMEOUT_S,
+    Call,
+    exit_codes_of,
+    reserved_port,
+    wait_until,
+    write_output_to,
+)
 
 pytestmark = pytest.mark.process
 JOB = Path(__file__).with_name("job.py")
@@ -58,6 +68,14 @@ def test_an_unexplained_end_is_one_line(exits: dict[int, Finished], code: int) -
     (line,) = exits[code].lines
     assert "rank 1" in line
     assert str(code) in line
+
+
+def test_nothing_stays_in_the_temporary_folder(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "llama_mcore.cli", *map(str, ON_TWO_RANKS), "exit", "0"]
+    environment = launched_environment() | {"TMPDIR": str(tmp_path)}
+    assert subprocess.run(command, cwd=ROOT, env=environment, timeout=TIMEOUT_S).returncode == 0
+    assert list(tmp_path.iterdir()) == []
+    assert torchrun.parsed(["--redirects", "3", "train.py"]).log_dir is None  # a folder of torchrun's choice
 
 
 def wait_for_workers(folder: Path, job: Job | Call) -> None:

@@ -1,5 +1,6 @@
 """llama_mcore.parallel.meeting and store: real sockets, real stores, ports that others have taken."""
 
+import ipaddress
 import socket
 import threading
 import time
@@ -7,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 
+import psutil
 import pytest
 from torch.distributed import TCPStore
 
 from llama_mcore.errors import PreflightError
-from llama_mcore.parallel.meeting import announced, candidate_ports, find_store, resolve
+from llama_mcore.parallel.meeting import announced, candidate_ports, find_store, heard_at, resolve
 from llama_mcore.parallel.rank import Place
 from llama_mcore.parallel.store import job_store, store_port
 from tests.support.errors import refused
@@ -162,3 +164,22 @@ def test_a_host_whose_address_means_nothing_does_not_wait() -> None:
         store_port("no such host", 20_000, "a", is_host=True),
     ):
         pass
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "localhost"])
+def test_a_job_of_one_machine_is_not_heard_by_others(address: str) -> None:
+    with closing(socket.create_server((address, 0))) as taken:
+        port = taken.getsockname()[1] + 1
+    with store_port(address, port, "job", is_host=True):
+        assert all(ipaddress.ip_address(found).is_loopback for found in listening())
+
+
+def test_by_any_other_name_all_addresses_answer() -> None:
+    """A host's own name is 127.0.1.1 on many a host, and another address elsewhere."""
+    assert [heard_at(name) for name in (socket.gethostname(), "10.0.0.1", "127.0.1.1")] == [""] * 3
+
+
+def listening() -> list[str]:
+    found = [one.laddr.ip for one in psutil.Process().net_connections("tcp") if one.status == "LISTEN"]
+    assert found
+    return found

@@ -59,6 +59,13 @@ def test_the_folder_of_the_run_is_what_it_was_found_to_be(run: RunConfig, tmp_pa
     assert f"{tmp_path / 'run'}  empty" in describe_run(run, 2, "empty")
 
 
+def test_what_a_setting_holds_steers_no_terminal(run: RunConfig) -> None:
+    hostile = "a\a\x1b[2Jb"
+    text = describe_run(run.changed(run={"dir": hostile}, data={"tokenizer": hostile}), 2)
+    assert text.count(r"a\x07\x1b[2Jb") == 2
+    assert text.replace("\n", "").isprintable()
+
+
 def test_the_conclusion(run: RunConfig) -> None:
     assert conclude(run, 2, 0) == "Ready: 410K tokens on 2 ranks, 52.5 MiB of model state each."
     assert conclude(run, 2, 1) == "Not ready: the settings fit together, 1 problem with the files."
@@ -70,7 +77,7 @@ def test_offloaded_state_is_shown_in_host_memory() -> None:
     offload = load_run("7b", ["zero.stage=3", "zero.config=ds_configs/zero3_offload.json"])
     assert ", host memory" not in describe_run(plain, 8)
     assert describe_run(offload, 8).count(", host memory") == 3
-    assert "on each GPU, beside what is in host memory" in describe_run(offload, 8)
+    assert "on each rank, beside what is in host memory" in describe_run(offload, 8)
 
 
 @pytest.mark.parametrize(
