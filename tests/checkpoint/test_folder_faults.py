@@ -1,6 +1,7 @@
-"""A run's folder in which people, other programs and crashes have left things: the same command goes on from the
-run's newest valid checkpoint or is refused with a documented exit code, in bounded time, and what the run did not
-write stays as it is.
+"""A run's folder in which people, other programs and crashes have left things.
+
+The same command goes on from the run's newest valid checkpoint, or is refused with a documented exit code, in
+bounded time; and what the run did not write stays as it is.
 
 `make test` tries a sample, `make test-crash` every fault.
 """
