@@ -3,6 +3,9 @@
 Commands import what they need when they run: `--help` and `--dry-run` load no torch.
 """
 
+import llama_mcore.installed  # noqa: F401
+
+# isort: split
 from pathlib import Path
 from typing import Annotated, Any
 

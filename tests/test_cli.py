@@ -101,6 +101,16 @@ def test_the_demo_touches_nothing_when_it_is_only_asked(argument: str, code: int
     assert (result.returncode, earlier.is_dir()) == (code, True)
 
 
+@pytest.mark.process
+@pytest.mark.parametrize("tool", sorted((ROOT / "tools").glob("*.py")), ids=lambda tool: tool.stem)
+def test_outside_the_environment_a_tool_says_so_in_a_line(tool: Path) -> None:
+    without_packages = [sys.executable, "-S", tool, "--help"]
+    result = subprocess.run(without_packages, capture_output=True, text=True, timeout=TIMEOUT_S, env={})
+    assert (result.returncode, result.stdout) == (69, "")
+    assert "make venv" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 def dry_run(*arguments: str) -> tuple[int, list[str], str]:
     """Exit code, lines on stdout, and stderr."""
     result = CliRunner().invoke(app, ["train", "--config", "tiny", "--dry-run", *arguments])

@@ -23,6 +23,7 @@ CONFIGS = {f"{package}.config" for package in CONFIGURED} | {"model.parameters"}
 # Module, or package with all in it -> what of llama_mcore it may import. The longest name that fits decides.
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
+    "installed": set(),
     "errors": set(),
     "section": set(),
     "small_file": set(),

@@ -12,10 +12,13 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Annotated
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # llama_mcore of this checkout, installed or not
+
+import llama_mcore.installed  # noqa: F401
+
+# isort: split
 import orjson
 import typer
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # llama_mcore of this checkout, installed or not
 
 from llama_mcore.data.files import output_errors, published
 from llama_mcore.errors import DataError, MissingInputError, Problem, report_errors

@@ -26,6 +26,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # llama_mcore of this checkout, also where it is not installed
 
+import llama_mcore.installed  # noqa: E402, F401
+
+# isort: split
 from llama_mcore.config import load_run  # noqa: E402
 from llama_mcore.errors import report_errors  # noqa: E402
 from llama_mcore.observe.metrics_file import read_metrics  # noqa: E402

@@ -23,6 +23,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # llama_mcore of this checkout, also where it is not installed
 
+import llama_mcore.installed  # noqa: E402, F401
+
+# isort: split
 from llama_mcore.benchmark.billion import LINES as BILLION_LINES  # noqa: E402
 from llama_mcore.benchmark.gpu_report import GPU, MACHINE, Part, check, run_parts, showing, tell  # noqa: E402
 from llama_mcore.errors import ConfigError, Problem, nearest, report_errors  # noqa: E402
