@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llama_mcore.checkpoint.manifest import read_manifest
 from tests.checkpoint.damage import edit_manifest
 from tests.support.errors import ANY, is_shown
 from tests.support.models import Small, write_tokens
@@ -227,9 +228,7 @@ def test_what_shows_later_leaves_no_half_checkpoint(started: Callable[[str], Sta
     assert checkpoints(run_dir) == []
 
 
-@pytest.mark.parametrize(
-    "name", ["another-model", "another-order", "missing-rank-file", "another-runs-checkpoint"]
-)
+@pytest.mark.parametrize("name", ["another-model", "another-order", "missing-rank-file"])
 def test_a_refused_resume_leaves_the_run_as_it_was(started: Callable[[str], Started], name: str) -> None:
     run_dir, finished = started(name).run_dir, started(name).finished
     kept = [path.relative_to(run_dir) for path in run_dir.rglob("*") if path.is_file()]
@@ -238,6 +237,12 @@ def test_a_refused_resume_leaves_the_run_as_it_was(started: Callable[[str], Star
     assert Path("config.yaml") in kept
     for path in kept:
         assert (run_dir / path).read_bytes() == (finished / path).read_bytes()
+
+
+def test_another_runs_checkpoint_stays_where_it_is(started: Callable[[str], Started]) -> None:
+    run_dir = started("another-runs-checkpoint").run_dir
+    assert checkpoints(run_dir) == ["step-00000002", "step-00000004"]
+    assert read_manifest(run_dir / "checkpoints/step-00000002").run_id == "beef"
 
 
 def test_through_a_launcher_it_is_the_same_one_message(small: Small, bad_data: Path, tmp_path: Path) -> None:
