@@ -5,6 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # llama_mcore of this checkout, installed or not
 
+import llama_mcore.installed  # noqa: F401
+
+# isort: split
 from llama_mcore.plan.cli import app
 
 if __name__ == "__main__":
