@@ -76,7 +76,7 @@ test-slurm: $(STAMP)
 	    bash tests/slurm/slurm-local.sh install && $(VENV_PYTHON) -m pytest -m "slurm$(if $(SAMPLE), and sample)" tests/slurm; fi
 
 test-data: $(STAMP)
-	@TEST_CORPUS_MB="$(or $(TEST_CORPUS_MB),25)" $(VENV_PYTHON) -m pytest tests/data/test_encoder.py
+	@TEST_CORPUS_MB="$(or $(TEST_CORPUS_MB),25)" $(VENV_PYTHON) -m pytest tests/preprocess/test_encoders.py
 
 lint: $(STAMP)
 	@$(VENV_PYTHON) -m ruff check .

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_mcore.data.files import output_errors, published
+from llama_mcore.files import output_errors, published
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

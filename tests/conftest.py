@@ -19,13 +19,14 @@ from hypothesis import settings
 
 from tests.support.models import Small, write_tokens
 from tests.support.product import train
+from tests.support.text import corpus, tokenizer_model  # noqa: F401  fixtures
 
 # A crowded machine is no reason to fail.
 settings.register_profile("llama_mcore", deadline=None)
 settings.load_profile("llama_mcore")
 
 PACKAGE = Path(__file__).parents[1] / "llama_mcore"
-SOURCES = ("cli.py", "config.py", "errors.py", "generate.py")
+SOURCES = ("cli/commands.py", "config/run.py", "errors.py", "generate/generate.py")
 STARTS_A_PROCESS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "world.Call"}
 Once = Callable[[str, Callable[[Path], object]], Path]
 

@@ -55,11 +55,11 @@ class Mutant:
 LAYER = "tests/model/test_layer_function.py"
 ATTENTION = f"{LAYER}::test_attention_half_by_finite_differences"
 MLP = f"{LAYER}::test_mlp_half_by_finite_differences"
-COLLECTIVES = "tests/parallel/test_overlap.py"
+COLLECTIVES = "tests/distributed/test_tp_comm.py"
 FAULTS = "tests/train/test_faults.py"
 POWER_CUT = "tests/checkpoint/test_crash_power.py"
 DAMAGE = "tests/checkpoint/test_damage.py"
-SUPERVISOR = "tests/launch/test_supervisor.py"
+SUPERVISOR = "tests/watchdog/test_supervisor.py"
 
 MUTANTS = [
     Mutant(
@@ -130,7 +130,7 @@ MUTANTS = [
         symbol="_losses_and_grad",
         old="dist.all_reduce(target_logits, group=tp.group)",
         new="pass",
-        tests=["tests/model/test_loss.py::test_tensor_parallel"],
+        tests=["tests/model/test_fused_loss.py::test_tensor_parallel"],
     ),
     Mutant(
         name="gradient norm is summed over tensor-parallel ranks",
@@ -207,18 +207,18 @@ MUTANTS = [
         symbol="replace_hint",
         old='path.with_name(f".{path.name}.tmp")',
         new="path",
-        tests=["tests/checkpoint/test_run_folder.py"],
+        tests=["tests/checkpoint/test_run_dir.py"],
     ),
     Mutant(
         name="retention: checkpoints of later steps do not count",
-        symbol="save:_tidy",
+        symbol="saver:_tidy",
         old="path.stem < final.stem and",
         new="path != final and",
         tests=["tests/checkpoint/test_crash.py"],
     ),
     Mutant(
         name="retention: checkpoints of other runs stay",
-        symbol="save:_tidy",
+        symbol="saver:_tidy",
         old="if run_id_of(path) == run_id]",
         new="]",
         tests=["tests/checkpoint/test_crash.py"],
@@ -242,7 +242,7 @@ MUTANTS = [
         symbol="Lease.check",
         old=" or any(self.path.with_name(name).exists() for name in names)",
         new="",
-        tests=["tests/checkpoint/test_lease.py::test_a_holder_that_was_thought_dead_may_not_publish"],
+        tests=["tests/checkpoint/test_run_lock.py::test_a_holder_that_was_thought_dead_may_not_publish"],
     ),
     Mutant(
         name="SHA-256 of the files of a checkpoint",
@@ -263,7 +263,7 @@ MUTANTS = [
         symbol="published",
         old="temporary = temporary_name(path)",
         new="temporary = path",
-        tests=["tests/data/test_files.py"],
+        tests=["tests/test_files.py"],
     ),
     Mutant(
         name="fsync of an output before its rename",
@@ -284,7 +284,7 @@ MUTANTS = [
         symbol="check_caps",
         old="if not over:",
         new="if True:",
-        tests=["tests/data/test_ledger.py::test_epochs_give_shares_and_caps"],
+        tests=["tests/data/test_data_plan.py::test_epochs_give_shares_and_caps"],
     ),
     Mutant(
         name="a mixture is within one sample of its shares",
@@ -298,7 +298,7 @@ MUTANTS = [
         symbol="windows_at",
         old="outside = np.flatnonzero(windows >= num_windows)",
         new="windows %= np.uint64(num_windows); outside = windows[:0]",
-        tests=["tests/data/test_order.py::test_every_window_once_an_epoch"],
+        tests=["tests/data/test_sample_order.py::test_every_window_once_an_epoch"],
     ),
     Mutant(
         name="the audit counts how often a window was read",
@@ -312,7 +312,7 @@ MUTANTS = [
         symbol="Beat.is_overdue",
         old="return now - max(self.at, awake_since) > self.allowed_s",
         new="return False",
-        tests=["tests/launch/test_heartbeat.py::test_a_beat_is_overdue_after_what_is_allowed"],
+        tests=["tests/watchdog/test_heartbeat.py::test_a_beat_is_overdue_after_what_is_allowed"],
     ),
     Mutant(
         name="a rank that was killed is no success",
@@ -340,14 +340,14 @@ MUTANTS = [
         symbol="_check_parallel",
         old="if value % tp",
         new="if value < tp",
-        tests=["tests/test_config.py::test_what_tensor_parallelism_splits_must_divide"],
+        tests=["tests/config/test_run.py::test_what_tensor_parallelism_splits_must_divide"],
     ),
     Mutant(
         name="unknown keys are refused",
         symbol="Section",
         old='extra="forbid"',
         new='extra="ignore"',
-        tests=["tests/test_config.py::test_an_unknown_key_is_refused_with_the_nearest_name"],
+        tests=["tests/config/test_run.py::test_an_unknown_key_is_refused_with_the_nearest_name"],
     ),
     Mutant(
         name="no run begins in a folder that is not its own",
@@ -361,7 +361,7 @@ MUTANTS = [
         symbol="continued",
         old="if not accept_change:",
         new="if False:",
-        tests=["tests/data/test_ledger.py::test_resuming_with_other_data_is_refused"],
+        tests=["tests/data/test_data_plan.py::test_resuming_with_other_data_is_refused"],
     ),
     Mutant(
         name="a loss that is not finite changes no weight",
@@ -389,21 +389,21 @@ MUTANTS = [
         symbol="check_replicas",
         old="differs |= (extremes[0] != ~extremes[1]).any()",
         new="pass",
-        tests=["tests/parallel/test_replicas.py"],
+        tests=["tests/distributed/test_replicas.py"],
     ),
     Mutant(
         name="a run without progress is not started again",
         symbol="check_progress",
         old="if len(fruitless) < LIVES:",
         new="if True:",
-        tests=["tests/launch/test_progress.py"],
+        tests=["tests/observe/goodput/test_no_progress.py"],
     ),
     Mutant(
         name="a pickle runs no code",
-        symbol="pickled_child:_content",
+        symbol="sandbox:_content",
         old="weights_only=True",
         new="weights_only=False",
-        tests=["tests/checkpoint/convert/test_pickled.py::test_no_code_is_run"],
+        tests=["tests/convert/test_torch_pickle.py::test_no_code_is_run"],
     ),
 ]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llama_mcore.config import check_run, load_run
+from llama_mcore.config.run import check_run, load_run
 from tests.support.errors import is_shown
 from tests.support.models import Small
 from tests.support.product import train

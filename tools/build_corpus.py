@@ -20,8 +20,8 @@ import llama_mcore.installed  # noqa: F401
 import orjson
 import typer
 
-from llama_mcore.data.files import output_errors, published
 from llama_mcore.errors import DataError, MissingInputError, Problem, report_errors
+from llama_mcore.files import output_errors, published
 
 LARGEST_TO_SMALLEST = 1.4
 # Tests are two thirds of the standard library and mostly tables; pydoc_data is the manual again, as literals.

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))  # llama_mcore of this checkout, also where it is 
 import llama_mcore.installed  # noqa: E402, F401
 
 # isort: split
-from llama_mcore.config import load_run  # noqa: E402
+from llama_mcore.config.run import load_run  # noqa: E402
 from llama_mcore.errors import report_errors  # noqa: E402
 from llama_mcore.observe.metrics_file import read_metrics  # noqa: E402
 from llama_mcore.observe.report import Point, loss_curve  # noqa: E402
@@ -79,7 +79,7 @@ def main() -> None:
 
 def look_at_machine(device: str) -> tuple[int, str]:
     """How many GPUs can be used, and what to call them. Raises what `choose_device` raises."""
-    from llama_mcore.parallel.device import choose_device, describe_device, usable_gpus
+    from llama_mcore.distributed.device import choose_device, describe_device, usable_gpus
 
     choose_device(device, field="--device")
     return usable_gpus(), describe_device()

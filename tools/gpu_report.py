@@ -90,7 +90,7 @@ def machine(_: Path) -> None:
 
     from llama_mcore import __version__
     from llama_mcore.benchmark.runner import LIBRARIES
-    from llama_mcore.parallel import device
+    from llama_mcore.distributed import device
 
     if device.on_gpu():
         _, size = device.gpu_memory_bytes() or (0, 0)

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # llama_mcore of this checko
 import llama_mcore.installed  # noqa: F401
 
 # isort: split
-from llama_mcore.plan.cli import app
+from llama_mcore.cli.plan import app
 
 if __name__ == "__main__":
     app()

@@ -18,8 +18,8 @@ from llama_mcore.benchmark.models import (
     random_batch,
 )
 from llama_mcore.benchmark.runner import Bar, Result, say
+from llama_mcore.distributed.groups import Groups, process_groups
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.parallel.groups import Groups, process_groups
 
 # 7B / 8: ffn 2.6875 h, heads of 128 channels, s = 16 * 128, vocabulary 7.8125 h.
 SHAPE = {

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 
 from llama_mcore.benchmark.gpu_report import check, showing, tell
-from llama_mcore.checkpoint.layout import step_dir
-from llama_mcore.config import load_run
-from llama_mcore.data.indexed import IndexedWriter
+from llama_mcore.checkpoint.paths import step_dir
+from llama_mcore.config.run import load_run
+from llama_mcore.data.indexed_dataset import IndexedWriter
+from llama_mcore.distributed.device import on_gpu
 from llama_mcore.errors import EXIT_SAVED
-from llama_mcore.parallel.device import on_gpu
-from llama_mcore.plan.footprint import memory_of
+from llama_mcore.plan.layout.footprint import memory_of
 
 SHAPE = {
     "num_layers": 24,

@@ -16,20 +16,20 @@ from torch import Tensor
 from llama_mcore.benchmark.models import benchmark_run, random_batch
 from llama_mcore.benchmark.runner import Bar, OtherWork, Result, say
 from llama_mcore.benchmark.step import QUIET
-from llama_mcore.checkpoint.layout import step_dir
-from llama_mcore.checkpoint.load import load_checkpoint
+from llama_mcore.checkpoint.loader import load_checkpoint
+from llama_mcore.checkpoint.paths import step_dir
 from llama_mcore.checkpoint.reader import CheckpointReader
-from llama_mcore.checkpoint.save import Saver
+from llama_mcore.checkpoint.saver import Saver
 from llama_mcore.checkpoint.snapshot import saved_tensors
 from llama_mcore.checkpoint.tensor_file import write_tensors
-from llama_mcore.config import RunConfig
+from llama_mcore.checkpoint.train_state import TrainState
+from llama_mcore.config.run import RunConfig
+from llama_mcore.distributed.device import seconds_of
+from llama_mcore.distributed.groups import Groups, process_groups
 from llama_mcore.errors import MissingInputError, input_problem
 from llama_mcore.model.build import build_model
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.parallel.device import seconds_of
-from llama_mcore.parallel.groups import Groups, process_groups
 from llama_mcore.train.engine import build_engine, dtype_of
-from llama_mcore.train.state import TrainState
 from llama_mcore.train.step import train_step
 
 # 27M parameters.

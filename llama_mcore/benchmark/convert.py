@@ -23,9 +23,9 @@ from torch import Tensor
 
 from llama_mcore.benchmark.runner import Bar, OtherWork, Result, say
 from llama_mcore.benchmark.step import QUIET
-from llama_mcore.checkpoint.convert.formats import NAMES, WriteOptions, get_format
-from llama_mcore.checkpoint.convert.run import convert
-from llama_mcore.checkpoint.layout import WEIGHT
+from llama_mcore.checkpoint.paths import WEIGHT
+from llama_mcore.convert.convert import convert
+from llama_mcore.convert.registry import NAMES, WriteOptions, get_format
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.sharding import parameter_shapes
 

@@ -23,8 +23,8 @@ import psutil
 from pydantic import TypeAdapter
 
 from llama_mcore.benchmark.runner import markdown_table
-from llama_mcore.data.files import published
 from llama_mcore.errors import OutputError, Problem
+from llama_mcore.files import published
 
 JSON, PAGE = "gpu-report.json", "gpu-report.md"
 LINES = "LLAMA_MCORE_REPORT_LINES"

@@ -20,11 +20,11 @@ import numpy as np
 from llama_mcore.benchmark.runner import Bar, OtherWork, Result, say
 from llama_mcore.benchmark.step import QUIET
 from llama_mcore.data.config import SourceConfig
-from llama_mcore.data.dataset import Parts, WindowDataset
-from llama_mcore.data.indexed import IndexedWriter
-from llama_mcore.data.ledger import Segment, SourcePlan, plan_segment
+from llama_mcore.data.data_plan import Segment, SourcePlan, plan_segment
+from llama_mcore.data.indexed_dataset import IndexedWriter
 from llama_mcore.data.loader import MicroBatches, Samples, micro_batch
 from llama_mcore.data.manifest import build_manifest, write_manifest
+from llama_mcore.data.windows import Parts, WindowDataset
 
 SEQ_LENGTH = 2048
 MICRO_BATCH = 8

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama_mcore.config import RunConfig
+from llama_mcore.config.run import RunConfig
 from llama_mcore.data.loader import MicroBatch
+from llama_mcore.distributed.groups import Groups
 from llama_mcore.model.build import build_model
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.parallel.groups import Groups
 from llama_mcore.train.engine import build_engine, dtype_of
 from llama_mcore.train.step import mean_loss, train_step
 

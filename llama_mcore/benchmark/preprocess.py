@@ -28,9 +28,9 @@ import psutil
 
 from llama_mcore.benchmark.runner import Bar, OtherWork, Result, say
 from llama_mcore.benchmark.step import QUIET
-from llama_mcore.data.encoder import load_encoder
-from llama_mcore.data.tokenizer_training import train_tokenizer
 from llama_mcore.errors import DataError, Problem
+from llama_mcore.preprocess.encoders import load_encoder
+from llama_mcore.tokenizer.train import train_tokenizer
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 CORES = 2

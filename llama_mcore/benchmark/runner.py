@@ -16,9 +16,9 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from llama_mcore.data.files import prepare_output, published
+from llama_mcore.distributed.device import device_name, on_gpu
 from llama_mcore.errors import ConfigError, Problem
-from llama_mcore.parallel.device import device_name, on_gpu
+from llama_mcore.files import prepare_output, published
 
 LIBRARIES = ("torch", "megatron-core", "deepspeed", "transformers")
 

@@ -17,10 +17,8 @@ from pydantic import ValidationError
 from llama_mcore.benchmark.memory import kept_bytes
 from llama_mcore.benchmark.models import CONTENDERS, Contender, Workload, benchmark_run, random_batch
 from llama_mcore.benchmark.runner import Bar, OtherWork, Result, say
-from llama_mcore.config import check_run
-from llama_mcore.errors import ConfigError, Problem
-from llama_mcore.model.config import PRESETS, ModelConfig
-from llama_mcore.parallel.device import (
+from llama_mcore.config.run import check_run
+from llama_mcore.distributed.device import (
     device_name,
     on_gpu,
     peak_memory_bytes,
@@ -28,9 +26,11 @@ from llama_mcore.parallel.device import (
     reset_peak_memory,
     seconds_of,
 )
-from llama_mcore.parallel.groups import process_groups
-from llama_mcore.plan.flops import mfu, token_flops
-from llama_mcore.plan.hardware import Peak, peak_of
+from llama_mcore.distributed.groups import process_groups
+from llama_mcore.errors import ConfigError, Problem
+from llama_mcore.model.config import PRESETS, ModelConfig
+from llama_mcore.plan.layout.flops import mfu, token_flops
+from llama_mcore.plan.layout.hardware import Peak, peak_of
 
 # 58M parameters: what two CPU cores step through in seconds.
 CPU_SHAPE = {

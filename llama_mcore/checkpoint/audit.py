@@ -8,8 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from llama_mcore.checkpoint.layout import find_checkpoint
 from llama_mcore.checkpoint.manifest import read_manifest
+from llama_mcore.checkpoint.paths import find_checkpoint
+from llama_mcore.checkpoint.train_state import Rollback
 from llama_mcore.data.audit import MEND_LINES, check_ledger, check_uses, count_uses, use_table
 from llama_mcore.errors import DataError, Problem
 from llama_mcore.observe.metrics_file import (
@@ -23,7 +24,6 @@ from llama_mcore.observe.metrics_file import (
     missing_steps,
     read_every_line,
 )
-from llama_mcore.train.state import Rollback
 
 
 class Ledger(Row):

@@ -5,8 +5,8 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from llama_mcore.config.section import Section
 from llama_mcore.errors import ConfigError
-from llama_mcore.section import Section
 from llama_mcore.units import parse_bytes
 
 RING_BYTES = 256 << 20

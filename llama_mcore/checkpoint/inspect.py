@@ -6,21 +6,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_mcore.checkpoint.compare import Comparison, TensorDifference, compare
-from llama_mcore.checkpoint.convert.formats import looks_like
-from llama_mcore.checkpoint.layout import (
+from llama_mcore.checkpoint.diff import Comparison, TensorDifference, compare
+from llama_mcore.checkpoint.manifest import MANIFEST, Manifest, damaged_files, missing_files, read_manifest
+from llama_mcore.checkpoint.paths import (
     TEMPORARY,
     find_checkpoint,
     step_folders,
     unfinished,
     unreadable,
 )
-from llama_mcore.checkpoint.manifest import MANIFEST, Manifest, damaged_files, missing_files, read_manifest
 from llama_mcore.checkpoint.reader import CheckpointReader
-from llama_mcore.data.ledger import format_table
-from llama_mcore.data.progress import InputProgress
+from llama_mcore.convert.registry import looks_like
+from llama_mcore.data.data_plan import format_table
 from llama_mcore.errors import CheckpointError, MissingInputError, Problem, input_problem, shown
 from llama_mcore.model.parameters import pattern_of
+from llama_mcore.progress import InputProgress
 
 _SHOWN_FILES = 20
 

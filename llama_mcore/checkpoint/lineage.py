@@ -11,12 +11,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
 
-from llama_mcore.checkpoint.disk import replace_hint, sync_folder
+from llama_mcore.checkpoint.durable_io import replace_hint, sync_folder
 from llama_mcore.checkpoint.manifest import LARGEST_MANIFEST, MANIFEST, read_manifest
+from llama_mcore.checkpoint.train_state import Origin
+from llama_mcore.config.section import Section
 from llama_mcore.errors import CheckpointError, Problem, shown
-from llama_mcore.section import Section
 from llama_mcore.small_file import read_json, read_small_file
-from llama_mcore.train.state import Origin
 
 RUN_FILE = "run.json"
 

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from llama_mcore.data.ledger import Segment
+from llama_mcore.checkpoint.train_state import HealthState, Origin
+from llama_mcore.data.data_plan import Segment
 from llama_mcore.errors import CheckpointError, Problem, shown
 from llama_mcore.small_file import read_json
-from llama_mcore.train.state import HealthState, Origin
 
 FORMAT = "llama_mcore/1"
 MANIFEST = "manifest.json"

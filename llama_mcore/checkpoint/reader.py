@@ -13,14 +13,14 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from llama_mcore.checkpoint.layout import WEIGHT, parse_fragment_key
 from llama_mcore.checkpoint.manifest import MANIFEST, RankFile, damaged_files, missing_files, read_manifest
-from llama_mcore.checkpoint.stored import DTYPE_NAMES, StoredTensor, read_safetensors
+from llama_mcore.checkpoint.paths import WEIGHT, parse_fragment_key
+from llama_mcore.checkpoint.safetensors_io import DTYPE_NAMES, StoredTensor, read_safetensors
+from llama_mcore.checkpoint.train_state import HealthState, TrainState
 from llama_mcore.errors import CheckpointError, Problem, shown
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.parameters import TpSplit
 from llama_mcore.model.sharding import parameter_shapes, split_of, unshard
-from llama_mcore.train.state import HealthState, TrainState
 
 _FP32_BYTES = 4
 

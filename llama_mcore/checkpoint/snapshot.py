@@ -11,18 +11,18 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from llama_mcore.checkpoint.config import CheckpointConfig
-from llama_mcore.checkpoint.fragments import (
+from llama_mcore.checkpoint.optimizer_shards import (
     Fragment,
     create_optimizer_state,
     has_optimizer_state,
     owned_fragments,
 )
-from llama_mcore.checkpoint.layout import KINDS, fragment_key
+from llama_mcore.checkpoint.paths import KINDS, fragment_key
+from llama_mcore.distributed.cgroup import available_memory
+from llama_mcore.distributed.device import CopyStream, host_block, on_gpu
+from llama_mcore.distributed.groups import Groups
 from llama_mcore.errors import NumericalError, Problem
 from llama_mcore.model.sharding import split_of
-from llama_mcore.parallel.cgroup import available_memory
-from llama_mcore.parallel.device import CopyStream, host_block, on_gpu
-from llama_mcore.parallel.groups import Groups
 from llama_mcore.units import format_bytes
 
 SLOTS = 16

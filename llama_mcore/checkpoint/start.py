@@ -11,7 +11,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from llama_mcore.checkpoint.layout import (
+from llama_mcore.checkpoint.lineage import RUN_FILE, Lineage, new_lineage, origin_of
+from llama_mcore.checkpoint.manifest import MANIFEST, Manifest, missing_files, read_manifest
+from llama_mcore.checkpoint.paths import (
     Held,
     checkpoints_dir,
     find_checkpoint,
@@ -21,12 +23,11 @@ from llama_mcore.checkpoint.layout import (
     step_dir,
     unreadable,
 )
-from llama_mcore.checkpoint.lease import FOLDER as LEASE
-from llama_mcore.checkpoint.lineage import RUN_FILE, Lineage, new_lineage, origin_of
-from llama_mcore.checkpoint.manifest import MANIFEST, Manifest, missing_files, read_manifest
-from llama_mcore.checkpoint.run_folder import is_same_run, would_begin_anew
+from llama_mcore.checkpoint.run_dir import is_same_run, would_begin_anew
+from llama_mcore.checkpoint.run_lock import FOLDER as LEASE
 from llama_mcore.checkpoint.same_model import model_differences
-from llama_mcore.config import RunConfig
+from llama_mcore.checkpoint.train_state import Origin
+from llama_mcore.config.run import RunConfig
 from llama_mcore.errors import (
     CheckpointError,
     ConfigError,
@@ -38,8 +39,7 @@ from llama_mcore.errors import (
     shown,
 )
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.observe.lives import LIVES_FILE
-from llama_mcore.train.state import Origin
+from llama_mcore.observe.goodput.attempts import LIVES_FILE
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_mcore.checkpoint.disk import write_file
+from llama_mcore.checkpoint.durable_io import write_file
 
 _CHUNK = 16 << 20
 

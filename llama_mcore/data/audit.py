@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_mcore.data.ledger import Segment, SourcePlan, format_table
+from llama_mcore.data.data_plan import Segment, SourcePlan, format_table
 from llama_mcore.errors import Problem
 
 CHUNK = 1 << 20

@@ -9,7 +9,7 @@ from pathlib import Path
 import orjson
 
 from llama_mcore.data.index import bin_path, idx_path
-from llama_mcore.data.indexed import IndexedDataset
+from llama_mcore.data.indexed_dataset import IndexedDataset
 from llama_mcore.data.manifest import DatasetManifest, manifest_path, read_manifest
 from llama_mcore.errors import OutputError, Problem, UserError
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_mcore.data.disk_array import DiskArray
+from llama_mcore.data.token_file import DiskArray
 from llama_mcore.errors import DataError, MissingInputError, Problem
 
 MAGIC = b"MMIDIDX\x00\x00"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from llama_mcore import __version__
 from llama_mcore.data.index import Index, idx_path
-from llama_mcore.data.indexed import content_id
+from llama_mcore.data.indexed_dataset import content_id
 from llama_mcore.data.manifest import (
     DatasetManifest,
     build_manifest,
@@ -21,10 +21,10 @@ from llama_mcore.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from llama_mcore.data.progress import InputProgress
-from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.data.verify import Damage, count_problems, damaged_blocks, index_problems, open_problems
 from llama_mcore.errors import ConfigError, DataError, Problem
+from llama_mcore.progress import InputProgress
+from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 _SHOWN_TOKENS = 1000
 _BAR_WIDTH = 40

@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llama_mcore.data.dataset import Window, WindowDataset, read_windows
-from llama_mcore.data.ledger import Segment
-from llama_mcore.data.order import windows_at
+from llama_mcore.data.data_plan import Segment
+from llama_mcore.data.sample_order import windows_at
+from llama_mcore.data.windows import Window, WindowDataset, read_windows
 
 # Of all ranks together. Finding the windows of one sample takes hardly less time than those of so many.
 SAMPLES_PLANNED_AT_ONCE = 1024

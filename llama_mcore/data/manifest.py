@@ -17,9 +17,9 @@ import orjson
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llama_mcore.data.files import output_errors, published
 from llama_mcore.data.index import Index, idx_path
 from llama_mcore.errors import DataError, MissingInputError, Problem, input_problem, shown
+from llama_mcore.files import output_errors, published
 from llama_mcore.small_file import read_small_file
 
 BLOCK_BYTES = 16 << 20

@@ -15,7 +15,7 @@ from typing import Self
 
 from torch.distributed import DistError, TCPStore
 
-from llama_mcore.launch.workers import end_workers
+from llama_mcore.watchdog.workers import end_workers
 
 POLL_S = 1.0
 AGENT_ENDS_S = 20.0

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llama_mcore.config import RunConfig, check_run, load_run
-from llama_mcore.data.files import output_errors, published
+from llama_mcore.config.run import RunConfig, check_run, load_run
 from llama_mcore.errors import ConfigError, OutputError, Problem, UserError, gathering, raise_all
+from llama_mcore.files import output_errors, published
 from llama_mcore.train.ds_config import deepspeed_config
 from llama_mcore.units import format_count
 
@@ -63,7 +63,7 @@ def job_script(config: str, overrides: Sequence[str], job: SlurmJob, *, data_lat
         failures.append(ConfigError(problems))
     if not data_later:
         # loads numpy, which a plan does without
-        from llama_mcore.launch.run_checks import planned_data, unusable_files
+        from llama_mcore.diagnose.checks_run import planned_data, unusable_files
 
         failures += unusable_files(run, None if of_run else lambda: planned_data(run))
     raise_all(failures)

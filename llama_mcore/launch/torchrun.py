@@ -20,6 +20,8 @@ from torch.distributed import DistStoreError, TCPStore
 from torch.distributed import run as torch_run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from llama_mcore.distributed.rendezvous import LIMIT_S
+from llama_mcore.distributed.store import store_port
 from llama_mcore.errors import (
     EXIT_SAVED,
     EXIT_SOFTWARE,
@@ -31,11 +33,9 @@ from llama_mcore.errors import (
     say,
 )
 from llama_mcore.launch.nodes import LEAVE_LIMIT, Nodes
-from llama_mcore.launch.signs import Signs
-from llama_mcore.launch.workers import end_workers, send, workers
-from llama_mcore.parallel.meeting import LIMIT_S
-from llama_mcore.parallel.store import store_port
-from llama_mcore.train.signals import ECHO_S, STOP_SIGNALS
+from llama_mcore.watchdog.signals import ECHO_S, STOP_SIGNALS
+from llama_mcore.watchdog.signs import Signs
+from llama_mcore.watchdog.workers import end_workers, send, workers
 
 _POLL_S = 0.5
 

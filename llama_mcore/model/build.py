@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 
+from llama_mcore.distributed.config import ParallelConfig
+from llama_mcore.distributed.groups import Groups
 from llama_mcore.model.attention import attention_for, load_backend
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.gpt import LlamaModel
@@ -14,8 +16,6 @@ from llama_mcore.model.kernels import choose_kernels, kernels_for
 from llama_mcore.model.parameters import parameter_of
 from llama_mcore.model.sharding import full_shape, shard
 from llama_mcore.model.spec import block_spec
-from llama_mcore.parallel.config import ParallelConfig
-from llama_mcore.parallel.groups import Groups
 
 
 def build_model(

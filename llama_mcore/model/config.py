@@ -7,8 +7,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from llama_mcore.config.section import Section
 from llama_mcore.model.parameters import num_params
-from llama_mcore.section import Section
 
 Recompute = Literal["none", "selective", "full"]
 ATTENTION_BACKENDS = sorted(

@@ -6,9 +6,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
+from llama_mcore.distributed.tp_comm import TensorParallel
 from llama_mcore.model.attention import Documents
-from llama_mcore.model.loss import linear_cross_entropy
-from llama_mcore.parallel.overlap import TensorParallel
+from llama_mcore.model.fused_loss import linear_cross_entropy
 
 
 class OutputLayer(ColumnParallelLinear):

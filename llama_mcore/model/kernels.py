@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from llama_mcore.distributed.device import on_gpu
 from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.model.attention.choice import Choice
 from llama_mcore.model.rmsnorm import rmsnorm, rmsnorm_backward
 from llama_mcore.model.rope import rope, rope_backward
 from llama_mcore.model.swiglu import swiglu, swiglu_backward
-from llama_mcore.parallel.device import on_gpu
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from torch import Tensor, nn
 
+from llama_mcore.distributed.tp_comm import TensorParallel
 from llama_mcore.model.attention import AttentionBackend, Documents
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.kernels import Kernels
 from llama_mcore.model.layer_function import AttentionHalf, AttentionShape, MlpHalf, rotated_qkv
 from llama_mcore.model.swiglu import swiglu
-from llama_mcore.parallel.overlap import TensorParallel
 
 
 @dataclass

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama_mcore.distributed.tp_comm import TensorParallel
 from llama_mcore.model.attention import AttentionBackend, Documents, per_document
 from llama_mcore.model.config import RopeScaling
 from llama_mcore.model.kernels import PLAIN, Kernels
 from llama_mcore.model.rope import rope_table
-from llama_mcore.parallel.overlap import TensorParallel
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from llama_mcore.distributed.tp_comm import Pending, TensorParallel
 from llama_mcore.model.gpt import LlamaModel
 from llama_mcore.model.kernels import PLAIN
 from llama_mcore.model.layer import LlamaLayer
-from llama_mcore.parallel.overlap import Pending, TensorParallel
 
 
 def warm_up(model: LlamaModel, micro_batch_size: int, *, is_first: bool, barrier: Callable[[], None]) -> None:

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from llama_mcore.section import Section
+from llama_mcore.config.section import Section
 
 
 class ObserveConfig(Section):

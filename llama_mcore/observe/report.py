@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_mcore.errors import DataError, Problem, UserError
-from llama_mcore.observe.goodput import PRODUCTIVE, read_lives
+from llama_mcore.observe.goodput.spans import PRODUCTIVE, read_lives
 from llama_mcore.observe.metrics_file import Row, read_metrics
 from llama_mcore.picture import save_figure
 

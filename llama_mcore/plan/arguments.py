@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llama_mcore.errors import ConfigError, Problem
-from llama_mcore.plan.hardware import Gpu
-from llama_mcore.plan.hardware import gpu as gpu_named
+from llama_mcore.plan.layout.hardware import Gpu
+from llama_mcore.plan.layout.hardware import gpu as gpu_named
 from llama_mcore.units import parse_count
 
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from llama_mcore.section import Section
+from llama_mcore.config.section import Section
 
 PAPER_WARMUP = 2000
 

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llama_mcore.config import RunConfig
+from llama_mcore.config.run import RunConfig
+from llama_mcore.distributed.ds_file import read_ds_file, unknown_keys
 from llama_mcore.errors import ConfigError, Problem
-from llama_mcore.parallel.ds_file import read_ds_file, unknown_keys
 
 
 def deepspeed_config(run: RunConfig, world_size: int) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_fp32_param, set_z3_leaf_modules
 from torch import Tensor, nn
 
-from llama_mcore.config import RunConfig
+from llama_mcore.config.run import RunConfig
+from llama_mcore.distributed.groups import Groups
+from llama_mcore.distributed.mpu import Mpu
 from llama_mcore.model.layer import LlamaLayer
 from llama_mcore.observe.log import prints_as_debug
-from llama_mcore.parallel.groups import Groups
-from llama_mcore.parallel.mpu import Mpu
 from llama_mcore.train.ds_config import deepspeed_config
 from llama_mcore.train.optimizer import build_optimizer
 

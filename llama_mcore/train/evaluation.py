@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from itertools import islice
 
-from llama_mcore.data.dataset import WindowDataset
 from llama_mcore.data.loader import MicroBatch, eval_batches, held_out_windows
+from llama_mcore.data.windows import WindowDataset
+from llama_mcore.distributed.collectives import together
 from llama_mcore.observe.metrics import HeldOut
 from llama_mcore.observe.phases import Phase
-from llama_mcore.train.agreement import together
-from llama_mcore.train.job import Job
+from llama_mcore.train.setup import Job
 from llama_mcore.train.step import evaluate
 
 _READ_TOGETHER = 16

@@ -15,8 +15,8 @@ from enum import StrEnum
 from math import isfinite
 from statistics import median
 
+from llama_mcore.checkpoint.train_state import HealthState, Rollback, TrainState
 from llama_mcore.train.config import HealthConfig
-from llama_mcore.train.state import HealthState, Rollback, TrainState
 
 _SIGMAS_PER_MAD = 1.4826
 """Standard deviation of a normal distribution over its median absolute deviation."""

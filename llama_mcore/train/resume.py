@@ -8,21 +8,21 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from llama_mcore.checkpoint.compare import changed_settings
-from llama_mcore.checkpoint.layout import given_up_dir, not_foreign, step_of
-from llama_mcore.checkpoint.lease import FOLDER as LEASE
+from llama_mcore.checkpoint.diff import changed_settings
 from llama_mcore.checkpoint.lineage import read_lineage, write_lineage
-from llama_mcore.checkpoint.load import check_same_model
+from llama_mcore.checkpoint.loader import check_same_model
+from llama_mcore.checkpoint.paths import given_up_dir, not_foreign, step_of
 from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.run_lock import FOLDER as LEASE
 from llama_mcore.checkpoint.start import Start, Way, none_sound, way_of
-from llama_mcore.config import RunConfig
+from llama_mcore.checkpoint.train_state import TrainState
+from llama_mcore.config.run import RunConfig
+from llama_mcore.distributed.groups import Groups
 from llama_mcore.errors import CheckpointError, OutputError, Problem
-from llama_mcore.observe.lives import is_requeued
+from llama_mcore.observe.goodput.attempts import is_requeued
 from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.phases import Phases
 from llama_mcore.observe.sinks import GIVEN_UP_METRICS, METRICS_FILE, keep_steps_after
-from llama_mcore.parallel.groups import Groups
-from llama_mcore.train.state import TrainState
 
 T = TypeVar("T")
 Together = Callable[[Callable[[], T]], T]

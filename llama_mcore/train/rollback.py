@@ -2,19 +2,19 @@
 
 from pathlib import Path
 
-from llama_mcore.checkpoint.layout import not_foreign, step_of, unreadable
-from llama_mcore.checkpoint.load import load_checkpoint
+from llama_mcore.checkpoint.loader import load_checkpoint
+from llama_mcore.checkpoint.paths import not_foreign, step_of, unreadable
 from llama_mcore.checkpoint.reader import CheckpointReader
-from llama_mcore.config import RunConfig
-from llama_mcore.data.ledger import check_caps
+from llama_mcore.checkpoint.train_state import TrainState
+from llama_mcore.config.run import RunConfig
+from llama_mcore.data.data_plan import check_caps
+from llama_mcore.distributed.groups import Groups
 from llama_mcore.errors import CheckpointError, DataError, NumericalError, Problem
 from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.phases import Phases
-from llama_mcore.parallel.groups import Groups
 from llama_mcore.train.engine import DeepSpeedEngine
 from llama_mcore.train.health import rolled_back
 from llama_mcore.train.resume import Together, put_aside, same_on_all_ranks, verified
-from llama_mcore.train.state import TrainState
 
 
 def roll_back(

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llama_mcore.data.loader import MicroBatch
+from llama_mcore.distributed.device import Stopwatch
+from llama_mcore.distributed.groups import Groups
 from llama_mcore.model.attention import documents_of
-from llama_mcore.parallel.device import Stopwatch
-from llama_mcore.parallel.groups import Groups
 from llama_mcore.train.engine import DeepSpeedEngine
 
 

@@ -14,9 +14,9 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+from llama_mcore.distributed.device import Stopwatch
+from llama_mcore.distributed.groups import Groups
 from llama_mcore.observe.log import get_logger
-from llama_mcore.parallel.device import Stopwatch
-from llama_mcore.parallel.groups import Groups
 
 SLOWER = 1.3
 """Relative to the median of all ranks."""

@@ -7,7 +7,7 @@ import pytest
 from llama_mcore.benchmark import convert
 from llama_mcore.benchmark.convert import BARS, SLOWEST, Samples, measure, summarize
 from llama_mcore.benchmark.runner import describe
-from llama_mcore.checkpoint.convert.formats import NAMES
+from llama_mcore.convert.registry import NAMES
 from llama_mcore.model.config import ModelConfig
 
 SMALL = {

@@ -11,16 +11,16 @@ from torch import nn
 from typer.testing import CliRunner
 
 from llama_mcore.benchmark import step as benchmark
-from llama_mcore.benchmark.cli import app
 from llama_mcore.benchmark.models import CONTENDERS, Workload, benchmark_run, huggingface_config, random_batch
 from llama_mcore.benchmark.runner import Bar
 from llama_mcore.benchmark.step import CPU_BARS, Request, Samples, measure, request, stated_bars, summarize
+from llama_mcore.cli.benchmark import app
+from llama_mcore.distributed.device import on_gpu
+from llama_mcore.distributed.groups import process_groups
 from llama_mcore.errors import ConfigError
 from llama_mcore.model.config import PRESETS, ModelConfig
-from llama_mcore.parallel.device import on_gpu
-from llama_mcore.parallel.groups import process_groups
-from llama_mcore.plan.flops import token_flops
-from llama_mcore.plan.hardware import peak_of
+from llama_mcore.plan.layout.flops import token_flops
+from llama_mcore.plan.layout.hardware import peak_of
 from tests.support.errors import is_shown, refused
 from tests.support.models import PLAIN, model_config
 

@@ -20,13 +20,13 @@ from itertools import product, takewhile
 from pathlib import Path
 from typing import Any
 
-from llama_mcore.checkpoint.layout import LATEST, REPLACED, TEMPORARY, checkpoints_dir, rank_file, step_dir
 from llama_mcore.checkpoint.manifest import MANIFEST
+from llama_mcore.checkpoint.paths import LATEST, REPLACED, TEMPORARY, checkpoints_dir, rank_file, step_dir
+from llama_mcore.distributed.config import ParallelConfig
+from llama_mcore.distributed.groups import Groups, process_groups
 from llama_mcore.errors import UserError
 from llama_mcore.observe.log import NAME
 from llama_mcore.observe.phases import Phases
-from llama_mcore.parallel.config import ParallelConfig
-from llama_mcore.parallel.groups import Groups, process_groups
 from llama_mcore.train.resume import Start, find_start
 from tests.checkpoint.crash_run import RANKS, SAVES, Rank, Save, joined, run_config, version_of, watched
 from tests.checkpoint.damage import edit_manifest

@@ -17,17 +17,17 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
-from llama_mcore.checkpoint import disk
-from llama_mcore.checkpoint.layout import KINDS, checkpoints_dir
+from llama_mcore.checkpoint import durable_io
+from llama_mcore.checkpoint.paths import KINDS, checkpoints_dir
 from llama_mcore.checkpoint.reader import CheckpointReader
-from llama_mcore.checkpoint.save import Saver
-from llama_mcore.config import RunConfig
+from llama_mcore.checkpoint.saver import Saver
+from llama_mcore.checkpoint.train_state import TrainState
+from llama_mcore.config.run import RunConfig
+from llama_mcore.distributed.collectives import together as all_together
+from llama_mcore.distributed.groups import Groups, model_parallel_groups
 from llama_mcore.model.sharding import parameter_shapes, shard, split_of
 from llama_mcore.observe.phases import Phases
-from llama_mcore.parallel.groups import Groups, model_parallel_groups
-from llama_mcore.train.agreement import together as all_together
 from llama_mcore.train.resume import Start, find_start
-from llama_mcore.train.state import TrainState
 from tests.support import models
 
 RANKS = 2
@@ -173,11 +173,11 @@ def watched(watch: Watch, *, agreements: bool = False) -> Iterator[Watch]:
         watch("agree", Path("ranks"))
         gather(*args, **kwargs)
 
-    disk.observer = watch
+    durable_io.observer = watch
     if agreements:
         dist.all_gather_object = told
     try:
         yield watch
     finally:
-        disk.observer = lambda operation, path: None
+        durable_io.observer = lambda operation, path: None
         dist.all_gather_object = gather

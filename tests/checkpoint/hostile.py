@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_mcore.checkpoint.convert.formats import NAMES, get_format
+from llama_mcore.convert.registry import NAMES, get_format
 from tests.checkpoint.damage import FIRST_RANK, edit_manifest
 from tests.checkpoint.tiny import write_checkpoint
 from tests.support.models import write_tokens
@@ -312,14 +312,14 @@ def hugging_face(
     def prepare(folder: Path) -> Words:
         import torch
 
-        from llama_mcore.checkpoint.convert import hf
-        from llama_mcore.checkpoint.convert.formats import WriteOptions
-        from llama_mcore.checkpoint.convert.native import NativeWeights
-        from llama_mcore.checkpoint.layout import WEIGHT
+        from llama_mcore.checkpoint.paths import WEIGHT
+        from llama_mcore.convert.formats import huggingface
+        from llama_mcore.convert.formats.native import NativeWeights
+        from llama_mcore.convert.registry import WriteOptions
 
         (folder / "hf").mkdir()
         weights = NativeWeights(write_checkpoint(folder))
-        hf.write(weights, folder / "hf", WriteOptions(torch.float32, (WEIGHT,)), lambda size: None)
+        huggingface.write(weights, folder / "hf", WriteOptions(torch.float32, (WEIGHT,)), lambda size: None)
         settings = json.loads((folder / "hf/config.json").read_text())
         edit(settings)
         (folder / "hf/config.json").write_text(json.dumps(settings))
@@ -432,7 +432,7 @@ def try_all(root: Path) -> dict[str, int]:
     """Exit codes. Case NAME lies in ROOT/NAME/, what the command printed in ROOT/NAME.txt."""
     # once, before the processes are forked
     import llama_mcore.checkpoint.inspect
-    import llama_mcore.generate  # noqa: F401
+    import llama_mcore.generate.generate  # noqa: F401
 
     for name in NAMES:
         get_format(name, "--from")

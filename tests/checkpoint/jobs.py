@@ -14,18 +14,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from llama_mcore.checkpoint import load as loading
-from llama_mcore.checkpoint.layout import checkpoints_dir, find_checkpoint
-from llama_mcore.checkpoint.load import load_checkpoint
+from llama_mcore.checkpoint import loader as loading
+from llama_mcore.checkpoint.loader import load_checkpoint
+from llama_mcore.checkpoint.paths import checkpoints_dir, find_checkpoint
 from llama_mcore.checkpoint.reader import CheckpointReader
-from llama_mcore.checkpoint.save import save_checkpoint
-from llama_mcore.config import RunConfig
+from llama_mcore.checkpoint.saver import save_checkpoint
+from llama_mcore.checkpoint.train_state import TrainState
+from llama_mcore.config.run import RunConfig
 from llama_mcore.data.loader import MicroBatch
+from llama_mcore.distributed.groups import Groups, model_parallel_groups
 from llama_mcore.errors import OutputError
 from llama_mcore.model.build import build_model
-from llama_mcore.parallel.groups import Groups, model_parallel_groups
 from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of
-from llama_mcore.train.state import TrainState
 from llama_mcore.train.step import train_step
 from tests.support.models import UNEVEN, run_config
 from tests.support.world import run_ranks

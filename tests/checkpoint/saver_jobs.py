@@ -17,19 +17,20 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from llama_mcore.checkpoint import disk, save
-from llama_mcore.checkpoint.layout import checkpoints_dir, find_checkpoint
-from llama_mcore.checkpoint.lease import FOLDER, held_lease
-from llama_mcore.checkpoint.load import load_checkpoint
+from llama_mcore.checkpoint import durable_io
+from llama_mcore.checkpoint import saver as saver_module
+from llama_mcore.checkpoint.loader import load_checkpoint
+from llama_mcore.checkpoint.paths import checkpoints_dir, find_checkpoint
 from llama_mcore.checkpoint.reader import CheckpointReader
-from llama_mcore.checkpoint.save import Saver, save_checkpoint
-from llama_mcore.config import RunConfig
+from llama_mcore.checkpoint.run_lock import FOLDER, held_lease
+from llama_mcore.checkpoint.saver import Saver, save_checkpoint
+from llama_mcore.checkpoint.train_state import TrainState
+from llama_mcore.config.run import RunConfig
+from llama_mcore.distributed.device import CopyStream
+from llama_mcore.distributed.groups import Groups, model_parallel_groups
 from llama_mcore.errors import OutputError
 from llama_mcore.observe.log import get_logger
-from llama_mcore.parallel.device import CopyStream
-from llama_mcore.parallel.groups import Groups, model_parallel_groups
 from llama_mcore.train.engine import DeepSpeedEngine
-from llama_mcore.train.state import TrainState
 from tests.checkpoint.jobs import SEQUENCES, layout, new_engine, take_steps
 from tests.support.models import UNEVEN, run_config
 from tests.support.product import run_command
@@ -116,11 +117,11 @@ def heard() -> Iterator[list[str]]:
 
 @contextmanager
 def observed_by(observer: Callable[[str, Path], None]) -> Iterator[None]:
-    disk.observer = observer
+    durable_io.observer = observer
     try:
         yield
     finally:
-        disk.observer = lambda operation, path: None
+        durable_io.observer = lambda operation, path: None
 
 
 @dataclass
@@ -310,9 +311,9 @@ def no_room(rank: Rank) -> dict:
     usage = shutil.disk_usage
     said = []
     for step, free in ((1, need), (2, need - 1)):
-        save.shutil.disk_usage = lambda path, free=free: usage(path)._replace(free=free)  # type: ignore[attr-defined]
+        saver_module.shutil.disk_usage = lambda path, free=free: usage(path)._replace(free=free)  # type: ignore[attr-defined]
         said.append(refusal(lambda step=step: save_checkpoint_at(rank, step)))
-    save.shutil.disk_usage = usage  # type: ignore[attr-defined]
+    saver_module.shutil.disk_usage = usage  # type: ignore[attr-defined]
     return {"said": said, "need": need, "left": names(rank)}
 
 
@@ -461,6 +462,6 @@ def copy_late(stream: CopyStream, pairs: Any) -> None:
 
 
 def train(run: Run, words: list[str]) -> None:
-    disk.observer = run.observer(int(os.environ["RANK"]))
+    durable_io.observer = run.observer(int(os.environ["RANK"]))
     with copying(copy_late) if run.fault == "late" else nullcontext():
         run_command(words)

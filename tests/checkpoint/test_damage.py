@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_mcore.checkpoint.layout import (
+from llama_mcore.checkpoint.manifest import MANIFEST, Manifest
+from llama_mcore.checkpoint.paths import (
     KINDS,
     LATEST,
     checkpoints_dir,
@@ -23,7 +24,6 @@ from llama_mcore.checkpoint.layout import (
     fragment_key,
     step_folders,
 )
-from llama_mcore.checkpoint.manifest import MANIFEST, Manifest
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.errors import CheckpointError, MissingInputError
 from llama_mcore.model.sharding import split_of

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_mcore.checkpoint.layout import KINDS, find_checkpoint
+from llama_mcore.checkpoint.paths import KINDS, find_checkpoint
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.model.sharding import split_of, unshard
 

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from llama_mcore.checkpoint import compare as compare_module
-from llama_mcore.checkpoint.compare import Comparison, compare
-from llama_mcore.checkpoint.convert.formats import NAMES, WriteOptions, get_format
-from llama_mcore.checkpoint.layout import KINDS, checkpoints_dir
+from llama_mcore.checkpoint import diff as compare_module
+from llama_mcore.checkpoint.diff import Comparison, compare
 from llama_mcore.checkpoint.manifest import MANIFEST
+from llama_mcore.checkpoint.paths import KINDS, checkpoints_dir
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.cli import app
-from tests.checkpoint.convert.invented import SHAPES, Invented
+from llama_mcore.convert.registry import NAMES, WriteOptions, get_format
 from tests.checkpoint.damage import FIRST_RANK, edit_manifest, edit_tensors
 from tests.checkpoint.tiny import MODEL, tensors_of, write_checkpoint
+from tests.convert.invented import SHAPES, Invented
 from tests.support.errors import is_shown
 from tests.support.product import launched_environment
 from tests.support.world import ROOT, TIMEOUT_S
@@ -206,7 +206,7 @@ def test_nothing_in_a_manifest_steers_the_terminal(checkpoint: Path) -> None:
 
 
 def test_progress_names_rate_and_time_left(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama_mcore.data.progress.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("llama_mcore.progress.SECONDS_BETWEEN_LINES", 0)
     _, _, err = run(checkpoint, "--verify")
     lines = err.splitlines()
     assert len(lines) == 2  # one for each rank file

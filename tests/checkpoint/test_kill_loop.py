@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llama_mcore.checkpoint.audit import audit_run
-from llama_mcore.checkpoint.layout import KINDS, complete_checkpoints
+from llama_mcore.checkpoint.paths import KINDS, complete_checkpoints
 from llama_mcore.checkpoint.reader import CheckpointReader
 from tests.checkpoint.crash_loop import MOST_STEPS, RANKS, Fault, Forked, Launched, Life, run_to_the_end
 from tests.support.models import Small

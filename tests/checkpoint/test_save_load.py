@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llama_mcore.checkpoint.layout import KINDS, checkpoints_dir, find_checkpoint
+from llama_mcore.checkpoint.paths import KINDS, checkpoints_dir, find_checkpoint
 from llama_mcore.checkpoint.reader import CheckpointReader
 from tests.checkpoint.jobs import (
     EVERY,

@@ -1,4 +1,4 @@
-"""llama_mcore.checkpoint.save: asynchronous saves, and runs whose disk waits, fails or hangs."""
+"""llama_mcore.checkpoint.saver: asynchronous saves, and runs whose disk waits, fails or hangs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_mcore.checkpoint.layout import KINDS, find_checkpoint
+from llama_mcore.checkpoint.paths import KINDS, find_checkpoint
 from llama_mcore.checkpoint.reader import CheckpointReader
 from tests.checkpoint.saver_jobs import (
     FIRST,

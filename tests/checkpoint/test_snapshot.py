@@ -11,14 +11,14 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from llama_mcore.checkpoint import disk, snapshot
+from llama_mcore.checkpoint import durable_io, snapshot
 from llama_mcore.checkpoint.config import RING_BYTES, CheckpointConfig
-from llama_mcore.checkpoint.disk import write_file
+from llama_mcore.checkpoint.durable_io import write_file
 from llama_mcore.checkpoint.snapshot import SLOTS, HostCopy, Need, not_finite, why_too_little
-from llama_mcore.config import load_run
+from llama_mcore.config.run import load_run
+from llama_mcore.distributed.device import CopyStream, host_block
+from llama_mcore.distributed.groups import Groups
 from llama_mcore.errors import ConfigError, PreflightError
-from llama_mcore.parallel.device import CopyStream, host_block
-from llama_mcore.parallel.groups import Groups
 from tests.checkpoint.crash_run import Engine
 from tests.checkpoint.saver_jobs import Disk, waits_in
 from tests.support.errors import refused
@@ -167,7 +167,7 @@ def chunks_asked_for_early(folder: Path) -> list[int]:
                 hashing.opened.set()
             yield bytes(1)
 
-    disk.hashlib.sha256 = Late  # type: ignore[attr-defined]
+    durable_io.hashlib.sha256 = Late  # type: ignore[attr-defined]
     hashing.open_when(lambda: hashing.opened.is_set() or waits_in(write_file))
     write_file(folder / "file", chunks(), HELD)
     return early

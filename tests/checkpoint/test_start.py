@@ -7,14 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from llama_mcore.checkpoint.layout import (
-    checkpoints_dir,
-    complete_checkpoints,
-    find_checkpoint,
-    held_in,
-    not_foreign,
-    step_dir,
-)
 from llama_mcore.checkpoint.lineage import (
     RUN_FILE,
     Lineage,
@@ -24,11 +16,19 @@ from llama_mcore.checkpoint.lineage import (
     write_lineage,
 )
 from llama_mcore.checkpoint.manifest import MANIFEST
+from llama_mcore.checkpoint.paths import (
+    checkpoints_dir,
+    complete_checkpoints,
+    find_checkpoint,
+    held_in,
+    not_foreign,
+    step_dir,
+)
 from llama_mcore.checkpoint.start import Outlook, Start, Way, outlook, way_of
-from llama_mcore.config import RunConfig, dump_run
+from llama_mcore.checkpoint.train_state import TrainState
+from llama_mcore.config.run import RunConfig, dump_run
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, UserError
 from llama_mcore.train.resume import put_aside
-from llama_mcore.train.state import TrainState
 from tests.checkpoint.damage import edit_manifest
 from tests.checkpoint.tiny import RUN_ID, write_checkpoint
 from tests.support import models

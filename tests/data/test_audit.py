@@ -8,8 +8,8 @@ import pytest
 
 from llama_mcore.data import audit
 from llama_mcore.data.audit import check_ledger, check_uses, count_uses, use_table
-from llama_mcore.data.ledger import Segment, continued
-from tests.data.test_ledger import read, segment
+from llama_mcore.data.data_plan import Segment, continued
+from tests.data.test_data_plan import read, segment
 
 
 @dataclass

@@ -6,17 +6,17 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from llama_mcore.cli import app
-from llama_mcore.data import tokenizer_training
-from llama_mcore.data.indexed import IndexedDataset
+from llama_mcore.data.indexed_dataset import IndexedDataset
 from llama_mcore.data.manifest import manifest_path
-from llama_mcore.data.merge import merge_datasets
-from llama_mcore.data.preprocess import preprocess
-from llama_mcore.data.preprocess_job import Preprocessing
-from llama_mcore.data.tokenizer_training import train_tokenizer
 from llama_mcore.errors import DataError, OutputError
-from tests.data.conftest import write_jsonl
-from tests.data.test_tokenizer_training import record_of
+from llama_mcore.preprocess.merge import merge_datasets
+from llama_mcore.preprocess.pipeline import Preprocessing
+from llama_mcore.preprocess.preprocess import preprocess
+from llama_mcore.tokenizer import train
+from llama_mcore.tokenizer.train import train_tokenizer
 from tests.support.errors import check_problem, is_shown, refused
+from tests.support.text import write_jsonl
+from tests.tokenizer.test_train import record_of
 
 NOTHING = "already there, nothing to do"
 SUFFIXES = (".bin", ".idx", ".json")
@@ -187,7 +187,7 @@ def test_the_same_tokenizer_is_learnt_once(
     model = tmp_path / "t.model"
     train_tokenizer([corpus], model, vocab_size=400)
     before = contents(tmp_path)
-    monkeypatch.setattr(tokenizer_training, "_learn", made_again)
+    monkeypatch.setattr(train, "_learn", made_again)
     train_tokenizer([corpus], model, vocab_size=400)
     assert NOTHING in capsys.readouterr().out
     assert contents(tmp_path) == before

@@ -12,7 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from llama_mcore.data import index as index_module
 from llama_mcore.data.index import HEADER, Index, write_index
 from llama_mcore.errors import DataError
-from tests.data.test_indexed import DOCUMENTS, write
+from tests.data.test_indexed_dataset import DOCUMENTS, write
 from tests.support.errors import refused
 
 MAGIC = b"MMIDIDX\x00\x00"

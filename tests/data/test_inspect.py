@@ -12,12 +12,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from typer.testing import CliRunner
 
 from llama_mcore.cli import app
-from llama_mcore.data.indexed import IndexedDataset
+from llama_mcore.data.indexed_dataset import IndexedDataset
 from llama_mcore.data.manifest import build_manifest, write_manifest
-from llama_mcore.data.tokenizer import Tokenizer
-from tests.data.conftest import LINES
-from tests.data.test_indexed import write
+from llama_mcore.tokenizer.tokenizer import Tokenizer
+from tests.data.test_indexed_dataset import write
 from tests.support.errors import is_shown
+from tests.support.text import LINES
 from tests.support.world import ROOT, TIMEOUT_S
 
 
@@ -227,7 +227,7 @@ def test_requests_that_make_no_sense(megatrons: Path, tmp_path: Path) -> None:
 
 
 def test_progress_names_rate_and_time_left(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama_mcore.data.progress.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("llama_mcore.progress.SECONDS_BETWEEN_LINES", 0)
     _, _, errors = run(damaged, "--verify")
     lines = [line for line in errors.splitlines() if line.startswith("verify: ")]
     assert "MB/s, " in lines[0]

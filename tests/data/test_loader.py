@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from llama_mcore.data import loader
-from llama_mcore.data.dataset import WindowDataset
-from llama_mcore.data.ledger import Segment, SourcePlan
+from llama_mcore.data.data_plan import Segment, SourcePlan
 from llama_mcore.data.loader import (
     MicroBatch,
     MicroBatches,
@@ -21,8 +20,9 @@ from llama_mcore.data.loader import (
     held_out_windows,
     micro_batch,
 )
+from llama_mcore.data.windows import WindowDataset
 from llama_mcore.errors import DataError
-from tests.data.test_indexed import write
+from tests.data.test_indexed_dataset import write
 from tests.support.errors import refused
 from tests.support.world import TIMEOUT_S
 

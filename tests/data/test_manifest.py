@@ -22,7 +22,7 @@ from llama_mcore.data.manifest import (
     write_manifest,
 )
 from llama_mcore.errors import DataError, OutputError
-from tests.data.test_indexed import DOCUMENTS, write
+from tests.data.test_indexed_dataset import DOCUMENTS, write
 from tests.support.errors import refused
 
 KNOWN: dict[str, Any] = {

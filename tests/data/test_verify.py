@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from llama_mcore.data import verify
 from llama_mcore.data.index import Index
-from llama_mcore.data.indexed import IndexedDataset
+from llama_mcore.data.indexed_dataset import IndexedDataset
 from llama_mcore.data.manifest import DatasetManifest, build_manifest, write_manifest
 from llama_mcore.data.verify import Damage, count_problems, damaged_blocks, index_problems, open_problems
 from llama_mcore.errors import DataError
-from tests.data.test_indexed import DOCUMENTS, write
+from tests.data.test_indexed_dataset import DOCUMENTS, write
 from tests.support.errors import refused
 
 LONG = [list(range(5)), list(range(5, 6)), list(range(6, 20))]  # 20 tokens, five blocks of 8 bytes

@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_mcore.checkpoint.load import load_checkpoint
+from llama_mcore.checkpoint.loader import load_checkpoint
 from llama_mcore.checkpoint.reader import CheckpointReader
-from llama_mcore.checkpoint.save import Saver, save_checkpoint
-from llama_mcore.config import RunConfig
+from llama_mcore.checkpoint.saver import Saver, save_checkpoint
+from llama_mcore.checkpoint.train_state import TrainState
+from llama_mcore.config.run import RunConfig
 from llama_mcore.data.loader import MicroBatch
+from llama_mcore.distributed.config import ParallelConfig
+from llama_mcore.distributed.device import DEVICE, hide_gpus
+from llama_mcore.distributed.groups import Groups, process_groups
 from llama_mcore.errors import ConfigError
 from llama_mcore.model.attention import documents_of
 from llama_mcore.model.build import build_model
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.parallel.config import ParallelConfig
-from llama_mcore.parallel.device import DEVICE, hide_gpus
-from llama_mcore.parallel.groups import Groups, process_groups
 from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of, full_fp32_weight
-from llama_mcore.train.state import TrainState
 from llama_mcore.train.step import train_step
 from tests.model.building import fill, random_weights
 from tests.support.models import GROUPED, Shape, model_config, run_config

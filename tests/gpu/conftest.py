@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama_mcore.parallel.device import DEVICE
+from llama_mcore.distributed.device import DEVICE
 from tests.support.product import Finished, finish, start, train
 from tests.support.world import run_ranks
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama_mcore.checkpoint.layout import step_dir
+from llama_mcore.checkpoint.paths import step_dir
 from llama_mcore.model.attention import BACKENDS
 from tests.gpu import cases
 from tests.gpu.conftest import Place

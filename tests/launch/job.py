@@ -44,9 +44,9 @@ if what == "deaf":
     Path(value, f"ready-{rank}").touch()
     time.sleep(60)
 if what == "watched":
-    from llama_mcore.launch.config import WatchdogConfig
-    from llama_mcore.launch.supervisor import Supervisor
-    from llama_mcore.train.signals import held_stop_signals
+    from llama_mcore.watchdog.config import WatchdogConfig
+    from llama_mcore.watchdog.signals import held_stop_signals
+    from llama_mcore.watchdog.supervisor import Supervisor
 
     Path(value, f"supervisor-{rank}").write_text(str(os.getpid()))
     with held_stop_signals():

@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llama_mcore.config import check_run, load_run
-from llama_mcore.data.preprocess import preprocess
-from llama_mcore.data.tokenizer_training import train_tokenizer
+from llama_mcore.config.run import check_run, load_run
 from llama_mcore.launch.slurm import SlurmJob, job_script, write_script
-from tests.data.conftest import write_jsonl
+from llama_mcore.preprocess.preprocess import preprocess
+from llama_mcore.tokenizer.train import train_tokenizer
 from tests.support.errors import is_shown
 from tests.support.models import write_tokens
+from tests.support.text import write_jsonl
 from tests.support.world import ROOT, TIMEOUT_S, wait_until
 
 pytestmark = pytest.mark.process

@@ -16,8 +16,9 @@ from struct import Struct
 import psutil
 import pytest
 
-from llama_mcore.launch import signs, torchrun, workers
-from llama_mcore.parallel.rank import OUR_TORCHRUN
+from llama_mcore.distributed.launch_env import OUR_TORCHRUN
+from llama_mcore.launch import torchrun
+from llama_mcore.watchdog import signs, workers
 from tests.support.errors import is_shown
 from tests.support.product import Finished, Job, launched_environment, llama_mcore, run_command
 from tests.support.world import (

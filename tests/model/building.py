@@ -4,11 +4,11 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
+from llama_mcore.distributed.config import ParallelConfig
+from llama_mcore.distributed.groups import Groups
 from llama_mcore.model.build import build_model
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.sharding import parameter_shapes, shard, split_of
-from llama_mcore.parallel.config import ParallelConfig
-from llama_mcore.parallel.groups import Groups
 from tests.model import paper
 from tests.support import models
 

@@ -8,9 +8,9 @@ import orjson
 import pytest
 import torch
 
-from llama_mcore.parallel.config import ParallelConfig
-from llama_mcore.parallel.device import DEVICE
-from llama_mcore.parallel.groups import Groups, process_groups
+from llama_mcore.distributed.config import ParallelConfig
+from llama_mcore.distributed.device import DEVICE
+from llama_mcore.distributed.groups import Groups, process_groups
 from tests.conftest import Once
 from tests.model.cases import answers
 from tests.support.world import run_ranks

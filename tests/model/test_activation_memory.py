@@ -1,8 +1,9 @@
-"""What autograd keeps per layer, counted on the model in bf16: plan/activations.py is right to the byte."""
+"""What autograd keeps per layer, counted on the model in bf16: plan/layout/activations.py is right to the
+byte."""
 
 import pytest
 
-from llama_mcore.plan.activations import saved_bytes_per_layer
+from llama_mcore.plan.layout.activations import saved_bytes_per_layer
 from tests.model.cases import saved
 from tests.model.cases.saved import BATCH, config, names
 from tests.model.conftest import OnRanks

@@ -7,6 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from llama_mcore.distributed.config import ParallelConfig
 from llama_mcore.errors import ConfigError
 from llama_mcore.model.attention import (
     BACKENDS,
@@ -19,7 +20,6 @@ from llama_mcore.model.attention import (
 from llama_mcore.model.attention.choice import choose_attention
 from llama_mcore.model.build import construct
 from llama_mcore.model.config import ATTENTION_BACKENDS
-from llama_mcore.parallel.config import ParallelConfig
 from tests.support.errors import refused
 from tests.support.models import model_config
 

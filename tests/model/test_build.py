@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from llama_mcore.distributed.config import ParallelConfig
+from llama_mcore.distributed.groups import Groups
 from llama_mcore.model.build import build_model
-from llama_mcore.parallel.config import ParallelConfig
-from llama_mcore.parallel.groups import Groups
 from tests.model.building import model_config
 from tests.model.cases import initialisation
 from tests.model.conftest import OnRanks

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from llama_mcore.distributed.config import ParallelConfig
+from llama_mcore.distributed.groups import Groups
 from llama_mcore.model.attention import Documents, documents_of, load_backend, per_document
 from llama_mcore.model.build import build_model
-from llama_mcore.parallel.config import ParallelConfig
-from llama_mcore.parallel.groups import Groups
 from tests.support.models import model_config
 
 EOD = 2

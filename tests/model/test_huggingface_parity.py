@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from llama_mcore.checkpoint.convert import hf
-from llama_mcore.checkpoint.convert.formats import WriteOptions
-from llama_mcore.checkpoint.convert.hf import HfWeights
-from llama_mcore.checkpoint.convert.names import HUGGING_FACE
-from llama_mcore.checkpoint.convert.tensors import split
-from llama_mcore.checkpoint.convert.verify import relative_error
-from llama_mcore.checkpoint.convert.weights import loaded_model
-from llama_mcore.checkpoint.layout import WEIGHT
+from llama_mcore.checkpoint.paths import WEIGHT
+from llama_mcore.convert.formats import huggingface
+from llama_mcore.convert.formats.huggingface import HfWeights
+from llama_mcore.convert.fused_weights import split
+from llama_mcore.convert.model_weights import loaded_model
+from llama_mcore.convert.names import HUGGING_FACE
+from llama_mcore.convert.registry import WriteOptions
+from llama_mcore.convert.verify import relative_error
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.sharding import parameter_shapes
 
@@ -80,7 +80,7 @@ def weights(request: pytest.FixtureRequest) -> RandomWeights:
 
 @pytest.fixture
 def folder(weights: RandomWeights, tmp_path: Path) -> Path:
-    hf.write(weights, tmp_path, WriteOptions(torch.float32, (WEIGHT,)), lambda size: None)
+    huggingface.write(weights, tmp_path, WriteOptions(torch.float32, (WEIGHT,)), lambda size: None)
     return tmp_path
 
 

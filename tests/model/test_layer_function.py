@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
+from llama_mcore.distributed.groups import Groups
 from llama_mcore.model import layer_function as layer
-from llama_mcore.parallel.groups import Groups
 from tests.model import paper
 from tests.model.building import EXACT, build, error, leaves, model_config, random_tensor, random_weights
 from tests.model.cases import layers, left_out

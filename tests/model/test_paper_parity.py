@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_mcore.parallel.groups import Groups
+from llama_mcore.distributed.groups import Groups
 from tests.model import paper
 from tests.model.building import EXACT, build, error, leaves, model_config, random_tensor, random_weights
 

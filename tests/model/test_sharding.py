@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from llama_mcore.distributed.groups import Groups
 from llama_mcore.model.build import mark_tensor_parallel
 from llama_mcore.model.sharding import full_shape, local_shape, parameter_shapes, shard, split_of, unshard
-from llama_mcore.parallel.groups import Groups
 from tests.model.building import build, model_config
 
 SHAPES = parameter_shapes(model_config(num_layers=1))

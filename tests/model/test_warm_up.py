@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
 
+from llama_mcore.distributed.config import ParallelConfig
+from llama_mcore.distributed.groups import process_groups
 from llama_mcore.model.build import build_model
 from llama_mcore.model.gpt import LlamaModel
 from llama_mcore.model.warm_up import warm_up
-from llama_mcore.parallel.config import ParallelConfig
-from llama_mcore.parallel.groups import process_groups
 from tests.model.test_kernels import compiles
 from tests.support.models import model_config
 from tests.support.world import run_ranks

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from llama_mcore.data.preprocess import preprocess
-from llama_mcore.data.tokenizer_training import train_tokenizer
-from tests.data.conftest import write_jsonl
+from llama_mcore.preprocess.preprocess import preprocess
+from llama_mcore.tokenizer.train import train_tokenizer
 from tests.slurm.cluster import Job, cluster
+from tests.support.text import write_jsonl
 from tests.support.world import ROOT
 
 pytestmark = [

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_mcore.launch.progress import LIVES
-from llama_mcore.observe.lives import read_ended_lives
+from llama_mcore.observe.goodput.attempts import read_ended_lives
+from llama_mcore.observe.goodput.no_progress import LIVES
 from tests.slurm.cluster import Job, cluster
 from tests.support.errors import is_shown
 from tests.support.models import Small

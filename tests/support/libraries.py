@@ -16,8 +16,8 @@ import pytest
 import torch.utils.tensorboard
 
 import llama_mcore.cli
-import llama_mcore.launch.preflight
-import llama_mcore.train.loop
+import llama_mcore.diagnose.preflight
+import llama_mcore.train.trainer
 
 # Each engine asks, and the first answer starts a compiler twice.
 deepspeed.ops.__compatible_ops__

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from llama_mcore.parallel.config import ParallelConfig
-from llama_mcore.parallel.groups import process_groups
+from llama_mcore.distributed.config import ParallelConfig
+from llama_mcore.distributed.groups import process_groups
 from tests.support.product import llama_mcore
 from tests.support.world import Call, call, check_server, exit_codes_of, run_ranks
 

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_mcore.checkpoint.fragments import owned_fragments
-from llama_mcore.checkpoint.layout import checkpoints_dir
-from llama_mcore.checkpoint.load import load_checkpoint
+from llama_mcore.checkpoint.loader import load_checkpoint
+from llama_mcore.checkpoint.optimizer_shards import owned_fragments
+from llama_mcore.checkpoint.paths import checkpoints_dir
 from llama_mcore.checkpoint.reader import CheckpointReader
-from llama_mcore.checkpoint.save import save_checkpoint
-from llama_mcore.config import RunConfig
+from llama_mcore.checkpoint.saver import save_checkpoint
+from llama_mcore.checkpoint.train_state import HealthState, TrainState
+from llama_mcore.config.run import RunConfig
 from llama_mcore.data.loader import MicroBatch
+from llama_mcore.distributed.groups import Groups, process_groups
+from llama_mcore.distributed.replicas import check_replicas
 from llama_mcore.errors import NumericalError
 from llama_mcore.model.build import build_model
-from llama_mcore.parallel.groups import Groups, process_groups
-from llama_mcore.parallel.replicas import check_replicas
 from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of, full_fp32_weight
-from llama_mcore.train.state import HealthState, TrainState
 from llama_mcore.train.step import train_step
 from tests.support.models import run_config
 

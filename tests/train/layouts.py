@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llama_mcore.config import RunConfig
+from llama_mcore.config.run import RunConfig
 from llama_mcore.data.loader import MicroBatch
+from llama_mcore.distributed.config import ParallelConfig
+from llama_mcore.distributed.groups import Groups, model_parallel_groups, process_groups
 from llama_mcore.model import rmsnorm
 from llama_mcore.model.build import build_model
 from llama_mcore.model.sharding import split_of, unshard
-from llama_mcore.parallel.config import ParallelConfig
-from llama_mcore.parallel.groups import Groups, model_parallel_groups, process_groups
 from llama_mcore.train.engine import build_engine, full_fp32_weight
 from llama_mcore.train.optimizer import build_optimizer
 from llama_mcore.train.step import train_step

@@ -21,10 +21,10 @@ from typing import Any
 import psutil
 
 from llama_mcore.errors import EXIT_SAVED
-from llama_mcore.launch.heartbeat import Pulse
-from llama_mcore.observe.goodput import PRODUCTIVE, read_lives
+from llama_mcore.observe.goodput.spans import PRODUCTIVE, read_lives
 from llama_mcore.observe.phases import Phase
-from llama_mcore.train.signals import STOP_SIGNALS, StopRequest
+from llama_mcore.watchdog.heartbeat import Pulse
+from llama_mcore.watchdog.signals import STOP_SIGNALS, StopRequest
 from tests.support.product import metrics, run_command
 from tests.support.world import Call, launched_as, reserved_port
 
@@ -225,16 +225,16 @@ def _prepare(fault: Callable[[], object], phase: str, step: int) -> None:
 
 def _fail_in_read(fault: Callable[[], object], step: int) -> None:
     """`step`: counted from the first of this life."""
-    from llama_mcore.train import loop
+    from llama_mcore.train import trainer
 
-    read, steps = loop.islice, count(1)
+    read, steps = trainer.islice, count(1)
 
     def islice(*arguments: Any) -> Any:
         if next(steps) == step:
             fault()
         return read(*arguments)
 
-    loop.islice = islice  # type: ignore[assignment,misc]
+    trainer.islice = islice  # type: ignore[assignment,misc]
 
 
 def _fail_in_phase(fault: Callable[[], object], where: Phase, at: int) -> None:

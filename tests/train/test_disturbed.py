@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_mcore.observe.goodput import read_lives, seconds_by_kind, spans_of
-from llama_mcore.observe.lives import read_ended_lives
+from llama_mcore.observe.goodput.attempts import read_ended_lives
+from llama_mcore.observe.goodput.spans import read_lives, seconds_by_kind, spans_of
 from tests.support.models import Small
 from tests.support.product import metrics, numbers, tensor_bytes
 from tests.train.lives import Life, Lived, ask, be_killed, be_stopped, first_steps, live, spoil_loss

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llama_mcore.observe.lives import read_ended_lives
+from llama_mcore.observe.goodput.attempts import read_ended_lives
 from tests.support.models import Small
 from tests.support.product import Finished, finish, left_over, metrics, start
 from tests.train.lives import Life, ask, live, wait_for_steps
@@ -76,7 +76,7 @@ def test_a_rank_that_is_stopped_ends_the_job_to_be_started_again(stopped: Ended)
 
 def test_both_ranks_leave_what_they_know(stopped: Ended) -> None:
     (folder,) = (stopped[0] / "stalls").iterdir()
-    assert "llama_mcore/train/loop.py" in (folder / "rank-00000.txt").read_text()
+    assert "llama_mcore/train/trainer.py" in (folder / "rank-00000.txt").read_text()
     assert "stopped" in (folder / "rank-00001.txt").read_text()
     reports = [json.loads((folder / f"rank-0000{rank}.json").read_text()) for rank in range(2)]
     assert [report["state"] == "stopped" for report in reports] == [False, True]

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_mcore.checkpoint.train_state import HealthState, TrainState
 from llama_mcore.train.config import HealthConfig
 from llama_mcore.train.health import Action, judge, lr_scale, rolled_back, spike_score
-from llama_mcore.train.state import HealthState, TrainState
 
 CONFIG = HealthConfig(
     skipped_in_a_row=2,

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from llama_mcore.launch.progress import LIVES
-from llama_mcore.observe.goodput import read_lives, spans_of
-from llama_mcore.observe.lives import EndedLife, add_life, read_ended_lives
+from llama_mcore.observe.goodput.attempts import EndedLife, add_life, read_ended_lives
+from llama_mcore.observe.goodput.no_progress import LIVES
+from llama_mcore.observe.goodput.spans import read_lives, spans_of
 from tests.support.errors import is_shown
 from tests.support.models import Small
 from tests.support.product import metrics

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llama_mcore.observe.goodput import read_lives
+from llama_mcore.observe.goodput.spans import read_lives
 from tests.support.models import Small
 from tests.support.product import checkpoints, metrics, numbers
 from tests.train.lives import SHORT, Life, Lived, ask, live

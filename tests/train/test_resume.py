@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from llama_mcore.checkpoint.audit import audit_run
-from llama_mcore.checkpoint.compare import changed_settings
-from llama_mcore.checkpoint.layout import step_dir
+from llama_mcore.checkpoint.diff import changed_settings
 from llama_mcore.checkpoint.manifest import read_manifest
+from llama_mcore.checkpoint.paths import step_dir
 from llama_mcore.checkpoint.start import Start
-from llama_mcore.observe.lives import NotedLife, add_life
+from llama_mcore.observe.goodput.attempts import NotedLife, add_life
 from llama_mcore.train.resume import still_asked
 from tests.support.errors import ANY, is_shown
 from tests.support.models import Small, run_config

@@ -14,8 +14,8 @@ import pytest
 
 from llama_mcore.checkpoint.audit import audit_run
 from llama_mcore.checkpoint.manifest import read_manifest
-from llama_mcore.config import load_run
-from llama_mcore.data.dataset import WindowDataset
+from llama_mcore.config.run import load_run
+from llama_mcore.data.windows import WindowDataset
 from llama_mcore.errors import DataError
 from llama_mcore.train.schedule import learning_rate
 from tests.conftest import Once

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_mcore.config import RunConfig
+from llama_mcore.config.run import RunConfig
 from llama_mcore.data.loader import MicroBatch
+from llama_mcore.distributed.config import ParallelConfig
+from llama_mcore.distributed.groups import Groups, process_groups
 from llama_mcore.model.build import build_model
-from llama_mcore.parallel.config import ParallelConfig
-from llama_mcore.parallel.groups import Groups, process_groups
 from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of, full_fp32_weight
 from llama_mcore.train.step import evaluate, mean_loss, train_step
 from tests.support.models import run_config

@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from llama_mcore.parallel.config import ParallelConfig
-from llama_mcore.parallel.device import Stopwatch
-from llama_mcore.parallel.groups import process_groups
+from llama_mcore.distributed.config import ParallelConfig
+from llama_mcore.distributed.device import Stopwatch
+from llama_mcore.distributed.groups import process_groups
 from llama_mcore.train.stragglers import SLOWER, Straggler, Stragglers, slow_ranks
 from tests.support.world import run_ranks
 

@@ -14,8 +14,8 @@ import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llama_mcore.checkpoint import disk
-from llama_mcore.train import loop
+from llama_mcore.checkpoint import durable_io
+from llama_mcore.train import trainer
 from tests.support.models import Small
 from tests.support.product import Finished, llama_mcore, metrics, run_command, train
 from tests.support.world import Call, exit_codes_of
@@ -57,14 +57,14 @@ def run(small: Small, tmp_path_factory: pytest.TempPathFactory) -> TakenOver:
 def train_and_be_stopped(words: list[str]) -> None:
     """The lines are then those that the checkpoint has, and whoever goes on from it leaves the file as it is:
     a late line would come into the same."""
-    step = loop._step
+    step = trainer._step
 
-    def step_or_stop(job: loop.Job) -> loop.Judgement:
+    def step_or_stop(job: trainer.Job) -> trainer.Judgement:
         if job.sinks and job.state.step == SAVED:
             os.kill(os.getpid(), signal.SIGSTOP)
         return step(job)
 
-    loop._step = step_or_stop
+    trainer._step = step_or_stop
     run_command(words)
 
 
@@ -140,7 +140,7 @@ def note_what_reaches_the_disk(log: Path, words: list[str]) -> None:
             note("lines", len(path.read_bytes().splitlines()))
 
     os.fsync = noted_fsync
-    disk.observer = lambda operation, path: note(operation, path.name)
+    durable_io.observer = lambda operation, path: note(operation, path.name)
     run_command(words)
 
 

@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama_mcore.checkpoint.layout import step_dir
 from llama_mcore.checkpoint.manifest import MANIFEST, manifest_bytes, read_manifest
-from llama_mcore.config import RunConfig, load_run
+from llama_mcore.checkpoint.paths import step_dir
+from llama_mcore.config.run import RunConfig, load_run
 from llama_mcore.data.loader import Samples
 from llama_mcore.data.sources import open_sources, plan_run
 from llama_mcore.errors import report_errors
 from llama_mcore.observe.phases import Listener, Phase, Phases
-from llama_mcore.train import loop
-from llama_mcore.train.signals import StopRequest
+from llama_mcore.train import trainer
 from llama_mcore.train.step import StepResult
+from llama_mcore.watchdog.signals import StopRequest
 from tests.support.world import exit_codes_of, write_output_to
 
-train_step = loop.train_step
-roll_back = loop.roll_back
+train_step = trainer.train_step
+roll_back = trainer.roll_back
 KILLED = 9
 
 
@@ -82,12 +82,12 @@ def all_lives(folder: Path, overrides: list[str], asked: Run) -> None:
 def live(folder: Path, run: RunConfig, asked: Run, kill: int | str | None, stop_in: int) -> None:
     write_output_to(folder / "output.txt")
     stop = StopRequest()
-    loop.train_step = faulty_step(bad_windows(run, asked.bad), asked, kill, stop, stop_in)
+    trainer.train_step = faulty_step(bad_windows(run, asked.bad), asked, kill, stop, stop_in)
     if kill == "rollback":
-        loop.roll_back = lambda *arguments: (roll_back(*arguments), os._exit(KILLED))
+        trainer.roll_back = lambda *arguments: (roll_back(*arguments), os._exit(KILLED))
     told = Told()
     with report_errors():
-        exit_code = loop.train(run, stop, phases=Phases([told]))
+        exit_code = trainer.train(run, stop, phases=Phases([told]))
         (folder / f"phases-{os.environ['RANK']}.json").write_text(json.dumps(told.entries))
         sys.exit(exit_code)
 

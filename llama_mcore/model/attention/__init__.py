@@ -8,12 +8,12 @@ from importlib.util import find_spec
 
 import torch
 
+from llama_mcore.distributed.device import compute_capability
 from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.model.attention.backend import AMPERE, AttentionBackend, Case
 from llama_mcore.model.attention.choice import BACKENDS, Choice, choose_attention
 from llama_mcore.model.attention.documents import Documents, documents_of, per_document
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.parallel.device import compute_capability
 
 __all__ = [
     "AttentionBackend",

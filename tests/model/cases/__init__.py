@@ -4,8 +4,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from llama_mcore.parallel.config import ParallelConfig
-from llama_mcore.parallel.groups import Groups, process_groups
+from llama_mcore.distributed.config import ParallelConfig
+from llama_mcore.distributed.groups import Groups, process_groups
 
 Cases = Callable[[Groups], Iterator[tuple[str, Callable[[], Any]]]]
 

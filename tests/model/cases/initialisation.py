@@ -7,8 +7,8 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from llama_mcore.distributed.groups import Groups
 from llama_mcore.model.sharding import split_of, unshard
-from llama_mcore.parallel.groups import Groups
 from tests.model.building import build, model_config
 
 MODELS = {

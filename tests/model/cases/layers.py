@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from llama_mcore.distributed.groups import Groups
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.parallel.groups import Groups
 from tests.model.building import (
     build,
     error,

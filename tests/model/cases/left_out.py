@@ -6,9 +6,9 @@ from unittest.mock import patch
 
 from torch import Tensor, nn
 
+from llama_mcore.distributed.groups import Groups
+from llama_mcore.distributed.tp_comm import Pending, TensorParallel
 from llama_mcore.model import rmsnorm
-from llama_mcore.parallel.groups import Groups
-from llama_mcore.parallel.overlap import Pending, TensorParallel
 from tests.model.building import model_config
 from tests.model.cases.layers import decoder_errors
 

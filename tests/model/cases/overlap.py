@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llama_mcore.parallel.groups import Groups
-from llama_mcore.parallel.overlap import Pending, TensorParallel
+from llama_mcore.distributed.groups import Groups
+from llama_mcore.distributed.tp_comm import Pending, TensorParallel
 from tests.model.building import build, model_config, random_tensor, random_weights
 
 LENGTH, BATCH = 12, 3

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from llama_mcore.distributed.groups import Groups
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.parallel.groups import Groups
 from tests.model.building import build, model_config
 
 BATCH = 3

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from llama_mcore.parallel.groups import Groups
+from llama_mcore.distributed.groups import Groups
 from tests.model.building import build, error, model_config, random_weights
 from tests.model.cases.layers import Errors
 

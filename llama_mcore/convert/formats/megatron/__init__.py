@@ -1,0 +1,200 @@
+"""Checkpoints of megatron-core's dist_checkpointing (`torch_dist`), as a format among others.
+
+Read: any grid of chunks, as any tensor- and pipeline-parallel size leaves them, of Megatron-LM's runs too.
+Written: writer.py.
+"""
+
+import re
+import sys
+from functools import reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama_mcore.checkpoint.paths import KINDS, WEIGHT
+from llama_mcore.convert.formats.huggingface.tokenizer import TOKENIZER_MODEL
+from llama_mcore.convert.formats.megatron.chunks import METADATA, ChunkedTensor, ChunkReader, read_metadata
+from llama_mcore.convert.formats.megatron.config import read_common
+from llama_mcore.convert.formats.megatron.names import CONFIG, CONTENT, MASTERS, OPTIMIZER, Source, sources
+from llama_mcore.convert.formats.megatron.writer import write
+from llama_mcore.convert.fused_weights import is_vocabulary
+from llama_mcore.convert.model_weights import Weights
+from llama_mcore.convert.registry import Format
+from llama_mcore.errors import CheckpointError, MissingInputError, Problem, input_problem, shown
+from llama_mcore.model.config import ModelConfig
+from llama_mcore.model.sharding import parameter_shapes
+from llama_mcore.small_file import read_json, read_small_file
+
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Names the newest checkpoint of a run of Megatron-LM."""
+_LARGEST_CONFIG = 1 << 16
+_ITERATION = re.compile(r"\s*(?:(\d{1,9})|release)\s*", re.ASCII)
+
+
+class MegatronWeights:
+    """`Weights` of a checkpoint folder. With an optimizer state that is kept parameter by parameter: masters
+    and moments; else the model's weights, in the widest of their dtypes.
+
+    Raises CheckpointError with every tensor that is missing, of another shape or dtype, or not LLaMA's.
+    """
+
+    def __init__(self, folder: Path, named: ModelConfig | None) -> None:
+        _check_backend(folder)
+        metadata = read_metadata(folder)
+        stored = metadata.tensors
+        self.model, self.step = read_common(folder, metadata.common, named)
+        in_model = {key: tensor for key, tensor in stored.items() if not _is_optimizer(key)}
+        _check_size(folder, self.model)
+        weights = _found(self.model, in_model, "")
+        _check(folder, self.model, in_model, weights)
+        self._sources = {WEIGHT: weights}
+        self.kinds: tuple[str, ...] = (WEIGHT,)
+        if optimizer := _optimizer(self.model, stored, weights):
+            self._sources, self.kinds = optimizer, KINDS
+        elif len(in_model) < len(stored):
+            form = "is in a form that follows the cuts of its own run: weights only"
+            print(f"{folder}: the optimizer's state {form}", file=sys.stderr, flush=True)
+        keys = {key for found in self._sources.values() for parts in found.values() for key, _ in parts}
+        self._reader = ChunkReader(folder, {key: stored[key] for key in sorted(keys)})
+        dtypes = {stored[key].dtype for parts in self._sources[WEIGHT].values() for key, _ in parts}
+        self.dtype = reduce(torch.promote_types, dtypes)
+        tokenizer = folder / TOKENIZER_MODEL
+        self.tokenizer = tokenizer if tokenizer.is_file() else None
+
+    def names(self) -> list[str]:
+        return list(parameter_shapes(self.model))
+
+    def full(self, name: str, kind: str = WEIGHT) -> Tensor:
+        parts = [self._reader.full(key, index) for key, index in self._sources[kind][name]]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        whole = tensor[: self.model.vocab_size] if is_vocabulary(name) else tensor
+        return whole.to(self.dtype if kind == WEIGHT else torch.float32)
+
+
+Found = dict[str, tuple[Source, ...]]
+"""Where each parameter is, by canonical name."""
+
+
+def _check_backend(folder: Path) -> None:
+    try:
+        content = read_json(folder / CONFIG, _LARGEST_CONFIG)
+    except FileNotFoundError:
+        raise MissingInputError(input_problem("file", folder / CONFIG)) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(Problem("file", folder / CONFIG, f"cannot be read ({shown(error)})")) from None
+    backend = content.get("sharded_backend") if isinstance(content, dict) else None
+    if backend != CONTENT["sharded_backend"]:
+        bound = f"is not {CONTENT['sharded_backend']}, the only kind that is read"
+        raise CheckpointError(Problem(f"{CONFIG}: sharded_backend", shown(backend), bound))
+
+
+def _check_size(folder: Path, model: ModelConfig) -> None:
+    """Before anything grows with what a file says."""
+    size = sum(path.stat().st_size for path in folder.glob("*.distcp"))
+    if model.num_params() > size:
+        bound = f"is of a model that the {size:,} bytes of its chunks cannot hold"
+        raise CheckpointError(Problem("checkpoint", folder, bound))
+
+
+def _is_optimizer(key: str) -> bool:
+    return "optimizer." in key
+
+
+def _found(model: ModelConfig, stored: dict[str, ChunkedTensor], prefix: str) -> Found:
+    found = {}
+    for name in parameter_shapes(model):
+        for parts in sources(name):
+            prefixed = tuple((f"{prefix}{key}", index) for key, index in parts)
+            if all(key in stored for key, _ in prefixed):
+                found[name] = prefixed
+                break
+    return found
+
+
+def _check(folder: Path, model: ModelConfig, stored: dict[str, ChunkedTensor], found: Found) -> None:
+    shapes = parameter_shapes(model)
+    used = {key for parts in found.values() for key, _ in parts}
+    problems = [Problem("tensor", name, f"of {folder} is missing") for name in shapes if name not in found]
+    problems += [
+        Problem("tensor", shown(key), f"of {folder} is not a part of this model")
+        for key in stored
+        if key not in used
+    ]
+    problems += [
+        Problem("tensor", name, why)
+        for name, parts in found.items()
+        if (why := _wrong_shape(model, stored, name, parts))
+    ]
+    if problems:
+        raise CheckpointError(problems)
+
+
+def _wrong_shape(
+    model: ModelConfig, stored: dict[str, ChunkedTensor], name: str, parts: tuple[Source, ...]
+) -> str | None:
+    """Why a parameter cannot be read from these tensors."""
+    needed = parameter_shapes(model)[name]
+    rows = 0
+    for key, index in parts:
+        shape = stored[key].shape
+        if index is not None:
+            if shape[:1] != (model.num_layers,):
+                return f"is one of {shown(list(shape[:1]))} layers where {model.num_layers} are needed"
+            shape = shape[1:]
+        if len(shape) != len(needed) or shape[1:] != needed[1:]:
+            return f"has shape {list(shape)} where {list(needed)} is needed"
+        rows += shape[0]
+    # tensor parallelism pads the vocabulary
+    if rows == needed[0] or (rows > needed[0] and is_vocabulary(name)):
+        return None
+    return f"has {rows} rows where {needed[0]} are needed"
+
+
+def _optimizer(
+    model: ModelConfig, stored: dict[str, ChunkedTensor], weights: Found
+) -> dict[str, Found] | None:
+    """Where masters and moments are; None unless all of them are there in the shapes of their parameters.
+
+    An fp32 model is its own master.
+    """
+    moments = {kind: _found(model, stored, f"{OPTIMIZER[kind]}.") for kind in KINDS if kind != WEIGHT}
+    is_master = all(stored[key].dtype == torch.float32 for parts in weights.values() for key, _ in parts)
+    masters = [_found(model, stored, f"{prefix}.") for prefix in MASTERS] + [weights] * is_master
+    names = parameter_shapes(model)
+    for master in masters:
+        found = {WEIGHT: master, **moments}
+        if all(
+            name in each and not _wrong_shape(model, stored, name, each[name])
+            for each in found.values()
+            for name in names
+        ):
+            return found
+    return None
+
+
+def _found_in(path: Path) -> bool:
+    return (path / TRACKER).is_file() or ((path / CONFIG).is_file() and (path / METADATA).is_file())
+
+
+def _open(path: Path, model: ModelConfig | None) -> Weights:
+    return MegatronWeights(_folder(path), model)
+
+
+def _folder(path: Path) -> Path:
+    """The folder of a checkpoint, or the newest that a folder of Megatron-LM's names."""
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        return path
+    try:
+        found = _ITERATION.fullmatch(read_small_file(tracker, 64).decode("ascii"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(Problem("file", tracker, f"cannot be read ({shown(error)})")) from None
+    if found is None:
+        raise CheckpointError(Problem("file", tracker, "names no iteration"))
+    return path / (f"iter_{int(found[1]):07d}" if found[1] else "release")
+
+
+FORMAT = Format(
+    name="megatron", found_in=_found_in, open=_open, write=write, is_cut=False, has_optimizer=True
+)

@@ -1,0 +1,75 @@
+"""Keys of a megatron-core checkpoint: what GPTModel.sharded_state_dict calls each parameter.
+
+Either one tensor holds a parameter of all layers, stacked along a first dimension, under a key without the
+number of the layer; or each layer has a tensor and a key of its own (`non_homogeneous_layers`). The norms in
+front of a layer's matrices go by the names of Transformer Engine's fused modules, whatever computes them
+(`sharded_state_dict_keys_map` of get_gpt_layer_local_spec).
+"""
+
+import re
+from collections.abc import Iterator
+
+from llama_mcore.checkpoint.paths import KINDS
+
+CONFIG = "metadata.json"
+CONTENT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+"""Of CONFIG (dist_checkpointing/core.py)."""
+
+OPTIMIZER = dict(
+    zip(
+        KINDS, ("optimizer.state.param", "optimizer.state.exp_avg", "optimizer.state.exp_avg_sq"), strict=True
+    )
+)
+"""Kind -> prefix of a parameter's key in the distributed optimizer's `fully_reshardable` form."""
+MASTERS = (OPTIMIZER[KINDS[0]], "optimizer.state.fp32_param")
+"""The second is that of the optimizer that is not distributed (Float16OptimizerWithFloat16Params)."""
+
+LAYER_EXTRA_STATES = tuple(
+    f"decoder.layers.{module}._extra_state"
+    for module in (
+        "self_attention.linear_qkv",
+        "self_attention.linear_proj",
+        "mlp.linear_fc1",
+        "mlp.linear_fc2",
+        # Transformer Engine's alone
+        "self_attention.core_attention",
+    )
+)
+EXTRA_STATES = ("decoder.final_layernorm._extra_state",)
+
+_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+Source = tuple[str, int | None]
+"""A key, and the slice of its first dimension that is meant (None: all of it)."""
+
+
+def stacked_key(name: str) -> Source:
+    """Where GPTModel's own form keeps the parameter with this canonical name."""
+    found = _LAYER.fullmatch(name)
+    if found is None:
+        return name, None
+    return f"decoder.layers.{_NORMS.get(found[2], found[2])}", int(found[1])
+
+
+def sources(name: str) -> Iterator[tuple[Source, ...]]:
+    """Every form in which a checkpoint may keep a parameter: the tensors to put above each other.
+
+    With `singleton_local_shards`, gate and up of linear_fc1 are two tensors (apply_swiglu_sharded_factory).
+    """
+    found = _LAYER.fullmatch(name)
+    if found is None:
+        yield ((name, None),)
+        return
+    layer, inner = found.groups()
+    for each in dict.fromkeys((_NORMS.get(inner, inner), inner)):
+        for key, index in ((f"decoder.layers.{each}", int(layer)), (f"decoder.layers.{layer}.{each}", None)):
+            yield ((key, index),)
+            yield ((f"{key}_w", index), (f"{key}_v", index))

@@ -1,0 +1,181 @@
+"""params.json of Meta's releases: the model that it describes, and how to describe one of ours.
+
+Written are only keys that the release whose code computes the model knows (`ModelArgs` in llama/model.py of
+facebookresearch/llama and meta-llama/llama3, models/llama3/args.py of meta-llama/llama-models): LLaMA's
+loader fails on any other, Llama 3.1's ignores it.
+"""
+
+import math
+from itertools import count
+from typing import Any
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from llama_mcore.config.section import Section
+from llama_mcore.errors import CheckpointError, Problem, shown
+from llama_mcore.model.config import ModelConfig, RopeScaling
+
+PARAMS = "params.json"
+LLAMA_THETA = 10000.0
+_LARGEST = 1 << 31
+# (multiple_of, ffn_dim_multiplier) of the releases: LLaMA, Llama 2 70B, Llama 3 8B, 405B, Llama 3.2 1B.
+_RELEASED: tuple[tuple[int, float | None], ...] = (
+    (256, None),
+    (4096, 1.3),
+    (1024, 1.3),
+    (4096, 1.2),
+    (256, 1.5),
+)
+
+
+class MetaParams(Section):
+    """The keys that say something of a text model. Those without a default are in every release."""
+
+    model_config = ConfigDict(strict=True)
+
+    dim: int = Field(ge=2, lt=_LARGEST)
+    n_layers: int = Field(ge=1, lt=_LARGEST)
+    n_heads: int = Field(ge=1, lt=_LARGEST)
+    n_kv_heads: int | None = Field(default=None, ge=1, lt=_LARGEST)
+    vocab_size: int = Field(default=-1, ge=-1, lt=_LARGEST)
+    """-1: that of the tokenizer, which the embedding shows."""
+    multiple_of: int = Field(ge=1, lt=_LARGEST)
+    ffn_dim_multiplier: float | None = Field(default=None, gt=0, lt=_LARGEST)
+    norm_eps: float = Field(gt=0)
+    rope_theta: float = Field(default=LLAMA_THETA, gt=0)
+    """LLaMA and Llama 2, which do not have this key, compute with the default; Llama 3 always gives it."""
+    use_scaled_rope: bool = False
+    max_seq_len: int = Field(default=2048, ge=1, lt=_LARGEST)
+    max_batch_size: int = 32
+    """Of Meta's key-value cache."""
+
+
+def parse_params(content: dict[str, Any]) -> MetaParams:
+    """Raises CheckpointError with every key that is missing, not known, or of another kind."""
+    try:
+        params = MetaParams(**content)
+    except ValidationError as error:
+        raise CheckpointError(
+            [
+                Problem(
+                    f"{PARAMS}: {shown('.'.join(map(str, each['loc'])))}",
+                    shown(each["input"]) if each["type"] != "missing" else "(not given)",
+                    each["msg"],
+                )
+                for each in error.errors()
+            ]
+        ) from None
+    heads, kv_heads = params.n_heads, params.n_kv_heads or params.n_heads
+    if params.dim % (2 * heads) or heads % kv_heads:
+        bound = (
+            f"must divide dim = {params.dim} into heads of even width, n_kv_heads = {kv_heads} must divide it"
+        )
+        raise CheckpointError(Problem(f"{PARAMS}: n_heads", heads, bound))
+    return params
+
+
+def described_model(
+    params: MetaParams, vocab_size: int, *, tie_embeddings: bool, fuller: ModelConfig | None
+) -> ModelConfig:
+    """The model of a params.json, with what that cannot say from a `fuller` description of the same model.
+
+    That is: the sequence length, whether embeddings are tied, and the numbers of the rope scaling (those of
+    Llama 3.1 are constants of Meta's code; Llama 3.2 was trained with another factor and does not say so).
+    """
+    said: dict[str, Any] = {
+        "num_layers": params.n_layers,
+        "hidden_size": params.dim,
+        "num_attention_heads": params.n_heads,
+        "num_query_groups": params.n_kv_heads or params.n_heads,
+        "head_dim": params.dim // params.n_heads,
+        "ffn_hidden_size": ffn_hidden_size(params.dim, params.multiple_of, params.ffn_dim_multiplier),
+        "vocab_size": vocab_size,
+        "norm_eps": params.norm_eps,
+        "rope_theta": params.rope_theta,
+    }
+    if (
+        fuller
+        and all(getattr(fuller, field) == value for field, value in said.items())
+        and (fuller.rope_scaling is not None) == params.use_scaled_rope
+    ):
+        return fuller
+    try:
+        return ModelConfig(
+            **said,
+            rope_scaling=RopeScaling() if params.use_scaled_rope else None,
+            seq_length=params.max_seq_len,
+            tie_embeddings=tie_embeddings,
+        )
+    except ValidationError as error:
+        reason = shown(" ".join(str(error).split()))
+        raise CheckpointError(Problem("file", PARAMS, f"does not describe a model ({reason})")) from None
+
+
+def params_of(model: ModelConfig) -> dict[str, Any]:
+    """params.json of a model that `inexpressible` has nothing against, in the fewest keys."""
+    multiple_of, multiplier = ffn_rule(model.hidden_size, model.ffn_hidden_size)
+    params: dict[str, Any] = {
+        "dim": model.hidden_size,
+        "n_layers": model.num_layers,
+        "n_heads": model.num_attention_heads,
+        "multiple_of": multiple_of,
+        "norm_eps": model.norm_eps,
+        "vocab_size": model.vocab_size,
+    }
+    if model.num_query_groups != model.num_attention_heads:
+        params["n_kv_heads"] = model.num_query_groups
+    if multiplier is not None:
+        params["ffn_dim_multiplier"] = multiplier
+    if is_llama3(model):
+        params["rope_theta"] = model.rope_theta
+    if model.rope_scaling:
+        params["use_scaled_rope"] = True
+    return params
+
+
+def is_llama3(model: ModelConfig) -> bool:
+    """Whether only Llama 3's code can compute it: LLaMA's knows one rotation."""
+    return model.rope_theta != LLAMA_THETA or model.rope_scaling is not None
+
+
+def inexpressible(model: ModelConfig) -> list[Problem]:
+    """What of a model Meta's code does not compute."""
+    problems = []
+    if model.head_dim * model.num_attention_heads != model.hidden_size or model.head_dim % 2:
+        width = f"{model.hidden_size} / {model.num_attention_heads}"
+        bound = f"cannot be written for Meta's code, where it is {width} and even"
+        problems.append(Problem("model.head_dim", model.head_dim, bound))
+    if model.rope_scaling and model.rope_scaling != RopeScaling():
+        bound = f"cannot be written for Meta's code, which knows one: {RopeScaling()}"
+        problems.append(Problem("model.rope_scaling", model.rope_scaling, bound))
+    return problems
+
+
+def ffn_hidden_size(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    """`FeedForward` of the releases: 2/3 of 4 * dim, times the multiplier, rounded up."""
+    hidden = int(2 * (4 * dim) / 3)
+    if multiplier is not None:
+        hidden = int(multiplier * hidden)
+    return multiple_of * math.ceil(hidden / multiple_of)
+
+
+def ffn_rule(dim: int, ffn: int) -> tuple[int, float | None]:
+    """(multiple_of, ffn_dim_multiplier) that give `ffn`: of a release, or without a multiplier, if any do.
+
+    Else a power of two that divides it, and the multiplier with the fewest digits.
+    """
+    divisors = [1 << power for power in range(8, -1, -1) if ffn % (1 << power) == 0]
+    for multiple_of, multiplier in _RELEASED + tuple((each, None) for each in divisors):
+        if ffn_hidden_size(dim, multiple_of, multiplier) == ffn:
+            return multiple_of, multiplier
+    return divisors[0], _shortest_multiplier(dim, ffn, divisors[0])
+
+
+def _shortest_multiplier(dim: int, ffn: int, multiple_of: int) -> float:
+    exact = ffn / int(2 * (4 * dim) / 3)
+    for digits in count(1):
+        unit = 10**digits
+        for candidate in (math.floor(exact * unit) / unit, math.ceil(exact * unit) / unit):
+            if candidate > 0 and ffn_hidden_size(dim, multiple_of, candidate) == ffn:
+                return candidate
+    raise AssertionError("a float between ffn and ffn + 1 has an end")

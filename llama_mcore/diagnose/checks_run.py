@@ -1,0 +1,164 @@
+"""What can be found out before a run wherever its files are seen: its data, what a start would do in its
+folder, and whether that can take its checkpoints. Loads no torch and changes nothing."""
+
+import errno
+import math
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from llama_mcore.checkpoint.paths import checkpoints_dir, room_for, step_folders
+from llama_mcore.checkpoint.run_lock import check_free
+from llama_mcore.checkpoint.start import Outlook, Start, outlook
+from llama_mcore.config.run import RunConfig
+from llama_mcore.data.data_plan import Segment, check_caps
+from llama_mcore.data.sources import OpenSource, missing_inputs, open_sources, plan_run
+from llama_mcore.diagnose.finding import Finding, problem_of
+from llama_mcore.errors import MissingInputError, OutputError, Problem, UserError, gathering
+from llama_mcore.observe.goodput.no_progress import check_progress
+from llama_mcore.units import format_bytes, format_count
+
+
+def planned_data(run: RunConfig) -> tuple[list[OpenSource], Segment]:
+    """Every dataset, opened, and the plan of what the run reads. Raises DataError where that is more than
+    planned, MissingInputError and DataError for data that cannot be used."""
+    sources = open_sources(run.data, run.model.seq_length, run.model.vocab_size)
+    plan = plan_run(run.data, sources, run.run.seed, run.model.seq_length)
+    check_caps(plan, run.train.steps * run.train.global_batch_size)
+    return sources, plan
+
+
+def unusable_files(
+    run: RunConfig,
+    look_at_data: Callable[[], object] | None,
+    asked: Start = Start(),  # noqa: B008  frozen
+    say: Callable[[str], object] = lambda remark: None,
+) -> list[UserError]:
+    """What is wrong with the files that the run reads, with its folder as a place to write to, and with what
+    it holds. Who holds it now is not asked.
+
+    `look_at_data`, called where all files are there, raises what `planned_data` does; None for settings with
+    which nobody can look. `say` is told what a start would do in the folder, and what it would remark there.
+    """
+    failures: list[UserError] = []
+    with gathering(failures):
+        if missing := missing_inputs(run.data):
+            raise MissingInputError(missing)
+        if look_at_data:
+            look_at_data()
+    with gathering(failures):
+        _check_writable(Path(run.run.dir))
+        found = outlook(run, asked)
+        for remark in (f"start: {found}", *found.way.remarks()):
+            say(remark)
+    with gathering(failures):
+        space = free_space(run, fresh=asked.fresh)
+        if space.stops_training:
+            raise OutputError(problem_of(space))
+    return failures
+
+
+def data(run: RunConfig) -> tuple[list[Finding], list[OpenSource]]:
+    """Every dataset can be opened here and holds what the run is going to read; else no source is given."""
+    try:
+        sources, _ = planned_data(run)
+    except UserError as error:
+        return [_problem("data", problem) for problem in error.problems], []
+    tokens = format_count(run.tokens_per_step * run.train.steps)
+    return [
+        Finding("data", "tokens", "ok", f"{tokens} are to be read, and are there", required=True)
+    ], sources
+
+
+def free_space(run: RunConfig, *, fresh: bool = False) -> Finding:
+    """Room for the checkpoints that the run will hold, beside those that are there: the oldest goes when a
+    newer one is whole. `fresh`: those that are there are moved aside, and stay."""
+    folder = checkpoints_dir(Path(run.run.dir))
+    saves = math.ceil(run.train.steps / run.checkpoint.interval)
+    held = 0
+    with suppress(OSError, ValueError):  # a start refuses what cannot be listed
+        held = 0 if fresh else len(step_folders(folder.parent))
+    missing = max(1, min(run.checkpoint.keep + 1, saves) - held)
+    free = shutil.disk_usage(_nearest(folder, os.path.isdir)).free
+    needed = room_for(missing, run.model.num_params())
+    value = f"{format_bytes(free)} are free"
+    need = f"{missing} more checkpoint{'s need' if missing > 1 else ' needs'} {format_bytes(needed)}"
+    if free < needed:
+        remedy = "make room, choose another run.dir, or lower checkpoint.keep"
+        return Finding("run folder", "free space", "problem", value, need, remedy, required=True)
+    return Finding("run folder", "free space", "ok", f"{value}, {need}", required=True)
+
+
+def _check_writable(run_dir: Path) -> None:
+    """OutputError where the run's folder, or what it would be made in, cannot be written. Tries nothing."""
+    for path in (run_dir, checkpoints_dir(run_dir)):
+        folder = _nearest(path, os.path.lexists)  # and a link that leads nowhere is no folder
+        try:
+            reason = _why_not_writable(folder)
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if reason:
+            problem = Problem("run.dir", run_dir, f"{folder} cannot be written ({reason})", "choose another")
+            raise OutputError(problem)
+
+
+def _nearest(path: Path, is_it: Callable[[Path], bool]) -> Path:
+    """The path itself or the nearest above it, of what is `is_it`."""
+    return next(one for one in (path, *path.absolute().parents) if is_it(one))
+
+
+def _why_not_writable(folder: Path) -> str:
+    if not folder.is_dir():
+        return os.strerror(errno.ENOTDIR)
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:  # of which root is told that it may write
+        return os.strerror(errno.EROFS)
+    return "" if os.access(folder, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
+
+
+def start(
+    run: RunConfig,
+    asked: Start = Start(),  # noqa: B008  frozen
+    *,
+    retry: bool = False,
+) -> list[Finding]:
+    """What a start would do in the run's folder, or why it would be refused there.
+
+    `retry`: it starts although the last lives saved nothing.
+    """
+    run_dir, job = Path(run.run.dir), os.environ.get("SLURM_JOB_ID", "")
+    found = _refusals(lambda: check_free(run_dir))
+    if not retry:
+        found += _refusals(lambda: check_progress(run_dir, job))
+    try:
+        return [*found, _ahead(outlook(run, asked))]
+    except UserError as error:
+        return [*found, *(_problem("run folder", problem) for problem in error.problems)]
+
+
+def _refusals(check: Callable[[], None]) -> list[Finding]:
+    try:
+        check()
+    except UserError as error:
+        return [_problem("run folder", problem) for problem in error.problems]
+    return []
+
+
+def _ahead(found: Outlook) -> Finding:
+    remarks = found.way.remarks()
+    if found.passed_over:
+        remarks.insert(0, f"what is newer is damaged and passed over: {found.passed_over[0]}")
+    return Finding(
+        "run folder",
+        "start",
+        "note" if remarks else "ok",
+        str(found),
+        "; ".join(remarks),
+        required=True,
+    )
+
+
+def _problem(group: str, problem: Problem) -> Finding:
+    value = str(problem.value)
+    return Finding(group, problem.field, "problem", value, problem.bound, problem.remedy, required=True)

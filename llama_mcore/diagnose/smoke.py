@@ -1,0 +1,200 @@
+"""Smoke tests: GPUs, attention kernels and compiled functions do a little work, each in a process of its own,
+since a kernel of somebody else's may crash, hang, or leave its GPU of no use to what comes after.
+
+    python -m llama_mcore.diagnose.smoke FOLDER NAME...
+
+writes to FOLDER/outcomes a line of JSON for each name: [name, the fields of its Outcome]. Not to stdout,
+where such kernels may print.
+"""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama_mcore.diagnose.loopback import START_S, failure_of
+from llama_mcore.distributed.device import compute_capability, on_gpu, select_device
+from llama_mcore.errors import UserError, shown
+from llama_mcore.model.attention import BACKENDS, AttentionBackend, Case, load_backend
+from llama_mcore.model.kernels import PLAIN, Kernels, choose_kernels
+from llama_mcore.model.rope import rope_table
+
+MODULE = "llama_mcore.diagnose.smoke"
+LIMITS_S = {"gpu": 120.0, "attention": 120.0, "kernels": 300.0}
+"""By the first word of a name. To compile takes half a minute of a core, and a crowded machine has few."""
+DTYPES = (torch.bfloat16, torch.float32)
+"""What train.precision may be."""
+S, B, N, G, D = 128, 1, 4, 2, 64
+_SAID = 400
+
+
+@dataclass(frozen=True)
+class Outcome:
+    passed: bool
+    said: str
+    """What it was compared with, or why it failed, on one line."""
+    remedy: str = ""
+
+
+def smoke_tests(names: Sequence[str], environ: Mapping[str, str]) -> dict[str, Outcome]:
+    """The outcome of each; one that has not ended after its LIMITS_S has failed, and is killed."""
+    # else Inductor starts a pool of processes, which would outlive a test
+    environ = {**environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", MODULE, folder, *names]
+        failure = failure_of(command, environ, START_S + sum(map(_limit_s, names)))
+        path = Path(folder, "outcomes")
+        lines = path.read_text().splitlines() if path.exists() else []
+    found = {name: Outcome(**fields) for name, fields in map(json.loads, lines)}
+    return {name: found.get(name) or Outcome(False, failure or "said nothing") for name in names}
+
+
+def attention_cases(name: str) -> list[Case]:
+    """What a run here may ask of an attention backend, as far as that says that it can: each dtype, by hand
+    where it has halves."""
+    refusal = BACKENDS[name].limits.refusal
+    cases = []
+    for dtype in DTYPES:
+        asked = [attention_case(dtype, by_hand) for by_hand in (True, False)]
+        cases += [case for case in asked if refusal(case) is None][:1]
+    return cases
+
+
+def attention_case(dtype: torch.dtype, by_hand: bool = True) -> Case:
+    """Of the tensors that are tested with, on this rank's device."""
+    return Case(capability=compute_capability(), dtype=dtype, head_dim=D, by_hand=by_hand)
+
+
+def main() -> None:
+    """Fork the tests one after another, which is safe as long as this process has not touched a GPU."""
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    with open(folder / "outcomes", "w", encoding="utf-8") as file:
+        for name in names:
+            print(json.dumps([name, asdict(_outcome(name, _limit_s(name)))]), file=file, flush=True)
+
+
+def _limit_s(name: str) -> float:
+    return LIMITS_S[name.partition(" ")[0]]
+
+
+def _outcome(name: str, limit_s: float) -> Outcome:
+    fork = get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=_run, args=(name, sender))
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(limit_s):
+            return Outcome(False, f"hung for {limit_s:g} s and was killed")
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        code = process.exitcode or 0
+        ended = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return Outcome(False, f"ended its process ({ended})")
+    finally:
+        process.kill()
+        process.join()
+
+
+def _run(name: str, sender: Connection) -> None:
+    kind, _, which = name.partition(" ")
+    try:
+        outcome = Outcome(True, TESTS[kind](which))
+    except UserError as error:
+        problem = error.problems[0]
+        outcome = Outcome(False, problem.bound, problem.remedy)
+    except BaseException as error:  # of whatever kind: it comes from another's package
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        outcome = Outcome(False, shown(text, _SAID))
+    sender.send(outcome)
+
+
+def _gpu(index: str) -> str:
+    """A product of two matrices on it."""
+    os.environ["LOCAL_RANK"] = index
+    ones = torch.ones(D, D, device=select_device())
+    _compare("a product", [ones @ ones], [ones * D], torch.float32)
+    return "takes work"
+
+
+def _attention(name: str) -> str:
+    device, backend = select_device(), load_backend(name)
+    reference = load_backend("reference")
+    cases = attention_cases(name)
+    for case in cases:
+        inputs = [_normal(S, B, heads, D, seed=seed) for seed, heads in enumerate((N, G, G, N))]
+        narrow = [tensor.to(device, case.dtype) for tensor in inputs]
+        expected = _by_hand(reference, *(tensor.float() for tensor in narrow))
+        answer = _by_hand if case.by_hand else _by_autograd
+        _compare(f"in {short(case.dtype)}", answer(backend, *narrow), expected, case.dtype)
+    return f"forward and backward as the reference in {' and '.join(short(case.dtype) for case in cases)}"
+
+
+def _by_hand(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
+    out, log_sum_exp = backend.forward(q, k, v)
+    return [out, *backend.backward(grad, q, k, v, out, log_sum_exp)]
+
+
+def _by_autograd(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
+    qkv = [tensor.requires_grad_() for tensor in (q, k, v)]
+    out = backend.attend(*qkv)
+    return [out.detach(), *torch.autograd.grad(out, qkv, grad)]
+
+
+def _kernels(name: str) -> str:
+    """Norms, rotations and SwiGLU in the dtype of training here, against the plain functions in fp32."""
+    device, dtype = select_device(), torch.bfloat16 if on_gpu() else torch.float32
+    shapes = ((S, B, D), (S, B, D), (S, B, N, D), (S, B, 2 * D))
+    narrow = [_normal(*shape, seed=seed).to(device, dtype) for seed, shape in enumerate(shapes)]
+    expected = _answers(PLAIN, *(tensor.float() for tensor in narrow))
+    _compare(f"in {short(dtype)}", _answers(choose_kernels(name), *narrow), expected, dtype)
+    return f"forward and backward as plain in {short(dtype)}"
+
+
+def _answers(kernels: Kernels, x: Tensor, grad: Tensor, heads: Tensor, gate_up: Tensor) -> list[Tensor]:
+    weight = torch.ones_like(x[0, 0])
+    cos, sin = rope_table(S, D, 10000.0, x.device)
+    return [
+        kernels.rmsnorm(x, weight, 1e-6),
+        *kernels.rmsnorm_backward(grad, x, weight, 1e-6),
+        kernels.rope(heads, cos, sin),
+        kernels.rope_backward(heads, cos, sin),
+        kernels.swiglu(gate_up),
+        kernels.swiglu_backward(grad, gate_up),
+    ]
+
+
+def _compare(what: str, found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """By norms. A kernel rounds to the dtype at most eight times on the way from its input to a result
+    (weights, products, the output and its gradient), and sums up to S numbers in fp32: each rounding adds at
+    most its unit, eps / 2, to the relative error. What is wrong is off by about 1."""
+    bound = 4 * torch.finfo(dtype).eps + S / 2 * torch.finfo(torch.float32).eps
+    for mine, theirs in zip(found, expected, strict=True):
+        mine, theirs = mine.double(), theirs.double()
+        error = float((mine - theirs).norm() / theirs.norm())
+        if not error <= bound:  # NaN is an error too
+            raise ArithmeticError(f"{what}: relative error {error:.2g}, at most {bound:.2g} is rounding")
+
+
+def _normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def short(dtype: torch.dtype) -> str:
+    return "bf16" if dtype is torch.bfloat16 else "fp32"
+
+
+TESTS: dict[str, Callable[[str], str]] = {"gpu": _gpu, "attention": _attention, "kernels": _kernels}
+
+if __name__ == "__main__":
+    main()

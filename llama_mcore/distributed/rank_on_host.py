@@ -1,0 +1,22 @@
+"""Which rank this process is, known before it joins the others, and where: as messages name it."""
+
+import os
+import socket
+from dataclasses import dataclass
+
+from llama_mcore.distributed.launch_env import place_in
+
+
+@dataclass(frozen=True)
+class RankOnHost:
+    rank: int
+    world_size: int
+    host: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
+
+def this_rank() -> RankOnHost:
+    place = place_in(os.environ)
+    return RankOnHost(place.rank, place.world_size, socket.gethostname())

@@ -1,0 +1,145 @@
+"""Words of the command line of `plan memory` and `plan layout`, and what they stand for. Pure Python.
+
+Each function raises ConfigError with all that is wrong with its own words.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import get_args
+
+from llama_mcore.config.run import RunConfig, load_run
+from llama_mcore.errors import ConfigError, Problem
+from llama_mcore.model.config import Recompute
+from llama_mcore.plan.arguments import all_of
+from llama_mcore.plan.layout import hardware
+from llama_mcore.plan.layout.calibration import load_calibration
+from llama_mcore.plan.layout.efficiency import Efficiency
+from llama_mcore.plan.layout.search import Cluster
+from llama_mcore.plan.layout.to_run import base_run
+from llama_mcore.units import parse_count
+
+MOST_TOKENS = 1e18
+MOST_RANKS = 10**6
+# Far beyond any model, and small enough to answer at once.
+_LARGEST = {
+    "--num-layers": 10**4,
+    "--hidden-size": 10**6,
+    "--num-attention-heads": 10**5,
+    "--num-query-groups": 10**5,
+    "--ffn-hidden-size": 10**7,
+    "--vocab-size": 10**8,
+    "--seq-length": 10**8,
+    "--micro-batch": 10**6,
+    "--tp": MOST_RANKS,
+    "--dp": MOST_RANKS,
+    "--world-size": MOST_RANKS,
+    "--gpus": MOST_RANKS,
+    "--gpus-per-node": 1024,
+}
+_BINARY = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "B": 2.0**30}
+_PRECISIONS = ("bf16", "fp32")
+
+
+def whole_number(option: str, text: str, default: int = 1) -> int:
+    """From 1 on; `default` where nothing was said."""
+    return int(parse_count(option, text, 1, _LARGEST[option], whole=True)) if text else default
+
+
+def asked_run(model: str, seq_length: str, shape: Mapping[str, str]) -> RunConfig:
+    """The run of a model or of a shape, by the options of `plan layout`."""
+    words = {"--seq-length": seq_length} | dict(shape)
+    numbers = all_of(*(partial(whole_number, option, text, default=0) for option, text in words.items()))
+    length, *sizes = (number or None for number in numbers)
+    fields = [option.removeprefix("--").replace("-", "_") for option in shape]
+    return base_run(model, length, dict(zip(fields, sizes, strict=True)))
+
+
+def asked_cluster(gpu: str, gpus: str, network: str, gpus_per_node: str, calibration: Path | None) -> Cluster:
+    kind, between, count, per_node, efficiency = all_of(
+        lambda: hardware.gpu(gpu),
+        lambda: hardware.network(network) if network else None,
+        lambda: whole_number("--gpus", gpus),
+        lambda: whole_number("--gpus-per-node", gpus_per_node),
+        lambda: load_calibration(calibration) if calibration else Efficiency(),
+    )
+    usual = kind.network
+    return Cluster(kind, count, between or usual, efficiency, per_node)
+
+
+def asked_tokens(tokens: str, batch: str) -> tuple[float, float]:
+    """Of the training and of a step, where 4M are 4 * 2^20."""
+    count, step = all_of(
+        lambda: parse_count("--tokens", tokens, 1, MOST_TOKENS), lambda: _batch_tokens(batch)
+    )
+    if step > count:
+        bound = f"must be at most the {count:,.0f} of --tokens"
+        raise ConfigError(Problem("--global-batch-tokens", batch, bound, "a run is of one step at least"))
+    return count, step
+
+
+def _batch_tokens(text: str) -> float:
+    unit = text[-1:].upper() if text[-1:].isalpha() else ""
+    try:
+        value = float(text[: len(text) - len(unit)]) * _BINARY[unit]
+    except (ValueError, KeyError):
+        value = 0.0
+    if not 0 < value < MOST_TOKENS:
+        bound = f"must be a number above 0 and below {MOST_TOKENS:g}"
+        raise ConfigError(Problem("--global-batch-tokens", text, bound, "units: K, M, B, powers of 1,024"))
+    return value
+
+
+def run_of_config(config: str, world_size: str, others: Mapping[str, str]) -> tuple[RunConfig, int]:
+    """A run of a file and its ranks. What the file says is not said again."""
+    again = [
+        Problem(option, value, f"is said by --config {config}", "drop one of the two")
+        for option, value in others.items()
+        if value
+    ]
+    if not world_size:
+        again.append(Problem("--world-size", "(not given)", "is required with --config", "add it"))
+    if again:
+        raise ConfigError(again)
+    run, ranks = all_of(lambda: load_run(config), lambda: whole_number("--world-size", world_size))
+    return run, ranks
+
+
+def one_micro_batch(words: Mapping[str, str], world_size: str) -> tuple[RunConfig, int]:
+    """The run that the options of `plan memory` describe, of one micro-batch a step, since memory does not
+    depend on how many there are; and its ranks."""
+    if world_size:
+        raise ConfigError(Problem("--world-size", world_size, "goes with --config", "give --tp and --dp"))
+    run, tp, dp, stage, micro_batch, recompute, precision = all_of(
+        lambda: _preset(words["--model"], words["--seq-length"]),
+        lambda: whole_number("--tp", words["--tp"]),
+        lambda: whole_number("--dp", words["--dp"]),
+        lambda: int(parse_count("--zero", words["--zero"] or "1", 0, 3, whole=True)),
+        lambda: whole_number("--micro-batch", words["--micro-batch"]),
+        lambda: _choice("--recompute", words["--recompute"] or "selective", get_args(Recompute)),
+        lambda: _choice("--precision", words["--precision"] or "bf16", _PRECISIONS),
+    )
+    changed = run.changed(
+        model={"recompute": recompute},
+        parallel={"tp": tp, "sequence_parallel": bool(words["--sp"])},
+        zero={"stage": stage},
+        train={
+            "micro_batch_size": micro_batch,
+            "global_batch_size": micro_batch * dp,
+            "precision": precision,
+        },
+    )
+    return changed, tp * dp
+
+
+def _preset(model: str, seq_length: str) -> RunConfig:
+    if not model:
+        remedy = "add it, or --config with --world-size"
+        raise ConfigError(Problem("--model", "(not given)", "is required", remedy))
+    return asked_run(model, seq_length, {})
+
+
+def _choice(option: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ConfigError(Problem(option, value, "is not known", f"known: {', '.join(known)}"))
+    return value

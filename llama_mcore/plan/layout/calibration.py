@@ -1,0 +1,139 @@
+"""A calibration file: constants by name, or what `tools/benchmark.py step --json` measured on one GPU. Pure
+Python."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from llama_mcore.errors import ConfigError, MissingInputError, Problem, input_problem, shown
+from llama_mcore.model.config import Recompute
+from llama_mcore.plan.layout.efficiency import Efficiency, parse_efficiency
+from llama_mcore.plan.layout.hardware import Gpu, gpu_of_driver
+from llama_mcore.plan.layout.throughput import Predictor, Shape, Work
+from llama_mcore.small_file import read_json
+
+LARGEST_FILE = 1 << 20
+HALVINGS = 40  # of the interval from 0 to 1: far below what a measurement can tell
+
+
+def load_calibration(path: Path) -> Efficiency:
+    """Constants named in the file replace the defaults. From a benchmark follows `gemm_share`: the value with
+    which the prediction for that model and GPU is what was measured, so that all that is wrong with it goes
+    there.
+
+    Raises MissingInputError, or ConfigError with all that is wrong with the file."""
+    if not path.is_file():
+        raise MissingInputError(input_problem("--calibration", path))
+    try:
+        found = read_json(path, LARGEST_FILE, follow=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(Problem("--calibration", path, f"is not JSON ({shown(error)})")) from None
+    if not isinstance(found, dict):
+        raise ConfigError(Problem("--calibration", path, "must hold one JSON object"))
+    return _from_benchmark(found) if "benchmark" in found else parse_efficiency(found)
+
+
+def _from_benchmark(found: dict[str, Any]) -> Efficiency:
+    try:
+        measured = _Measured.model_validate(found)
+    except ValidationError as error:
+        raise ConfigError(
+            [
+                Problem(
+                    f"--calibration: {'.'.join(map(str, problem['loc']))}",
+                    shown(problem["input"]),
+                    f"is not what the step benchmark writes ({problem['msg']})",
+                    "measure with the contender `ours`",
+                )
+                for problem in error.errors()
+            ]
+        ) from None
+    device = measured.environment.device
+    if (gpu := gpu_of_driver(device)) is None:
+        raise ConfigError(
+            Problem("--calibration: device", shown(device), "is not a GPU that the planner knows")
+        )
+    share = _gemm_share(
+        gpu, measured.settings.shape, measured.settings.work, measured.measured.tokens_per_s.ours
+    )
+    return replace(Efficiency(), gemm_share=share)
+
+
+_Count = Annotated[int, Field(ge=1, le=10**9)]
+
+
+class _Settings(BaseModel):
+    layers: _Count
+    hidden: _Count
+    heads: str = Field(pattern=r"^[1-9]\d{0,5}/[1-9]\d{0,5} x [1-9]\d{0,5}$")
+    """Query/key-value heads x their width."""
+    ffn: _Count
+    vocabulary: _Count
+    sequence: _Count
+    batch: _Count
+    recompute: Recompute
+
+    @property
+    def shape(self) -> Shape:
+        counts, head_dim = self.heads.split(" x ")
+        heads, groups = map(int, counts.split("/"))
+        return Shape(
+            self.layers, self.hidden, heads, groups, int(head_dim), self.ffn, self.vocabulary, self.sequence
+        )
+
+    @property
+    def work(self) -> Work:
+        return Work(
+            gpus=1,
+            tp=1,
+            stage=1,
+            micro_batch=self.batch,
+            micro_batches=1,
+            recompute=self.recompute,
+            sequence_parallel=False,
+            fused=self.recompute != "none",
+        )
+
+
+class _Speed(BaseModel):
+    ours: float = Field(ge=1e-3, le=1e12)
+    """Tokens a second."""
+
+
+class _Figures(BaseModel):
+    tokens_per_s: _Speed
+
+
+class _Environment(BaseModel):
+    device: str
+
+
+class _Measured(BaseModel):
+    """What is read of `tools/benchmark.py step --json`."""
+
+    benchmark: Literal["step"]
+    environment: _Environment
+    settings: _Settings
+    measured: _Figures
+
+
+def _gemm_share(gpu: Gpu, shape: Shape, work: Work, speed: float) -> float:
+    """By bisection: a step is the shorter, the larger the share."""
+    measured = work.micro_batch * shape.sequence / speed
+    one = gpu.network
+
+    def predicted(share: float) -> float:
+        return Predictor(gpu, one, replace(Efficiency(), gemm_share=share)).step_time(shape, work).total
+
+    if predicted(1.0) > measured:
+        bound = "is faster than matrix products at the GPU's best would be with the other constants"
+        raise ConfigError(
+            Problem("--calibration: tokens_per_s", f"{speed:,.0f}", bound, "give constants by name")
+        )
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if predicted(middle) > measured else (low, middle)
+    return high

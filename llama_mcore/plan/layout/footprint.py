@@ -1,0 +1,157 @@
+"""Memory of one rank, line by line, and whether a GPU has it. Pure Python.
+
+Model states and what the forward keeps are exact (plan/layout/memory.py, plan/layout/activations.py). Buffers
+follow from the settings of DeepSpeed's file; working memory and the margin are estimates that no GPU has
+confirmed.
+"""
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from llama_mcore.config.run import RunConfig
+from llama_mcore.distributed.config import ParallelConfig, ZeroConfig
+from llama_mcore.distributed.ds_file import offloads_optimizer, read_ds_file
+from llama_mcore.errors import MissingInputError
+from llama_mcore.model.config import ModelConfig, Recompute
+from llama_mcore.plan.layout.activations import (
+    rotary_tables,
+    saved_bytes_besides_layers,
+    saved_bytes_per_layer,
+)
+from llama_mcore.plan.layout.memory import ModelState, model_state, params_per_rank
+
+FP32, BF16 = 4, 2  # bytes per value
+LOSS_CHUNK = 64 * 2**20  # model/fused_loss.py, CHUNK_BYTES
+# engine.py, MEMORY_OPT_ALLREDUCE_SIZE: BF16_Optimizer copies gradients together up to so many values.
+COPIED_VALUES = 500_000_000
+LIBRARIES = 3 * 2**29
+"""The device's context, workspaces of cuBLAS, channels of NCCL."""
+MARGIN = 0.05
+"""Share of all that comes and goes, which the allocator loses between blocks."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes. What is on the GPU during the backward, when most is."""
+
+    state: ModelState
+    host_state: int
+    """Of it, in host memory: gradients, masters and moments under offload."""
+    buckets: int
+    gathered_weights: int
+    """Stage 3: weights of the layer at work and of what is fetched ahead."""
+    gradients_in_flight: int
+    """Of the layer at work, before they are reduced or added up."""
+    layer_activations: dict[str, int]
+    """What one layer keeps, under each policy."""
+    saved_layers: int
+    saved_rest: int
+    """Embedding, final norm, loss; rotary tables."""
+    workspace: int
+    """Of the layer at work, or of the loss where that takes more."""
+    step_copy: int
+    """Optimizer step: DeepSpeed lays the gradients side by side once more, when activations are gone."""
+    margin: int
+    libraries: int = LIBRARIES
+
+    @property
+    def coming_and_going(self) -> int:
+        backward = self.gradients_in_flight + self.saved_layers + self.saved_rest + self.workspace
+        return self.buckets + self.gathered_weights + max(backward, self.step_copy)
+
+    @property
+    def total(self) -> int:
+        return self.state.total - self.host_state + self.coming_and_going + self.margin + self.libraries
+
+
+def memory_of(run: RunConfig, world_size: int) -> Footprint:
+    train = run.train
+    return footprint(run.model, run.parallel, run.zero, train.precision, train.micro_batch_size, world_size)
+
+
+def footprint(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    zero: ZeroConfig,
+    precision: str,
+    micro_batch_size: int,
+    world_size: int,
+) -> Footprint:
+    """Of the fullest rank."""
+    settings = zero_settings(zero)
+    state = model_state(model, parallel, zero, precision, world_size)
+    value = FP32 if precision == "fp32" else BF16
+    splits = parallel.sequence_parallel and parallel.tp > 1
+    layers = {
+        policy: saved_bytes_per_layer(model, parallel.tp, splits, micro_batch_size, policy, value)
+        for policy in get_args(Recompute)
+    }
+    rest = saved_bytes_besides_layers(model, parallel.tp, splits, micro_batch_size, value)
+    layer_weights = value * _largest_module(model, parallel.tp)
+    prefetched = int(settings.get("stage3_prefetch_bucket_size", 50_000_000))
+    tokens = model.seq_length * micro_batch_size
+    found = Footprint(
+        state=state,
+        host_state=state.total - state.weights if offloads_optimizer(settings) else 0,
+        buckets=_buckets(settings, zero, precision, params_per_rank(model, parallel.tp)),
+        gathered_weights=0
+        if zero.stage < 3
+        else layer_weights + value * min(prefetched, params_per_rank(model, parallel.tp)),
+        gradients_in_flight=layer_weights,
+        layer_activations=layers,
+        saved_layers=model.num_layers * layers[model.recompute],
+        saved_rest=rest + rotary_tables(model),
+        workspace=max(
+            _layer_workspace(model, parallel, tokens, layers, value),
+            _loss_workspace(model, parallel.tp, tokens, value),
+        ),
+        step_copy=state.gradients if zero.stage == 2 else 0,
+        margin=0,
+    )
+    return Footprint(**(vars(found) | {"margin": int(MARGIN * found.coming_and_going)}))
+
+
+def zero_settings(zero: ZeroConfig) -> dict[str, Any]:
+    """`zero_optimization` of the run's DeepSpeed file; empty where the package came without the shipped
+    ones. Raises as `read_ds_file` does for a file that was named."""
+    try:
+        return read_ds_file(zero)[1].get("zero_optimization", {})
+    except MissingInputError:
+        if zero.config:
+            raise
+        return {}
+
+
+def _largest_module(model: ModelConfig, tp: int) -> int:
+    """Values of a layer's matrices, or of the embedding if these are more."""
+    width = (2 * model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim
+    layer = model.hidden_size * (width + 3 * model.ffn_hidden_size)
+    return max(layer, model.vocab_size * model.hidden_size) // tp
+
+
+def _buckets(settings: dict[str, Any], zero: ZeroConfig, precision: str, params: int) -> int:
+    """Where gradients lie side by side while they travel."""
+    value = FP32 if zero.reduce_dtype == "fp32" else BF16
+    if zero.stage == 0 or (zero.stage == 1 and precision == "bf16"):
+        # A flat buffer above COPIED_VALUES travels as it is, if its dtype is that of the journey.
+        copied = FP32 * params if params <= COPIED_VALUES else 0
+        return copied + (BF16 * params if zero.reduce_dtype == "bf16" else 0)
+    alive = 2 if zero.stage <= 2 and settings.get("overlap_comm") else 1
+    return alive * value * int(settings.get("reduce_bucket_size", 500_000_000))
+
+
+def _layer_workspace(
+    model: ModelConfig, parallel: ParallelConfig, tokens: int, layers: dict[str, int], value: int
+) -> int:
+    """The backward of the MLP: SwiGLU product and its gradient, gradient of gate and up, gathered input and
+    gradient of the output; under full recomputation also what the layer keeps meanwhile."""
+    again = layers["selective"] if model.recompute == "full" else 0
+    inside = 4 * model.ffn_hidden_size // parallel.tp
+    return again + value * tokens * (inside + 3 * model.hidden_size)
+
+
+def _loss_workspace(model: ModelConfig, tp: int, tokens: int, value: int) -> int:
+    """A chunk's logits and probabilities in fp32, and its part of the output layer's gradient."""
+    vocab = model.vocab_size // tp
+    probabilities = min(LOSS_CHUNK, FP32 * tokens * vocab)
+    return probabilities + probabilities * value // FP32 + value * vocab * model.hidden_size

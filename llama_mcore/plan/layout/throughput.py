@@ -1,0 +1,274 @@
+"""Seconds of one training step, from the shapes of its operators and what the hardware can do. Pure Python.
+
+    s sequence, b micro-batch, h hidden, n query heads, g key/value heads, d head width, f ffn, v vocabulary
+    t tensor-parallel, p pipeline ranks, m micro-batches of a step, P parameters of a rank
+
+Matrix products run at the GPU's best times a share that falls with their smallest side; attention at what
+its kernel was measured at; all other operators at the speed of memory. Collectives move (r - 1)/r of their
+bytes over NVLink within a node and over the network between nodes.
+
+Our own layouts have no pipeline; it is here to check the prediction against published runs that do.
+"""
+
+from dataclasses import dataclass, replace
+from math import ceil, prod
+from typing import Literal
+
+from llama_mcore.model.config import ModelConfig
+from llama_mcore.plan.layout.efficiency import Efficiency, attention_flops, gemm_flops
+from llama_mcore.plan.layout.hardware import Gpu, Network
+
+BF16, FP32 = 2, 4  # bytes per value
+# Reads master, two moments and gradient in fp32; writes the first three and the bf16 weight; one more
+# reading of the gradient for its norm.
+OPTIMIZER_BYTES = 4 * FP32 + 3 * FP32 + BF16 + FP32
+# bf16 values that norm, rotation and SwiGLU read and write for each of theirs (an fp32 value counts two).
+# Plain, norm: widened (1 read, 2 written), its norm (2), times 1/rms (2, 2), narrowed (2, 1), times weight
+# (1, 1). Rotation: halves swapped (1, 1) and widened (1, 2), widened (1, 2), times cosine (2, 2), times sine
+# added (4, 2), narrowed (2, 1). SwiGLU: silu (1, 1), times up (2, 1).
+FUSED_VALUES = (2, 2, 3)
+PLAIN_VALUES = (14, 21, 5)
+BUCKET_VALUES = 200_000_000
+"""ds_configs, reduce_bucket_size."""
+
+Recomputed = Literal["none", "selective", "attention", "full"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder, LLaMA's or GPT's."""
+
+    layers: int
+    hidden: int
+    heads: int
+    groups: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    sequence: int
+    gated: bool = True
+    """SwiGLU, with two matrices into the ffn; GPT has one."""
+
+    @property
+    def layer_params(self) -> int:
+        width = (2 * self.heads + 2 * self.groups) * self.head_dim
+        return self.hidden * (width + (3 if self.gated else 2) * self.ffn)
+
+
+@dataclass(frozen=True)
+class Work:
+    """How a step is spread, and what the system does or leaves out. The defaults are ours."""
+
+    gpus: int
+    tp: int
+    stage: int
+    micro_batch: int
+    micro_batches: int
+    recompute: Recomputed
+    sequence_parallel: bool = True
+    pp: int = 1
+    interleaved: int = 1
+    """Groups of layers on each pipeline rank."""
+    attention: str = "flash2"
+    """Key of efficiency.ATTENTION_KERNELS; or unfused: scores go through memory, also the masked ones."""
+    reduce_bytes: int = FP32
+    """Per gradient between data-parallel ranks."""
+    shard_ranks: int = 0
+    """Data-parallel ranks that share one copy of the states, the copies reducing gradients among each
+    other (PyTorch's hybrid sharding); 0: all."""
+    overlaps_backward_entry: bool = True
+    """Whether the gather of the output gradient runs beside other work, as in model/layer_function.py."""
+    overlaps_gather: bool = False
+    """Stage 2: whether updated weights are gathered beside the next forward; DeepSpeed does it in its
+    step."""
+    fused: bool = True
+    """Norms, rotation and SwiGLU in one kernel each; else a kernel for each operation, as in the written-out
+    layer of `recompute: none`."""
+    gpus_per_node: int = 8
+
+    @property
+    def dp(self) -> int:
+        return self.gpus // (self.tp * self.pp)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step; the parts sum to `total`."""
+
+    gemm: float
+    attention: float
+    memory_bound: float
+    recompute: float
+    tensor_parallel: float
+    """Communication that nothing hides, and the cost of what is hidden; so is the data-parallel one."""
+    gaps: float
+    data_parallel: float = 0.0
+    optimizer: float = 0.0
+    bubble: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+def shape_of(model: ModelConfig) -> Shape:
+    return Shape(
+        model.num_layers,
+        model.hidden_size,
+        model.num_attention_heads,
+        model.num_query_groups,
+        model.head_dim,
+        model.ffn_hidden_size,
+        model.vocab_size,
+        model.seq_length,
+    )
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """What one kind of GPU and network, used this well, needs for a step."""
+
+    gpu: Gpu
+    network: Network
+    efficiency: Efficiency
+
+    def step_time(self, shape: Shape, work: Work) -> StepTime:
+        layers, m = shape.layers / work.pp, work.micro_batches
+        gemm, attention, stream = (
+            self._layer_gemm(shape, work),
+            self._layer_attention(shape, work),
+            self._layer_stream(shape, work),
+        )
+        again = {"none": 0.0, "selective": stream, "attention": attention, "full": gemm + attention + stream}
+        passes = 4 / 3 if work.recompute == "full" else 1.0
+        head_gemm, head_stream = self._output_layer(shape, work)
+        # A backward is twice the forward; that of flash attention 2.5 times, as it computes scores again.
+        busy = StepTime(
+            gemm=m * 3 * (layers * gemm + head_gemm),
+            attention=m * layers * attention * (3.0 if work.attention == "unfused" else 3.5),
+            memory_bound=m * (3 * layers * stream + head_stream),
+            recompute=m * layers * again[work.recompute],
+            tensor_parallel=m * layers * self._layer_transfers(shape, work),
+            gaps=m * layers * self.efficiency.layer_gap_s * passes,
+        )
+        return self._whole_step(shape, work, busy)
+
+    def _whole_step(self, shape: Shape, work: Work, busy: StepTime) -> StepTime:
+        """`busy`: seconds of all micro-batches; the rest of a step follows from them."""
+        micro_batch = busy.total / work.micro_batches
+        forward = micro_batch / (4 if work.recompute == "full" else 3)
+        return replace(
+            busy,
+            bubble=micro_batch * (work.pp - 1) / work.interleaved,
+            data_parallel=self._data_parallel(shape, work, forward, micro_batch - forward),
+            optimizer=self._optimizer(shape, work),
+        )
+
+    def _layer_gemm(self, shape: Shape, work: Work) -> float:
+        """Forward of the four products of a layer."""
+        tokens, t, h = _tokens(shape, work), work.tp, shape.hidden
+        qkv = (shape.heads + 2 * shape.groups) * shape.head_dim / t
+        width, ffn = shape.heads * shape.head_dim / t, shape.ffn / t
+        return (
+            self._product(tokens, qkv, h)
+            + self._product(tokens, h, width)
+            + self._product(tokens, (2 if shape.gated else 1) * ffn, h)
+            + self._product(tokens, h, ffn)
+        )
+
+    def _product(self, *sides: float) -> float:
+        return 2 * prod(sides) / gemm_flops(self.gpu, self.efficiency, min(sides))
+
+    def _stream(self, count: float) -> float:
+        return count / (self.gpu.memory_bandwidth * self.efficiency.stream_share)
+
+    def _layer_attention(self, shape: Shape, work: Work) -> float:
+        """Forward of a layer's attention."""
+        tokens, width = _tokens(shape, work), shape.heads * shape.head_dim / work.tp
+        if work.attention != "unfused":
+            causal = 2 * width * shape.sequence * tokens
+            return causal / attention_flops(self.gpu, work.attention, shape.sequence)
+        scores = tokens * shape.sequence * shape.heads / work.tp
+        # Written by the product; softmax reads and writes; dropout too, and writes its mask of 1 byte.
+        moved = scores * (BF16 + 2 * BF16 + 2 * BF16 + 1)
+        return 2 * self._product(shape.head_dim, shape.sequence, scores / shape.sequence) + self._stream(
+            moved
+        )
+
+    def _layer_stream(self, shape: Shape, work: Work) -> float:
+        """Forward of two norms, two residual sums, rotation and activation: what each reads and writes."""
+        tokens = _tokens(shape, work)
+        local = tokens / work.tp if work.sequence_parallel else tokens
+        norm, rotation, swiglu = FUSED_VALUES if work.fused else PLAIN_VALUES
+        outside = (2 * norm + 2 * 3) * shape.hidden
+        rotated = rotation * (shape.heads + shape.groups) * shape.head_dim if shape.gated else 0
+        inside = rotated + (swiglu if shape.gated else 2) * shape.ffn
+        return self._stream(BF16 * (outside * local + inside * tokens / work.tp))
+
+    def _output_layer(self, shape: Shape, work: Work) -> tuple[float, float]:
+        """Forward of the product; loss and its gradient: logits cast to fp32, read for maximum, exponential
+        and sum, written twice, and the gradient written in bf16."""
+        tokens, vocab = _tokens(shape, work), shape.vocab / work.tp
+        moved = tokens * vocab * (BF16 + FP32 + FP32 + 2 * 2 * FP32 + BF16)
+        return self._product(tokens, vocab, shape.hidden), self._stream(moved)
+
+    def _layer_transfers(self, shape: Shape, work: Work) -> float:
+        """Of a layer's forward and backward. Each of the two halves is entered by a gather and left by a
+        reduce-scatter, 4 transfers a forward, which wait for nothing and are waited for. A backward has
+        4 more and, under sequence parallelism, gathers both inputs again. (Korthikanti et al., section
+        4.2.2; an all-reduce without sequence parallelism moves as much as both.)"""
+        t = work.tp
+        one = BF16 * _tokens(shape, work) * shape.hidden * (t - 1) / t
+        one /= self.gpu.nvlink * self.efficiency.nvlink_share
+        backward = 6 if work.sequence_parallel else 4
+        waited = 4 * (2 if work.recompute == "full" else 1)
+        if work.sequence_parallel and not work.overlaps_backward_entry:
+            waited, backward = waited + 2, backward - 2
+        return one * (waited + self.efficiency.overlap_cost * backward)
+
+    def _data_parallel(self, shape: Shape, work: Work, forward: float, backward: float) -> float:
+        """`forward`, `backward`: seconds of one micro-batch, behind which transfers may hide."""
+        ranks = work.shard_ranks or work.dp
+        params, m = rank_params(shape, work), work.micro_batches
+        # stage 3 moves a layer at a time, the others a bucket
+        parts = shape.layers / work.pp if work.stage == 3 else ceil(params / BUCKET_VALUES)
+        gather = self._transfer(BF16 * params, ranks, parts, work)
+        reduce = self._transfer(work.reduce_bytes * params, ranks, parts, work)
+        if work.stage <= 1:
+            return 2 * reduce + (gather if work.stage == 1 else 0.0)
+        copies = work.dp // ranks
+        across = 2 * work.reduce_bytes * params / ranks * (copies - 1) / copies
+        reduce += across / (self.network.bytes_per_gpu * self.efficiency.network_share)
+        if work.stage == 2:
+            waited = self._hidden(gather, forward) if work.overlaps_gather else gather
+            return m * self._hidden(reduce, backward) + waited
+        return m * (self._hidden(gather, forward) + self._hidden(gather + reduce, backward))
+
+    def _transfer(self, count: float, ranks: int, parts: float, work: Work) -> float:
+        """A gather or reduce-scatter of `count` bytes in so many rings: within a node, or over all its links
+        at once."""
+        in_node = work.gpus_per_node // work.tp
+        speed = self.gpu.nvlink * self.efficiency.nvlink_share
+        hops = 0.0
+        if ranks > in_node:
+            speed = min(speed, in_node * self.network.bytes_per_gpu * self.efficiency.network_share)
+            hops = (ranks / in_node - 1) * self.efficiency.hop_s
+        return count * (ranks - 1) / ranks / speed + parts * hops
+
+    def _hidden(self, transfer: float, computation: float) -> float:
+        """What a transfer costs that runs beside computation."""
+        return max(0.0, transfer - computation) + self.efficiency.overlap_cost * min(transfer, computation)
+
+    def _optimizer(self, shape: Shape, work: Work) -> float:
+        owners = (work.shard_ranks or work.dp) if work.stage else 1
+        return self._stream(OPTIMIZER_BYTES * rank_params(shape, work) / owners)
+
+
+def rank_params(shape: Shape, work: Work) -> float:
+    """Matrices of the fullest rank: with a pipeline the first and the last each hold one embedding."""
+    embeddings = shape.vocab * shape.hidden * (2 if work.pp == 1 else 1)
+    return (shape.layers * shape.layer_params / work.pp + embeddings) / work.tp
+
+
+def _tokens(shape: Shape, work: Work) -> int:
+    return shape.sequence * work.micro_batch

@@ -1,0 +1,1 @@
+"""`plan size`: the model and the tokens that a budget pays for. solve.py answers, scaling.py has the laws."""

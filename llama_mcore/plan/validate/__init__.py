@@ -1,0 +1,1 @@
+"""`plan validate`: the predictions against published runs. published.py lists them, compare.py compares."""

@@ -1,0 +1,82 @@
+"""`plan validate`: predicted against published speeds, and the fit of the constants. Pure Python."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+from llama_mcore.plan.layout.efficiency import FITTED, Efficiency
+from llama_mcore.plan.layout.hardware import gpu, network
+from llama_mcore.plan.layout.throughput import Predictor
+from llama_mcore.plan.validate.published import FITTED_ON, PUBLISHED, Published
+
+MEDIAN_BAR, LARGEST_BAR = 0.10, 0.25
+
+# Where the search may look: what a constant can mean at all.
+_BOUNDS = {
+    "gemm_share": (0.70, 1.0),
+    "gemm_half_side": (0.0, 400.0),
+    "overlap_cost": (0.0, 0.5),
+    "layer_gap_s": (0.0, 1e-3),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    published: float
+    predicted: float
+    """Tokens per second and GPU, as the published figure."""
+    fitted: bool
+    source: str
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, as a share of what was published."""
+        return self.predicted / self.published - 1
+
+
+def validate(efficiency: Efficiency, rows: Sequence[Published] = PUBLISHED) -> list[Row]:
+    return [
+        Row(row.name, row.tokens_per_s_per_gpu, predict_speed(row, efficiency), row in FITTED_ON, row.source)
+        for row in rows
+    ]
+
+
+def predict_speed(row: Published, efficiency: Efficiency) -> float:
+    """Tokens per second and GPU."""
+    predictor = Predictor(gpu(row.gpu), network(row.network), efficiency)
+    work = row.work
+    tokens = work.dp * work.micro_batches * work.micro_batch * row.shape.sequence
+    return tokens / predictor.step_time(row.shape, work).total / work.gpus
+
+
+def median_error(rows: Sequence[Row]) -> float:
+    return median(abs(row.error) for row in rows)
+
+
+def largest_error(rows: Sequence[Row]) -> float:
+    return max(abs(row.error) for row in rows)
+
+
+def fit(rounds: int = 60) -> Efficiency:
+    """Coordinate search on FITTED_ON from the middle of the bounds: a step up or down for one constant after
+    the other, half as far when none helps. Minimised is the sum of the squared errors."""
+    best = replace(Efficiency(), **{name: (low + high) / 2 for name, (low, high) in _BOUNDS.items()})
+    loss = _loss(best)
+    steps = {name: (high - low) / 4 for name, (low, high) in _BOUNDS.items()}
+    for _ in range(rounds):
+        better = False
+        for name in FITTED:
+            for sign in (1, -1):
+                low, high = _BOUNDS[name]
+                value = min(high, max(low, getattr(best, name) + sign * steps[name]))
+                tried = replace(best, **{name: value})
+                if (found := _loss(tried)) < loss:
+                    best, loss, better = tried, found, True
+        if not better:
+            steps = {name: step / 2 for name, step in steps.items()}
+    return best
+
+
+def _loss(efficiency: Efficiency) -> float:
+    return sum(row.error**2 for row in validate(efficiency, FITTED_ON))

@@ -1,0 +1,154 @@
+"""Signs of life of the process that trains, in memory that it shares with the one that watches it.
+
+Two kinds, since a process can be stuck in two ways: the main thread says what it does and how far it got;
+a second thread says only that Python runs, which it does not while the process is stopped or one thread keeps
+the interpreter to itself.
+"""
+
+import mmap
+import threading
+import time
+import zlib
+from dataclasses import dataclass, replace
+from struct import Struct
+
+from llama_mcore.observe.phases import Listener, Phase
+from llama_mcore.watchdog.patience import Patience
+
+ALIVE_S = 0.5
+"""Seconds between the signs of the second thread."""
+
+_PHASES = list(Phase)
+_CHECKSUM = Struct("<I")
+_READS = 100
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The last sign of life of the main thread. Times are monotonic, the same for all processes."""
+
+    phase: Phase
+    step: int
+    count: int
+    """Signs of life so far: the rank that is behind has the fewest."""
+    at: float
+    allowed_s: float
+    """Seconds until the next one is overdue."""
+
+    def is_overdue(self, now: float, awake_since: float = 0.0) -> bool:
+        """`awake_since`: when the processes of the job ran again, if they were suspended."""
+        return now - max(self.at, awake_since) > self.allowed_s
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a life has come to: it stays reached."""
+
+    settled: bool = False
+    """The run's folder is there, and is this run's."""
+    saved: bool = False
+    """A checkpoint is on the disk."""
+
+
+class Heartbeat:
+    """Made before the fork: the process that trains writes it, the other reads it."""
+
+    def __init__(self, start_s: float) -> None:
+        """`start_s`: seconds that the start may take."""
+        memory = mmap.mmap(-1, mmap.PAGESIZE)
+        self._main = _Record(memory, 0, "<BqQdd")
+        self._alive = _Record(memory, 64, "<d")
+        self._reached = _Record(memory, 128, "<??")
+        now = time.monotonic()
+        self._last = Beat(Phase.START, 0, 0, now, start_s)
+        self._last_alive = now
+        self._last_reached = Reached()
+        self.write(self._last)
+        self.write_alive(now)
+        self.write_reached(self._last_reached)
+
+    def write(self, beat: Beat) -> None:
+        self._main.write(_PHASES.index(beat.phase), beat.step, beat.count, beat.at, beat.allowed_s)
+
+    def write_alive(self, now: float) -> None:
+        self._alive.write(now)
+
+    def write_reached(self, reached: Reached) -> None:
+        self._reached.write(reached.settled, reached.saved)
+
+    def read(self) -> Beat:
+        values = self._main.read()
+        if values:
+            phase, *rest = values
+            self._last = Beat(_PHASES[phase], *rest)
+        return self._last
+
+    def alive_at(self) -> float:
+        values = self._alive.read()
+        if values:
+            (self._last_alive,) = values
+        return self._last_alive
+
+    def reached(self) -> Reached:
+        values = self._reached.read()
+        if values:
+            self._last_reached = Reached(*values)
+        return self._last_reached
+
+
+class Pulse(Listener):
+    """Listens to the phases of the process that trains and writes its heartbeat."""
+
+    def __init__(self, heartbeat: Heartbeat, patience: Patience) -> None:
+        self._heartbeat, self._patience = heartbeat, patience
+        self._beat = heartbeat.read()
+        self.enter(Phase.START, 0)
+        threading.Thread(target=self._show_that_python_runs, name="heartbeat", daemon=True).start()
+
+    def enter(self, phase: Phase, step: int) -> None:
+        now = time.monotonic()
+        allowed = self._patience.enter(phase, now)
+        self._write(Beat(phase, step, self._beat.count + 1, now, allowed))
+
+    def beat(self) -> None:
+        last = self._beat
+        self._write(Beat(last.phase, last.step, last.count + 1, time.monotonic(), last.allowed_s))
+
+    def working(self) -> None:
+        self._write(replace(self._beat, at=time.monotonic()))
+
+    def settled(self) -> None:
+        self._heartbeat.write_reached(replace(self._heartbeat.reached(), settled=True))
+
+    def saved(self, step: int) -> None:
+        self._heartbeat.write_reached(replace(self._heartbeat.reached(), saved=True))
+
+    def _write(self, beat: Beat) -> None:
+        self._beat = beat
+        self._heartbeat.write(beat)
+
+    def _show_that_python_runs(self) -> None:
+        while True:
+            self._heartbeat.write_alive(time.monotonic())
+            time.sleep(ALIVE_S)
+
+
+class _Record:
+    """Numbers at a fixed place, with a checksum: another process may read while they are written."""
+
+    def __init__(self, memory: mmap.mmap, offset: int, layout: str) -> None:
+        self._memory, self._offset, self._layout = memory, offset, Struct(layout)
+
+    def write(self, *values: float) -> None:
+        body = self._layout.pack(*values)
+        data = body + _CHECKSUM.pack(zlib.crc32(body))
+        self._memory[self._offset : self._offset + len(data)] = data
+
+    def read(self) -> tuple | None:
+        """None where the writer was stopped in the middle of it."""
+        for _ in range(_READS):
+            data = self._memory[self._offset : self._offset + self._layout.size + _CHECKSUM.size]
+            body, checksum = data[: self._layout.size], data[self._layout.size :]
+            if checksum == _CHECKSUM.pack(zlib.crc32(body)):
+                return self._layout.unpack(body)
+        return None

@@ -1,0 +1,107 @@
+"""llama_mcore.plan.layout.calibration: constants by name, and what follows from a measured step."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_mcore.benchmark.runner import as_json
+from llama_mcore.benchmark.step import Request, Samples, summarize
+from llama_mcore.errors import ConfigError, MissingInputError
+from llama_mcore.model.config import PRESETS, ModelConfig
+from llama_mcore.plan.layout.calibration import load_calibration
+from llama_mcore.plan.layout.efficiency import Efficiency
+from llama_mcore.plan.layout.hardware import gpu, network, peak_of
+from llama_mcore.plan.layout.throughput import Predictor, Work, shape_of
+from tests.support.errors import ANY, refused
+
+MODEL = ModelConfig.model_validate(PRESETS["7b"])
+
+
+def write(folder: Path, content: object) -> Path:
+    path = folder / "calibration.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def measured(seconds: float, device: str = "NVIDIA H200") -> dict[str, Any]:
+    """What the benchmark writes, of a step of 12 sequences."""
+    found = {"ours": Samples([seconds / 2], [seconds], 1)}
+    result = as_json(summarize(Request(MODEL, 12), found, peak_of(device), 0.0))
+    return result | {"environment": {"device": device}}
+
+
+def setting(**fields: object) -> dict[str, Any]:
+    found = measured(2.0)
+    return found | {"settings": found["settings"] | fields}
+
+
+def test_named_constants_replace_the_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, {"gemm_share": 0.7, "layer_gap_s": 0})
+    assert load_calibration(path) == replace(Efficiency(), gemm_share=0.7, layer_gap_s=0)
+
+
+def test_a_measured_step_is_then_predicted(tmp_path: Path) -> None:
+    efficiency = load_calibration(write(tmp_path, measured(2.0)))
+    assert efficiency == replace(Efficiency(), gemm_share=efficiency.gemm_share)
+    work = Work(
+        gpus=1,
+        tp=1,
+        stage=1,
+        micro_batch=12,
+        micro_batches=1,
+        recompute="selective",
+        sequence_parallel=False,
+    )
+    step = Predictor(gpu("h200"), network("ib-400x8"), efficiency).step_time(shape_of(MODEL), work)
+    assert step.total == pytest.approx(2.0, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "[" * 100_000, {"gemm_half_side": 10**400}, {"hop_s": float("inf")}]
+)
+def test_what_is_no_json_object_is_refused(tmp_path: Path, content: object) -> None:
+    path = write(tmp_path, content)
+    with refused(ConfigError, "--calibration", path, remedy=False):
+        load_calibration(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "value"),
+    [
+        ({"gem_share": 0.5}, "gem_share", 0.5),
+        ({"gemm_share": 1.5}, "gemm_share", 1.5),
+        ({"stream_share": 1e-308}, "stream_share", 1e-308),
+        ({"overlap_cost": -1}, "overlap_cost", -1),
+        ({"layer_gap_s": 1e308}, "layer_gap_s", 1e308),
+        ({"overlap_cost": True}, "overlap_cost", True),
+        ({"benchmark": "loader"}, "benchmark", "loader"),
+        (measured(2.0, "Tesla T4"), "device", "Tesla T4"),
+        ({"benchmark": "step", "environment": {"device": "NVIDIA H200"}}, "settings", ANY),
+        (measured(2.0) | {"environment": None}, "environment", None),
+        (measured(2.0) | {"environment": {"device": ["x"]}}, "environment.device", ANY),
+        (measured(2.0) | {"measured": {"tokens_per_s": {"ours": 0}}}, "measured.tokens_per_s.ours", 0),
+        (setting(recompute="weird"), "settings.recompute", "weird"),
+        (setting(recompute=[]), "settings.recompute", "[]"),
+        (setting(layers=0), "settings.layers", 0),
+        (setting(heads="many"), "settings.heads", "many"),
+        # faster than the GPU can be
+        (measured(0.1), "tokens_per_s", ANY),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, content: object, name: str, value: object) -> None:
+    with refused(ConfigError, f"--calibration: {name}", value, remedy=False):
+        load_calibration(write(tmp_path, content))
+
+
+def test_all_problems_are_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_calibration(write(tmp_path, {"gem_share": 0.5, "overlap_cost": -1}))
+    assert len(caught.value.problems) == 2
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError):
+        load_calibration(tmp_path / "none.json")
