@@ -1,4 +1,4 @@
-"""What can go wrong on the user's side: each error names field, value, bound and remedy.
+"""What can go wrong on the user's side: each error names field, value, reason and remedy.
 
 Problems are collected and raised together, so that one run of a command shows all of them.
 A command turns an error into one message and its exit code (`report_errors`); a traceback is
@@ -24,17 +24,17 @@ _LONGEST_VALUE = 2000
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to mend. `bound` says what must hold, `remedy` what the reader can do."""
+    """One thing to fix. `reason` says what must hold, `remedy` what the reader can do."""
 
     field: str
     value: object
-    bound: str
+    reason: str
     remedy: str = ""
 
     def __str__(self) -> str:
         remedy = f"; {self.remedy}" if self.remedy else ""
         field, value = (on_a_line(str(part)) for part in (self.field, self.value))
-        return f"{field} = {value}: {self.bound}{remedy}"
+        return f"{field} = {value}: {self.reason}{remedy}"
 
 
 def on_a_line(text: str) -> str:
@@ -63,8 +63,8 @@ def input_problem(field: str, path: object, remedy: str = "", error: OSError | N
     return Problem(field, path, f"cannot be read ({error.strerror})", remedy)
 
 
-class UserError(Exception):
-    """A problem that the user can mend. `exit_code` follows sysexits.h."""
+class LlamaMcoreError(Exception):
+    """A problem that the user can fix. `exit_code` follows sysexits.h."""
 
     exit_code = 1
     title = "error"
@@ -73,7 +73,7 @@ class UserError(Exception):
         self.problems = [problems] if isinstance(problems, Problem) else list(problems)
         super().__init__(self.message())
 
-    def __reduce__(self) -> tuple[type["UserError"], tuple[list[Problem]]]:
+    def __reduce__(self) -> tuple[type["LlamaMcoreError"], tuple[list[Problem]]]:
         """Ranks tell each other what failed, so an error must survive the way with its problems."""
         return type(self), (self.problems,)
 
@@ -84,14 +84,14 @@ class UserError(Exception):
         return "\n".join(lines + [f"  - {problem}" for problem in self.problems])
 
 
-class ConfigError(UserError):
+class ConfigError(LlamaMcoreError):
     """A setting is unknown, out of range, or does not fit another one."""
 
     exit_code = 64
     title = "configuration error"
 
 
-class DataError(UserError):
+class DataError(LlamaMcoreError):
     """An input is there but cannot be used."""
 
     exit_code = 65
@@ -104,35 +104,35 @@ class CheckpointError(DataError):
     title = "checkpoint error"
 
 
-class MissingInputError(UserError):
+class MissingInputError(LlamaMcoreError):
     """An input is not there."""
 
     exit_code = 66
     title = "missing input"
 
 
-class PreflightError(UserError):
+class PreflightError(LlamaMcoreError):
     """The machine, or what is installed on it, cannot do what was asked."""
 
     exit_code = 69
     title = "preflight error"
 
 
-class NumericalError(UserError):
-    """The numbers of a run are not sound, and going on would not mend them."""
+class NumericalError(LlamaMcoreError):
+    """The numbers of a run are not valid, and going on would not fix them."""
 
     exit_code = 70
     title = "numerical error"
 
 
-class OutputError(UserError):
+class OutputError(LlamaMcoreError):
     """An output cannot be written."""
 
     exit_code = 73
     title = "output error"
 
 
-class NoProgressError(UserError):
+class NoProgressError(LlamaMcoreError):
     """A run ended again and again before it had saved anything."""
 
     exit_code = 93
@@ -146,15 +146,15 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def gathering(errors: list[UserError]) -> Iterator[None]:
+def gathering(errors: list[LlamaMcoreError]) -> Iterator[None]:
     """An error that is raised here is put by in `errors`, for `raise_all`."""
     try:
         yield
-    except UserError as error:
+    except LlamaMcoreError as error:
         errors.append(error)
 
 
-def raise_all(errors: Sequence[UserError]) -> None:
+def raise_all(errors: Sequence[LlamaMcoreError]) -> None:
     """Raise the problems of all errors as one: of the first's kind if they share an exit code, else a
     ConfigError."""
     if errors:
@@ -165,14 +165,14 @@ def raise_all(errors: Sequence[UserError]) -> None:
 
 @contextmanager
 def report_errors(debug: bool = False) -> Iterator[None]:
-    """Turn a `UserError` into one message on stderr and its exit code.
+    """Turn a `LlamaMcoreError` into one message on stderr and its exit code.
 
     Every rank of a job checks the same settings and ranks agree on what failed before they
     raise, so only the first rank of a node speaks.
     """
     try:
         yield
-    except UserError as error:
+    except LlamaMcoreError as error:
         if debug:
             say(traceback.format_exc().rstrip())
         elif os.environ.get("LOCAL_RANK", "0") == "0":

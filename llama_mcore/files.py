@@ -36,8 +36,8 @@ def prepare_output(path: Path, field: str = "output") -> None:
         if path.is_dir():
             raise OutputError(Problem(field, path, "is a folder", "give the name of a file"))
         if path.parent.is_file():
-            bound = f"{path.parent} is a file, not a folder"
-            raise OutputError(Problem(field, path, bound, "choose another place"))
+            reason = f"{path.parent} is a file, not a folder"
+            raise OutputError(Problem(field, path, reason, "choose another place"))
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             probe.touch()

@@ -37,9 +37,9 @@ def parse_count(field: str, text: str, at_least: float, at_most: float, whole: b
     match = re.fullmatch(r"(\d{1,40}(?:\.\d{1,40})?(?:[eE][+-]?\d{1,4})?)\s*([KMBTkmbt]?)", text.strip())
     count = float(match[1]) * _COUNT_FACTORS[match[2].upper()] if match else None
     if count is None or not at_least <= count <= at_most or (whole and count % 1):
-        bound = f"must be a {'whole ' if whole else ''}number from {at_least:g} to {at_most:g}"
+        reason = f"must be a {'whole ' if whole else ''}number from {at_least:g} to {at_most:g}"
         example = "64 or 2K" if whole else "1.4T, 65B, 0.4 or 5.6e23"
-        raise ConfigError(Problem(field, text, bound, f"write it like {example}"))
+        raise ConfigError(Problem(field, text, reason, f"write it like {example}"))
     return count
 
 

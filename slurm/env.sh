@@ -23,7 +23,7 @@ GPUS_PER_NODE=${GPUS_PER_NODE##*:}
 
 # Exit codes after which the job goes back into the queue: 75, it was asked to stop and has saved. More of them let
 # it go on after a crash too, e.g. "75 1 134 137 139" (an error, then aborted, killed, segmentation fault). Never 93,
-# with which three lives without progress end.
+# with which three attempts without progress end.
 REQUEUE_ON="75"
 
 set -u

@@ -5,10 +5,10 @@ import pytest
 from llama_mcore.errors import (
     CheckpointError,
     ConfigError,
+    LlamaMcoreError,
     MissingInputError,
     OutputError,
     Problem,
-    UserError,
     gathering,
     raise_all,
 )
@@ -16,23 +16,23 @@ from llama_mcore.errors import (
 
 def test_an_error_crosses_ranks_whole() -> None:
     """Collectives of Python objects pickle them."""
-    error = CheckpointError([Problem("a", 1, "is wrong", "mend it"), Problem("b", 2, "too")])
+    error = CheckpointError([Problem("a", 1, "is wrong", "fix it"), Problem("b", 2, "too")])
     arrived = pickle.loads(pickle.dumps(error))
     assert type(arrived) is CheckpointError
     assert arrived.problems == error.problems
     assert (
         str(arrived)
         == str(error)
-        == "checkpoint error: 2 problems\n  - a = 1: is wrong; mend it\n  - b = 2: too"
+        == "checkpoint error: 2 problems\n  - a = 1: is wrong; fix it\n  - b = 2: too"
     )
 
 
-def raised(*errors: UserError) -> UserError:
-    gathered: list[UserError] = []
+def raised(*errors: LlamaMcoreError) -> LlamaMcoreError:
+    gathered: list[LlamaMcoreError] = []
     for error in errors:
         with gathering(gathered):
             raise error
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(LlamaMcoreError) as caught:
         raise_all(gathered)
     return caught.value
 
@@ -45,7 +45,7 @@ def test_errors_of_one_kind_are_told_as_that_kind() -> None:
 
 
 def test_no_errors_raise_nothing() -> None:
-    errors: list[UserError] = []
+    errors: list[LlamaMcoreError] = []
     with gathering(errors):
         pass
     raise_all(errors)

@@ -16,7 +16,7 @@ from llama_mcore.convert.named_model import named_model
 from llama_mcore.data.manifest import manifest_path, read_manifest
 from llama_mcore.distributed.config import ZeroConfig
 from llama_mcore.distributed.ds_file import read_ds_file
-from llama_mcore.errors import DataError, MissingInputError, UserError
+from llama_mcore.errors import DataError, LlamaMcoreError, MissingInputError
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.plan.layout.calibration import load_calibration
 from llama_mcore.plan.layout.efficiency import Efficiency
@@ -31,7 +31,7 @@ def sparse(path: Path) -> None:
         file.truncate(1 << 40)
 
 
-HOSTILE: dict[str, tuple[Callable[[Path], None], type[UserError]]] = {
+HOSTILE: dict[str, tuple[Callable[[Path], None], type[LlamaMcoreError]]] = {
     "pipe": (os.mkfifo, DataError),
     "endless": (lambda path: path.symlink_to("/dev/zero"), DataError),
     "a terabyte of nothing": (sparse, DataError),

@@ -40,7 +40,7 @@ def test_counts(text: str, count: float) -> None:
 def test_what_is_no_count_is_refused(text: str) -> None:
     with refused(ConfigError, "--tokens", text) as error:
         parse_count("--tokens", text, 1, 1e30)
-    assert "1e+30" in error.value.problems[0].bound
+    assert "1e+30" in error.value.problems[0].reason
 
 
 def test_a_part_of_a_thing_that_has_none_is_refused() -> None:

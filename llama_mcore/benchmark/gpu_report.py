@@ -272,8 +272,8 @@ def read_report(folder: Path) -> Report:
     try:
         return _REPORT.validate_json(path.read_bytes())
     except (OSError, ValueError):
-        bound = f"holds a {JSON} that is none of ours"
-        raise OutputError(Problem("--output", folder, bound, "choose another folder")) from None
+        reason = f"holds a {JSON} that is none of ours"
+        raise OutputError(Problem("--output", folder, reason, "choose another folder")) from None
 
 
 def write_report(folder: Path, report: Report) -> None:

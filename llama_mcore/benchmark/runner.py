@@ -102,8 +102,8 @@ def environment() -> dict[str, Any]:
 def check_request(benchmark: str, bars: Sequence[Bar], json_file: Path | None, check: bool) -> None:
     """Refuse a check of nothing, an output that cannot be written and several ranks, before anything runs."""
     if check and not bars:
-        bound = "no bar is stated for these settings on this device"
-        raise ConfigError(Problem("--check", benchmark, bound, "see docs/benchmarks.md for those that are"))
+        reason = "no bar is stated for these settings on this device"
+        raise ConfigError(Problem("--check", benchmark, reason, "see docs/benchmarks.md for those that are"))
     if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise ConfigError(Problem("WORLD_SIZE", ranks, "must be 1", "start the benchmark without torchrun"))
     if json_file:

@@ -11,7 +11,7 @@ from rich.progress import Progress
 from llama_mcore.checkpoint.manifest import read_manifest
 from llama_mcore.checkpoint.paths import find_checkpoint
 from llama_mcore.checkpoint.train_state import Rollback
-from llama_mcore.data.audit import MEND_LINES, check_ledger, check_uses, count_uses, use_table
+from llama_mcore.data.audit import FIX_LINES, check_ledger, check_uses, count_uses, use_table
 from llama_mcore.errors import DataError, Problem
 from llama_mcore.observe.metrics_file import (
     METRICS_FILE,
@@ -44,8 +44,8 @@ def audit_run(run_dir: Path) -> str:
     manifest = read_manifest(path)
     segments, position = manifest.segments, manifest.consumed_samples
     if not segments:
-        bound = "was converted from another format and has read no data yet: there is nothing to audit"
-        raise DataError(Problem("checkpoint", path, bound, "train from it first"))
+        reason = "was converted from another format and has read no data yet: there is nothing to audit"
+        raise DataError(Problem("checkpoint", path, reason, "train from it first"))
     expected = segments[-1].used(position)
     metrics = run_dir / METRICS_FILE
     lines = list(read_every_line(metrics, Ledger))
@@ -55,9 +55,9 @@ def audit_run(run_dir: Path) -> str:
         try:
             uses = count_uses(segments, position, lambda windows: progress.advance(task, windows))
         except MemoryError:
-            bound, remedy = "need more memory to be counted than there is", "audit it on a larger machine"
+            reason, remedy = "need more memory to be counted than there is", "audit it on a larger machine"
             raise DataError(
-                Problem("windows", f"{path}: of {len(expected)} sources", bound, remedy)
+                Problem("windows", f"{path}: of {len(expected)} sources", reason, remedy)
             ) from None
     rollbacks = manifest.health.rollbacks if manifest.health else ()
     problems = [
@@ -67,8 +67,8 @@ def audit_run(run_dir: Path) -> str:
         *_check_jumps(rollbacks, rows, segments[-1].seq_length),
     ]
     if manifest.windows_read != expected:
-        bound, remedy = f"the plan gives {expected}", "the checkpoint was changed: take an older one"
-        problems.append(Problem(f"{path}: windows_read", manifest.windows_read, bound, remedy))
+        reason, remedy = f"the plan gives {expected}", "the checkpoint was changed: take an older one"
+        problems.append(Problem(f"{path}: windows_read", manifest.windows_read, reason, remedy))
     table = use_table(segments, uses)
     if problems:
         last = problems[-1]
@@ -96,13 +96,13 @@ def _check_steps(metrics: Path, lines: list[Ledger], rows: list[Ledger], last: i
     if missing := missing_steps([key_of(row) for row in rows], last):
         first, _ = missing[0]
         remedy = f"restore the file, or do them again: --resume a checkpoint before step {first:,}"
-        bound = "have no line, and every step of the run must have one"
-        problems.append(Problem(f"{metrics}: steps", describe_steps(missing), bound, remedy))
+        reason = "have no line, and every step of the run must have one"
+        problems.append(Problem(f"{metrics}: steps", describe_steps(missing), reason, remedy))
     counted = {id(row) for row in rows}
     if repeated := as_ranges(line.step for line in lines if id(line) not in counted):
-        bound = "have more lines than the one that counts, of the last attempt"
+        reason = "have more lines than the one that counts, of the last attempt"
         remedy = "the next start of the run drops the others: give its command again"
-        problems.append(Problem(f"{metrics}: steps", describe_steps(repeated), bound, remedy))
+        problems.append(Problem(f"{metrics}: steps", describe_steps(repeated), reason, remedy))
     return problems
 
 
@@ -115,7 +115,7 @@ def _check_jumps(rollbacks: Sequence[Rollback], rows: list[Ledger], seq_length: 
         for row in rows:
             consumed = row.tokens // seq_length
             if row.step > past.to_step and consumed <= past.end_sample:
-                bound = f"must be more than the {past.end_sample:,} after which the run went on"
-                problems.append(Problem(f"step {row.step}: samples", f"{consumed:,}", bound, MEND_LINES))
+                reason = f"must be more than the {past.end_sample:,} after which the run went on"
+                problems.append(Problem(f"step {row.step}: samples", f"{consumed:,}", reason, FIX_LINES))
                 break
     return problems

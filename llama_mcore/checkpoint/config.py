@@ -1,4 +1,4 @@
-"""When checkpoints are written, how many stay, and what memory that takes. Pure Python."""
+"""When checkpoints are written, how many stay, and what memory that takes. Imports no torch."""
 
 from typing import Annotated
 

@@ -92,8 +92,8 @@ def _folders(path: Path) -> tuple[list[Path], bool]:
     except OSError as error:
         raise unreadable(error) from None
     if not found:
-        bound = "is neither a checkpoint nor the folder of a run that has one"
-        raise MissingInputError(Problem("folder", path, bound, remedy))
+        reason = "is neither a checkpoint nor the folder of a run that has one"
+        raise MissingInputError(Problem("folder", path, reason, remedy))
     return found, True
 
 
@@ -105,8 +105,8 @@ def _check_ours(path: Path, remedy: str) -> None:
         raise unreadable(error) from None
     names = [each.name for each in formats]
     if names and "native" not in names:
-        bound = f"is no checkpoint of a run here, but one of another format: {' or '.join(names)}"
-        raise MissingInputError(Problem("folder", path, bound, remedy))
+        reason = f"is no checkpoint of a run here, but one of another format: {' or '.join(names)}"
+        raise MissingInputError(Problem("folder", path, reason, remedy))
 
 
 def _inspect(folder: Path, advance: Callable[[int], None] | None) -> tuple[Inspection, list[Problem]]:

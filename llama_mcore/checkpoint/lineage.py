@@ -52,7 +52,7 @@ def read_lineage(run_dir: Path) -> Lineage | None:
         reason = getattr(error, "strerror", None) or shown(" ".join(str(error).split()))
         remedy = (
             "restore it, or remove it: the checkpoints there then say which run it is; a run without any "
-            "begins anew, and needs --init-from again if it was begun so"
+            "starts from scratch, and needs --init-from again if it was begun so"
         )
         raise CheckpointError(Problem(RUN_FILE, path, f"cannot be read ({reason})", remedy)) from None
 

@@ -57,7 +57,7 @@ def load_checkpoint(
     phases.beat()
 
     def full(name: str) -> Tensor:
-        phases.working()
+        phases.progress()
         return reader.local(name, WEIGHT, groups.tp_rank, groups.tp_size)
 
     set_model_weights(engine, groups.dp_rank, full)
@@ -96,7 +96,7 @@ def _fill(
             if number + 1 < len(pieces):
                 reading = ahead.submit(read, number + 1)
             stream.copy([(fragment.view(kind).narrow(0, first, numel), piece)])
-            phases.working()
+            phases.progress()
 
 
 def _stretches(numel: int) -> Iterator[tuple[int, int]]:

@@ -120,8 +120,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(Problem("manifest", path, f"cannot be read ({_reason(error)})")) from None
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
-        bound = f"of {path} is not {FORMAT}"
-        raise CheckpointError(Problem("format", shown(found), bound, "use the release that wrote it"))
+        reason = f"of {path} is not {FORMAT}"
+        raise CheckpointError(Problem("format", shown(found), reason, "use the release that wrote it"))
     if content.pop(_CHECKSUM, None) != _checksum(content):
         raise CheckpointError(Problem("manifest", path, "is damaged: its SHA-256 is not the one it names"))
     try:
@@ -132,8 +132,8 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     named = re.match(r"step-(\d+)\b", folder.name)
     if named and int(named[1]) != manifest.step:
-        bound = f"is of step {manifest.step:,}: the folder was renamed, or is of another one's content"
-        raise CheckpointError(Problem("manifest", path, bound))
+        reason = f"is of step {manifest.step:,}: the folder was renamed, or is of another one's content"
+        raise CheckpointError(Problem("manifest", path, reason))
     return manifest
 
 

@@ -188,7 +188,7 @@ def _of_several_runs(run_dir: Path, written: dict[Path, Manifest]) -> ConfigErro
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
-    """The run's checkpoints whose manifest is sound and whose files are all there, oldest first. Raises what
+    """The run's checkpoints whose manifest is valid and whose files are all there, oldest first. Raises what
     `held_in` does."""
     return [folder for folder in held_in(run_dir).own if not problems_of(folder)]
 

@@ -137,8 +137,8 @@ class CheckpointReader:
         tensors, metadata = read_safetensors(path)
         expected = {"run_id": found.run_id, "step": str(found.step), "rank": str(rank)}
         if metadata != expected:
-            bound = f"is of {shown(metadata)}, the manifest of {shown(expected)}"
-            raise CheckpointError(Problem("file", path, bound))
+            reason = f"is of {shown(metadata)}, the manifest of {shown(expected)}"
+            raise CheckpointError(Problem("file", path, reason))
         return tensors
 
     def _checked_model(self, opened: list[dict[str, StoredTensor]]) -> ModelConfig:
@@ -147,12 +147,12 @@ class CheckpointReader:
         try:
             model = ModelConfig.model_validate(found.config.get("model"))
         except ValidationError as error:
-            bound = f"does not describe a model ({shown(' '.join(str(error).split()))})"
-            raise CheckpointError(Problem("manifest", path, bound)) from None
+            reason = f"does not describe a model ({shown(' '.join(str(error).split()))})"
+            raise CheckpointError(Problem("manifest", path, reason)) from None
         fragments, size = sum(map(len, opened)), sum(f.bytes for f in found.files)
         if model.num_layers > fragments or _FP32_BYTES * len(self.kinds) * model.num_params() > size:
-            bound = f"describes a model that its {size:,} bytes in {fragments:,} fragments cannot hold"
-            raise CheckpointError(Problem("manifest", path, bound))
+            reason = f"describes a model that its {size:,} bytes in {fragments:,} fragments cannot hold"
+            raise CheckpointError(Problem("manifest", path, reason))
         return model
 
     def _index(self, file: RankFile, tensors: dict[str, StoredTensor]) -> None:
@@ -166,8 +166,8 @@ class CheckpointReader:
                 fits = False
             if not fits:
                 what = f"{shown(key)} {DTYPE_NAMES[stored.dtype]} {list(stored.shape)}"
-                bound = f"holds {what}, which is no fragment of the model"
-                raise CheckpointError(Problem("file", self.path / file.name, bound))
+                reason = f"holds {what}, which is no fragment of the model"
+                raise CheckpointError(Problem("file", self.path / file.name, reason))
             self._pieces[kind, name, file.tp_rank].append((start, start + numel, stored))
 
     def _check_complete(self) -> None:
@@ -175,16 +175,16 @@ class CheckpointReader:
         for name, shape in self._shapes.items():
             split = split_of(name)
             if split and shape[split.dim] % (split.stride * self._tp_size):
-                bound = f"does not divide {name} {list(shape)} of the model in {self.path}"
-                raise CheckpointError(Problem("layout.tp", self._tp_size, bound))
+                reason = f"does not divide {name} {list(shape)} of the model in {self.path}"
+                raise CheckpointError(Problem("layout.tp", self._tp_size, reason))
             size = self._numel(name, self._tp_size)
             for kind, tp_rank in product(self.kinds, range(self._tp_size if split else 1)):
                 pieces = self._pieces[kind, name, tp_rank]
                 pieces.sort(key=itemgetter(0, 1))
                 starts, ends = [piece[0] for piece in pieces], [piece[1] for piece in pieces]
                 if [*starts, size] != [0, *ends]:
-                    bound = f"elements of rank {tp_rank} in {self.path} where {size} are needed, each once"
-                    raise CheckpointError(Problem(f"{kind} of {name}", sum(ends) - sum(starts), bound))
+                    reason = f"elements of rank {tp_rank} in {self.path} where {size} are needed, each once"
+                    raise CheckpointError(Problem(f"{kind} of {name}", sum(ends) - sum(starts), reason))
 
     def _read(self, kind: str, name: str, tp_rank: int, start: int = 0, end: int | None = None) -> Tensor:
         """Elements [start, end) of the flat fp32 shard of one saved rank, from its fragments."""

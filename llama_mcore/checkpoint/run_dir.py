@@ -8,7 +8,7 @@ from llama_mcore.checkpoint.paths import step_folders
 from llama_mcore.checkpoint.run_lock import FOLDER as LEASE
 from llama_mcore.config.run import LARGEST_CONFIG, RunConfig
 from llama_mcore.errors import ConfigError, Problem
-from llama_mcore.observe.goodput.attempts import LIVES_FILE
+from llama_mcore.observe.goodput.attempts import ATTEMPTS_FILE
 from llama_mcore.observe.goodput.timeline import TIMELINE_FILE
 from llama_mcore.observe.metrics_file import GIVEN_UP_METRICS, METRICS_FILE
 from llama_mcore.small_file import parse_yaml, read_small_file
@@ -16,7 +16,7 @@ from llama_mcore.small_file import parse_yaml, read_small_file
 CONFIG_FILE = "config.yaml"
 PREFLIGHT_MARK = ".preflight"
 """Begins the names of what a preflight tries in the folder."""
-KNOWN = {CONFIG_FILE, RUN_FILE, METRICS_FILE, GIVEN_UP_METRICS, TIMELINE_FILE, LIVES_FILE, LEASE} | {
+KNOWN = {CONFIG_FILE, RUN_FILE, METRICS_FILE, GIVEN_UP_METRICS, TIMELINE_FILE, ATTEMPTS_FILE, LEASE} | {
     "tensorboard",
     "checkpoints",
     "deepspeed",
@@ -61,9 +61,9 @@ def is_same_run(run_dir: Path, run: RunConfig) -> bool:
     return not text.endswith("\n") or bool(there == run.model_dump())
 
 
-def would_begin_anew(run_dir: Path) -> ConfigError:
+def would_start_from_scratch(run_dir: Path) -> ConfigError:
     """Of a folder that is another run's, or nobody's."""
     remedy = "choose another folder, or give --fresh to move what is there aside"
     return ConfigError(
-        Problem("run.dir", run_dir, "is not empty, and the run would begin anew there", remedy)
+        Problem("run.dir", run_dir, "is not empty, and the run would start from scratch there", remedy)
     )

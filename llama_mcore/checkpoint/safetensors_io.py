@@ -65,8 +65,8 @@ def _room(numel: int, dtype: torch.dtype, path: Path) -> Tensor:
         return torch.empty(numel, dtype=dtype)
     except RuntimeError:  # torch has no error of its own for this
         needed = f"{numel * dtype.itemsize / 1e6:,.0f} MB"
-        bound, remedy = f"more, for a tensor of {path}, are not to be had", "end other programs"
-        raise PreflightError(Problem("memory", needed, bound, remedy)) from None
+        reason, remedy = f"more, for a tensor of {path}, are not to be had", "end other programs"
+        raise PreflightError(Problem("memory", needed, reason, remedy)) from None
 
 
 def _read_into(content: Tensor, path: Path, offset: int) -> None:

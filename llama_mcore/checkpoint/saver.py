@@ -56,7 +56,7 @@ from llama_mcore.observe.log import get_logger
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedCheckpoint:
     """A checkpoint that is on the disk."""
 
     path: Path
@@ -81,7 +81,7 @@ class Saver:
         self._host_copy, self.memory = host_copy(engine, groups, run.checkpoint)
         self._writing: _Writing | None = None
 
-    def begin(self, state: TrainState, lr: float) -> Saved | None:
+    def begin(self, state: TrainState, lr: float) -> SavedCheckpoint | None:
         """Start to write the state of now. Waits for the save before, if that is not done, and returns it.
 
         From here on `before_update` has to be called before every update. Raises NumericalError, and writes
@@ -112,7 +112,7 @@ class Saver:
             self._writing.copying.copied.wait()
             self._writing.stalled_s += time.perf_counter() - started
 
-    def poll(self) -> Saved | None:
+    def poll(self) -> SavedCheckpoint | None:
         """Go on with the save in flight if every rank has done its part; return it if it is done. Does not
         wait."""
         if self._writing is None:
@@ -122,7 +122,7 @@ class Saver:
         dist.all_reduce(waiting, dist.ReduceOp.MAX)
         return None if waiting.item() else self._advance(self._writing, started)
 
-    def finish(self) -> Saved | None:
+    def finish(self) -> SavedCheckpoint | None:
         """Wait until the save in flight is published."""
         saved = None
         while self._writing:
@@ -151,7 +151,7 @@ class Saver:
         finally:  # nobody shall wait for a copy that failed; `result` says why it did
             copying.copied.set()
 
-    def _advance(self, writing: "_Writing", started: float) -> Saved | None:
+    def _advance(self, writing: "_Writing", started: float) -> SavedCheckpoint | None:
         """From written to publishing, from publishing to published."""
         self._writing = None  # also if it failed
         results = agree(lambda: writing.result(self._run), writing.final)
@@ -162,7 +162,7 @@ class Saver:
         writing.stalled_s += now - started
         if self._writing:
             return None
-        return Saved(writing.final, writing.state, writing.stalled_s, now - writing.started)
+        return SavedCheckpoint(writing.final, writing.state, writing.stalled_s, now - writing.started)
 
     def _begin_to_publish(self, writing: "_Writing", written: list[tuple[int, str]]) -> None:
         writing.publishing = True

@@ -173,7 +173,7 @@ def not_finite(engine: DeepSpeedEngine, groups: Groups) -> list[str]:
 
 def check_finite(found: Sequence[list[str]], step: int) -> None:
     """Raise NumericalError where any rank has something; `found`: what `not_finite` gave, by rank."""
-    remedy = "start the same command again: it goes on from the newest checkpoint, which is sound"
+    remedy = "start the same command again: it goes on from the newest checkpoint, which is valid"
     problems = [
         Problem(
             f"{len(names)} tensors of the state",

@@ -23,7 +23,7 @@ from llama_mcore.checkpoint.paths import (
     step_dir,
     unreadable,
 )
-from llama_mcore.checkpoint.run_dir import is_same_run, would_begin_anew
+from llama_mcore.checkpoint.run_dir import is_same_run, would_start_from_scratch
 from llama_mcore.checkpoint.run_lock import FOLDER as LEASE
 from llama_mcore.checkpoint.same_model import model_differences
 from llama_mcore.checkpoint.train_state import Origin
@@ -31,15 +31,15 @@ from llama_mcore.config.run import RunConfig
 from llama_mcore.errors import (
     CheckpointError,
     ConfigError,
+    LlamaMcoreError,
     MissingInputError,
     OutputError,
     Problem,
-    UserError,
     input_problem,
     shown,
 )
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.observe.goodput.attempts import LIVES_FILE
+from llama_mcore.observe.goodput.attempts import ATTEMPTS_FILE
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Start:
     each other."""
 
     resume: str = "auto"
-    """auto: from the newest sound checkpoint of the run's folder, if it has any; never; or the folder of a
+    """auto: from the newest valid checkpoint of the run's folder, if it has any; never; or the folder of a
     checkpoint of this run, to go back to."""
     init_from: str = ""
     """Folder of a checkpoint, or of a run, whose weights a new run begins with."""
     fresh: bool = False
-    """Move what the run's folder holds aside and begin anew."""
+    """Move what the run's folder holds aside and start from scratch."""
     accept_data_change: bool = False
     """Resume with other data than before, and record that."""
 
@@ -93,7 +93,7 @@ class Way:
     """Names that look like those of checkpoints."""
 
     def newest_first(self) -> list[Path]:
-        """What to try until one is sound."""
+        """What to try until one is valid."""
         begins_with = [self.init_from] if self.init_from else []
         return self.folders[::-1] or begins_with
 
@@ -133,8 +133,8 @@ def _looked_into(run_dir: Path) -> list[str]:
             raise OutputError(Problem("run.dir", run_dir, "is not a folder", "choose another"))
         return lookalikes(run_dir)
     except ValueError:  # half of a character, or a zero
-        bound = "cannot be the name of a folder"
-        raise ConfigError(Problem("run.dir", ascii(str(run_dir)), bound, "choose another")) from None
+        reason = "cannot be the name of a folder"
+        raise ConfigError(Problem("run.dir", ascii(str(run_dir)), reason, "choose another")) from None
 
 
 def _way_of(run: RunConfig, run_dir: Path, start: Start) -> Way:
@@ -151,7 +151,7 @@ def _way_of(run: RunConfig, run_dir: Path, start: Start) -> Way:
     if held.own and start.resume == "auto":
         return way
     if not _may_begin(run_dir, run, start):
-        raise would_begin_anew(run_dir)
+        raise would_start_from_scratch(run_dir)
     if start.init_from:
         return _beginning(way, find_checkpoint(Path(start.init_from)))
     began_from = way.lineage.began_from
@@ -170,15 +170,15 @@ def _outside(run_dir: Path, init_from: str) -> Path | None:
         return None
     source = find_checkpoint(Path(init_from))
     if source.resolve().is_relative_to(run_dir.resolve()):
-        bound = f"lies in {run_dir}, which --fresh moves aside"
-        raise ConfigError(Problem("--init-from", init_from, bound, "choose another run.dir"))
+        reason = f"lies in {run_dir}, which --fresh moves aside"
+        raise ConfigError(Problem("--init-from", init_from, reason, "choose another run.dir"))
     return source
 
 
 def _may_begin(run_dir: Path, run: RunConfig, start: Start) -> bool:
     """Nothing is overwritten; a run that died before its first checkpoint may begin again."""
     there = [path.name for path in run_dir.iterdir() if path.name != LEASE] if run_dir.is_dir() else []
-    if there in ([], [LIVES_FILE]):
+    if there in ([], [ATTEMPTS_FILE]):
         return True
     return start.resume == "auto" and is_same_run(run_dir, run)
 
@@ -194,8 +194,8 @@ def _named(run_dir: Path, held: Held, path: Path) -> list[Path]:
         run_id = run_id_of(folder)
         if run_id not in (None, own):  # what cannot be read is found to be damaged
             holds = f"holds run {shown(own)}" if own is not None else "holds no run"
-            bound = f"is of run {shown(run_id)}, and run.dir = {run_dir} {holds}"
-            raise ConfigError(Problem("--resume", path, bound, _ways_out(folder)))
+            reason = f"is of run {shown(run_id)}, and run.dir = {run_dir} {holds}"
+            raise ConfigError(Problem("--resume", path, reason, _ways_out(folder)))
     return folders
 
 
@@ -228,15 +228,15 @@ def _check_began_from(run_dir: Path, lineage: Lineage, init_from: str) -> None:
     if origin:
         if Path(origin.path) in (asked.resolve(), step_dir(asked.resolve(), origin.step)):
             return
-        with suppress(UserError, OSError):  # it may be gone by now
+        with suppress(LlamaMcoreError, OSError):  # it may be gone by now
             if origin_of(find_checkpoint(asked)).manifest_sha256 == origin.manifest_sha256:
                 return
     began = f"with the weights of {origin.path}" if origin else "with weights that were drawn"
-    bound = f"the run in {run_dir} began {began}"
+    reason = f"the run in {run_dir} began {began}"
     remedy = (
         "leave --init-from off to go on with that run, choose another run.dir, or move it aside by --fresh"
     )
-    raise ConfigError(Problem("--init-from", init_from, bound, remedy))
+    raise ConfigError(Problem("--init-from", init_from, reason, remedy))
 
 
 def _unchanged(run_dir: Path, origin: Origin) -> Path:
@@ -266,7 +266,7 @@ class Outlook:
     def __str__(self) -> str:
         aside = " and moves what is there aside" if self.way.fresh else ""
         if self.manifest is None:
-            return f"begins anew{aside}"
+            return f"starts from scratch{aside}"
         if not self.way.folders:
             return f"begins with the weights of {self.checkpoint}{aside}"
         does = "goes back to" if self.way.goes_back else "continues at"
@@ -277,7 +277,7 @@ def outlook(run: RunConfig, start: Start = Start()) -> Outlook:
     """What a start of the run would do in its folder, as far as manifests and sizes of files show: no tensor
     is read, and nothing changed.
 
-    Raises what the start would: what `way_of` does, CheckpointError where no checkpoint is sound, ConfigError
+    Raises what the start would: what `way_of` does, CheckpointError where no checkpoint is valid, ConfigError
     for one of another model.
     """
     way, damaged = way_of(run, start), []
@@ -291,17 +291,17 @@ def outlook(run: RunConfig, start: Start = Start()) -> Outlook:
             raise ConfigError(differences)
         return Outlook(way, folder, manifest, damaged)
     if damaged:
-        raise none_sound(run, start, damaged)
+        raise none_valid(run, start, damaged)
     return Outlook(way, None, None)
 
 
-def none_sound(run: RunConfig, start: Start, damaged: list[Problem]) -> CheckpointError:
+def none_valid(run: RunConfig, start: Start, damaged: list[Problem]) -> CheckpointError:
     """Of a start whose checkpoints are all damaged."""
     if start.init_from:
         named, remedy = ("--init-from", start.init_from), "restore it, or begin from another"
     else:
-        named, remedy = ("--resume", start.resume), "restore one, or begin anew with --fresh"
-    return CheckpointError([*damaged, Problem(*named, "found no sound checkpoint", remedy)])
+        named, remedy = ("--resume", start.resume), "restore one, or start from scratch with --fresh"
+    return CheckpointError([*damaged, Problem(*named, "found no valid checkpoint", remedy)])
 
 
 def _looked_at(folder: Path) -> tuple[Manifest, ModelConfig]:

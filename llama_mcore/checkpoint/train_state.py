@@ -52,10 +52,10 @@ class HealthState(Section):
     """All of the run, oldest first."""
     anchor: Count = 0
     """Step of the newest checkpoint that was written because it was due: where a rollback returns to. What is
-    written because of a signal differs from life to life, so that it decides nothing."""
+    written because of a signal differs from attempt to attempt, so that it decides nothing."""
 
     @property
-    def is_quiet(self) -> bool:
+    def is_stable(self) -> bool:
         """Nothing speaks against the weights of now."""
         return self.skipped_in_a_row == self.spikes_in_a_row == 0
 

@@ -291,14 +291,14 @@ def train(
         str, typer.Option(help="Checkpoint, or run folder, whose weights a new run begins with.")
     ] = "",
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Move what the run's folder holds aside and begin anew.")
+        bool, typer.Option("--fresh", help="Move what the run's folder holds aside and start from scratch.")
     ] = False,
     accept_data_change: Annotated[
         bool,
         typer.Option("--accept-data-change", help="Resume with other data than before, and record that."),
     ] = False,
     retry: Annotated[
-        bool, typer.Option("--retry", help="Start although the last lives of the run saved nothing.")
+        bool, typer.Option("--retry", help="Start although the last attempts of the run saved nothing.")
     ] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Set by deepspeed.")] = 0,
     debug: Debug = False,
@@ -307,9 +307,9 @@ def train(
     from llama_mcore.watchdog.signals import held_stop_signals
 
     with held_stop_signals(), report_errors(debug):
-        from llama_mcore.distributed.launch_env import take_place
+        from llama_mcore.distributed.launch_env import rank_from_environment
 
-        place = take_place()
+        place = rank_from_environment()
         from llama_mcore.checkpoint.start import Start
         from llama_mcore.cli import start_run
         from llama_mcore.config.run import check_run, load_run
@@ -319,16 +319,16 @@ def train(
             start_run.check_world_size(world_size, dry_run)
         run = load_run(config, context.args)
         ranks = place.world_size
-        if dry_run and (world_size or place.is_alone):
+        if dry_run and (world_size or place.is_single_process):
             ranks = world_size or run.parallel.tp
         check_run(run, ranks)
         if not dry_run:
-            start_run.check_lives(run, retry or fresh)
+            start_run.check_attempts(run, retry or fresh)
             leave(start_run.train_watched(run, start))
         from llama_mcore.train.ds_config import deepspeed_config
 
         deepspeed_config(run, ranks)
-        if place.is_alone or world_size:
+        if place.is_single_process or world_size:
             start_run.print_plan(run, ranks, start)
         else:
             start_run.preflight_run(run, place, start, json=False, retry=retry or fresh)
@@ -353,9 +353,9 @@ def preflight(
 
     Start it as the run would be started; train --dry-run does the same under a launcher."""
     with report_errors(debug):
-        from llama_mcore.distributed.launch_env import take_place
+        from llama_mcore.distributed.launch_env import rank_from_environment
 
-        place = take_place()
+        place = rank_from_environment()
         from llama_mcore.checkpoint.start import Start
         from llama_mcore.cli import start_run
         from llama_mcore.config.run import check_run, load_run

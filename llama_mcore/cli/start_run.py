@@ -1,4 +1,4 @@
-"""What `train` and `preflight` do with a run whose settings are sound: print its plan, check it from every
+"""What `train` and `preflight` do with a run whose settings are valid: print its plan, check it from every
 rank, or train it while it is watched.
 
 As in commands.py, functions import what they need when they run: a plan loads no torch, and the process that
@@ -14,8 +14,8 @@ import typer
 
 from llama_mcore.checkpoint.start import Start
 from llama_mcore.config.run import RunConfig
-from llama_mcore.distributed.launch_env import Place
-from llama_mcore.errors import ConfigError, Problem, UserError, raise_all
+from llama_mcore.distributed.launch_env import RankInfo
+from llama_mcore.errors import ConfigError, LlamaMcoreError, Problem, raise_all
 
 
 def check_world_size(world_size: int, dry_run: bool) -> None:
@@ -27,9 +27,9 @@ def check_world_size(world_size: int, dry_run: bool) -> None:
         raise ConfigError(Problem("--world-size", world_size, "must be at least 1"))
 
 
-def check_lives(run: RunConfig, anyway: bool) -> None:
-    """Each rank for itself, before anything slow. `anyway`: the user asked to start whatever the last lives
-    came to, which counts for the first start of a job."""
+def check_attempts(run: RunConfig, anyway: bool) -> None:
+    """Each rank for itself, before anything slow. `anyway`: the user asked to start whatever the last
+    attempts came to, which counts for the first start of a job."""
     from llama_mcore.observe.goodput.attempts import is_requeued
     from llama_mcore.observe.goodput.no_progress import check_progress
 
@@ -84,7 +84,7 @@ def print_plan(run: RunConfig, ranks: int, start: Start) -> None:
     raise_all(failures)
 
 
-def preflight_run(run: RunConfig, place: Place, asked: Start, *, json: bool, retry: bool = False) -> None:
+def preflight_run(run: RunConfig, place: RankInfo, asked: Start, *, json: bool, retry: bool = False) -> None:
     """Check it from every rank. `retry` as of `start` in diagnose/checks_run.py."""
     from functools import partial
 
@@ -103,7 +103,7 @@ def preflight_run(run: RunConfig, place: Place, asked: Start, *, json: bool, ret
         return describe_run(run, place.world_size, state_of(Path(run.run.dir)))
 
     def data_plan() -> str:
-        with suppress(UserError):  # preflight finds it, on every rank
+        with suppress(LlamaMcoreError):  # preflight finds it, on every rank
             return _data_plan(run)
         return ""
 

@@ -20,9 +20,9 @@ from llama_mcore.data.config import DataConfig, SourceConfig
 from llama_mcore.distributed.config import ParallelConfig, ZeroConfig
 from llama_mcore.errors import (
     ConfigError,
+    LlamaMcoreError,
     MissingInputError,
     Problem,
-    UserError,
     gathering,
     input_problem,
     nearest,
@@ -97,7 +97,7 @@ def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
     there is no such file, or none of its mixture.
     """
     data = _read_yaml(_find_config(config))
-    errors: list[UserError] = []
+    errors: list[LlamaMcoreError] = []
     with gathering(errors):
         _check_stand_ins(overrides)
     for override in sorted(overrides, key=_stands_for_others, reverse=True):
@@ -223,8 +223,8 @@ def _check_stand_ins(overrides: Sequence[str]) -> None:
     """Of two that each put the other aside, neither can win."""
     given = {key: text for key, _, text in (o.partition("=") for o in overrides if _stands_for_others(o))}
     if "data.train" in given and "data.mixture" in given:
-        bound = f"stands for a single source, beside data.mixture = {given['data.mixture']}"
-        raise ConfigError(Problem("data.train", given["data.train"], bound, "drop one"))
+        reason = f"stands for a single source, beside data.mixture = {given['data.mixture']}"
+        raise ConfigError(Problem("data.train", given["data.train"], reason, "drop one"))
 
 
 def _drop_replaced(data: dict[str, Any], override: str) -> None:
@@ -318,8 +318,8 @@ def _check_model(run: RunConfig) -> list[Problem]:
         )
     scaling = model.rope_scaling
     if scaling and scaling.low_freq_factor >= scaling.high_freq_factor:
-        bound = f"must be below model.rope_scaling.high_freq_factor = {scaling.high_freq_factor}"
-        problems.append(Problem("model.rope_scaling.low_freq_factor", scaling.low_freq_factor, bound))
+        reason = f"must be below model.rope_scaling.high_freq_factor = {scaling.high_freq_factor}"
+        problems.append(Problem("model.rope_scaling.low_freq_factor", scaling.low_freq_factor, reason))
     return problems
 
 
@@ -397,12 +397,12 @@ def _check_data(run: RunConfig) -> list[Problem]:
         return [Problem("data.train", "(not given)", "is required", "add it, or data.sources")]
     problems = []
     if data.eod_token >= run.model.vocab_size:
-        bound = f"must be below model.vocab_size = {run.model.vocab_size}"
-        problems.append(Problem("data.eod_token", data.eod_token, bound))
+        reason = f"must be below model.vocab_size = {run.model.vocab_size}"
+        problems.append(Problem("data.eod_token", data.eod_token, reason))
     for setting in ("valid", "epochs"):
         if data.sources and getattr(data, setting) != type(data).model_fields[setting].default:
-            bound = "belongs to data.train; each of data.sources has its own"
-            problems.append(Problem(f"data.{setting}", getattr(data, setting), bound, "drop it"))
+            reason = "belongs to data.train; each of data.sources has its own"
+            problems.append(Problem(f"data.{setting}", getattr(data, setting), reason, "drop it"))
     return problems + _check_sources(data.sources)
 
 
@@ -413,8 +413,10 @@ def _check_sources(sources: dict[str, SourceConfig]) -> list[Problem]:
         for name, source in sources.items()
     }
     if sources and set(planned_by.values()) not in ({"epochs"}, {"weight"}):
-        bound = "all must give epochs, or all weight"
-        problems.append(Problem("data.sources", ", ".join(f"{n}: {p}" for n, p in planned_by.items()), bound))
+        reason = "all must give epochs, or all weight"
+        problems.append(
+            Problem("data.sources", ", ".join(f"{n}: {p}" for n, p in planned_by.items()), reason)
+        )
     problems += [
         Problem(f"data.sources.{name}", "epochs and weight", "exclude each other", "weight has max_epochs")
         for name, source in sources.items()

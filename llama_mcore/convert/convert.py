@@ -24,9 +24,9 @@ from llama_mcore.distributed.device import choose_device, on_gpu
 from llama_mcore.errors import (
     CheckpointError,
     ConfigError,
+    LlamaMcoreError,
     OutputError,
     Problem,
-    UserError,
     gathering,
     raise_all,
     shown,
@@ -129,7 +129,7 @@ def _prepare(
     force: bool,
 ) -> Conversion:
     """Raises all that is wrong with the choices and the places, then what is wrong with the source."""
-    errors: list[UserError] = []
+    errors: list[LlamaMcoreError] = []
     with gathering(errors):
         check_there(input)
     with gathering(errors):
@@ -174,8 +174,8 @@ def _check_fit(writes: Format, tp: int | None, dtype: str | None, optimizer: boo
     """ConfigError with all that the target cannot hold or has no use for."""
     problems = []
     if tp is not None and not writes.is_cut:
-        bound = f"means nothing to {writes.name}, whose files serve every number of ranks"
-        problems.append(Problem("--tp", tp, bound, "leave it out"))
+        reason = f"means nothing to {writes.name}, whose files serve every number of ranks"
+        problems.append(Problem("--tp", tp, reason, "leave it out"))
     if optimizer and not writes.has_optimizer:
         problems.append(Problem("--optimizer", "", f"cannot be held by {writes.name}", "leave it out"))
     if writes.fp32_only and dtype not in (None, "fp32"):
@@ -202,8 +202,8 @@ def _check_output(input: Path, output: Path, force: bool) -> None:
         raise OutputError(Problem("--output", output, "holds the input", "choose another folder"))
     for path in (_beside(output, suffix) for suffix in _SUFFIXES):
         if path.exists() and (foreign := _not_ours(path)):
-            bound = f"is there already, and convert did not write {foreign}"
-            raise OutputError(Problem("--output", path, bound, "move that away, or choose another folder"))
+            reason = f"is there already, and convert did not write {foreign}"
+            raise OutputError(Problem("--output", path, reason, "move that away, or choose another folder"))
     if not force and output.exists() and any(output.iterdir()):
         raise cannot_replace("--output", output, "written by convert")
 
@@ -233,8 +233,8 @@ def _read_beside(path: Path) -> bytes:
     try:
         return read_small_file(path, LARGEST_MODEL, follow=True)
     except (OSError, ValueError) as error:
-        bound = f"cannot be read ({getattr(error, 'strerror', None) or shown(error)})"
-        raise CheckpointError(Problem("tokenizer", path, bound, "put it right, or remove it")) from None
+        reason = f"cannot be read ({getattr(error, 'strerror', None) or shown(error)})"
+        raise CheckpointError(Problem("tokenizer", path, reason, "put it right, or remove it")) from None
 
 
 def _check_tokenizer(weights: Weights, input: Path) -> None:
@@ -244,9 +244,9 @@ def _check_tokenizer(weights: Weights, input: Path) -> None:
         return
     found = Tokenizer(weights.tokenizer).vocab_size
     if found > weights.model.vocab_size:
-        bound = f"has {found} tokens, the model only {weights.model.vocab_size}"
+        reason = f"has {found} tokens, the model only {weights.model.vocab_size}"
         raise CheckpointError(
-            Problem("tokenizer", weights.tokenizer, bound, "put the right one in its place")
+            Problem("tokenizer", weights.tokenizer, reason, "put the right one in its place")
         )
 
 

@@ -59,11 +59,11 @@ class Rounded:
         if not _is_finite(rounded):
             what = name if kind == WEIGHT else f"{kind} of {name}"
             if not _is_finite(tensor):
-                bound, remedy = "is not finite in the source", "take an older checkpoint"
+                reason, remedy = "is not finite in the source", "take an older checkpoint"
             else:
                 dtypes = "bf16 or fp32" if self.dtype == torch.float16 else "fp32"
-                bound, remedy = f"is not finite in {rounded.dtype}", f"give --dtype {dtypes}"
-            raise CheckpointError(Problem(what, "inf or nan", bound, remedy))
+                reason, remedy = f"is not finite in {rounded.dtype}", f"give --dtype {dtypes}"
+            raise CheckpointError(Problem(what, "inf or nan", reason, remedy))
         return rounded
 
 

@@ -136,8 +136,8 @@ def _check_tokenizer(weights: Weights, found: Weights, target: Place, result: Ve
     if weights.tokenizer is None:
         return
     if found.tokenizer is None:
-        bound = f"is not carried by {target.format.name}"
-        result.problems.append(Problem("tokenizer", weights.tokenizer, bound))
+        reason = f"is not carried by {target.format.name}"
+        result.problems.append(Problem("tokenizer", weights.tokenizer, reason))
         return
     expected = Tokenizer(weights.tokenizer)
     if Tokenizer(found.tokenizer).sha256 != expected.sha256:
@@ -186,10 +186,10 @@ def _tokenizer_problems(folder: Path, expected: Tokenizer, texts: list[str]) -> 
         # the unknown token has no text to come back
         or (theirs.unk_token_id not in ids and theirs.decode(ids) != expected.decode(ids))
     ]
-    bound = "is encoded or decoded differently by transformers"
-    problems = [Problem("tokenizer", repr(text), bound) for text in differing[:_MOST_NAMED]]
+    reason = "is encoded or decoded differently by transformers"
+    problems = [Problem("tokenizer", repr(text), reason) for text in differing[:_MOST_NAMED]]
     if left := len(differing) - len(problems):
-        problems.append(Problem("tokenizer", f"{left:,} more of {len(texts):,} texts", bound))
+        problems.append(Problem("tokenizer", f"{left:,} more of {len(texts):,} texts", reason))
     return problems
 
 
@@ -214,11 +214,11 @@ def _check_logits(
     error = relative_error(now[1].logits, before[1].logits)
     # written so that a nan fails too
     if not error <= LOGITS_TOLERANCE:
-        bound = f"is over {LOGITS_TOLERANCE:g} between {before[0]} on the source and {now[0]} on the output"
-        result.problems.append(Problem("relative error of the logits", f"{error:.1e}", bound))
+        reason = f"is over {LOGITS_TOLERANCE:g} between {before[0]} on the source and {now[0]} on the output"
+        result.problems.append(Problem("relative error of the logits", f"{error:.1e}", reason))
     if now[1].continuation != before[1].continuation:
-        bound = f"is what {now[0]} gives where {before[0]} gave {before[1].continuation} for the source"
-        result.problems.append(Problem("greedy continuation", now[1].continuation, bound))
+        reason = f"is what {now[0]} gives where {before[0]} gave {before[1].continuation} for the source"
+        result.problems.append(Problem("greedy continuation", now[1].continuation, reason))
     who = before[0] if before[0] == now[0] else f"{before[0]} and {now[0]}"
     result.compared.append(f"logits by {who} (relative error {error:.1e}), {NEW_TOKENS} greedy tokens")
 

@@ -11,7 +11,7 @@ from llama_mcore.data.data_plan import Segment, SourcePlan, format_table
 from llama_mcore.errors import Problem
 
 CHUNK = 1 << 20
-MEND_LINES = "restore metrics.jsonl, or do the steps again from an earlier checkpoint: --resume"
+FIX_LINES = "restore metrics.jsonl, or do the steps again from an earlier checkpoint: --resume"
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,15 @@ def _most(uses: NDArray[np.uint16]) -> int:
 def check_uses(uses: Iterable[SourceUse]) -> list[Problem]:
     """Where a window, or a source in all, was read more often than planned."""
     problems = []
-    remedy = "the checkpoint is not of that plan: take an older one, or begin anew"
+    remedy = "the checkpoint is not of that plan: take an older one, or start from scratch"
     for use in uses:
         name = f"source {use.plan.name}"
         if use.most > use.allowed:
-            bound = f"the plan allows {use.allowed}"
-            problems.append(Problem(name, f"a window read {use.most} times", bound, remedy))
+            reason = f"the plan allows {use.allowed}"
+            problems.append(Problem(name, f"a window read {use.most} times", reason, remedy))
         if use.reads > use.plan.cap:
-            bound = f"the plan allows {use.plan.cap:,}"
-            problems.append(Problem(name, f"{use.reads:,} windows read", bound, remedy))
+            reason = f"the plan allows {use.plan.cap:,}"
+            problems.append(Problem(name, f"{use.reads:,} windows read", reason, remedy))
     return problems
 
 
@@ -101,11 +101,11 @@ def check_ledger(segments: Sequence[Segment], lines: Iterable[Line]) -> list[Pro
         at_work = [segment for segment in segments if segment.start_sample < position] or segments[:1]
         expected = at_work[-1].used(position)
         if rest or tokens <= before:
-            bound = f"must be whole sequences and more than the {before:,} of the step before"
-            problems.setdefault("tokens", Problem(f"step {step}: tokens", f"{tokens:,}", bound, MEND_LINES))
+            reason = f"must be whole sequences and more than the {before:,} of the step before"
+            problems.setdefault("tokens", Problem(f"step {step}: tokens", f"{tokens:,}", reason, FIX_LINES))
         if line.windows != expected:
-            bound = f"the plan gives {expected}"
-            problems.setdefault("windows", Problem(f"step {step}: windows", line.windows, bound, MEND_LINES))
+            reason = f"the plan gives {expected}"
+            problems.setdefault("windows", Problem(f"step {step}: windows", line.windows, reason, FIX_LINES))
         before = tokens
     return list(problems.values())
 

@@ -1,4 +1,4 @@
-"""What a run reads, and how often. Pure Python."""
+"""What a run reads, and how often. Imports no torch."""
 
 from typing import Annotated
 

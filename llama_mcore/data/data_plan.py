@@ -215,7 +215,9 @@ def continued(
         return tuple(segments)
     if not accept_change:
         remedy = "restore it, or give --accept-data-change to go on with other data and record that"
-        raise DataError([Problem(p.field, p.value, f"{p.bound} in the checkpoint", remedy) for p in problems])
+        raise DataError(
+            [Problem(p.field, p.value, f"{p.reason} in the checkpoint", remedy) for p in problems]
+        )
     used = last.used(position)
     kept = {source.name: source.content_id for source in last.sources}
     sources = tuple(

@@ -11,7 +11,7 @@ import orjson
 from llama_mcore.data.index import bin_path, idx_path
 from llama_mcore.data.indexed_dataset import IndexedDataset
 from llama_mcore.data.manifest import DatasetManifest, manifest_path, read_manifest
-from llama_mcore.errors import OutputError, Problem, UserError
+from llama_mcore.errors import LlamaMcoreError, OutputError, Problem
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _why_not(prefix: str, job: Job, begun: bool) -> str:
         return ""
     try:
         manifest = read_manifest(prefix)
-    except UserError:
+    except LlamaMcoreError:
         return "with a manifest that cannot be read"
     if manifest is None:
         return "" if begun else "without a manifest"
@@ -84,5 +84,5 @@ def _difference(manifest: DatasetManifest, job: Job) -> str:
 def _is_sound(prefix: str) -> bool:
     try:
         return IndexedDataset(prefix).manifest is not None
-    except UserError:
+    except LlamaMcoreError:
         return False

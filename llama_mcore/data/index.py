@@ -54,7 +54,7 @@ def missing_dataset(field: str, prefix: str) -> Problem | None:
     missing = [prefix + ending for ending in _ENDINGS if not os.path.isfile(prefix + ending)]
     if not missing:
         return None
-    bound = f"no such file or folder: {', '.join(missing)}"
+    reason = f"no such file or folder: {', '.join(missing)}"
     stem = next((prefix.removesuffix(end) for end in _ENDINGS if prefix.endswith(end)), prefix)
     if os.path.isfile(stem + ".idx"):
         meant = stem
@@ -69,7 +69,7 @@ def missing_dataset(field: str, prefix: str) -> Problem | None:
         remedy = f"a dataset is named without its ending: {stem}"
     else:
         remedy = "check the prefix, or make the dataset with tools/preprocess_data.py"
-    return Problem(field, prefix, bound, remedy)
+    return Problem(field, prefix, reason, remedy)
 
 
 def write_index(
@@ -179,15 +179,15 @@ class Index:
             ends = end + np.cumsum(chunk) * self.itemsize
             starts = np.concatenate(([end], ends[:-1]))
             if chunk.min() < 0 or not np.array_equal(starts, pointers[first : first + CHUNK]):
-                bound = f"has a negative length or a wrong pointer at or after sequence {first:,}"
-                raise self._damaged(idx_path(self.prefix), bound)
+                reason = f"has a negative length or a wrong pointer at or after sequence {first:,}"
+                raise self._damaged(idx_path(self.prefix), reason)
             end = int(ends[-1])
             if end > self.num_bytes:
                 break
         if end != self.num_bytes:
             least = "at least " if end > self.num_bytes else ""
-            bound = f"has {self.num_bytes:,} bytes where the .idx asks for {least}{end:,}"
-            raise self._damaged(bin_path(self.prefix), bound)
+            reason = f"has {self.num_bytes:,} bytes where the .idx asks for {least}{end:,}"
+            raise self._damaged(bin_path(self.prefix), reason)
         if not end:
             raise self._damaged(bin_path(self.prefix), "holds no tokens")
 
@@ -198,8 +198,8 @@ class Index:
             for first in range(0, len(documents), CHUNK)
         )
         if documents[0] != 0 or documents[-1] != self.num_sequences or not ordered:
-            bound = f"must list documents in order from sequence 0 to {self.num_sequences:,}"
-            raise self._damaged(idx_path(self.prefix), bound)
+            reason = f"must list documents in order from sequence 0 to {self.num_sequences:,}"
+            raise self._damaged(idx_path(self.prefix), reason)
 
-    def _damaged(self, path: Path, bound: str) -> DataError:
-        return DataError(Problem("dataset", path, bound, _REBUILD))
+    def _damaged(self, path: Path, reason: str) -> DataError:
+        return DataError(Problem("dataset", path, reason, _REBUILD))

@@ -105,8 +105,8 @@ def _refuse_outside(what: str, values: NDArray[np.integer], dtype: type[np.integ
         return
     for value in (int(values.min()), int(values.max())):
         if not limits.min <= value <= limits.max:
-            bound = f"must be from {limits.min:,} to {limits.max:,}, which {limits.dtype} holds"
-            raise DataError(Problem(what, value, bound))
+            reason = f"must be from {limits.min:,} to {limits.max:,}, which {limits.dtype} holds"
+            raise DataError(Problem(what, value, reason))
 
 
 class IndexedDataset:

@@ -122,16 +122,16 @@ def _check_request(
     add_manifest: bool,
 ) -> None:
     if show and start >= index.num_documents:
-        bound = f"must be below the number of documents, {index.num_documents:,}"
-        raise ConfigError(Problem("--start", start, bound))
+        reason = f"must be below the number of documents, {index.num_documents:,}"
+        raise ConfigError(Problem("--start", start, reason))
     if manifest and add_manifest:
         path = manifest_path(index.prefix)
         remedy = "check the dataset with --verify, or remove that file to trust the data as it is"
         raise ConfigError(Problem("--write-manifest", path, "is there already", remedy))
     if manifest and tokenizer and manifest.tokenizer_sha256 not in (None, tokenizer.sha256):
-        bound = f"has SHA-256 {tokenizer.sha256}; the dataset was made with {manifest.tokenizer_sha256}"
+        reason = f"has SHA-256 {tokenizer.sha256}; the dataset was made with {manifest.tokenizer_sha256}"
         raise DataError(
-            Problem("--tokenizer-model", tokenizer.path, bound, "give the tokenizer of the dataset")
+            Problem("--tokenizer-model", tokenizer.path, reason, "give the tokenizer of the dataset")
         )
 
 

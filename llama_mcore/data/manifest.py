@@ -175,8 +175,8 @@ def build_manifest(
     for first in range(0, len(tokens), block_bytes // index.itemsize):
         block = tokens[first : first + block_bytes // index.itemsize]
         if vocab_size and (outside := ids_outside(block, vocab_size)):
-            bound = f"{outside:,} tokens from position {first:,} on are not below it, or negative"
-            raise DataError(Problem("vocab_size", vocab_size, bound, "give the tokenizer of this dataset"))
+            reason = f"{outside:,} tokens from position {first:,} on are not below it, or negative"
+            raise DataError(Problem("vocab_size", vocab_size, reason, "give the tokenizer of this dataset"))
         checksums.update(block.data)
         advance(block.nbytes)
     found = {
@@ -209,11 +209,11 @@ def _parse(path: Path, text: bytes) -> DatasetManifest:
     if not isinstance(fields, dict) or _CHECKSUM not in fields:
         raise DataError(Problem("manifest", path, "is not the manifest of a dataset", REMEDY))
     if fields.get("version") != VERSION:
-        bound = f"has version {fields.get('version')}; this llama_mcore reads version {VERSION}"
-        raise DataError(Problem("manifest", path, bound, "use the llama_mcore that wrote it"))
+        reason = f"has version {fields.get('version')}; this llama_mcore reads version {VERSION}"
+        raise DataError(Problem("manifest", path, reason, "use the llama_mcore that wrote it"))
     if fields.pop(_CHECKSUM) != _sha256_of(fields):
-        bound = f"is damaged or was edited: its fields do not have the {_CHECKSUM} that it states"
-        raise DataError(Problem("manifest", path, bound, REMEDY))
+        reason = f"is damaged or was edited: its fields do not have the {_CHECKSUM} that it states"
+        raise DataError(Problem("manifest", path, reason, REMEDY))
     try:
         return DatasetManifest.model_validate(fields)
     except ValidationError as error:

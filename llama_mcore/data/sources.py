@@ -14,9 +14,9 @@ from llama_mcore.data.manifest import DatasetManifest
 from llama_mcore.data.windows import WindowDataset
 from llama_mcore.errors import (
     DataError,
+    LlamaMcoreError,
     MissingInputError,
     Problem,
-    UserError,
     gathering,
     input_problem,
     raise_all,
@@ -44,9 +44,9 @@ def missing_inputs(data: DataConfig) -> list[Problem]:
         problems.append(input_problem("data.tokenizer", data.tokenizer, remedy))
     found = [problem for problem in problems if problem]
     if found and all(str(problem.value).startswith(_DEMO) for problem in found):
-        bound = f"{len(found)} of the inputs that `make demo` makes are not there"
+        reason = f"{len(found)} of the inputs that `make demo` makes are not there"
         remedy = "type `make demo` in the checkout, or name data of your own (docs/data.md)"
-        return [Problem("data", _DEMO, bound, remedy)]
+        return [Problem("data", _DEMO, reason, remedy)]
     if len(found) > _MOST_NAMED:
         first = ", ".join(f"{problem.field} {problem.value}" for problem in found[:_MOST_NAMED])
         remedy = (
@@ -61,7 +61,7 @@ def open_sources(data: DataConfig, seq_length: int, vocab_size: int) -> list[Ope
     if missing := missing_inputs(data):
         raise MissingInputError(missing)
     opened: dict[str, dict[str, WindowDataset | None]] = {}
-    failures: list[UserError] = []
+    failures: list[LlamaMcoreError] = []
     for name, source in data.named_sources.items():
         opened[name] = {"valid": None}
         for split, prefix in (("train", source.train), ("valid", source.valid)):
@@ -74,7 +74,7 @@ def open_sources(data: DataConfig, seq_length: int, vocab_size: int) -> list[Ope
 def plan_run(data: DataConfig, sources: list[OpenSource], seed: int, seq_length: int) -> Segment:
     """The plan of what a run reads. Raises DataError where datasets were made with different tokenizers, or
     with another one than the run's, and where held-out documents are trained on."""
-    errors: list[UserError] = []
+    errors: list[LlamaMcoreError] = []
     tokenizer = None
     with gathering(errors):
         tokenizer = _check_tokenizers(data, sources)
@@ -97,9 +97,9 @@ def _prefixes(data: DataConfig) -> Iterator[tuple[str, str]]:
 def _missing(setting: str, prefix: str) -> Problem | None:
     problem = missing_dataset(setting, prefix)
     if problem and _WEIGHT.fullmatch(prefix.partition(" ")[0]):
-        bound = "is Megatron's way to weight datasets"
+        reason = "is Megatron's way to weight datasets"
         remedy = "write data.sources: {a: {train: PREFIX, weight: 0.3}, b: {train: PREFIX, weight: 0.7}}"
-        return Problem(setting, prefix, bound, remedy)
+        return Problem(setting, prefix, reason, remedy)
     return problem
 
 

@@ -69,5 +69,5 @@ class DiskArray:
             rest, position = rest[size:], position + size
         return out
 
-    def _damaged(self, bound: str) -> DataError:
-        return DataError(Problem("dataset", self.path, bound, _RESTORE))
+    def _damaged(self, reason: str) -> DataError:
+        return DataError(Problem("dataset", self.path, reason, _RESTORE))

@@ -58,9 +58,9 @@ class WindowDataset:
         self.num_windows = self._parts.num_windows
         if self.num_windows < 1:
             tokens = sum(part.num_tokens for part in self.parts)
-            bound = f"holds {tokens} tokens; one window needs model.seq_length + 1 = {seq_length + 1}"
+            reason = f"holds {tokens} tokens; one window needs model.seq_length + 1 = {seq_length + 1}"
             raise DataError(
-                Problem("dataset", self.prefix, bound, "give more text or a shorter model.seq_length")
+                Problem("dataset", self.prefix, reason, "give more text or a shorter model.seq_length")
             )
 
     @property
@@ -95,8 +95,8 @@ class WindowDataset:
         if self.vocab_size is None or not _holds_outside(ids, self.vocab_size):
             return
         first = int(ids[(ids < 0) | (ids >= self.vocab_size)][0])
-        bound = f"holds token id {first} in window {window:,}; model.vocab_size = {self.vocab_size}"
-        raise DataError(Problem("dataset", self.prefix, bound, _OTHER_VOCABULARY))
+        reason = f"holds token id {first} in window {window:,}; model.vocab_size = {self.vocab_size}"
+        raise DataError(Problem("dataset", self.prefix, reason, _OTHER_VOCABULARY))
 
     def _check_vocabulary(self) -> None:
         if self.vocab_size is None:

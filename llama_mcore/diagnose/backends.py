@@ -57,7 +57,7 @@ def kernels(tested: Mapping[str, Outcome]) -> list[Finding]:
     for name, use in KERNELS.items():
         refused = _kernels_refused(name)
         if refused:
-            found = Finding("kernels", name, "missing", refused.bound, KERNEL_COSTS[name], refused.remedy)
+            found = Finding("kernels", name, "missing", refused.reason, KERNEL_COSTS[name], refused.remedy)
         else:
             found = of_test("kernels", name, tested[f"kernels {name}"], use, KERNEL_COSTS[name], "")
         findings.append(as_default(found, "model.kernels=auto") if name == default else found)

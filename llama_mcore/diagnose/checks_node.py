@@ -163,7 +163,7 @@ def kernels(run: RunConfig) -> list[Finding]:
             findings.append(_ok("kernels", name, str(choose())))
         except ConfigError as error:
             found = error.problems[0]
-            findings.append(_problem("kernels", found.field, str(found.value), found.bound, found.remedy))
+            findings.append(_problem("kernels", found.field, str(found.value), found.reason, found.remedy))
     return findings
 
 

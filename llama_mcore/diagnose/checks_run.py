@@ -16,7 +16,7 @@ from llama_mcore.config.run import RunConfig
 from llama_mcore.data.data_plan import Segment, check_caps
 from llama_mcore.data.sources import OpenSource, missing_inputs, open_sources, plan_run
 from llama_mcore.diagnose.finding import Finding, problem_of
-from llama_mcore.errors import MissingInputError, OutputError, Problem, UserError, gathering
+from llama_mcore.errors import LlamaMcoreError, MissingInputError, OutputError, Problem, gathering
 from llama_mcore.observe.goodput.no_progress import check_progress
 from llama_mcore.units import format_bytes, format_count
 
@@ -35,14 +35,14 @@ def unusable_files(
     look_at_data: Callable[[], object] | None,
     asked: Start = Start(),  # noqa: B008  frozen
     say: Callable[[str], object] = lambda remark: None,
-) -> list[UserError]:
+) -> list[LlamaMcoreError]:
     """What is wrong with the files that the run reads, with its folder as a place to write to, and with what
     it holds. Who holds it now is not asked.
 
     `look_at_data`, called where all files are there, raises what `planned_data` does; None for settings with
     which nobody can look. `say` is told what a start would do in the folder, and what it would remark there.
     """
-    failures: list[UserError] = []
+    failures: list[LlamaMcoreError] = []
     with gathering(failures):
         if missing := missing_inputs(run.data):
             raise MissingInputError(missing)
@@ -64,7 +64,7 @@ def data(run: RunConfig) -> tuple[list[Finding], list[OpenSource]]:
     """Every dataset can be opened here and holds what the run is going to read; else no source is given."""
     try:
         sources, _ = planned_data(run)
-    except UserError as error:
+    except LlamaMcoreError as error:
         return [_problem("data", problem) for problem in error.problems], []
     tokens = format_count(run.tokens_per_step * run.train.steps)
     return [
@@ -125,7 +125,7 @@ def start(
 ) -> list[Finding]:
     """What a start would do in the run's folder, or why it would be refused there.
 
-    `retry`: it starts although the last lives saved nothing.
+    `retry`: it starts although the last attempts saved nothing.
     """
     run_dir, job = Path(run.run.dir), os.environ.get("SLURM_JOB_ID", "")
     found = _refusals(lambda: check_free(run_dir))
@@ -133,14 +133,14 @@ def start(
         found += _refusals(lambda: check_progress(run_dir, job))
     try:
         return [*found, _ahead(outlook(run, asked))]
-    except UserError as error:
+    except LlamaMcoreError as error:
         return [*found, *(_problem("run folder", problem) for problem in error.problems)]
 
 
 def _refusals(check: Callable[[], None]) -> list[Finding]:
     try:
         check()
-    except UserError as error:
+    except LlamaMcoreError as error:
         return [_problem("run folder", problem) for problem in error.problems]
     return []
 
@@ -161,4 +161,4 @@ def _ahead(found: Outlook) -> Finding:
 
 def _problem(group: str, problem: Problem) -> Finding:
     value = str(problem.value)
-    return Finding(group, problem.field, "problem", value, problem.bound, problem.remedy, required=True)
+    return Finding(group, problem.field, "problem", value, problem.reason, problem.remedy, required=True)

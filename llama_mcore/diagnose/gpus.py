@@ -131,7 +131,7 @@ def _no_gpu(driver: bool) -> Finding:
         choose_device()
     except PreflightError as error:
         (problem,) = error.problems
-        return Finding(GROUP, "GPU", "problem", "none", problem.bound, problem.remedy, required=True)
+        return Finding(GROUP, "GPU", "problem", "none", problem.reason, problem.remedy, required=True)
     if torch.cuda.is_available():
         meaning = "this machine's GPUs are left alone: everything goes on the CPU"
         return Finding(GROUP, "GPU", "note", f"none: {DEVICE}=cpu", meaning, f"unset {DEVICE} to use them")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llama_mcore.diagnose.loopback import START_S, failure_of
 from llama_mcore.distributed.device import compute_capability, on_gpu, select_device
-from llama_mcore.errors import UserError, shown
+from llama_mcore.errors import LlamaMcoreError, shown
 from llama_mcore.model.attention import BACKENDS, AttentionBackend, Case, load_backend
 from llama_mcore.model.kernels import PLAIN, Kernels, choose_kernels
 from llama_mcore.model.rope import rope_table
@@ -64,14 +64,14 @@ def attention_cases(name: str) -> list[Case]:
     refusal = BACKENDS[name].limits.refusal
     cases = []
     for dtype in DTYPES:
-        asked = [attention_case(dtype, by_hand) for by_hand in (True, False)]
+        asked = [attention_case(dtype, manual_backward) for manual_backward in (True, False)]
         cases += [case for case in asked if refusal(case) is None][:1]
     return cases
 
 
-def attention_case(dtype: torch.dtype, by_hand: bool = True) -> Case:
+def attention_case(dtype: torch.dtype, manual_backward: bool = True) -> Case:
     """Of the tensors that are tested with, on this rank's device."""
-    return Case(capability=compute_capability(), dtype=dtype, head_dim=D, by_hand=by_hand)
+    return Case(capability=compute_capability(), dtype=dtype, head_dim=D, manual_backward=manual_backward)
 
 
 def main() -> None:
@@ -110,9 +110,9 @@ def _run(name: str, sender: Connection) -> None:
     kind, _, which = name.partition(" ")
     try:
         outcome = Outcome(True, TESTS[kind](which))
-    except UserError as error:
+    except LlamaMcoreError as error:
         problem = error.problems[0]
-        outcome = Outcome(False, problem.bound, problem.remedy)
+        outcome = Outcome(False, problem.reason, problem.remedy)
     except BaseException as error:  # of whatever kind: it comes from another's package
         text = " ".join(f"{type(error).__name__}: {error}".split())
         outcome = Outcome(False, shown(text, _SAID))
@@ -135,7 +135,7 @@ def _attention(name: str) -> str:
         inputs = [_normal(S, B, heads, D, seed=seed) for seed, heads in enumerate((N, G, G, N))]
         narrow = [tensor.to(device, case.dtype) for tensor in inputs]
         expected = _by_hand(reference, *(tensor.float() for tensor in narrow))
-        answer = _by_hand if case.by_hand else _by_autograd
+        answer = _by_hand if case.manual_backward else _by_autograd
         _compare(f"in {short(case.dtype)}", answer(backend, *narrow), expected, case.dtype)
     return f"forward and backward as the reference in {' and '.join(short(case.dtype) for case in cases)}"
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from llama_mcore.distributed.groups import Groups
-from llama_mcore.errors import UserError
+from llama_mcore.errors import LlamaMcoreError
 
 T = TypeVar("T")
 
@@ -20,10 +20,10 @@ def together(groups: Groups, action: Callable[[], T]) -> T:
     result, failure = None, None
     try:
         result = action()
-    except UserError as error:
+    except LlamaMcoreError as error:
         failure = error
     if any_rank(failure is not None, groups):
-        failures: list[UserError | None] = [None] * groups.world_size
+        failures: list[LlamaMcoreError | None] = [None] * groups.world_size
         dist.all_gather_object(failures, failure)
         raise next(error for error in failures if error)
     return cast(T, result)

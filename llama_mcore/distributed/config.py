@@ -1,4 +1,4 @@
-"""How a run is spread over ranks, and how its optimizer state is sharded. Pure Python."""
+"""How a run is spread over ranks, and how its optimizer state is sharded. Imports no torch."""
 
 from typing import Literal
 

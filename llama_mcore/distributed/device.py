@@ -313,8 +313,8 @@ def host_block(numel: int) -> torch.Tensor:
             block.zero_()  # to touch a page for the first time takes longer than to copy into it
     except RuntimeError as error:  # torch has no error of its own for this
         needed, said = f"{4 * numel / 1e9:,.2f} GB", str(error).splitlines()[0]
-        bound = f"of {'page-locked ' if on_gpu() else ''}memory are not to be had ({said})"
-        raise PreflightError(Problem("host memory", needed, bound, "set checkpoint.host_memory")) from None
+        reason = f"of {'page-locked ' if on_gpu() else ''}memory are not to be had ({said})"
+        raise PreflightError(Problem("host memory", needed, reason, "set checkpoint.host_memory")) from None
     return block
 
 

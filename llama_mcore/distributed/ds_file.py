@@ -86,8 +86,8 @@ def _wrong_types(content: dict[str, Any], path: Path) -> list[Problem]:
         # DeepSpeed takes 5e8 too
         value = _at(content, key, 1)
         if not isinstance(value, int | float) or isinstance(value, bool) or value < 1 or value % 1:
-            bound = f"in {path} must be a whole number of values from 1 on"
-            problems.append(Problem(key, shown(value), bound, "e.g. 200000000"))
+            reason = f"in {path} must be a whole number of values from 1 on"
+            problems.append(Problem(key, shown(value), reason, "e.g. 200000000"))
     return problems
 
 
@@ -101,8 +101,8 @@ def unknown_keys(content: dict[str, Any], path: Path) -> list[Problem]:
             if key in _OURS and not section:
                 problems.append(Problem(key, shown(there[key]), f"in {path} is not DeepSpeed's", _OURS[key]))
             elif key not in known:
-                bound = f"in {path} is no key that training uses"
-                problems.append(Problem(prefix + shown(key), shown(there[key]), bound, nearest(key, known)))
+                reason = f"in {path} is no key that training uses"
+                problems.append(Problem(prefix + shown(key), shown(there[key]), reason, nearest(key, known)))
     return problems
 
 

@@ -88,7 +88,7 @@ def _read(line: str) -> RankDevice:
 
 
 def device_problems(ranks: Sequence[RankDevice]) -> list[Problem]:
-    """What keeps these ranks from computing together, in the order in which it should be mended."""
+    """What keeps these ranks from computing together, in the order in which it should be fixed."""
     return [*_mixed(ranks), *_shared(ranks), *_failed(ranks)]
 
 
@@ -134,7 +134,7 @@ def _failed(ranks: Sequence[RankDevice]) -> list[Problem]:
         if one.problem:
             of_problem[one.problem].append(one)
     return [
-        Problem(problem.field, f"{problem.value} (rank {_named(failed)})", problem.bound, problem.remedy)
+        Problem(problem.field, f"{problem.value} (rank {_named(failed)})", problem.reason, problem.remedy)
         for problem, failed in of_problem.items()
     ]
 

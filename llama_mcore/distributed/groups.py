@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from llama_mcore.distributed.config import ParallelConfig
 from llama_mcore.distributed.device import communication_backend, on_gpu
 from llama_mcore.distributed.gpu_check import take_device
-from llama_mcore.distributed.launch_env import Place, place_in
+from llama_mcore.distributed.launch_env import RankInfo, rank_info
 from llama_mcore.distributed.mcore_cpu import patch_mcore_for_cpu
 from llama_mcore.distributed.rendezvous import LIMIT_S
 from llama_mcore.distributed.store import job_store
@@ -45,7 +45,7 @@ def process_groups(parallel: ParallelConfig, seed: int, timeout: timedelta = TIM
     other. Leaving without an error waits for all ranks (a rank that tears down early breaks the others'
     last collective); leaving with one does not, since the others may never come.
     """
-    place = place_in(os.environ)
+    place = rank_info(os.environ)
     store = _store(place, timeout)
     device = take_device(store, place.rank, place.world_size)
     dist.init_process_group(
@@ -93,9 +93,9 @@ def model_parallel_groups(
         parallel_state.destroy_model_parallel()
 
 
-def _store(place: Place, timeout: timedelta) -> dist.Store:
+def _store(place: RankInfo, timeout: timedelta) -> dist.Store:
     """Through which the processes of the job find each other."""
-    if place.is_alone:
+    if place.is_single_process:
         return dist.HashStore()
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun serves one, for all its attempts
         served = dist.TCPStore(place.master_address, place.master_port, is_master=False, timeout=timeout)

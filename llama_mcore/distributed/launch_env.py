@@ -33,7 +33,7 @@ PORTS_BETWEEN_STEPS = 101
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """One process of a job. Alone: rank 0 of 1, with no address."""
 
     rank: int = 0
@@ -47,13 +47,13 @@ class Place:
     """Tells jobs apart that share a machine; empty where the launcher has no name for it."""
 
     @property
-    def is_alone(self) -> bool:
+    def is_single_process(self) -> bool:
         """No launcher started it."""
         return not self.master_address
 
     def variables(self) -> dict[str, str]:
         """What torchrun would have set: torch and DeepSpeed read these. Nothing if alone."""
-        if self.is_alone:
+        if self.is_single_process:
             return {}
         return {
             "RANK": str(self.rank),
@@ -67,27 +67,27 @@ class Place:
         }
 
 
-def take_place(variables: MutableMapping[str, str] = os.environ) -> Place:
+def rank_from_environment(variables: MutableMapping[str, str] = os.environ) -> RankInfo:
     """Find this process's place and announce it as torchrun would, for all that reads torchrun's variables.
 
-    Call it before anything else does. Raises PreflightError as `place_in` does.
+    Call it before anything else does. Raises PreflightError as `rank_info` does.
     """
-    place = place_in(variables)
+    place = rank_info(variables)
     variables.update(place.variables())
     return place
 
 
-def place_in(variables: Mapping[str, str]) -> Place:
+def rank_info(variables: Mapping[str, str]) -> RankInfo:
     """Raises PreflightError with every variable that is missing or wrong."""
     if "RANK" in variables:
         return _by_torchrun(variables)
     if _in_step_of_srun(variables):
         return _by_srun(variables)
-    return Place()
+    return RankInfo()
 
 
 def started_by_torchrun(variables: Mapping[str, str]) -> bool:
-    """And not by a launcher that sets some of the same names, nor announced by `take_place`."""
+    """And not by a launcher that sets some of the same names, nor announced by `rank_from_environment`."""
     return "TORCHELASTIC_RESTART_COUNT" in variables
 
 
@@ -137,7 +137,7 @@ class _Reader:
     def refuse(self, name: str, value: object, bound: str, remedy: str = "") -> None:
         self._problems.append(Problem(name, value, f"{bound} ({self._launcher})", remedy or self._remedy))
 
-    def check(self, place: Place, rank: str, local_rank: str) -> Place:
+    def check(self, place: RankInfo, rank: str, local_rank: str) -> RankInfo:
         """The place, if nothing was wrong with it; `rank` and `local_rank` are names of variables."""
         if not self._problems:
             pairs = (
@@ -154,10 +154,10 @@ class _Reader:
         return place
 
 
-def _by_torchrun(variables: Mapping[str, str]) -> Place:
+def _by_torchrun(variables: Mapping[str, str]) -> RankInfo:
     remedy = "start with torchrun or deepspeed, which set it; or unset RANK, which may be left over"
     read = _Reader(variables, "RANK is set", remedy)
-    place = Place(
+    place = RankInfo(
         rank=read.number("RANK"),
         world_size=(world_size := read.number("WORLD_SIZE")),
         local_rank=(local_rank := read.number("LOCAL_RANK", default=0)),
@@ -172,11 +172,11 @@ def _by_torchrun(variables: Mapping[str, str]) -> Place:
     return read.check(place, "RANK", "LOCAL_RANK")
 
 
-def _by_srun(variables: Mapping[str, str]) -> Place:
+def _by_srun(variables: Mapping[str, str]) -> RankInfo:
     read = _Reader(variables, "a step of srun", "start it with srun, which sets it, or with torchrun")
     job, step = (read.number(f"SLURM_{name}_ID") for name in ("JOB", "STEP"))
     node = read.number("SLURM_NODEID")
-    place = Place(
+    place = RankInfo(
         rank=read.number("SLURM_PROCID"),
         world_size=read.number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
         local_rank=read.number("SLURM_LOCALID"),

@@ -4,7 +4,7 @@ import os
 import socket
 from dataclasses import dataclass
 
-from llama_mcore.distributed.launch_env import place_in
+from llama_mcore.distributed.launch_env import rank_info
 
 
 @dataclass(frozen=True)
@@ -18,5 +18,5 @@ class RankOnHost:
 
 
 def this_rank() -> RankOnHost:
-    place = place_in(os.environ)
+    place = rank_info(os.environ)
     return RankOnHost(place.rank, place.world_size, socket.gethostname())

@@ -122,4 +122,4 @@ def _of_all_ranks(problems: Sequence[Problem], world_size: int, step: int) -> li
         f"found after step {step:,}, which is not saved; check that machine, then start the same command "
         "again: it goes on from the newest checkpoint"
     )
-    return [*found[:-1], Problem(found[-1].field, found[-1].value, found[-1].bound, remedy)]
+    return [*found[:-1], Problem(found[-1].field, found[-1].value, found[-1].reason, remedy)]

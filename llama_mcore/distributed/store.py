@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
-from llama_mcore.distributed.launch_env import Place
+from llama_mcore.distributed.launch_env import RankInfo
 from llama_mcore.distributed.rendezvous import (
     LIMIT_S,
     announced,
@@ -64,7 +64,7 @@ def _server(address: str, limit: timedelta) -> TCPStore:
             return tried[-1]
 
 
-def job_store(place: Place, limit_s: float = LIMIT_S) -> TCPStore:
+def job_store(place: RankInfo, limit_s: float = LIMIT_S) -> TCPStore:
     """Wait until all processes of the job are there, and return their store.
 
     Raises PreflightError if some do not come within `limit_s`, or as `store_port` does.
@@ -79,6 +79,6 @@ def job_store(place: Place, limit_s: float = LIMIT_S) -> TCPStore:
         try:
             return TCPStore(address, port, place.world_size, is_host, limit, multi_tenant=is_host)
         except DistStoreError as error:
-            bound = f"not all came within {limit_s:.0f} s ({error})"
+            reason = f"not all came within {limit_s:.0f} s ({error})"
             remedy = "see in the output above what became of the others, or why they cannot reach this one"
-            raise PreflightError(Problem("ranks", place.world_size, bound, remedy)) from None
+            raise PreflightError(Problem("ranks", place.world_size, reason, remedy)) from None

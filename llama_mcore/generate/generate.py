@@ -90,6 +90,6 @@ def _open_tokenizer(path: Path | None, weights: Weights) -> Tokenizer:
         raise MissingInputError(input_problem("tokenizer", path, remedy))
     tokenizer = Tokenizer(path)
     if tokenizer.vocab_size > weights.model.vocab_size:
-        bound = f"has {tokenizer.vocab_size} tokens, the model only {weights.model.vocab_size}"
-        raise CheckpointError(Problem("tokenizer", path, bound, remedy))
+        reason = f"has {tokenizer.vocab_size} tokens, the model only {weights.model.vocab_size}"
+        raise CheckpointError(Problem("tokenizer", path, reason, remedy))
     return tokenizer

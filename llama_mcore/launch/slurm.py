@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llama_mcore.config.run import RunConfig, check_run, load_run
-from llama_mcore.errors import ConfigError, OutputError, Problem, UserError, gathering, raise_all
+from llama_mcore.errors import ConfigError, LlamaMcoreError, OutputError, Problem, gathering, raise_all
 from llama_mcore.files import output_errors, published
 from llama_mcore.train.ds_config import deepspeed_config
 from llama_mcore.units import format_count
@@ -50,7 +50,7 @@ def job_script(config: str, overrides: Sequence[str], job: SlurmJob, *, data_lat
     Raises one error with all problems: that of their kind if all are of one, else ConfigError. With
     `data_later` the script comes before its data, and no files are looked at; the job itself does that.
     """
-    failures: list[UserError] = []
+    failures: list[LlamaMcoreError] = []
     problems = [*_check_job(job), *_check_words(config, overrides)]
     with gathering(failures):
         run = load_run(config, overrides)
@@ -162,7 +162,7 @@ def _check_run(run: RunConfig, job: SlurmJob) -> list[Problem]:
     try:
         check_run(run, ranks)
         deepspeed_config(run, ranks)
-    except UserError as error:
+    except LlamaMcoreError as error:
         return error.problems
     return []
 
@@ -174,20 +174,20 @@ def _check_job(job: SlurmJob) -> list[Problem]:
         if value < 1
     ]
     if not 1 <= job.signal_seconds <= LONGEST_WARNING_S:
-        bound = f"must be from 1 to {LONGEST_WARNING_S}: seconds before the time limit"
-        problems.append(Problem("--signal-seconds", job.signal_seconds, bound))
+        reason = f"must be from 1 to {LONGEST_WARNING_S}: seconds before the time limit"
+        problems.append(Problem("--signal-seconds", job.signal_seconds, reason))
     if not re.fullmatch(TIME, job.time, re.ASCII):
         remedy = "e.g. 90 (minutes), 12:00:00 or 2-12:00:00 (days-hours:minutes:seconds)"
         problems.append(Problem("--time", job.time, "is no time limit of Slurm", remedy))
     elif (limit := _seconds(job.time)) and job.signal_seconds >= limit:
-        bound = (
+        reason = (
             f"must be below the {limit:,} s of --time {job.time}: the job would be asked to stop as it starts"
         )
-        problems.append(Problem("--signal-seconds", job.signal_seconds, bound))
+        problems.append(Problem("--signal-seconds", job.signal_seconds, reason))
     for option, name in (("--partition", job.partition), ("--account", job.account), ("--qos", job.qos)):
         if name is not None and not re.fullmatch(SITE_NAME, name, re.ASCII):
-            bound = "must be of letters, digits and _ . + @ : , / -"
-            problems.append(Problem(option, name, bound, "see what the site's Slurm calls it"))
+            reason = "must be of letters, digits and _ . + @ : , / -"
+            problems.append(Problem(option, name, reason, "see what the site's Slurm calls it"))
     return problems
 
 
@@ -205,11 +205,11 @@ def _seconds(limit: str) -> int:
 def _check_name(name: str) -> list[Problem]:
     remedy = "give --job-name; without it, the run's folder names the job"
     if not name or not name.isprintable() or "/" in name:
-        bound = "must be of printable characters other than /: it begins the name of the output file"
-        return [Problem("--job-name", name, bound, remedy)]
+        reason = "must be of printable characters other than /: it begins the name of the output file"
+        return [Problem("--job-name", name, reason, remedy)]
     if len(name.encode()) > LONGEST_NAME:
-        bound = f"must not exceed {LONGEST_NAME} bytes: it begins the name of the output file"
-        return [Problem("--job-name", name, bound, remedy)]
+        reason = f"must not exceed {LONGEST_NAME} bytes: it begins the name of the output file"
+        return [Problem("--job-name", name, reason, remedy)]
     return []
 
 

@@ -26,9 +26,9 @@ from llama_mcore.errors import (
     EXIT_SAVED,
     EXIT_SOFTWARE,
     ConfigError,
+    LlamaMcoreError,
     PreflightError,
     Problem,
-    UserError,
     report_errors,
     say,
 )
@@ -66,9 +66,9 @@ def _launch(settings: Namespace, nodes: Nodes, signs: Signs) -> int:
         nodes.tell(exit_code)
         return exit_code
     except DistStoreError as error:
-        bound = f"not all came ({error})"
+        reason = f"not all came ({error})"
         remedy = "see in the output above what became of the others, or why they cannot reach this one"
-        raise PreflightError(Problem("--nnodes", settings.nnodes, bound, remedy)) from None
+        raise PreflightError(Problem("--nnodes", settings.nnodes, reason, remedy)) from None
     return 0
 
 
@@ -90,8 +90,8 @@ def _check(settings: Namespace) -> None:
             Problem("--nnodes", settings.nnodes, "must be a number of nodes, or MIN:MAX", "e.g. 2")
         )
     if not re.fullmatch(r"[1-9]\d{0,4}|auto|cpu|gpu|xpu", settings.nproc_per_node):
-        bound = "must be a number of processes from 1 on, or auto, cpu or gpu"
-        problems.append(Problem("--nproc-per-node", settings.nproc_per_node, bound, "e.g. 8"))
+        reason = "must be a number of processes from 1 on, or auto, cpu or gpu"
+        problems.append(Problem("--nproc-per-node", settings.nproc_per_node, reason, "e.g. 8"))
     if problems:
         raise ConfigError(problems)
 
@@ -154,7 +154,7 @@ def _default_threads(processes: str) -> None:
 
 
 def _exit_code(rank: int, code: int) -> int:
-    explained = {EXIT_SAVED, EXIT_SOFTWARE, *(error.exit_code for error in UserError.__subclasses__())}
+    explained = {EXIT_SAVED, EXIT_SOFTWARE, *(error.exit_code for error in LlamaMcoreError.__subclasses__())}
     if code not in explained:
         say(f"rank {rank} failed with exit code {code}")
     # a worker killed by signal n has code -n; shells say 128 + n

@@ -19,7 +19,12 @@ from llama_mcore.distributed.tp_comm import TensorParallel
 from llama_mcore.model.attention import AttentionBackend, Documents
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.kernels import Kernels
-from llama_mcore.model.layer_function import AttentionHalf, AttentionShape, MlpHalf, rotated_qkv
+from llama_mcore.model.layer_function import (
+    AttentionBlockFunction,
+    AttentionShape,
+    MlpBlockFunction,
+    rotated_qkv,
+)
 from llama_mcore.model.swiglu import swiglu
 
 
@@ -53,7 +58,7 @@ class LlamaLayer(nn.Module, BaseTransformerLayer):
     ) -> None:
         super().__init__()
         self.layer_number = layer_number
-        self.by_hand = model.recompute != "none"
+        self.manual_backward = model.recompute != "none"
         self.kernels = kernels
         self.tp = TensorParallel(pg_collection.tp, config.sequence_parallel)
         norm = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
@@ -76,7 +81,7 @@ class LlamaLayer(nn.Module, BaseTransformerLayer):
 
     def forward(self, hidden_states: Tensor, documents: Documents | None = None) -> tuple[Tensor, None]:
         """[s, b, h] -> [s, b, h]; the second item is megatron-core's cross-attention context."""
-        if self.by_hand:
+        if self.manual_backward:
             return self.forward_by_hand(hidden_states, documents, self.tp), None
         hidden_states = hidden_states + self.self_attention(self.input_layernorm(hidden_states), documents)
         hidden_states = hidden_states + self.mlp(self.pre_mlp_layernorm(hidden_states))
@@ -85,7 +90,7 @@ class LlamaLayer(nn.Module, BaseTransformerLayer):
     def forward_by_hand(self, x: Tensor, documents: Documents | None, tp: TensorParallel) -> Tensor:
         """The same with the hand-written backward of layer_function.py."""
         attention, mlp = self.self_attention, self.mlp
-        x = AttentionHalf.apply(
+        x = AttentionBlockFunction.apply(
             x,
             self.input_layernorm.weight,
             attention.linear_qkv.weight,
@@ -94,7 +99,7 @@ class LlamaLayer(nn.Module, BaseTransformerLayer):
             tp,
             documents,
         )
-        return MlpHalf.apply(
+        return MlpBlockFunction.apply(
             x,
             self.pre_mlp_layernorm.weight,
             mlp.linear_fc1.weight,

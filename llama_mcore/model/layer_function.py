@@ -47,7 +47,7 @@ class AttentionShape:
         return self.backend if documents is None else per_document(self.backend, documents)
 
 
-class AttentionHalf(torch.autograd.Function):
+class AttentionBlockFunction(torch.autograd.Function):
     """x + proj(attention(rope(qkv(norm(x)))))."""
 
     @staticmethod
@@ -101,7 +101,7 @@ class AttentionHalf(torch.autograd.Function):
         return grad_x, summing.wait(), grad_qkv_weight, grad_proj, None, None, None
 
 
-class MlpHalf(torch.autograd.Function):
+class MlpBlockFunction(torch.autograd.Function):
     """x + fc2(swiglu(fc1(norm(x))))."""
 
     @staticmethod

@@ -22,7 +22,7 @@ def warm_up(model: LlamaModel, micro_batch_size: int, *, is_first: bool, barrier
     and when they are first called.
     """
     layer = model.decoder.layers[0]
-    if not isinstance(layer, LlamaLayer) or not layer.by_hand or layer.kernels.swiglu is PLAIN.swiglu:
+    if not isinstance(layer, LlamaLayer) or not layer.manual_backward or layer.kernels.swiglu is PLAIN.swiglu:
         return
     if is_first:
         _compute(layer, model.max_sequence_length, micro_batch_size)

@@ -1,4 +1,4 @@
-"""What a run reports while it trains. Pure Python."""
+"""What a run reports while it trains. Imports no torch."""
 
 from pydantic import Field
 

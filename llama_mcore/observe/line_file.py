@@ -1,4 +1,4 @@
-"""Files of lines that a run adds to (metrics, timeline, lives), opened and read in one way, whatever lies
+"""Files of lines that a run adds to (metrics, timeline, attempts), opened and read in one way, whatever lies
 there under their names."""
 
 import errno

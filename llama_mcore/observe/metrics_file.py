@@ -77,7 +77,7 @@ def _parsed(line: bytes, kind: type[R], where: str) -> R:
     except ValidationError as error:
         first, *_ = error.errors()
         reason = ": ".join([*map(str, first["loc"]), first["msg"]])
-        remedy = "mend that line, or remove it"
+        remedy = "fix that line, or remove it"
         raise DataError(Problem("metrics", where, f"is no step ({reason})", remedy)) from None
 
 

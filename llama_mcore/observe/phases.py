@@ -21,20 +21,20 @@ class Phase(StrEnum):
     """All is done but to leave."""
 
 
-class Listener:
+class PhaseListener:
     """One who wants to know. What it does not override it does not care about."""
 
     def enter(self, phase: Phase, step: int) -> None:
-        """`phase` begins, of `step`; the one before has ended. Entered again, it begins anew."""
+        """`phase` begins, of `step`; the one before has ended. Entered again, it starts from scratch."""
 
     def beat(self) -> None:
         """Something of the phase is done: a rank that waits for others stops beating."""
 
-    def working(self) -> None:
+    def progress(self) -> None:
         """It goes on with something of which ranks have unequal shares, and which so tells of no rank that it
         is behind."""
 
-    def settled(self) -> None:
+    def run_dir_ready(self) -> None:
         """The run's folder is there, and is this run's."""
 
     def saved(self, step: int) -> None:
@@ -44,12 +44,12 @@ class Listener:
 class Phases:
     """Every rank has one and tells it the same things."""
 
-    def __init__(self, listeners: Sequence[Listener] = (), began: float | None = None) -> None:
-        """`began`: when this life of the run did, in seconds since 1970; now, if left out."""
+    def __init__(self, listeners: Sequence[PhaseListener] = (), began: float | None = None) -> None:
+        """`began`: when this attempt of the run did, in seconds since 1970; now, if left out."""
         self._listeners = list(listeners)
         self.began = time.time() if began is None else began
 
-    def add(self, listener: Listener) -> None:
+    def add(self, listener: PhaseListener) -> None:
         self._listeners.append(listener)
 
     def enter(self, phase: Phase, step: int) -> None:
@@ -62,14 +62,14 @@ class Phases:
         for listener in self._listeners:
             listener.beat()
 
-    def working(self) -> None:
+    def progress(self) -> None:
         """Say that this rank is still at something that takes others less or longer, and no beat yet."""
         for listener in self._listeners:
-            listener.working()
+            listener.progress()
 
-    def settled(self) -> None:
+    def run_dir_ready(self) -> None:
         for listener in self._listeners:
-            listener.settled()
+            listener.run_dir_ready()
 
     def saved(self, step: int) -> None:
         for listener in self._listeners:

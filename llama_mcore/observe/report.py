@@ -4,8 +4,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_mcore.errors import DataError, Problem, UserError
-from llama_mcore.observe.goodput.spans import PRODUCTIVE, read_lives
+from llama_mcore.errors import DataError, LlamaMcoreError, Problem
+from llama_mcore.observe.goodput.spans import PRODUCTIVE, read_attempts
 from llama_mcore.observe.metrics_file import Row, read_metrics
 from llama_mcore.picture import save_figure
 
@@ -55,10 +55,10 @@ def smoothed(values: list[float], window: int) -> list[float]:
 def _resumed_after(run_dir: Path) -> list[int]:
     """The steps after which later starts of the run went on, without those that trained nothing."""
     try:
-        lives = read_lives(run_dir)
-    except UserError:
+        attempts = read_attempts(run_dir)
+    except LlamaMcoreError:
         return []  # of metrics alone, there is a picture too
-    trained = [[step for _, kind, step in life.entries if kind == PRODUCTIVE] for life in lives]
+    trained = [[step for _, kind, step in attempt.entries if kind == PRODUCTIVE] for attempt in attempts]
     return [steps[0] - 1 for steps in trained if steps and steps[0] > 1]
 
 

@@ -1,4 +1,4 @@
-"""Arguments of `llama-mcore plan`, all that is wrong with them told at once. Pure Python."""
+"""Arguments of `llama-mcore plan`, all that is wrong with them told at once. Imports no torch."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""`plan data`: what a mixture must hold to give a number of tokens. Pure Python.
+"""`plan data`: what a mixture must hold to give a number of tokens. Imports no torch.
 
     epochs of a source = its share of the samples x tokens of the run / its own tokens
 

@@ -159,13 +159,13 @@ def _expand(argument: str) -> tuple[list[Path], Problem | None]:
         return [path], None
     if os.path.isdir(argument):
         found = list(_files_in(path))
-        bound = f"this folder holds no file in a known format ({', '.join(FORMATS)})"
+        reason = f"this folder holds no file in a known format ({', '.join(FORMATS)})"
     elif glob.has_magic(argument):
         found = [Path(name) for name in sorted(glob.glob(argument, recursive=True)) if os.path.isfile(name)]
-        bound = "matches no file"
+        reason = "matches no file"
     else:
         return [], input_problem("--input", argument, "check the path")
-    return found, None if found else Problem("--input", argument, bound, "check the path")
+    return found, None if found else Problem("--input", argument, reason, "check the path")
 
 
 def _files_in(folder: Path) -> Iterator[Path]:

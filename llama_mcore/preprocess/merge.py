@@ -126,9 +126,9 @@ def _append(writer: DatasetWriter, dataset: IndexedDataset, progress: InputProgr
         documents = int(np.count_nonzero(lengths))
         progress.advance(bytes=tokens.nbytes, documents=documents, tokens=len(tokens))
     if manifest and checksums and checksums.finish() != manifest.block_checksums:
-        bound = "has blocks without the checksums of its manifest"
+        reason = "has blocks without the checksums of its manifest"
         remedy = f"`python tools/inspect_dataset.py {dataset.prefix} --verify` says which"
-        raise DataError(Problem("dataset", bin_path(dataset.prefix), bound, remedy))
+        raise DataError(Problem("dataset", bin_path(dataset.prefix), reason, remedy))
 
 
 def _groups(dataset: IndexedDataset) -> Iterator[NDArray[np.int64]]:

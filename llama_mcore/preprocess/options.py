@@ -89,11 +89,11 @@ def check_settings(settings: Settings, shard: Shard, files: Sequence[InputFile])
         problems.append(Problem("--max-bad-ratio", settings.max_bad_ratio, "must be from 0 to 1"))
     streams = [file.path for file in files if file.format == "stream"]
     if streams and shard.count > 1:
-        bound = "cannot be read by several jobs"
-        problems.append(Problem("--input", streams[0], bound, "give files, or no --shard"))
+        reason = "cannot be read by several jobs"
+        problems.append(Problem("--input", streams[0], reason, "give files, or no --shard"))
     texts = [file.path for file in files if file.format == "text"]
     if texts and len(set(settings.json_keys)) > 1:
-        bound = "has one text, not one for each of --json-keys"
-        problems.append(Problem("--input", texts[0], bound, "give one key, or JSONL"))
+        reason = "has one text, not one for each of --json-keys"
+        problems.append(Problem("--input", texts[0], reason, "give one key, or JSONL"))
     if problems:
         raise ConfigError(problems)

@@ -110,9 +110,9 @@ class PartsFolder:
         content = path.read_bytes() if path.exists() else b""
         if len(content) != record.size or zlib.crc32(content) != record.crc32:
             path.with_suffix(".json").unlink(missing_ok=True)
-            bound = "does not hold the bytes that were written to it"
+            reason = "does not hold the bytes that were written to it"
             raise OutputError(
-                Problem("output", path, bound, "check the disk and give the same command again")
+                Problem("output", path, reason, "check the disk and give the same command again")
             )
         tokens, lengths, start = [], [], 0
         for output in record.outputs:
@@ -159,9 +159,9 @@ class Lock:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._descriptor)
-            bound = "another process is making this dataset"
+            reason = "another process is making this dataset"
             remedy = "wait for it or choose another prefix"
-            raise OutputError(Problem("output", self._folder, bound, remedy)) from None
+            raise OutputError(Problem("output", self._folder, reason, remedy)) from None
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -239,7 +239,7 @@ def _read_plan(path: Path) -> dict[str, Any] | None:
 
 def _differences(before: Mapping[str, Any], plan: Mapping[str, Any], folder: Path) -> list[Problem]:
     names = [name for name in {**plan, **before} if plan.get(name) != before.get(name)]
-    remedy = f"give --restart to begin anew, or the settings of the job that left {folder}"
+    remedy = f"give --restart to start from scratch, or the settings of the job that left {folder}"
     problems = [
         Problem(name, plan.get(name), f"differs from what was begun with: {before.get(name)}", remedy)
         for name in names[:_MOST_DIFFERENCES]

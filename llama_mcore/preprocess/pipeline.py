@@ -16,7 +16,7 @@ from llama_mcore.data import finished
 from llama_mcore.data.index import bin_path, idx_path
 from llama_mcore.data.indexed_dataset import optimal_dtype
 from llama_mcore.data.manifest import TOKENIZER_MODEL, manifest_path
-from llama_mcore.errors import DataError, Problem, UserError, gathering, raise_all
+from llama_mcore.errors import DataError, LlamaMcoreError, Problem, gathering, raise_all
 from llama_mcore.files import prepare_output
 from llama_mcore.preprocess.concatenate import join_parts, remove_dataset, remove_leftovers, write_quarantine
 from llama_mcore.preprocess.inputs import InputFile, Unit, find_inputs, sources_of, unit_bytes_for
@@ -70,7 +70,7 @@ class Preprocessing:
         self._keys = list(dict.fromkeys(settings.json_keys))
         self._files: list[InputFile] = []
         self._shard = WHOLE
-        errors: list[UserError] = []
+        errors: list[LlamaMcoreError] = []
         with gathering(errors):
             self._files = find_inputs(inputs)
         with gathering(errors):
@@ -267,9 +267,9 @@ class Preprocessing:
         if documents and skipped / documents > self._settings.max_bad_ratio:
             done = [(Unit(*place), record) for place, record in sorted(schedule.done.items())]
             write_quarantine(job, done, self._quarantine)
-            bound = f"{skipped:,} of {documents:,} documents cannot be used; {self._quarantine} lists them"
-            remedy = "mend them, or allow more with --max-bad-ratio"
-            raise DataError(Problem("--max-bad-ratio", self._settings.max_bad_ratio, bound, remedy))
+            reason = f"{skipped:,} of {documents:,} documents cannot be used; {self._quarantine} lists them"
+            remedy = "fix them, or allow more with --max-bad-ratio"
+            raise DataError(Problem("--max-bad-ratio", self._settings.max_bad_ratio, reason, remedy))
 
     def _refuse_empty(self, totals: Totals) -> None:
         """A whole input without text is a mistake; a shard of a small one may well have none."""

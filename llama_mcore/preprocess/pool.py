@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, Generic, TypeVar
 
-from llama_mcore.errors import PreflightError, Problem, UserError
+from llama_mcore.errors import LlamaMcoreError, PreflightError, Problem
 
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
@@ -116,7 +116,7 @@ class Workers(Generic[Task, Answer]):
             answer: Any = connection.recv()
         except (EOFError, OSError):
             raise self._gone(task) from None
-        if isinstance(answer, UserError):
+        if isinstance(answer, LlamaMcoreError):
             raise answer
         if isinstance(answer, _Crash):
             raise RuntimeError(f"a worker failed at {self._describe(task)}:\n{answer.text}")
@@ -125,8 +125,8 @@ class Workers(Generic[Task, Answer]):
 
     def _gone(self, task: Task | None) -> PreflightError:
         place = "its start" if task is None else self._describe(task)
-        bound = f"a worker was killed at {place}, most often for lack of memory"
-        return PreflightError(Problem("workers", self._count, bound, "start fewer with --workers"))
+        reason = f"a worker was killed at {place}, most often for lack of memory"
+        return PreflightError(Problem("workers", self._count, reason, "start fewer with --workers"))
 
 
 def _work(connection: Connection, preload: str) -> None:
@@ -139,7 +139,7 @@ def _work(connection: Connection, preload: str) -> None:
         try:
             do = do or make()
             answer: Any = do(task)
-        except UserError as error:
+        except LlamaMcoreError as error:
             answer = error
         except Exception:
             answer = _Crash(traceback.format_exc())

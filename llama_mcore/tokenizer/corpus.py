@@ -69,8 +69,8 @@ def find_sources(inputs: Sequence[Path | str]) -> list[TextSource]:
     for name, path in named:
         own = name or _name_of(path)
         if own in sources and not name:
-            bound = f"gives a second source the name {own!r}"
-            raise ConfigError(Problem("--input", path, bound, "name it: --input NAME=PATH"))
+            reason = f"gives a second source the name {own!r}"
+            raise ConfigError(Problem("--input", path, reason, "name it: --input NAME=PATH"))
         source = sources.setdefault(own, TextSource(own, []))
         source.files += [file for file in files if file.argument == path]
     return list(sources.values())

@@ -67,10 +67,10 @@ class TrainerMemory:
 
     def _refusal(self, peak: int, of_what: str, text_bytes: int) -> PreflightError:
         """Names the budget that fits. In proportion is enough: distinct words grow more slowly than text."""
-        bound = f"training on {of_what} needs about {_size(peak)}"
+        reason = f"training on {of_what} needs about {_size(peak)}"
         fits = text_bytes * max(self.limit - _BYTES_FIXED, 0) // peak // self._num_sources
         remedy = f"give --bytes-per-source {_round_down(fits)}, or more memory"
-        return PreflightError(Problem("--max-memory", _size(self.limit), bound, remedy))
+        return PreflightError(Problem("--max-memory", _size(self.limit), reason, remedy))
 
 
 def _size(size: int) -> str:

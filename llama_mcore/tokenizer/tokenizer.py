@@ -42,8 +42,8 @@ class Tokenizer:
             raise self._not_a_model()
 
     def _not_a_model(self) -> DataError:
-        bound = "is not a SentencePiece model with an end-of-sequence token"
-        return DataError(Problem(self._field, self.path, bound, _REMEDY))
+        reason = "is not a SentencePiece model with an end-of-sequence token"
+        return DataError(Problem(self._field, self.path, reason, _REMEDY))
 
     @property
     def vocab_size(self) -> int:

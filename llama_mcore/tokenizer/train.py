@@ -181,14 +181,14 @@ def _read_record(path: Path) -> dict[str, Any]:
 def _check_settings(vocab_size: int, bytes_per_source: int | None, seed: int) -> None:
     problems = []
     if vocab_size < _SMALLEST_VOCABULARY:
-        bound = f"must be at least {_SMALLEST_VOCABULARY}: 3 control tokens, 256 bytes and a character"
-        problems.append(Problem("--vocab-size", vocab_size, bound, "LLaMA's is 32000"))
+        reason = f"must be at least {_SMALLEST_VOCABULARY}: 3 control tokens, 256 bytes and a character"
+        problems.append(Problem("--vocab-size", vocab_size, reason, "LLaMA's is 32000"))
     if vocab_size > _LARGEST_VOCABULARY:
-        bound = f"must be at most {_LARGEST_VOCABULARY}: SentencePiece counts in 32 bits"
-        problems.append(Problem("--vocab-size", vocab_size, bound, "LLaMA's is 32000"))
+        reason = f"must be at most {_LARGEST_VOCABULARY}: SentencePiece counts in 32 bits"
+        problems.append(Problem("--vocab-size", vocab_size, reason, "LLaMA's is 32000"))
     if bytes_per_source is not None and bytes_per_source < MAX_LINE_BYTES:
-        bound = f"must be at least {MAX_LINE_BYTES} bytes, the longest line"
-        problems.append(Problem("--bytes-per-source", bytes_per_source, bound, "write it like 500MB"))
+        reason = f"must be at least {MAX_LINE_BYTES} bytes, the longest line"
+        problems.append(Problem("--bytes-per-source", bytes_per_source, reason, "write it like 500MB"))
     if not 0 <= seed <= _LARGEST_SEED:
         problems.append(Problem("--seed", seed, f"must be from 0 to {_LARGEST_SEED}"))
     if problems:
@@ -271,11 +271,13 @@ def _say_elapsed(done: threading.Event) -> None:
 def _training_error(message: str, vocab_size: int, sources: Sequence[TextSource]) -> DataError:
     if match := re.search(r"Vocabulary size too high .* value <= (\d+)", message):
         most = match[1]
-        bound = f"is more than the text supports: at most {most}"
-        return DataError(Problem("--vocab-size", vocab_size, bound, f"give more text or --vocab-size {most}"))
+        reason = f"is more than the text supports: at most {most}"
+        return DataError(
+            Problem("--vocab-size", vocab_size, reason, f"give more text or --vocab-size {most}")
+        )
     if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        bound = f"must be at least {match[1]}: control tokens, 256 bytes and the text's own characters"
-        return DataError(Problem("--vocab-size", vocab_size, bound, f"give --vocab-size {match[1]} or more"))
+        reason = f"must be at least {match[1]}: control tokens, 256 bytes and the text's own characters"
+        return DataError(Problem("--vocab-size", vocab_size, reason, f"give --vocab-size {match[1]} or more"))
     if "!sentences_.empty()" in message:
         return _no_lines(sources)
     return DataError(
@@ -285,12 +287,12 @@ def _training_error(message: str, vocab_size: int, sources: Sequence[TextSource]
 
 def _no_lines(sources: Sequence[TextSource]) -> DataError:
     if left_out := sum(source.lines_left_out for source in sources):
-        bound = f"hold {left_out:,} lines, all of them over {MAX_LINE_BYTES} bytes or with U+2585"
-        return DataError(Problem("--input", "all documents", bound, "give text with shorter lines"))
+        reason = f"hold {left_out:,} lines, all of them over {MAX_LINE_BYTES} bytes or with U+2585"
+        return DataError(Problem("--input", "all documents", reason, "give text with shorter lines"))
     names = ", ".join(str(file.path) for source in sources for file in source.files[:_MOST_NAMED])
     documents = sum(source.documents for source in sources)
-    bound = f"no text in {documents:,} documents" if documents else "no documents: empty"
-    return DataError(Problem("--input", names, bound, "check the files and --json-key"))
+    reason = f"no text in {documents:,} documents" if documents else "no documents: empty"
+    return DataError(Problem("--input", names, reason, "check the files and --json-key"))
 
 
 def _like_llamas(model: bytes) -> bytes:

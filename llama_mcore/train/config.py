@@ -1,4 +1,4 @@
-"""How long, how large, how precisely and with which optimizer a run trains. Pure Python."""
+"""How long, how large, how precisely and with which optimizer a run trains. Imports no torch."""
 
 from typing import Literal
 

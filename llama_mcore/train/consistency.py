@@ -51,7 +51,7 @@ def contents_of(sources: Sequence[OpenSource]) -> dict[str, str]:
     return {name: dataset.content_id for name, dataset in datasets.items() if dataset}
 
 
-def check_alike(run: RunConfig, sources: Sequence[OpenSource], groups: Groups) -> None:
+def check_ranks_agree(run: RunConfig, sources: Sequence[OpenSource], groups: Groups) -> None:
     """Raise ConfigError on all ranks where one has other settings or data than rank 0. All call it."""
     settings, contents = together(groups, lambda: (settings_of(run), contents_of(sources)))
     problems = [

@@ -1,4 +1,4 @@
-"""Where a run begins: at the newest sound checkpoint, at one that was named, or anew. Never silently anew."""
+"""Where a run begins: at the newest valid checkpoint, at one that was named, or anew. Never silently anew."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from llama_mcore.checkpoint.loader import check_same_model
 from llama_mcore.checkpoint.paths import given_up_dir, not_foreign, step_of
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.checkpoint.run_lock import FOLDER as LEASE
-from llama_mcore.checkpoint.start import Start, Way, none_sound, way_of
+from llama_mcore.checkpoint.start import Start, Way, none_valid, way_of
 from llama_mcore.checkpoint.train_state import TrainState
 from llama_mcore.config.run import RunConfig
 from llama_mcore.distributed.groups import Groups
@@ -30,7 +30,7 @@ Together = Callable[[Callable[[], T]], T]
 
 
 @dataclass(frozen=True)
-class Found:
+class ResumePoint:
     way: Way
     reader: CheckpointReader | None
     passed_over: list[str] = field(default_factory=list)
@@ -49,15 +49,17 @@ class Found:
         return TrainState(run_id=self.way.lineage.run_id, began_from=self.way.lineage.began_from)
 
 
-def find_start(run: RunConfig, start: Start, groups: Groups, together: Together, phases: Phases) -> Found:
+def find_start(
+    run: RunConfig, start: Start, groups: Groups, together: Together, phases: Phases
+) -> ResumePoint:
     """The checkpoint to begin from, read and verified; all ranks call it together and get the same. Nothing
     is changed before `settle`.
 
     Every byte is checked once: each rank hashes its share of the files. Raises what `way_of` does,
-    CheckpointError where none of the checkpoints is sound, and ConfigError for one of another model.
+    CheckpointError where none of the checkpoints is valid, and ConfigError for one of another model.
     """
-    start = same_on_all_ranks(groups, lambda: still_asked(run, start), together)
-    way = same_on_all_ranks(groups, lambda: way_of(run, start), together)
+    start = broadcast_from_rank0(groups, lambda: still_asked(run, start), together)
+    way = broadcast_from_rank0(groups, lambda: way_of(run, start), together)
     for remark in way.remarks():
         get_logger().info("%s", remark)
     damaged: list[Problem] = []
@@ -71,14 +73,14 @@ def find_start(run: RunConfig, start: Start, groups: Groups, together: Together,
             get_logger().warning("%s IS DAMAGED and passed over: %s", folder, error.message())
             continue
         together(lambda reader=reader: check_same_model(reader, run))  # type: ignore[misc]
-        found = Found(way, reader, passed_over)
+        found = ResumePoint(way, reader, passed_over)
         if found.resumes:
             for change in changed_settings(reader.manifest.config, run.model_dump(mode="json"), of_both=True):
                 get_logger().info("since the checkpoint: %s", change)
         return found
     if damaged:
-        raise none_sound(run, start, damaged)
-    return Found(way, None)
+        raise none_valid(run, start, damaged)
+    return ResumePoint(way, None)
 
 
 def still_asked(run: RunConfig, asked: Start) -> Start:
@@ -93,14 +95,14 @@ def still_asked(run: RunConfig, asked: Start) -> Start:
 def verified(folder: Path, groups: Groups, phases: Phases) -> CheckpointReader:
     """The checkpoint, of which this rank has read its share of the files."""
     try:
-        reader = CheckpointReader(folder, phases.working)
-        reader.check_content(groups.rank, groups.world_size, phases.working)
+        reader = CheckpointReader(folder, phases.progress)
+        reader.check_content(groups.rank, groups.world_size, phases.progress)
     finally:
         phases.beat()  # where a file is damaged too: ranks that got equally far have equally many
     return reader
 
 
-def settle(run: RunConfig, found: Found) -> None:
+def settle(run: RunConfig, found: ResumePoint) -> None:
     """Make the run's folder that of what was found, before its first step. Rank 0 alone, which holds the run.
 
     Nothing is removed: what does not count any more is moved aside. Raises OSError and OutputError.
@@ -146,15 +148,15 @@ def put_aside(run_dir: Path, state: TrainState) -> list[Path]:
     try:
         return [path.rename(given_up_dir(path)) for path in _later(run_dir, state)]
     except OSError as error:
-        bound = f"cannot be put aside ({error.strerror})"
-        raise OutputError(Problem("checkpoint", error.filename, bound)) from error
+        reason = f"cannot be put aside ({error.strerror})"
+        raise OutputError(Problem("checkpoint", error.filename, reason)) from error
 
 
 def _later(run_dir: Path, state: TrainState) -> list[Path]:
     return [path for path in not_foreign(run_dir, state.run_id) if step_of(path) > state.step]
 
 
-def same_on_all_ranks(groups: Groups, look: Callable[[], T], together: Together) -> T:
+def broadcast_from_rank0(groups: Groups, look: Callable[[], T], together: Together) -> T:
     """What rank 0 sees: on a network file system others may see a folder sooner or later."""
     seen = together(lambda: look() if groups.rank == 0 else None)
     box = [seen]

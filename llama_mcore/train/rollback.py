@@ -14,7 +14,7 @@ from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.phases import Phases
 from llama_mcore.train.engine import DeepSpeedEngine
 from llama_mcore.train.health import rolled_back
-from llama_mcore.train.resume import Together, put_aside, same_on_all_ranks, verified
+from llama_mcore.train.resume import Together, broadcast_from_rank0, put_aside, verified
 
 
 def roll_back(
@@ -30,7 +30,7 @@ def roll_back(
     holds yet.
 
     No save may be in flight. All ranks call it together; `phases` are told of what it reads. Raises
-    NumericalError, before anything is changed, where there is no sound checkpoint or not enough data to jump
+    NumericalError, before anything is changed, where there is no valid checkpoint or not enough data to jump
     over what was read since.
     """
     reader = _checkpoint_to_return_to(run, groups, now, reason, together, phases)
@@ -52,19 +52,19 @@ def roll_back(
 def _checkpoint_to_return_to(
     run: RunConfig, groups: Groups, now: TrainState, reason: str, together: Together, phases: Phases
 ) -> CheckpointReader:
-    """The newest that was scheduled and is sound; every rank gets the same."""
-    folders = same_on_all_ranks(groups, lambda: _candidates(Path(run.run.dir), now), together)
+    """The newest that was scheduled and is valid; every rank gets the same."""
+    folders = broadcast_from_rank0(groups, lambda: _candidates(Path(run.run.dir), now), together)
     for folder in reversed(folders):
         try:
             reader: CheckpointReader = together(lambda folder=folder: verified(folder, groups, phases))  # type: ignore[misc]
         except CheckpointError as error:
             get_logger().warning("%s IS DAMAGED and passed over: %s", folder, error.message())
             continue
-        if reader.state.health.is_quiet:
+        if reader.state.health.is_stable:
             return reader
-    remedy = "lower optim.lr or look at the data, and begin anew"
-    bound = f"and there is no sound checkpoint up to step {now.health.anchor:,} to roll back to"
-    raise NumericalError(Problem(f"step {now.step:,}", reason, bound, remedy))
+    remedy = "lower optim.lr or look at the data, and start from scratch"
+    why = f"and there is no valid checkpoint up to step {now.health.anchor:,} to roll back to"
+    raise NumericalError(Problem(f"step {now.step:,}", reason, why, remedy))
 
 
 def _candidates(run_dir: Path, now: TrainState) -> list[Path]:
@@ -82,6 +82,6 @@ def _check_data(run: RunConfig, state: TrainState) -> None:
         check_caps(state.segments[-1], end)
     except DataError as error:
         last = state.health.rollbacks[-1]
-        bound = f"calls for a rollback to step {last.to_step:,}, after which the data would not suffice"
-        problem = Problem(f"step {last.at_step:,}", last.reason, bound)
+        reason = f"calls for a rollback to step {last.to_step:,}, after which the data would not suffice"
+        problem = Problem(f"step {last.at_step:,}", last.reason, reason)
         raise NumericalError([problem, *error.problems]) from None

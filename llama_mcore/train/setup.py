@@ -24,7 +24,7 @@ from llama_mcore.data.sources import OpenSource, open_sources, plan_run
 from llama_mcore.distributed.collectives import any_rank, together
 from llama_mcore.distributed.device import describe_device, on_gpu, pinned
 from llama_mcore.distributed.groups import Groups
-from llama_mcore.distributed.launch_env import place_in
+from llama_mcore.distributed.launch_env import rank_info
 from llama_mcore.errors import OutputError, Problem
 from llama_mcore.model.attention import Choice, attention_for
 from llama_mcore.model.build import build_model
@@ -34,9 +34,9 @@ from llama_mcore.observe.goodput.timeline import Timeline
 from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.phases import Phase, Phases
 from llama_mcore.observe.sinks import MetricSinks
-from llama_mcore.train.consistency import check_alike
+from llama_mcore.train.consistency import check_ranks_agree
 from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of
-from llama_mcore.train.resume import Found, Start, find_start, settle
+from llama_mcore.train.resume import ResumePoint, Start, find_start, settle
 from llama_mcore.train.stragglers import Stragglers
 from llama_mcore.watchdog.signals import StoppedEarly, StopRequest
 
@@ -113,14 +113,14 @@ def open_job(
     lease = together(groups, lambda: _hold(run, stack) if groups.rank == 0 else None)
     timeline = stack.enter_context(_timeline(run, groups, lease, phases))
     sources = together(groups, lambda: open_sources(run.data, run.model.seq_length, run.model.vocab_size))
-    check_alike(run, sources, groups)
+    check_ranks_agree(run, sources, groups)
     _stop_if_asked(stop, groups)
     found = find_start(run, start, groups, lambda action: together(groups, action), phases)
     _stop_if_asked(stop, groups)
     saved = found.state
     segments = together(groups, lambda: _plan_data(run, sources, saved, start.accept_data_change))
     together(groups, lambda: _prepare_run_dir(run, computed_by, found, lease) if lease else None)
-    phases.settled()
+    phases.run_dir_ready()
     phases.beat()
     engine = _loaded_engine(run, groups, phases, found, stop)
     if found.resumes and not computed_by.is_reproducible:
@@ -154,7 +154,7 @@ def _stop_if_asked(stop: StopRequest, groups: Groups) -> None:
 
 
 def _loaded_engine(
-    run: RunConfig, groups: Groups, phases: Phases, found: Found, stop: StopRequest
+    run: RunConfig, groups: Groups, phases: Phases, found: ResumePoint, stop: StopRequest
 ) -> DeepSpeedEngine:
     reader = found.reader
     model = build_model(
@@ -165,7 +165,7 @@ def _loaded_engine(
         None if reader else run.run.seed,
         documents=run.data.attention_boundary is not None,
     )
-    first = place_in(os.environ).local_rank == 0
+    first = rank_info(os.environ).local_rank == 0
     warm_up(model, run.train.micro_batch_size, is_first=first, barrier=dist.barrier)
     phases.beat()
     engine = build_engine(model, run, groups)
@@ -216,7 +216,7 @@ def _timeline(
 
 
 def _sinks(
-    run: RunConfig, lease: Lease | None, found: Found, state: TrainState
+    run: RunConfig, lease: Lease | None, found: ResumePoint, state: TrainState
 ) -> AbstractContextManager[MetricSinks | None]:
     if lease is None:
         return nullcontext()
@@ -238,7 +238,7 @@ def _batches(run: RunConfig, groups: Groups, sources: list[OpenSource], state: T
     )
 
 
-def _prepare_run_dir(run: RunConfig, computed_by: Computation, found: Found, lease: Lease) -> None:
+def _prepare_run_dir(run: RunConfig, computed_by: Computation, found: ResumePoint, lease: Lease) -> None:
     """Make the run's folder ready and write down what runs there, and on what."""
     run_dir = Path(run.run.dir)
     try:

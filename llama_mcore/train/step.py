@@ -53,7 +53,7 @@ def train_step(
     for batch, weight in zip(chosen, weights, strict=True):
         with forward.running():
             loss = mean_loss(engine, batch, groups, eod) * weight
-        engine.backward(_infectious(loss))
+        engine.backward(_nan_gradient_if_loss_not_finite(loss))
         beat()
         unsharded_norm = _unsharded_grad_norm(engine, groups)
         if engine.is_gradient_accumulation_boundary():
@@ -125,7 +125,7 @@ def mean_loss(engine: DeepSpeedEngine, batch: MicroBatch, groups: Groups, eod: i
     return engine(tokens, labels=labels, loss_mask=mask, documents=documents)
 
 
-def _infectious(loss: Tensor) -> Tensor:
+def _nan_gradient_if_loss_not_finite(loss: Tensor) -> Tensor:
     """The loss, whose gradient is NaN throughout if it is not finite itself.
 
     A loss may be NaN and its gradient not. So the one check of the gradient, which DeepSpeed makes before the

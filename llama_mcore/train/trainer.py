@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TypeVar
 
 from llama_mcore.checkpoint.deepspeed_export import save_deepspeed_folder
-from llama_mcore.checkpoint.saver import Saved
+from llama_mcore.checkpoint.saver import SavedCheckpoint
 from llama_mcore.config.run import RunConfig
 from llama_mcore.data.loader import MicroBatch
 from llama_mcore.distributed.collectives import together
@@ -98,14 +98,14 @@ def _step(job: Job) -> Judgement:
 
 
 @dataclass(frozen=True)
-class _Done(StepResult):
+class TimedStep(StepResult):
     """A step and what it took."""
 
     seconds: float
     stragglers: list[dict[str, object]]
 
 
-def _timed_step(job: Job) -> _Done:
+def _timed_step(job: Job) -> TimedStep:
     accumulation = job.run.accumulation_steps(job.groups.world_size)
     started, read_at = time.perf_counter(), 0.0
 
@@ -129,7 +129,7 @@ def _timed_step(job: Job) -> _Done:
     )
     synchronize()
     seconds = time.perf_counter() - started
-    return _Done(**vars(result), seconds=seconds, stragglers=job.stragglers.add(read_at - started))
+    return TimedStep(**vars(result), seconds=seconds, stragglers=job.stragglers.add(read_at - started))
 
 
 def _lr(job: Job, step: int) -> float:
@@ -139,7 +139,7 @@ def _lr(job: Job, step: int) -> float:
 
 
 def _report(
-    job: Job, done: _Done, judgement: Judgement, lr: float, valid: dict[str, HeldOut] | None
+    job: Job, done: TimedStep, judgement: Judgement, lr: float, valid: dict[str, HeldOut] | None
 ) -> StepReport:
     """`valid`: None where the evaluation was stopped."""
     run, rollbacks = job.run, job.state.health.rollbacks
@@ -190,7 +190,7 @@ def _return_or_stop(job: Job, judgement: Judgement) -> None:
     _announce_saved(job, job.saver.finish())
     if judgement.action is Action.STOP:
         remedy = (
-            "the checkpoints are as they were: look at metrics.jsonl, then lower optim.lr or mend the data"
+            "the checkpoints are as they were: look at metrics.jsonl, then lower optim.lr or fix the data"
         )
         raise NumericalError(Problem("step", job.state.step, judgement.reason, remedy))
     groups, reason, sinks = job.groups, judgement.reason, job.sinks
@@ -220,7 +220,7 @@ def _save(job: Job, due: bool = True) -> None:
         return
     job.phases.enter(Phase.SAVE, job.state.step)
     together(job.groups, lambda: job.sinks.sync() if job.sinks else None)
-    if due and job.state.health.is_quiet:
+    if due and job.state.health.is_stable:
         health = job.state.health.model_copy(update={"anchor": job.state.step})
         job.state = replace(job.state, health=health)
     _announce_saved(job, job.saver.begin(job.state, _lr(job, job.state.step)))
@@ -231,7 +231,7 @@ def _save(job: Job, due: bool = True) -> None:
         _announce_saved(job, job.saver.finish())
 
 
-def _announce_saved(job: Job, saved: Saved | None) -> None:
+def _announce_saved(job: Job, saved: SavedCheckpoint | None) -> None:
     if saved:
         job.phases.saved(saved.state.step)
         times = f"{saved.seconds:.1f} s, training waited {saved.stalled_s:.2f} s"
@@ -241,7 +241,7 @@ def _announce_saved(job: Job, saved: Saved | None) -> None:
 def _save_is_due(job: Job) -> bool:
     """At the end, and at the first quiet step of each interval."""
     step, health, interval = job.state.step, job.state.health, job.run.checkpoint.interval
-    return step == job.run.train.steps or (health.is_quiet and step // interval > health.anchor // interval)
+    return step == job.run.train.steps or (health.is_stable and step // interval > health.anchor // interval)
 
 
 def _replica_check_is_due(job: Job, saving: bool) -> bool:

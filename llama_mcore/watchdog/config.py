@@ -1,4 +1,4 @@
-"""How long each part of a run may take without a sign of life. Pure Python."""
+"""How long each part of a run may take without a sign of life. Imports no torch."""
 
 from pydantic import Field
 

@@ -12,8 +12,8 @@ import zlib
 from dataclasses import dataclass, replace
 from struct import Struct
 
-from llama_mcore.observe.phases import Listener, Phase
-from llama_mcore.watchdog.patience import Patience
+from llama_mcore.observe.phases import Phase, PhaseListener
+from llama_mcore.watchdog.timeouts import Timeouts
 
 ALIVE_S = 0.5
 """Seconds between the signs of the second thread."""
@@ -24,7 +24,7 @@ _READS = 100
 
 
 @dataclass(frozen=True)
-class Beat:
+class HeartbeatRecord:
     """The last sign of life of the main thread. Times are monotonic, the same for all processes."""
 
     phase: Phase
@@ -41,8 +41,8 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Reached:
-    """What a life has come to: it stays reached."""
+class Milestones:
+    """What an attempt has come to: it stays reached."""
 
     settled: bool = False
     """The run's folder is there, and is this run's."""
@@ -60,27 +60,27 @@ class Heartbeat:
         self._alive = _Record(memory, 64, "<d")
         self._reached = _Record(memory, 128, "<??")
         now = time.monotonic()
-        self._last = Beat(Phase.START, 0, 0, now, start_s)
+        self._last = HeartbeatRecord(Phase.START, 0, 0, now, start_s)
         self._last_alive = now
-        self._last_reached = Reached()
+        self._last_reached = Milestones()
         self.write(self._last)
         self.write_alive(now)
         self.write_reached(self._last_reached)
 
-    def write(self, beat: Beat) -> None:
+    def write(self, beat: HeartbeatRecord) -> None:
         self._main.write(_PHASES.index(beat.phase), beat.step, beat.count, beat.at, beat.allowed_s)
 
     def write_alive(self, now: float) -> None:
         self._alive.write(now)
 
-    def write_reached(self, reached: Reached) -> None:
+    def write_reached(self, reached: Milestones) -> None:
         self._reached.write(reached.settled, reached.saved)
 
-    def read(self) -> Beat:
+    def read(self) -> HeartbeatRecord:
         values = self._main.read()
         if values:
             phase, *rest = values
-            self._last = Beat(_PHASES[phase], *rest)
+            self._last = HeartbeatRecord(_PHASES[phase], *rest)
         return self._last
 
     def alive_at(self) -> float:
@@ -89,17 +89,17 @@ class Heartbeat:
             (self._last_alive,) = values
         return self._last_alive
 
-    def reached(self) -> Reached:
+    def reached(self) -> Milestones:
         values = self._reached.read()
         if values:
-            self._last_reached = Reached(*values)
+            self._last_reached = Milestones(*values)
         return self._last_reached
 
 
-class Pulse(Listener):
+class HeartbeatWriter(PhaseListener):
     """Listens to the phases of the process that trains and writes its heartbeat."""
 
-    def __init__(self, heartbeat: Heartbeat, patience: Patience) -> None:
+    def __init__(self, heartbeat: Heartbeat, patience: Timeouts) -> None:
         self._heartbeat, self._patience = heartbeat, patience
         self._beat = heartbeat.read()
         self.enter(Phase.START, 0)
@@ -108,22 +108,22 @@ class Pulse(Listener):
     def enter(self, phase: Phase, step: int) -> None:
         now = time.monotonic()
         allowed = self._patience.enter(phase, now)
-        self._write(Beat(phase, step, self._beat.count + 1, now, allowed))
+        self._write(HeartbeatRecord(phase, step, self._beat.count + 1, now, allowed))
 
     def beat(self) -> None:
         last = self._beat
-        self._write(Beat(last.phase, last.step, last.count + 1, time.monotonic(), last.allowed_s))
+        self._write(HeartbeatRecord(last.phase, last.step, last.count + 1, time.monotonic(), last.allowed_s))
 
-    def working(self) -> None:
+    def progress(self) -> None:
         self._write(replace(self._beat, at=time.monotonic()))
 
-    def settled(self) -> None:
+    def run_dir_ready(self) -> None:
         self._heartbeat.write_reached(replace(self._heartbeat.reached(), settled=True))
 
     def saved(self, step: int) -> None:
         self._heartbeat.write_reached(replace(self._heartbeat.reached(), saved=True))
 
-    def _write(self, beat: Beat) -> None:
+    def _write(self, beat: HeartbeatRecord) -> None:
         self._beat = beat
         self._heartbeat.write(beat)
 

@@ -15,7 +15,7 @@ from struct import Struct
 from types import TracebackType
 from typing import Self
 
-from llama_mcore.distributed.launch_env import OUR_TORCHRUN, place_in
+from llama_mcore.distributed.launch_env import OUR_TORCHRUN, rank_info
 from llama_mcore.errors import say
 from llama_mcore.watchdog.workers import workers
 
@@ -29,7 +29,7 @@ _RECORD = Struct("<qd")
 
 def show_signs(variables: Mapping[str, str] = os.environ) -> None:
     """Show this process's from now on, in a thread; under another launcher nobody looks."""
-    path, local_rank = variables.get(OUR_TORCHRUN, ""), place_in(variables).local_rank
+    path, local_rank = variables.get(OUR_TORCHRUN, ""), rank_info(variables).local_rank
 
     def show() -> None:
         with suppress(OSError):

@@ -3,7 +3,7 @@
     RUN_DIR/stalls/00000012/rank-00003.txt     stacks of its threads
     RUN_DIR/stalls/00000012/rank-00003.json    its heartbeat
     RUN_DIR/stalls/00000012/summary.txt        rank 0's: who is behind
-    RUN_DIR/stalls/00000012-2/                 the same, of another life that stalled at that step
+    RUN_DIR/stalls/00000012-2/                 the same, of another attempt that stalled at that step
 
 All ranks stall together, since those that are well wait for the others in a collective. So each rank reports
 on itself, and rank 0 reads the reports of all.
@@ -90,7 +90,8 @@ class StallReport:
     def __init__(self, run_dir: Path, place: RankOnHost) -> None:
         self._folder, self._place, self._started = run_dir / FOLDER, place, time.monotonic()
         self._since = time.time()
-        """What was written before is of another life; by the file server's clock, once a file shows that."""
+        """What was written before is of another attempt; by the file server's clock, once a file shows
+        that."""
 
     def write(self, mine: Report, stacks: str) -> str:
         """Write this rank's part; on rank 0 return the summary, on others wait until it is there and return
@@ -119,9 +120,9 @@ class StallReport:
         return folder
 
     def _made_folder(self, step: int) -> Path:
-        """The first name of the step that no earlier life has taken, so the same on all ranks."""
+        """The first name of the step that no earlier attempt has taken, so the same on all ranks."""
         names = (self._folder / _name(step, number) for number in count(1))
-        return next(folder for folder in names if _made(folder) or self._is_of_this_life(folder))
+        return next(folder for folder in names if _made(folder) or self._is_of_this_attempt(folder))
 
     def _reports(self, mine: Report) -> list[Report]:
         """Those of all ranks, as far as they come in time; each is read once."""
@@ -138,12 +139,12 @@ class StallReport:
         return [found[name] for name in sorted(found)]
 
     def _near(self, step: int) -> list[Path]:
-        """This life's folders: a rank may have begun the next step while another has not."""
+        """This attempt's folders: a rank may have begun the next step while another has not."""
         names = {f"{near:08d}" for near in range(max(0, step - 1), step + 2)}
         folders = [self._folder / name for name in _listed(self._folder) if name.partition("-")[0] in names]
-        return [folder for folder in folders if self._is_of_this_life(folder)]
+        return [folder for folder in folders if self._is_of_this_attempt(folder)]
 
-    def _is_of_this_life(self, folder: Path) -> bool:
+    def _is_of_this_attempt(self, folder: Path) -> bool:
         with suppress(OSError):
             return folder.stat().st_mtime >= self._since
         return False

@@ -1,8 +1,8 @@
 """The process that a launcher starts for a rank: it forks the one that trains and answers for it.
 
 It passes requests to stop on, ends a process that shows no sign of life, and sees to it that a process that
-ends too early never looks like success. Rank 0's writes down what becomes of the life. It imports little and
-holds no lock that the other could hold, so what hangs the one does not hang it.
+ends too early never looks like success. Rank 0's writes down what becomes of the attempt. It imports little
+and holds no lock that the other could hold, so what hangs the one does not hang it.
 """
 
 import os
@@ -20,17 +20,17 @@ from llama_mcore.checkpoint.run_lock import was_taken_over
 from llama_mcore.distributed.launch_env import started_by_our_torchrun, started_by_torchrun
 from llama_mcore.distributed.rank_on_host import this_rank
 from llama_mcore.errors import EXIT_SAVED, EXIT_SOFTWARE, say
-from llama_mcore.observe.goodput.attempts import EndedLife, NotedLife, add_life
+from llama_mcore.observe.goodput.attempts import AttemptEnded, AttemptStarted, add_attempt
 from llama_mcore.observe.goodput.no_progress import was_explained
 from llama_mcore.observe.phases import Phase
 from llama_mcore.watchdog.config import WatchdogConfig
-from llama_mcore.watchdog.heartbeat import Heartbeat, Pulse, Reached
+from llama_mcore.watchdog.heartbeat import Heartbeat, HeartbeatWriter, Milestones
 from llama_mcore.watchdog.parent import die_with_parent
-from llama_mcore.watchdog.patience import Patience
 from llama_mcore.watchdog.signals import ECHO_S, STOP_SIGNALS
 from llama_mcore.watchdog.signs import show_signs
 from llama_mcore.watchdog.stacks import Stacks
 from llama_mcore.watchdog.stall_report import StallReport, take_report
+from llama_mcore.watchdog.timeouts import Timeouts
 
 POLL_S = 0.5
 LAST_WORDS_S = 5.0
@@ -45,7 +45,7 @@ LEAVING_S = 25.0
 LONGEST_REPORT_S = 25.0
 """A stalled file system may keep a report for ever, and torchrun kills 30 s after the first rank ended."""
 LONGEST_NOTE_S = 3.0
-"""The same, for the line of lives.jsonl."""
+"""The same, for the line of attempts.jsonl."""
 UNKILLABLE_S = 10.0
 """After SIGKILL: a process that waits in the kernel, say for a file server, ends when that answers."""
 PAUSED_S = 10.0
@@ -69,9 +69,9 @@ class Supervisor:
         self._kill_at: float | None = None
         self._last_request = 0
         self._asked = False
-        self._noted = Reached()
+        self._noted = Milestones()
 
-    def fork(self) -> Pulse | None:
+    def fork(self) -> HeartbeatWriter | None:
         """In the new process, what its phases are told to; None in this one, which has to `watch` then."""
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -81,7 +81,7 @@ class Supervisor:
             return None
         die_with_parent(parent)
         self._stacks.answer()
-        return Pulse(self._heartbeat, Patience(self._watchdog, self._save_timeout_s))
+        return HeartbeatWriter(self._heartbeat, Timeouts(self._watchdog, self._save_timeout_s))
 
     def watch(self) -> int:
         """Wait for the end of the process that trains and return the exit code of the rank."""
@@ -205,7 +205,7 @@ class Supervisor:
         reached = self._heartbeat.reached()
         if reached.settled and reached != self._noted:
             self._noted = reached
-            self._note(NotedLife(**self._facts(reached)))
+            self._note(AttemptStarted(**self._facts(reached)))
 
     def _note_end(self, exit_code: int) -> None:
         """An error of the user's that came before the folder was known to be this run's leaves nothing
@@ -214,9 +214,9 @@ class Supervisor:
         if was_explained(exit_code) and not reached.settled:
             return
         ended = round(time.monotonic() + self._clock_offset, 3)
-        self._note(EndedLife(**self._facts(reached), ended=ended, exit_code=exit_code, asked=self._asked))
+        self._note(AttemptEnded(**self._facts(reached), ended=ended, exit_code=exit_code, asked=self._asked))
 
-    def _facts(self, reached: Reached) -> dict[str, Any]:
+    def _facts(self, reached: Milestones) -> dict[str, Any]:
         return {
             "began": self.began,
             "job": os.environ.get("SLURM_JOB_ID", ""),
@@ -226,7 +226,7 @@ class Supervisor:
             "step": self._heartbeat.read().step,
         }
 
-    def _note(self, life: NotedLife) -> None:
+    def _note(self, attempt: AttemptStarted) -> None:
         """Rank 0's. What cannot be written is left out, and what is of a run that another job took over."""
         if self._place.rank > 0:
             return
@@ -235,7 +235,7 @@ class Supervisor:
         def write() -> None:
             with suppress(OSError):
                 if not (held and was_taken_over(self._run_dir, self._pid)):
-                    add_life(self._run_dir, life)
+                    add_attempt(self._run_dir, attempt)
 
         writing = threading.Thread(target=write, daemon=True)
         writing.start()

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 CLONE_NEWNS = 0x00020000  # sched.h
 PAGE = 4096
-CASES_A_LIFE = 200
+CASES_AN_ATTEMPT = 200
 EVERYTHING: Mapping[str, int] = {}
 SAMPLE = {"kills": 12, "errors": 30, "strace": 5}
 """How many of each kind of fault; of those that are not named all."""
@@ -184,8 +184,8 @@ def errors(folder: Path, operations: list[list[str]], count: int | None) -> list
             todo.append((Case("short write", victim, f"write {at}"), partial(short_write, at)))
     broken = [(Case("RuntimeError", rank, "snapshot"), broken_snapshot) for rank in range(RANKS)]
     chosen = [*some(todo, count), *broken]
-    lives = [chosen[start : start + CASES_A_LIFE] for start in range(0, len(chosen), CASES_A_LIFE)]
-    return [case for number, part in enumerate(lives) for case in fail_all(part, folder / str(number))]
+    attempts = [chosen[start : start + CASES_AN_ATTEMPT] for start in range(0, len(chosen), CASES_AN_ATTEMPT)]
+    return [case for number, part in enumerate(attempts) for case in fail_all(part, folder / str(number))]
 
 
 def fail_all(todo: list[tuple[Case, Break]], folder: Path) -> list[Case]:

@@ -18,7 +18,7 @@ from tests.support.world import Call, exit_codes_of
 RANKS = 2
 LIMIT_S = 300.0
 MOST_STEPS = 4
-"""New steps that a life is given at most before it is killed."""
+"""New steps that an attempt is given at most before it is killed."""
 STOPPED_S = 0.3
 LAUNCHER = "launcher"
 
@@ -34,7 +34,7 @@ class Fault:
         return " then ".join(signal.Signals(number).name for number in self.signals)
 
 
-class Life(Protocol):
+class Attempt(Protocol):
     launcher: psutil.Process
     passes_signals_on: bool
     """From the launcher to the ranks."""
@@ -79,45 +79,45 @@ class Launched:
         return finish(self._process)
 
 
-def run_to_the_end(begin: Callable[[], Life], run_dir: Path, kills: int) -> list[Fault]:
-    """Break so many lives at random moments, then let one finish.
+def run_to_the_end(begin: Callable[[], Attempt], run_dir: Path, kills: int) -> list[Fault]:
+    """Break so many attempts at random moments, then let one finish.
 
-    A life that is done before it can be broken is the last one: a machine may be slow to send a signal.
+    An attempt that is done before it can be broken is the last one: a machine may be slow to send a signal.
     """
     dice, faults = random.Random(0), []
     for _ in range(kills):
-        life = begin()
-        wait_for_a_moment(life, run_dir, dice)
-        faults += break_it(life, dice)
-        if not any(life.wait().exit_codes):
+        attempt = begin()
+        wait_for_a_moment(attempt, run_dir, dice)
+        faults += break_it(attempt, dice)
+        if not any(attempt.wait().exit_codes):
             return faults
     finished = begin().wait()
     assert not any(finished.exit_codes), finished.output
     return faults
 
 
-def wait_for_a_moment(life: Life, run_dir: Path, dice: random.Random) -> None:
+def wait_for_a_moment(attempt: Attempt, run_dir: Path, dice: random.Random) -> None:
     """A few steps later, or one in five times while it starts."""
     if dice.random() < 0.2:
         time.sleep(dice.uniform(0, 1.5))
         return
     steps, until = len(metrics(run_dir)) + dice.randint(1, MOST_STEPS), time.monotonic() + LIMIT_S
-    while len(metrics(run_dir)) < steps and not life.is_over():
+    while len(metrics(run_dir)) < steps and not attempt.is_over():
         assert time.monotonic() < until, f"no step {steps}"
         time.sleep(0.005)
     time.sleep(dice.uniform(0, 0.05))
 
 
-def break_it(life: Life, dice: random.Random) -> list[Fault]:
+def break_it(attempt: Attempt, dice: random.Random) -> list[Fault]:
     """Signal one rank or the launcher; of a launcher that is gone nothing may stay at work. Nothing, where
-    the life is over."""
+    the attempt is over."""
     target = dice.choice([LAUNCHER, *map(str, range(RANKS))])
     chosen = dice.choice([[SIGKILL], [SIGTERM], [SIGUSR1], [SIGSTOP, SIGKILL]])
-    if target == LAUNCHER and not life.passes_signals_on:
+    if target == LAUNCHER and not attempt.passes_signals_on:
         chosen = [SIGKILL]
     try:
-        ranks = ranks_of(life)
-        victim = life.launcher if target == LAUNCHER else ranks[int(target)]
+        ranks = ranks_of(attempt)
+        victim = attempt.launcher if target == LAUNCHER else ranks[int(target)]
         for number in chosen:
             victim.send_signal(number)
             if number == SIGSTOP:
@@ -133,13 +133,13 @@ def break_it(life: Life, dice: random.Random) -> list[Fault]:
     return [Fault([int(number) for number in chosen], target)]
 
 
-def ranks_of(life: Life) -> list[psutil.Process]:
+def ranks_of(attempt: Attempt) -> list[psutil.Process]:
     until = time.monotonic() + LIMIT_S
-    while len(ranks := life.launcher.children()) < RANKS and not life.is_over():
+    while len(ranks := attempt.launcher.children()) < RANKS and not attempt.is_over():
         assert time.monotonic() < until, "the ranks were not started"
         time.sleep(0.01)
     if len(ranks) < RANKS:
-        raise psutil.NoSuchProcess(life.launcher.pid)
+        raise psutil.NoSuchProcess(attempt.launcher.pid)
     return ranks
 
 

@@ -24,7 +24,7 @@ from llama_mcore.checkpoint.manifest import MANIFEST
 from llama_mcore.checkpoint.paths import LATEST, REPLACED, TEMPORARY, checkpoints_dir, rank_file, step_dir
 from llama_mcore.distributed.config import ParallelConfig
 from llama_mcore.distributed.groups import Groups, process_groups
-from llama_mcore.errors import UserError
+from llama_mcore.errors import LlamaMcoreError
 from llama_mcore.observe.log import NAME
 from llama_mcore.observe.phases import Phases
 from llama_mcore.train.resume import Start, find_start
@@ -352,7 +352,7 @@ class Checker:
         try:
             found = find_start(run_config(run_dir), Start(), self._groups, lambda action: action(), Phases())
             return version_of(found.reader) if found.reader else NO_CHECKPOINT
-        except UserError:
+        except LlamaMcoreError:
             return REFUSED
         except AssertionError:
             return MIXED

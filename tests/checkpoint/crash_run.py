@@ -128,7 +128,7 @@ class Rank:
         assert self.saver.finish()
 
     def newest(self) -> int:
-        """Version of the checkpoint that a run would resume from; 0 if it would begin anew.
+        """Version of the checkpoint that a run would resume from; 0 if it would start from scratch.
 
         Raises what the run would, and AssertionError for a mixture.
         """

@@ -393,7 +393,7 @@ HUGGING_FACE = {
 }
 
 
-# What is none of a checkpoint's business, and the sound ones: so that limits alone refuse nothing.
+# What is none of a checkpoint's business, and the valid ones: so that limits alone refuse nothing.
 
 
 def pickles_beside(folder: Path) -> Words:

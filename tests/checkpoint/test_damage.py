@@ -312,7 +312,7 @@ def test_what_carries_a_checkpoints_name_and_is_none_is_damage(
 
 
 def test_a_checkpoint_moved_elsewhere_is_read_through_its_link(checkpoint: Path, tmp_path: Path) -> None:
-    """Not to see it would be to begin anew."""
+    """Not to see it would be to start from scratch."""
     before = everything(checkpoint)
     checkpoint.symlink_to(checkpoint.rename(tmp_path / checkpoint.name))
     assert find_checkpoint(checkpoint.parents[1]) == checkpoint
@@ -354,7 +354,7 @@ def test_the_newest_sound_checkpoint_is_taken(tmp_path: Path) -> None:
 def test_checkpoints_that_cannot_be_listed_are_not_none(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A network file system that fails for a moment must not make a run begin anew."""
+    """A network file system that fails for a moment must not make a run start from scratch."""
 
     def fails(path: Path) -> Iterator[Path]:
         raise PermissionError(13, "Permission denied", str(path))

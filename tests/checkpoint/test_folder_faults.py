@@ -81,7 +81,7 @@ OWN = (
     "config.yaml",
     "metrics",
     "timeline",
-    "lives",
+    "attempts",
     "lease",
     "tensorboard",
     "checkpoints/latest",

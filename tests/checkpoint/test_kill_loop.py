@@ -15,7 +15,7 @@ import pytest
 from llama_mcore.checkpoint.audit import audit_run
 from llama_mcore.checkpoint.paths import KINDS, complete_checkpoints
 from llama_mcore.checkpoint.reader import CheckpointReader
-from tests.checkpoint.crash_loop import MOST_STEPS, RANKS, Fault, Forked, Launched, Life, run_to_the_end
+from tests.checkpoint.crash_loop import MOST_STEPS, RANKS, Attempt, Fault, Forked, Launched, run_to_the_end
 from tests.support.models import Small
 from tests.support.product import metrics
 
@@ -27,8 +27,8 @@ MEASURED = {"tokens_per_s", "step_time_s", "memory_bytes", "attempt"}
 
 
 def settings(kills: int) -> list[str]:
-    """Of a run of which enough is left after every kill: beside its new steps a life may take some before the
-    signal comes."""
+    """Of a run of which enough is left after every kill: beside its new steps an attempt may take some before
+    the signal comes."""
     return [
         "parallel.tp=1",
         "zero.stage=1",
@@ -42,7 +42,7 @@ def settings(kills: int) -> list[str]:
     ]
 
 
-def killed(small: Small, run_dir: Path, kills: int, begin: Callable[[list[str]], Life]) -> list[Fault]:
+def killed(small: Small, run_dir: Path, kills: int, begin: Callable[[list[str]], Attempt]) -> list[Fault]:
     words = [*small.overrides(run_dir), *settings(kills)]
     return run_to_the_end(partial(begin, words), run_dir, kills)
 

@@ -63,12 +63,12 @@ def in_use_by(run_dir: Path, holder: str) -> Iterator[None]:
     assert holder in str(caught.value)
 
 
-def test_numbers_grow_from_life_to_life(run_dir: Path) -> None:
-    for life in (1, 2, 3):
+def test_numbers_grow_from_attempt_to_attempt(run_dir: Path) -> None:
+    for attempt in (1, 2, 3):
         with held_lease(run_dir) as held:
             held.check()
-            assert held.number == life
-    assert names(run_dir) == [f"0000000{life}.released.json" for life in (1, 2, 3)]
+            assert held.number == attempt
+    assert names(run_dir) == [f"0000000{attempt}.released.json" for attempt in (1, 2, 3)]
 
 
 def test_a_folder_that_held_nothing_else_is_removed(tmp_path: Path) -> None:

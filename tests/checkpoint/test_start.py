@@ -27,7 +27,7 @@ from llama_mcore.checkpoint.paths import (
 from llama_mcore.checkpoint.start import Outlook, Start, Way, outlook, way_of
 from llama_mcore.checkpoint.train_state import TrainState
 from llama_mcore.config.run import RunConfig, dump_run
-from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, UserError
+from llama_mcore.errors import CheckpointError, ConfigError, LlamaMcoreError, MissingInputError
 from llama_mcore.train.resume import put_aside
 from tests.checkpoint.damage import edit_manifest
 from tests.checkpoint.tiny import RUN_ID, write_checkpoint
@@ -355,7 +355,7 @@ def cut(source: Path) -> None:
     ids=["gone", "changed", "cut"],
 )
 def test_a_plain_start_never_begins_with_other_weights(
-    run: RunConfig, run_dir: Path, source: Path, spoil: Callable[[Path], object], kind: type[UserError]
+    run: RunConfig, run_dir: Path, source: Path, spoil: Callable[[Path], object], kind: type[LlamaMcoreError]
 ) -> None:
     begun(run_dir, source)
     spoil(source)

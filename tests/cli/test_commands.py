@@ -19,7 +19,7 @@ from llama_mcore.cli.benchmark import app as benchmark_app
 from llama_mcore.cli.plan import app as plan_app
 from llama_mcore.config.run import load_run
 from llama_mcore.diagnose.checks_run import free_space
-from llama_mcore.distributed.launch_env import Place
+from llama_mcore.distributed.launch_env import RankInfo
 from llama_mcore.errors import Problem, report_errors
 from tests.checkpoint.tiny import write_checkpoint
 from tests.support.errors import is_shown
@@ -243,7 +243,7 @@ def test_a_dry_run_without_a_world_plans_for_one_tensor_parallel_group() -> None
 
 
 def test_a_dry_run_checks_for_the_ranks_that_its_launcher_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    place = Place(rank=3, world_size=4, local_rank=0, master_address="n1", master_port=29500)
+    place = RankInfo(rank=3, world_size=4, local_rank=0, master_address="n1", master_port=29500)
     for name, value in place.variables().items():
         monkeypatch.setenv(name, value)
     code, output = run("train", "--config", "tiny", "--dry-run", "parallel.tp=3")
@@ -309,7 +309,7 @@ KINDS = [
 
 @pytest.mark.parametrize(("kind", "code"), KINDS)
 def test_an_error_becomes_one_message_and_its_exit_code(
-    kind: type[errors.UserError],
+    kind: type[errors.LlamaMcoreError],
     code: int,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

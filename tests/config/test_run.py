@@ -72,7 +72,7 @@ def test_an_empty_override_means_null(config: str) -> None:
 @pytest.mark.parametrize("override", ["train.steps", "steps=3", "train.=3", "=3"])
 def test_an_override_of_another_form_is_refused(config: str, override: str) -> None:
     problem = check_problem(refused(config, override), "override", override, remedy=False)
-    assert "section.key=value" in problem.bound
+    assert "section.key=value" in problem.reason
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_dumped_run_reads_back_equal(
 
 def test_hidden_size_must_divide_by_heads(config: str) -> None:
     problem = check_problem(unfit(config, "model.hidden_size=66"), "model.hidden_size", 66)
-    assert "model.num_attention_heads = 4" in problem.bound
+    assert "model.num_attention_heads = 4" in problem.reason
 
 
 def test_head_dim_frees_hidden_size_from_the_heads(config: str) -> None:
@@ -211,7 +211,7 @@ def test_head_dim_must_be_even(config: str) -> None:
 )
 def test_what_tensor_parallelism_splits_must_divide(config: str, field: str, overrides: list[str]) -> None:
     problem = check_problem(unfit(config, "parallel.tp=4", *overrides, world_size=4), field)
-    assert "parallel.tp = 4" in problem.bound
+    assert "parallel.tp = 4" in problem.reason
     assert "1, 2" in problem.remedy
 
 
@@ -228,7 +228,7 @@ def test_the_sequence_must_divide_only_under_sequence_parallelism(config: str) -
 
 def test_the_world_must_divide_by_tp(config: str) -> None:
     problem = check_problem(unfit(config, "parallel.tp=2", world_size=3), "world size", 3)
-    assert "parallel.tp = 2" in problem.bound
+    assert "parallel.tp = 2" in problem.reason
     assert "2 or 4 ranks" in problem.remedy
 
 
@@ -239,7 +239,7 @@ def test_a_negative_world_is_refused(config: str) -> None:
 def test_the_batch_must_divide_by_what_one_pass_takes(config: str) -> None:
     problems = unfit(config, "train.global_batch_size=9", world_size=2)
     problem = check_problem(problems, "train.global_batch_size", 9)
-    assert "2 * 2 = 4" in problem.bound
+    assert "2 * 2 = 4" in problem.reason
     assert "8" in problem.remedy
     assert "ranks" not in problem.remedy  # nothing divides 9 into batches of 2
 
@@ -266,14 +266,14 @@ def test_the_nearest_worlds_that_fit_are_named(
 
 def test_bf16_without_zero_is_refused_with_the_reason(config: str) -> None:
     problem = check_problem(unfit(config, "zero.stage=0"), "zero.stage", 0)
-    assert "gradient norm" in problem.bound
+    assert "gradient norm" in problem.reason
     assert "zero.stage=1" in problem.remedy
     check_run(load_run(config, ["zero.stage=0", "train.precision=fp32"]), 1)
 
 
 def test_warm_up_must_end_within_the_run(config: str) -> None:
     problem = check_problem(unfit(config, "optim.warmup_steps=11"), "optim.warmup_steps", 11)
-    assert "10" in problem.bound
+    assert "10" in problem.reason
     assert "optim.warmup_steps=1," in problem.remedy
     assert "train.steps=11 " in problem.remedy
 
@@ -421,7 +421,7 @@ def test_problems_of_overrides_presets_and_values_are_told_together() -> None:
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_source_and_a_mixture_on_one_command_line_are_refused(order: int) -> None:
     problems = refused("tiny", *["data.train=mine", "data.mixture=m.yaml"][::order])
-    assert "m.yaml" in check_problem(problems, "data.train", "mine").bound
+    assert "m.yaml" in check_problem(problems, "data.train", "mine").reason
     assert load_run("tiny", ["data.train=mine", "data.mixture="][::order]).data.train == "mine"
 
 

@@ -61,7 +61,7 @@ def test_a_value_is_taken_or_refused_by_the_name_of_its_field(
             found = error.problems
         named = [problem for problem in found if f"{problem.field}.".startswith(f"{field}.")]
         assert named == found, f"{field}={value}"
-        assert all(problem.bound for problem in found)
+        assert all(problem.reason for problem in found)
         assert found or value not in WRONG_FOR_ALL, f"{field}={value}"
 
 

@@ -195,7 +195,7 @@ def test_no_dtype_holds_what_is_not_finite_in_the_source(target: str, kind: str,
         convert(here, tmp_path / "out", target=target, optimizer=kind != WEIGHT)
     (problem,) = caught.value.problems
     assert "dtype" not in problem.remedy
-    assert "source" in problem.bound
+    assert "source" in problem.reason
 
 
 def test_what_was_written_wrong_keeps_its_name(

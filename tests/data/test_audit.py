@@ -68,7 +68,7 @@ def test_a_source_read_beyond_its_cap_is_found() -> None:
     (problem,) = check_uses(count_uses([plan], 50))
     assert problem.field == "source a"
     assert "40" in str(problem.value)
-    assert "30" in problem.bound
+    assert "30" in problem.reason
 
 
 def test_a_ledger_that_follows_the_plan_is_accepted() -> None:

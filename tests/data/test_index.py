@@ -99,7 +99,7 @@ def test_damage_is_named(prefix: Path, offset: int, data: bytes, suffix: str, to
     put(prefix, offset, data)
     with refused(DataError, "dataset", f"{prefix}{suffix}") as error:
         Index(prefix)
-    assert told in error.value.problems[0].bound
+    assert told in error.value.problems[0].reason
 
 
 def test_the_sums_stop_at_the_end_of_the_bin(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +108,7 @@ def test_the_sums_stop_at_the_end_of_the_bin(prefix: Path, monkeypatch: pytest.M
     Path(f"{prefix}.bin").write_bytes(b"\0\0")
     with refused(DataError, "dataset", f"{prefix}.bin") as error:
         Index(prefix)
-    assert "at least 6" in error.value.problems[0].bound
+    assert "at least 6" in error.value.problems[0].reason
 
 
 @pytest.mark.parametrize("documents", [0, 1])

@@ -145,7 +145,7 @@ def test_what_the_format_cannot_hold_is_refused_at_write(
         IndexedWriter(tmp_path / "d", np.uint16) as writer,
     ):
         writer.add_documents(np.array(tokens, np.int64), np.array(lengths, np.int64))
-    assert most in error.value.problems[0].bound
+    assert most in error.value.problems[0].reason
     assert list(tmp_path.iterdir()) == []
 
 

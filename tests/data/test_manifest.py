@@ -101,7 +101,7 @@ def test_a_folder_of_that_name(prefix: Path) -> None:
 def test_a_vocabulary_that_the_tokens_do_not_fit_into(prefix: Path, vocab_size: int, where: str) -> None:
     with refused(DataError, "vocab_size", vocab_size) as error:
         build_manifest(prefix, block_bytes=8, vocab_size=vocab_size)
-    assert where in error.value.problems[0].bound
+    assert where in error.value.problems[0].reason
 
 
 def test_negative_tokens_fit_into_no_vocabulary(tmp_path: Path) -> None:

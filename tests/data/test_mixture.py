@@ -109,7 +109,7 @@ EXPECTED = [0, 0, 0, 1, 0, 0, 1, 0, 0, 2, 0, 0, 3, 0, 0, 1, 0, 0, 4, 0, 0, 1, 0,
     ],
 )
 def test_blocks_do_not_show(shares: tuple[int, ...]) -> None:
-    """Blocks, each begun anew, give what the rule gives that has seen all of the past."""
+    """Blocks, each started from scratch, give what the rule gives that has seen all of the past."""
     assert sources(shares, 0, 15_000).tolist() == by_the_rule(shares, 15_000)
 
 

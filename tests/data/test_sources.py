@@ -83,8 +83,8 @@ def test_a_wrong_tokenizer_is_named_once_with_the_right_one(
     with refused(DataError, "data.tokenizer", wrong) as error:
         plan(train=train, valid=valid, tokenizer=str(wrong))
     (problem,) = error.value.problems
-    assert train in problem.bound
-    assert valid in problem.bound
+    assert train in problem.reason
+    assert valid in problem.reason
     assert str(tokenizer_model) in problem.remedy
 
 
@@ -133,7 +133,7 @@ def test_what_a_missing_name_may_mean(given: str, remedy: str) -> None:
 def test_many_inputs_that_are_missing_are_one_problem() -> None:
     sources = {f"s{number}": SourceConfig(train=f"nowhere/{number}") for number in range(5)}
     (problem,) = missing_inputs(DataConfig(sources=sources))
-    assert "5 inputs" in problem.bound
+    assert "5 inputs" in problem.reason
     assert "data.sources.s3.train nowhere/3 ..." in str(problem.value)
     assert "--data-later" in problem.remedy
 

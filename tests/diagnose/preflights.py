@@ -23,9 +23,9 @@ from llama_mcore.config.run import RunConfig, load_run
 from llama_mcore.diagnose import allreduce, checks_node, checks_run, preflight, versions
 from llama_mcore.diagnose.finding import Finding
 from llama_mcore.diagnose.limited import within
-from llama_mcore.errors import Problem, UserError
-from llama_mcore.observe.goodput.attempts import EndedLife, add_life
-from llama_mcore.observe.goodput.no_progress import LIVES
+from llama_mcore.errors import LlamaMcoreError, Problem
+from llama_mcore.observe.goodput.attempts import AttemptEnded, add_attempt
+from llama_mcore.observe.goodput.no_progress import ATTEMPTS
 from llama_mcore.plan.layout.footprint import memory_of
 from llama_mcore.train import consistency
 from tests.support.world import run_ranks, write_output_to
@@ -86,7 +86,7 @@ def look(case: Case, output: Path) -> Seen:
     try:
         run = load_run("tiny", [*case.settings, *(case.of_rank_1 if rank == 1 else ())])
         preflight.preflight(run, case.as_json, case.start)
-    except UserError as error:
+    except LlamaMcoreError as error:
         exit_code, problems = error.exit_code, error.problems
     return Seen(exit_code, findings, problems, output.read_text())
 
@@ -241,11 +241,11 @@ def in_use(run_dir: Path, run: RunConfig) -> None:
 
 
 def no_progress(run_dir: Path, run: RunConfig) -> None:
-    life = EndedLife(
+    attempt = AttemptEnded(
         began=1.0, ended=2.0, job="", host="n", ranks=1, exit_code=137, asked=False, saved=False, step=0
     )
-    for _ in range(LIVES):
-        add_life(run_dir, life)
+    for _ in range(ATTEMPTS):
+        add_attempt(run_dir, attempt)
 
 
 PREPARED: dict[str, Callable[[Path, RunConfig], None]] = {

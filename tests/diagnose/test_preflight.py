@@ -90,13 +90,13 @@ def test_what_a_start_would_do_is_said(looks: Looks, folder: Path) -> None:
         return of_group(seen, "run folder")["start"]
 
     checkpoints = folder / "prepared" / "continues" / "checkpoints"
-    assert ahead("sound").value == "begins anew"
+    assert ahead("sound").value == "starts from scratch"
     assert ahead("continues").value == f"continues at step 4 from {checkpoints / 'step-00000004'}"
     damaged = ahead("newest-damaged")
     assert damaged.status == "note"
     assert "step 2" in damaged.value
     assert "step-00000004" in damaged.meaning
-    assert ahead("retried").value == "begins anew"
+    assert ahead("retried").value == "starts from scratch"
     assert "aside" in ahead("fresh").value
 
 

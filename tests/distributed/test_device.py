@@ -186,8 +186,8 @@ def test_a_gpu_that_takes_no_work_is_named(
     with refused(PreflightError, "GPU", "cuda:0") as caught:
         device.select_device()
     (problem,) = caught.value.problems
-    assert expected in problem.bound
-    assert "\n" not in problem.bound
+    assert expected in problem.reason
+    assert "\n" not in problem.reason
 
 
 def beside_a_gpu(words: list[str], choice: str, output: Path) -> None:

@@ -3,7 +3,14 @@ set."""
 
 import pytest
 
-from llama_mcore.distributed.launch_env import FIRST_PORT, PORTS, Place, first_host, place_in, take_place
+from llama_mcore.distributed.launch_env import (
+    FIRST_PORT,
+    PORTS,
+    RankInfo,
+    first_host,
+    rank_from_environment,
+    rank_info,
+)
 from llama_mcore.errors import PreflightError
 from tests.support.errors import check_problem
 
@@ -61,7 +68,7 @@ DEEPSPEED = {
     "MASTER_ADDR": "head",
     "MASTER_PORT": "29511",
 }
-AS_TORCHRUN_SAID = Place(5, 8, 1, 4, 1, "head", 29511, "job7")
+AS_TORCHRUN_SAID = RankInfo(5, 8, 1, 4, 1, "head", 29511, "job7")
 NOT_SET = "(not set)"
 ONE_NODE = {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "3", "SLURM_NODEID": "0"}
 
@@ -69,25 +76,25 @@ ONE_NODE = {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "3", "SLUR
 @pytest.mark.parametrize(
     ("variables", "place"),
     [
-        ({}, Place()),
-        (SALLOC, Place()),
-        (SBATCH, Place()),
-        (SHELL_ON_NODE, Place()),
+        ({}, RankInfo()),
+        (SALLOC, RankInfo()),
+        (SBATCH, RankInfo()),
+        (SHELL_ON_NODE, RankInfo()),
         (TORCHRUN, AS_TORCHRUN_SAID),
         (SBATCH | TORCHRUN, AS_TORCHRUN_SAID),
         (SRUN | TORCHRUN, AS_TORCHRUN_SAID),
-        (DEEPSPEED, Place(5, 8, 1, 4, 1, "head", 29511, "")),
-        (SRUN, Place(2, 3, 0, 1, 1, "n1", FIRST_PORT + 4 + 101, "4.1")),
+        (DEEPSPEED, RankInfo(5, 8, 1, 4, 1, "head", 29511, "")),
+        (SRUN, RankInfo(2, 3, 0, 1, 1, "n1", FIRST_PORT + 4 + 101, "4.1")),
         (
             SRUN | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"},
-            Place(1, 3, 1, 2, 0, "n1", FIRST_PORT + 4 + 101, "4.1"),
+            RankInfo(1, 3, 1, 2, 0, "n1", FIRST_PORT + 4 + 101, "4.1"),
         ),
         # srun --preserve-env: the job's
-        (SRUN | {"SLURM_NTASKS": "4"}, Place(2, 3, 0, 1, 1, "n1", FIRST_PORT + 4 + 101, "4.1")),
-        (SRUN | ONE_NODE, Place(2, 3, 0, 3, 0, "localhost", FIRST_PORT + 4 + 101, "4.1")),
+        (SRUN | {"SLURM_NTASKS": "4"}, RankInfo(2, 3, 0, 1, 1, "n1", FIRST_PORT + 4 + 101, "4.1")),
+        (SRUN | ONE_NODE, RankInfo(2, 3, 0, 3, 0, "localhost", FIRST_PORT + 4 + 101, "4.1")),
         (
             SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "77"},
-            Place(2, 3, 0, 1, 1, "10.0.0.1", 77, "4.1"),
+            RankInfo(2, 3, 0, 1, 1, "10.0.0.1", 77, "4.1"),
         ),
     ],
     ids=[
@@ -106,27 +113,27 @@ ONE_NODE = {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "3", "SLUR
         "address-given",
     ],
 )
-def test_the_place_is_what_the_launcher_said(variables: dict[str, str], place: Place) -> None:
-    assert place_in(variables) == place
+def test_the_place_is_what_the_launcher_said(variables: dict[str, str], place: RankInfo) -> None:
+    assert rank_info(variables) == place
 
 
 def test_others_find_it_in_the_variables_of_torchrun() -> None:
     variables = dict(SRUN)
-    place = take_place(variables)
+    place = rank_from_environment(variables)
     assert {name: variables[name] for name in TORCHRUN} == place.variables()
-    assert take_place(variables) == place
-    assert place_in(TORCHRUN).variables() == TORCHRUN
+    assert rank_from_environment(variables) == place
+    assert rank_info(TORCHRUN).variables() == TORCHRUN
 
 
 def test_alone_nothing_is_set() -> None:
     variables = dict(SBATCH)
-    assert take_place(variables).is_alone
+    assert rank_from_environment(variables).is_single_process
     assert variables == SBATCH
 
 
 def test_the_port_is_one_that_no_client_is_given() -> None:
     for job in ("1", "11999", "12000", "4294967295"):
-        assert FIRST_PORT <= place_in(SRUN | {"SLURM_JOB_ID": job}).master_port < FIRST_PORT + PORTS <= 32768
+        assert FIRST_PORT <= rank_info(SRUN | {"SLURM_JOB_ID": job}).master_port < FIRST_PORT + PORTS <= 32768
 
 
 @pytest.mark.parametrize(
@@ -169,6 +176,6 @@ def test_any_other_list_is_refused(nodes: str) -> None:
 )
 def test_what_is_missing_or_wrong_is_named(variables: dict[str, str], named: dict[str, str]) -> None:
     with pytest.raises(PreflightError) as caught:
-        place_in(variables)
+        rank_info(variables)
     for name, value in named.items():
         check_problem(caught.value.problems, name, value)

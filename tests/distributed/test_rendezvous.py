@@ -12,7 +12,7 @@ import psutil
 import pytest
 from torch.distributed import TCPStore
 
-from llama_mcore.distributed.launch_env import Place
+from llama_mcore.distributed.launch_env import RankInfo
 from llama_mcore.distributed.rendezvous import announced, candidate_ports, find_store, heard_at, resolve
 from llama_mcore.distributed.store import job_store, store_port
 from llama_mcore.errors import PreflightError
@@ -110,7 +110,7 @@ def test_nobody_waits_for_ever(answer: bytes) -> None:
         refused(PreflightError, "MASTER_ADDR", f"{HERE} (ports {port} to {port})") as caught,
     ):
         find_store(HERE, "job", [port], limit_s=1)
-    assert "within 1 s" in caught.value.problems[0].bound
+    assert "within 1 s" in caught.value.problems[0].reason
 
 
 @pytest.mark.parametrize("address", ["no such host", "a" * 300, "\udcff", "a..b"])
@@ -124,7 +124,7 @@ def test_candidates_are_ports() -> None:
     assert list(candidate_ports(65_534)) == [65_534, 65_535]
 
 
-def meet(place: Place) -> list[bytes]:
+def meet(place: RankInfo) -> list[bytes]:
     """What each rank reads of what its neighbour has written."""
     read, stores = [b""] * place.world_size, []
 
@@ -143,7 +143,7 @@ def meet(place: Place) -> list[bytes]:
 
 
 def test_ranks_meet_though_a_program_or_a_store_has_their_port() -> None:
-    place = Place(world_size=3, master_address=HERE, job="a")
+    place = RankInfo(world_size=3, master_address=HERE, job="a")
     wanted = [b"of a 1", b"of a 2", b"of a 0"]
     with taken() as port:
         assert meet(replace(place, master_port=port)) == wanted
@@ -154,8 +154,8 @@ def test_ranks_meet_though_a_program_or_a_store_has_their_port() -> None:
 
 def test_ranks_that_do_not_come_are_said() -> None:
     with reserved_port() as port, refused(PreflightError, "ranks", 2) as caught:
-        job_store(Place(world_size=2, master_address=HERE, master_port=port, job="a"), limit_s=1)
-    assert "within 1 s" in caught.value.problems[0].bound
+        job_store(RankInfo(world_size=2, master_address=HERE, master_port=port, job="a"), limit_s=1)
+    assert "within 1 s" in caught.value.problems[0].reason
 
 
 def test_a_host_whose_address_means_nothing_does_not_wait() -> None:

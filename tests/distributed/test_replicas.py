@@ -52,7 +52,7 @@ def test_all_ranks_name_the_one_that_differs_from_two(found: list[Found]) -> Non
     for of_rank in found:
         (problem,) = of_rank["one"]
         assert (problem.field, problem.value) == ("bias", f"rank 2 on {HERE}")
-        assert "2 others" in problem.bound
+        assert "2 others" in problem.reason
         assert "step 7" in problem.remedy
 
 

@@ -170,13 +170,13 @@ def test_tokenizer_of_a_larger_vocabulary(tokenizer: Tokenizer, tmp_path: Path) 
     write(Counting(1, small), tmp_path)
     with refused(CheckpointError, "tokenizer", tokenizer.path) as caught:
         generate(tmp_path, "one", tokenizer_model=tokenizer.path)
-    assert re.search(r"\b300\b.*\b299\b", caught.value.problems[0].bound)
+    assert re.search(r"\b300\b.*\b299\b", caught.value.problems[0].reason)
 
 
 def test_prompt_that_fills_the_context(counting_up: Path) -> None:
     with refused(DataError, "--prompt") as caught:
         generate(counting_up, "7" * SEQ_LENGTH)
-    assert f"seq_length = {SEQ_LENGTH}" in caught.value.problems[0].bound
+    assert f"seq_length = {SEQ_LENGTH}" in caught.value.problems[0].reason
 
 
 def test_command(counting_up: Path) -> None:

@@ -61,7 +61,7 @@ def parity(cases: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, float] | 
             try:
                 ours = gradients(groups, **case)
             except ConfigError as error:
-                found[name] = error.problems[0].bound
+                found[name] = error.problems[0].reason
                 continue
             found[name] = _errors(ours, wanted[case.get("documents", False)])
     return found | {"documents": _errors(wanted[False], wanted[True])}
@@ -191,7 +191,7 @@ def after_nan(stages: Sequence[int]) -> dict[int, dict[str, list[bool]]]:
 
 
 def _after_nan(stage: int) -> dict[str, list[bool]]:
-    """A step whose loss is NaN, between two that are sound: what was skipped, and whether weights changed."""
+    """A step whose loss is NaN, between two that are valid: what was skipped, and whether weights changed."""
     run = run_config(Path("unused"), GROUPED, zero={"stage": stage}, train={"precision": "bf16"})
     with process_groups(run.parallel, seed=0) as groups, engine_of(run, groups) as engine:
         results, weights = [], [_weights(engine)]

@@ -41,7 +41,7 @@ def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def by_hand(backend: AttentionBackend):
+def manual_backward(backend: AttentionBackend):
     """The backend's own forward and backward as one pair."""
 
     def backward(grad: Tensor, *qkv: Tensor) -> tuple[Tensor, ...]:
@@ -51,7 +51,7 @@ def by_hand(backend: AttentionBackend):
 
 
 def test_by_hand(backend: AttentionBackend, qkv: list[Tensor]) -> None:
-    check_pair(*by_hand(backend), qkv, plain=written_out)
+    check_pair(*manual_backward(backend), qkv, plain=written_out)
 
 
 def test_under_autograd(backend: AttentionBackend, qkv: list[Tensor]) -> None:
@@ -83,7 +83,7 @@ def test_a_long_sequence(backend: AttentionBackend) -> None:
     inputs = [3 * random_tensor(777, 1, heads, 4, seed=heads) for heads in (4, 2, 2)]
     inputs = [tensor.requires_grad_() for tensor in inputs]
     reference = load_backend("reference").attend
-    for function in (backend.attend, as_function(*by_hand(backend))):
+    for function in (backend.attend, as_function(*manual_backward(backend))):
         found, expected = outputs_and_grads(function, inputs), outputs_and_grads(reference, inputs)
         for mine, theirs in zip(found, expected, strict=True):
             assert_close(mine, theirs)

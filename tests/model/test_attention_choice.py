@@ -40,7 +40,7 @@ ON_HOPPER = Case(HOPPER, BF16, 128)
         (Case(HOPPER, BF16, 256), "flash", "cudnn takes heads of at most 128 channels here, not 256"),
         (replace(ON_HOPPER, documents=True), "flash", "documents have many"),
         (replace(ON_HOPPER, deterministic=True), "flash", "cudnn does not give the same bits"),
-        (replace(ON_HOPPER, by_hand=False), "cudnn", "Hopper in bf16"),
+        (replace(ON_HOPPER, manual_backward=False), "cudnn", "Hopper in bf16"),
         (Case(HOPPER, FP32, 128), "efficient", "flash has no kernel for fp32"),
         (Case(HOPPER, FP32, 128, deterministic=True, documents=True), "efficient", "Hopper in fp32"),
         (Case(HOPPER, BF16, 512), "efficient", "flash takes heads of at most 256 channels"),
@@ -68,7 +68,7 @@ def test_auto(case: Case, name: str, because: str) -> None:
 
 def test_what_is_asked_for_is_taken_or_refused() -> None:
     assert str(choose_attention("flash", ON_HOPPER)) == "flash (as asked for)"
-    assert choose_attention("te", replace(ON_HOPPER, by_hand=False), EVERY_PACKAGE).name == "te"
+    assert choose_attention("te", replace(ON_HOPPER, manual_backward=False), EVERY_PACKAGE).name == "te"
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_what_cannot_do_a_case_is_refused_by_name(name: str, case: Case, because
     with refused(ConfigError, "model.attention", name) as caught:
         choose_attention(name, case, EVERY_PACKAGE)
     (problem,) = caught.value.problems
-    assert because in problem.bound
+    assert because in problem.reason
     able = problem.remedy.rpartition(" of ")[2].split(", ")
     assert "reference" in able
     assert name not in able
@@ -100,8 +100,8 @@ def test_what_cannot_do_a_case_is_refused_by_name(name: str, case: Case, because
 @pytest.mark.parametrize("name", [name for name, backend in BACKENDS.items() if backend.limits.package])
 def test_a_package_that_is_not_installed_is_named(name: str) -> None:
     with refused(ConfigError, "model.attention", name) as caught:
-        choose_attention(name, replace(ON_HOPPER, by_hand=False), ())
-    assert str(BACKENDS[name].limits.package) in caught.value.problems[0].bound
+        choose_attention(name, replace(ON_HOPPER, manual_backward=False), ())
+    assert str(BACKENDS[name].limits.package) in caught.value.problems[0].reason
 
 
 @pytest.mark.parametrize("capability", [None, AMPERE, HOPPER, BLACKWELL])
@@ -140,7 +140,9 @@ def test_the_case_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
         found = case_of(model_config(recompute="none"), FP32, documents=True)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert found == Case(HOPPER, FP32, model.head_dim, documents=True, deterministic=True, by_hand=False)
+    assert found == Case(
+        HOPPER, FP32, model.head_dim, documents=True, deterministic=True, manual_backward=False
+    )
 
 
 @pytest.mark.parametrize("name", ["cudnn", "flash", "efficient"])
@@ -168,8 +170,8 @@ def test_gpu_backends_agree_with_the_reference(
 ) -> None:
     """Against the reference in fp64. What a kernel keeps between its two products is rounded to the dtype,
     and so is what it gives; errors of the terms of a sum differ in sign."""
-    by_hand = BACKENDS[name].limits.by_hand
-    case = Case(torch.cuda.get_device_capability(), dtype, head_dim, by_hand=by_hand)
+    manual_backward = BACKENDS[name].limits.manual_backward
+    case = Case(torch.cuda.get_device_capability(), dtype, head_dim, manual_backward=manual_backward)
     if BACKENDS[name].limits.package not in {None, *installed_packages()}:
         pytest.skip(f"needs the package {BACKENDS[name].limits.package}")
     if reason := BACKENDS[name].limits.refusal(case):
@@ -187,7 +189,7 @@ def test_gpu_backends_agree_with_the_reference(
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
     found = backend.attend(*inputs)
     answers = [(found, torch.autograd.grad(found, inputs, grad))]
-    if by_hand:
+    if manual_backward:
         out, lse = backend.forward(q, k, v)
         torch.testing.assert_close(lse.double(), log_sum_exp, rtol=0, atol=16 * step(dtype))
         answers.append((out, backend.backward(grad, q, k, v, out, lse)))

@@ -46,11 +46,11 @@ def test_each_document_attends_to_itself_alone(name: str, groups: int) -> None:
     plain = backend.attend(q, k, v)
     plain_grads = torch.autograd.grad(plain, (q, k, v), grad)
     out, log_sum_exp = backend.forward(q.detach(), k.detach(), v.detach())
-    by_hand = backend.backward(grad, q.detach(), k.detach(), v.detach(), out, log_sum_exp)
+    manual_backward = backend.backward(grad, q.detach(), k.detach(), v.detach(), out, log_sum_exp)
 
     torch.testing.assert_close(plain, wanted, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(out, wanted, rtol=1e-11, atol=1e-12)
-    for found in (plain_grads, by_hand):
+    for found in (plain_grads, manual_backward):
         torch.testing.assert_close(found, wanted_grads, rtol=1e-11, atol=1e-12)
 
 

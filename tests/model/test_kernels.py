@@ -82,7 +82,7 @@ def test_a_gpu_takes_compiled_functions_where_they_can_be_compiled(
     if lacks:
         with refused(ConfigError, "model.kernels", "compile") as caught:
             kernels_for("compile")
-        assert lacks in caught.value.problems[0].bound
+        assert lacks in caught.value.problems[0].reason
 
 
 def test_the_compiler_that_a_variable_names_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,10 +61,12 @@ class OneLayer:
         return self.weights[f"decoder.layers.0.{name}"].clone().requires_grad_()
 
     def attention(self, x: Tensor, *weights: Tensor) -> Tensor:
-        return layer.AttentionHalf.apply(x, *weights, self.module.self_attention.shape, self.module.tp)
+        return layer.AttentionBlockFunction.apply(
+            x, *weights, self.module.self_attention.shape, self.module.tp
+        )
 
     def mlp(self, x: Tensor, *weights: Tensor) -> Tensor:
-        return layer.MlpHalf.apply(x, *weights, self.model.norm_eps, self.module.tp)
+        return layer.MlpBlockFunction.apply(x, *weights, self.model.norm_eps, self.module.tp)
 
     def paper(self, weights: dict[str, Tensor], x: Tensor) -> Tensor:
         """Without the final norm."""

@@ -81,11 +81,11 @@ def test_the_picture_marks_where_the_run_was_stopped(
 ) -> None:
     firsts = [1] if resumed_at is None else [1, resumed_at]
     lines: list[dict[str, object]] = []
-    for life, first in enumerate(firsts, start=1):
+    for attempt, first in enumerate(firsts, start=1):
         lines += [
-            {"life": life, "began": 100.0 * life, "job": "", "host": "n1", "ranks": 1},
-            {"of": life, "t": 100.0 * life + 1, "phase": "train", "step": first},
-            {"of": life, "t": 100.0 * life + 2, "left": 75},
+            {"attempt": attempt, "began": 100.0 * attempt, "job": "", "host": "n1", "ranks": 1},
+            {"of": attempt, "t": 100.0 * attempt + 1, "phase": "train", "step": first},
+            {"of": attempt, "t": 100.0 * attempt + 2, "left": 75},
         ]
     (metrics.parent / "timeline.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
     loss_curve(metrics, tmp_path / "loss.png")

@@ -400,7 +400,7 @@ def test_a_name_that_does_not_fit_the_content_is_refused(
     (tmp_path / name).write_bytes(content)
     with refused(MissingInputError, "--input", tmp_path / name) as error:
         find_inputs([tmp_path / name])
-    assert found in error.value.problems[0].bound
+    assert found in error.value.problems[0].reason
     assert remedy in error.value.problems[0].remedy
 
 

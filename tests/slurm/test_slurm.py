@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_mcore.observe.goodput.attempts import read_ended_lives
-from llama_mcore.observe.goodput.no_progress import LIVES
+from llama_mcore.observe.goodput.attempts import read_ended_attempts
+from llama_mcore.observe.goodput.no_progress import ATTEMPTS
 from tests.slurm.cluster import Job, cluster
 from tests.support.errors import is_shown
 from tests.support.models import Small
@@ -75,7 +75,7 @@ class Case:
         return Outcome(job, job.ended(), self.run_dir)
 
     def comes_back(self, job: Job) -> Outcome:
-        """Until it has done a step in its second life; then it has done enough."""
+        """Until it has done a step in its second attempt; then it has done enough."""
         job.comes_back()
         job.wait_until(lambda: "INFO resuming at step" in job.said())
         resumed = len(metrics(self.run_dir))
@@ -135,7 +135,7 @@ def out_of_time(case: Case) -> Outcome:
 
 
 def _limit(job: Job, minutes: int) -> None:
-    """At most so many minutes from now, at least one less; and none for its next life."""
+    """At most so many minutes from now, at least one less; and none for its next attempt."""
     for node in job.nodes():
         for process in job.processes(node):
             process.nice(5)  # it only waits, for a minute or two
@@ -175,13 +175,13 @@ def step_killed(case: Case) -> Outcome:
 
 
 def no_progress(case: Case) -> Outcome:
-    """A rank of its second node dies in each life, at a site that lets jobs come back after that."""
+    """A rank of its second node dies in each attempt, at a site that lets jobs come back after that."""
     job = case.submit(checkout=_site(case, requeue_on="75 137"))
-    for restarts in range(LIVES):
+    for restarts in range(ATTEMPTS):
         job.comes_back(restarts)
-        job.wait_until(lambda lives=restarts + 1: job.said().count("parameters on 2 ranks") == lives)
+        job.wait_until(lambda attempts=restarts + 1: job.said().count("parameters on 2 ranks") == attempts)
         job.processes(job.nodes()[1])[-1].kill()
-    job.comes_back(LIVES)
+    job.comes_back(ATTEMPTS)
     job.wait_until(lambda: job.state() in ("SPECIAL_EXIT", "FAILED"))
     return Outcome(job, job.field("ExitCode"), case.run_dir)
 
@@ -307,13 +307,13 @@ def test_a_killed_rank_ends_the_job_and_it_fails(found: Outcome) -> None:
     # srun, which ends after 20 s what is left, says less
     assert found.exit_code == "137:0", found.job.said()
     assert found.job.restarts() == 0
-    (life,) = read_ended_lives(found.run_dir)
-    assert life.exit_code == 128 + 15  # it was ended, and that is on record
+    (attempt,) = read_ended_attempts(found.run_dir)
+    assert attempt.exit_code == 128 + 15  # it was ended, and that is on record
 
 
 @of(no_progress)
 def test_a_job_without_progress_is_held(found: Outcome) -> None:
     assert found.exit_code == "93:0", found.job.said()
     assert found.job.state() == "SPECIAL_EXIT"
-    assert found.job.said().count("parameters on 2 ranks") == LIVES
+    assert found.job.said().count("parameters on 2 ranks") == ATTEMPTS
     assert "no progress: run.dir = " in found.job.said()

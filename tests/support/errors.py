@@ -5,15 +5,15 @@ from contextlib import contextmanager
 
 import pytest
 
-from llama_mcore.errors import Problem, UserError
+from llama_mcore.errors import LlamaMcoreError, Problem
 
 ANY = object()
 
 
 @contextmanager
 def refused(
-    kind: type[UserError], field: str, value: object = ANY, *, remedy: bool = True
-) -> Iterator[pytest.ExceptionInfo[UserError]]:
+    kind: type[LlamaMcoreError], field: str, value: object = ANY, *, remedy: bool = True
+) -> Iterator[pytest.ExceptionInfo[LlamaMcoreError]]:
     """The block must raise this error, with a problem of `field`, its value and a remedy."""
     with pytest.raises(kind) as caught:
         yield caught

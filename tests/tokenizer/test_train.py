@@ -26,10 +26,10 @@ from llama_mcore.cli import app
 from llama_mcore.errors import (
     ConfigError,
     DataError,
+    LlamaMcoreError,
     MissingInputError,
     OutputError,
     PreflightError,
-    UserError,
 )
 from llama_mcore.progress import InputProgress
 from llama_mcore.tokenizer import train
@@ -392,7 +392,7 @@ def test_settings_out_of_range(
     (value,) = settings.values()
     with refused(ConfigError, option, value, remedy=option != "--seed") as error:
         train_tokenizer([corpus], tmp_path / "t.model", **{"vocab_size": 400, **settings})
-    assert bound in error.value.problems[0].bound
+    assert bound in error.value.problems[0].reason
 
 
 def test_vocabulary_larger_than_the_text_supports(tmp_path: Path) -> None:
@@ -404,7 +404,7 @@ def test_vocabulary_larger_than_the_text_supports(tmp_path: Path) -> None:
     assert Tokenizer(tmp_path / "t.model").vocab_size == most
 
 
-def named_vocabulary(error: UserError) -> int:
+def named_vocabulary(error: LlamaMcoreError) -> int:
     """The size that a remedy gives."""
     match = re.search(r"--vocab-size (\d+)", error.problems[0].remedy)
     assert match

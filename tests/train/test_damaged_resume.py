@@ -1,4 +1,4 @@
-"""A run whose newest checkpoint is damaged goes on from the newest sound one, and says so; else it ends."""
+"""A run whose newest checkpoint is damaged goes on from the newest valid one, and says so; else it ends."""
 
 import os
 import shutil

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from llama_mcore.observe.goodput.attempts import read_ended_lives
-from llama_mcore.observe.goodput.spans import read_lives, seconds_by_kind, spans_of
+from llama_mcore.observe.goodput.attempts import read_ended_attempts
+from llama_mcore.observe.goodput.spans import read_attempts, seconds_by_kind, spans_of
 from tests.support.models import Small
 from tests.support.product import metrics, numbers, tensor_bytes
-from tests.train.lives import Life, Lived, ask, be_killed, be_stopped, first_steps, live, spoil_loss
+from tests.train.attempts import Attempt, Lived, ask, be_killed, be_stopped, first_steps, live, spoil_loss
 
 pytestmark = pytest.mark.process
 
@@ -40,7 +40,7 @@ LARGEST_FILE = 256 << 10
 @dataclass(frozen=True)
 class Disturbed:
     run_dir: Path
-    lives: list[Lived]
+    attempts: list[Lived]
     began: float
     ended: float
 
@@ -61,18 +61,18 @@ def disturbed(small: Small, small_disk: Path) -> Disturbed:
     run_dir, ballast = small_disk / "run", small_disk / "ballast"
     run = [*small.overrides(run_dir), *SETTINGS]
     began = time.time()
-    lives = [
-        live_after_a_pause(life)
-        for life in (
-            Life(run, partial(ask, signal.SIGTERM), step=3, ranks=[0, 1]),
-            Life(run, be_killed, step=8, ranks=[1]),
-            Life([*run, *IMPATIENT], be_stopped, step=12, ranks=[1]),
-            Life(run, partial(starve, ballast), step=13, ranks=[0]),
+    attempts = [
+        live_after_a_pause(attempt)
+        for attempt in (
+            Attempt(run, partial(ask, signal.SIGTERM), step=3, ranks=[0, 1]),
+            Attempt(run, be_killed, step=8, ranks=[1]),
+            Attempt([*run, *IMPATIENT], be_stopped, step=12, ranks=[1]),
+            Attempt(run, partial(starve, ballast), step=13, ranks=[0]),
         )
     ]
     ballast.unlink(missing_ok=True)
-    lives.append(live_after_a_pause(with_nan(run)))
-    return Disturbed(run_dir, lives, began, time.time())
+    attempts.append(live_after_a_pause(with_nan(run)))
+    return Disturbed(run_dir, attempts, began, time.time())
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +83,13 @@ def whole(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def with_nan(run: list[str]) -> Life:
-    return Life(run, spoil_loss, step=NAN_AT, ranks=[1])
+def with_nan(run: list[str]) -> Attempt:
+    return Attempt(run, spoil_loss, step=NAN_AT, ranks=[1])
 
 
-def live_after_a_pause(life: Life) -> Lived:
+def live_after_a_pause(attempt: Attempt) -> Lived:
     time.sleep(0.1)  # so that the run is down for longer than a tick of the kernel's clock
-    return live(life)
+    return live(attempt)
 
 
 def starve(ballast: Path) -> None:
@@ -101,23 +101,23 @@ def starve(ballast: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
 
 
-def test_each_life_ends_as_its_fault_demands(disturbed: Disturbed) -> None:
+def test_each_attempt_ends_as_its_fault_demands(disturbed: Disturbed) -> None:
     """By the rank that ended first: a launcher ends the others then."""
-    codes = [life.first for life in disturbed.lives]
-    said = "\n".join(life.output for life in disturbed.lives)
+    codes = [attempt.first for attempt in disturbed.attempts]
+    said = "\n".join(attempt.output for attempt in disturbed.attempts)
     assert codes[0] == 75, said
     assert codes[1] in (1, 128 + signal.SIGKILL), said  # which of the two ranks that is is chance
     assert codes[2:] == [75, 73, 0], said
-    assert [life.left_over for life in disturbed.lives] == [[]] * 5
+    assert [attempt.left_over for attempt in disturbed.attempts] == [[]] * 5
 
 
 def test_the_faults_were_what_they_are_meant_to_be(disturbed: Disturbed) -> None:
-    asked = [life.asked for life in read_ended_lives(disturbed.run_dir)]
+    asked = [attempt.asked for attempt in read_ended_attempts(disturbed.run_dir)]
     assert asked == [True, False, False, False, False]
-    assert "killed by SIGKILL" in disturbed.lives[1].output
+    assert "killed by SIGKILL" in disturbed.attempts[1].output
     (report,) = disturbed.run_dir.glob("stalls/*/rank-00001.json")
     assert json.loads(report.read_text())["state"] == "stopped"
-    assert "output error: " in disturbed.lives[3].output
+    assert "output error: " in disturbed.attempts[3].output
     assert min(first_steps(disturbed.run_dir)[1:]) > 1  # each went on
 
 
@@ -135,8 +135,8 @@ def test_it_ends_as_the_run_that_was_left_alone_bit_for_bit(disturbed: Disturbed
 
 
 def test_goodput_accounts_for_every_second(disturbed: Disturbed) -> None:
-    lives = read_lives(disturbed.run_dir)
-    spans = spans_of(lives)
+    attempts = read_attempts(disturbed.run_dir)
+    spans = spans_of(attempts)
     seconds = seconds_by_kind(spans)
     first, last = spans[0].began, spans[-1].ended
     assert sum(seconds.values()) == pytest.approx(last - first, rel=1e-9)
@@ -144,11 +144,11 @@ def test_goodput_accounts_for_every_second(disturbed: Disturbed) -> None:
     assert disturbed.began - tick <= first
     assert last <= disturbed.ended + tick
     assert [kind for kind in seconds if seconds[kind] == 0] == []
-    assert first == lives[0].began
-    assert last == lives[-1].ended
+    assert first == attempts[0].began
+    assert last == attempts[-1].ended
 
 
-def test_goodput_has_every_life_with_its_end(disturbed: Disturbed) -> None:
+def test_goodput_has_every_attempt_with_its_end(disturbed: Disturbed) -> None:
     """As rank 0 ended."""
-    left = [life.left for life in read_lives(disturbed.run_dir)]
-    assert left == [life.codes[0] for life in disturbed.lives]
+    left = [attempt.left for attempt in read_attempts(disturbed.run_dir)]
+    assert left == [attempt.codes[0] for attempt in disturbed.attempts]

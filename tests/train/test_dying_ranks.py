@@ -9,10 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llama_mcore.observe.goodput.attempts import read_ended_lives
+from llama_mcore.observe.goodput.attempts import read_ended_attempts
 from tests.support.models import Small
 from tests.support.product import Finished, finish, left_over, metrics, start
-from tests.train.lives import Life, ask, live, wait_for_steps
+from tests.train.attempts import Attempt, ask, live, wait_for_steps
 
 pytestmark = pytest.mark.process
 
@@ -58,8 +58,8 @@ def test_a_rank_that_is_killed_ends_the_job(killed: Ended) -> None:
     assert found.exit_code in (1, 137), found.output  # which of the two ends first is chance
     assert "killed by SIGKILL" in found.output
     # Rank 0 ended in time: torchrun kills what goes on, which then writes down no end.
-    (life,) = read_ended_lives(run_dir)
-    assert life.exit_code in (1, 128 + signal.SIGTERM)
+    (attempt,) = read_ended_attempts(run_dir)
+    assert attempt.exit_code in (1, 128 + signal.SIGTERM)
     assert left_over(run_dir) == []
 
 
@@ -85,6 +85,6 @@ def test_both_ranks_leave_what_they_know(stopped: Ended) -> None:
 def test_the_same_command_begins_again(small: Small, stopped: Ended) -> None:
     """There was no checkpoint yet: what the stall left in the folder must not stand in the way."""
     overrides = [*small.overrides(stopped[0]), *SETTINGS, *IMPATIENT]
-    again = live(Life(overrides, partial(ask, signal.SIGTERM), step=3, ranks=[0, 1]))
+    again = live(Attempt(overrides, partial(ask, signal.SIGTERM), step=3, ranks=[0, 1]))
     assert again.codes == [75, 75], again.output
     assert [row["step"] for row in metrics(stopped[0])] == [1, 2, 3]

@@ -16,7 +16,7 @@ import pytest
 from tests.support.errors import is_shown
 from tests.support.models import Small
 from tests.support.product import metrics, train
-from tests.train.lives import Life, Lived, ask, first_steps, live
+from tests.train.attempts import Attempt, Lived, ask, first_steps, live
 
 pytestmark = pytest.mark.process
 
@@ -39,14 +39,14 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lives(small: Small, run_dir: Path) -> list[Lived]:
+def attempts(small: Small, run_dir: Path) -> list[Lived]:
     run = [*small.overrides(run_dir), *SAME]
-    lives = [
-        Life([*run, *settings], partial(ask, signal.SIGUSR1), step=3 * number, ranks=[0], world_size=ranks)
+    attempts = [
+        Attempt([*run, *settings], partial(ask, signal.SIGUSR1), step=3 * number, ranks=[0], world_size=ranks)
         for number, (ranks, settings) in enumerate(WORLDS[:-1], start=1)
     ]
     ranks, settings = WORLDS[-1]
-    return [live(life) for life in (*lives, Life([*run, *settings], world_size=ranks))]
+    return [live(attempt) for attempt in (*attempts, Attempt([*run, *settings], world_size=ranks))]
 
 
 @pytest.fixture(scope="module")
@@ -54,21 +54,23 @@ def whole(uninterrupted: Callable[..., Path]) -> Path:
     return uninterrupted([*SAME, *FOUR], ranks=4)
 
 
-def test_each_goes_on_where_the_one_before_stopped(lives: list[Lived], run_dir: Path) -> None:
-    *stopped, last = lives
-    assert [life.codes for life in stopped] == [[75] * 4, [75] * 2, [75]], stopped[-1].output
+def test_each_goes_on_where_the_one_before_stopped(attempts: list[Lived], run_dir: Path) -> None:
+    *stopped, last = attempts
+    assert [attempt.codes for attempt in stopped] == [[75] * 4, [75] * 2, [75]], stopped[-1].output
     assert last.codes == [0] * 4, last.output
     assert first_steps(run_dir) == [1, 4, 7, 10]
 
 
-def test_the_data_and_their_order_are_the_same(lives: list[Lived], run_dir: Path, whole: Path) -> None:
+def test_the_data_and_their_order_are_the_same(attempts: list[Lived], run_dir: Path, whole: Path) -> None:
     found, expected = metrics(run_dir), metrics(whole)
     for key in ("step", "tokens", "windows", "lr"):
         assert [row[key] for row in found] == [row[key] for row in expected]
     assert len(found) == STEPS
 
 
-def test_the_losses_are_those_of_the_undisturbed_run(lives: list[Lived], run_dir: Path, whole: Path) -> None:
+def test_the_losses_are_those_of_the_undisturbed_run(
+    attempts: list[Lived], run_dir: Path, whole: Path
+) -> None:
     """Also the gradients' norms: a window more or less would change both by far more."""
     found, expected = metrics(run_dir), metrics(whole)
     for key in ("loss", "grad_norm"):

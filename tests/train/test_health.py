@@ -147,7 +147,7 @@ class Run:
         self.decided.append((step, number, judgement.action.name))
         if judgement.action is Action.ROLL_BACK:
             self.state = self.checkpoint = rolled_back(self.state, self.checkpoint, judgement.reason)
-        elif step % INTERVAL == 0 and self.state.health.is_quiet:
+        elif step % INTERVAL == 0 and self.state.health.is_stable:
             self.checkpoint = replace(
                 self.state, health=self.state.health.model_copy(update={"anchor": step})
             )

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from llama_mcore.observe.goodput.spans import read_lives
+from llama_mcore.observe.goodput.spans import read_attempts
 from tests.support.models import Small
 from tests.support.product import checkpoints, metrics, numbers
-from tests.train.lives import SHORT, Life, Lived, ask, live
+from tests.train.attempts import SHORT, Attempt, Lived, ask, live
 
 pytestmark = pytest.mark.process
 
@@ -30,11 +30,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lives(small: Small, folder: Path) -> dict[str, Lived]:
+def attempts(small: Small, folder: Path) -> dict[str, Lived]:
     """PHASE-SIGNAL: one that is asked to stop; two of these go on: PHASE-SIGNAL-rest."""
 
     def run(name: str, **what: Any) -> Lived:
-        return live(Life([*small.overrides(folder / name), *SHORT], **what))
+        return live(Attempt([*small.overrides(folder / name), *SHORT], **what))
 
     found = {}
     for name, ranks in SIGNALS.items():
@@ -58,8 +58,8 @@ def whole(uninterrupted: Callable[..., Path]) -> Path:
 
 @pytest.mark.parametrize("fault", SIGNALS)
 @pytest.mark.parametrize("phase", PHASES)
-def test_it_ends_with_75(lives: dict[str, Lived], phase: str, fault: str) -> None:
-    found = lives[f"{phase}-{fault}"]
+def test_it_ends_with_75(attempts: dict[str, Lived], phase: str, fault: str) -> None:
+    found = attempts[f"{phase}-{fault}"]
     assert found.codes == [75, 75], found.output
     assert "Traceback" not in found.output
     assert found.left_over == []
@@ -68,17 +68,17 @@ def test_it_ends_with_75(lives: dict[str, Lived], phase: str, fault: str) -> Non
 @pytest.mark.parametrize("fault", SIGNALS)
 @pytest.mark.parametrize("phase", SAVED)
 def test_what_was_trained_is_saved_once(
-    lives: dict[str, Lived], folder: Path, phase: str, fault: str
+    attempts: dict[str, Lived], folder: Path, phase: str, fault: str
 ) -> None:
     last = SAVED[phase]
-    asked, *_ = read_lives(folder / f"{phase}-{fault}")
+    asked, *_ = read_attempts(folder / f"{phase}-{fault}")
     assert asked.saved == sorted({*range(3, last + 1, 3), last})
 
 
 @pytest.mark.parametrize("fault", SIGNALS)
 @pytest.mark.parametrize("phase", NOTHING_TRAINED)
 def test_before_the_first_step_nothing_is_saved(
-    lives: dict[str, Lived], folder: Path, phase: str, fault: str
+    attempts: dict[str, Lived], folder: Path, phase: str, fault: str
 ) -> None:
     run_dir = folder / f"{phase}-{fault}"
     assert not list(run_dir.glob("checkpoints/*"))
@@ -86,33 +86,33 @@ def test_before_the_first_step_nothing_is_saved(
 
 
 @pytest.mark.parametrize("fault", SIGNALS)
-def test_what_is_made_ready_is_not_waited_for(lives: dict[str, Lived], fault: str) -> None:
+def test_what_is_made_ready_is_not_waited_for(attempts: dict[str, Lived], fault: str) -> None:
     """The model, whose size is said when it is there."""
     size = "parameters on 2 ranks"
-    assert size in lives[f"train-{fault}"].output
-    assert size not in lives[f"setup-{fault}"].output
+    assert size in attempts[f"train-{fault}"].output
+    assert size not in attempts[f"setup-{fault}"].output
 
 
-def test_waiting_for_ranks_that_never_come_ends(lives: dict[str, Lived]) -> None:
-    assert lives["never"].codes == [75]
+def test_waiting_for_ranks_that_never_come_ends(attempts: dict[str, Lived]) -> None:
+    assert attempts["never"].codes == [75]
 
 
 def test_a_request_after_the_last_step_changes_nothing(
-    lives: dict[str, Lived], folder: Path, whole: Path
+    attempts: dict[str, Lived], folder: Path, whole: Path
 ) -> None:
-    assert lives["end"].codes == [0, 0]
+    assert attempts["end"].codes == [0, 0]
     assert checkpoints(folder / "end") == checkpoints(whole)
 
 
-def test_a_run_goes_on_as_if_nothing_had_been(lives: dict[str, Lived], folder: Path, whole: Path) -> None:
-    assert lives["save-TERM-rest"].codes == [0, 0]
+def test_a_run_goes_on_as_if_nothing_had_been(attempts: dict[str, Lived], folder: Path, whole: Path) -> None:
+    assert attempts["save-TERM-rest"].codes == [0, 0]
     assert numbers(folder / "save-TERM") == numbers(whole)
 
 
 def test_an_evaluation_that_was_stopped_is_recorded_and_all_else_is_the_same(
-    lives: dict[str, Lived], folder: Path, whole: Path
+    attempts: dict[str, Lived], folder: Path, whole: Path
 ) -> None:
-    assert lives["evaluate-USR1-rest"].codes == [0, 0]
+    assert attempts["evaluate-USR1-rest"].codes == [0, 0]
     found, expected = metrics(folder / "evaluate-USR1"), metrics(whole)
     assert [row["step"] for row in found if row.get("evaluation_stopped")] == [4]
     assert [row["step"] for row in found if "valid" in row] == [8, 9]

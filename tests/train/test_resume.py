@@ -15,12 +15,12 @@ from llama_mcore.checkpoint.diff import changed_settings
 from llama_mcore.checkpoint.manifest import read_manifest
 from llama_mcore.checkpoint.paths import step_dir
 from llama_mcore.checkpoint.start import Start
-from llama_mcore.observe.goodput.attempts import NotedLife, add_life
+from llama_mcore.observe.goodput.attempts import AttemptStarted, add_attempt
 from llama_mcore.train.resume import still_asked
 from tests.support.errors import ANY, is_shown
 from tests.support.models import Small, run_config
 from tests.support.product import Finished, checkpoints, llama_mcore, metrics, numbers, train
-from tests.train.lives import Life, ask, be_killed, first_steps, live
+from tests.train.attempts import Attempt, ask, be_killed, first_steps, live
 
 pytestmark = pytest.mark.process
 
@@ -265,7 +265,7 @@ def test_a_run_that_was_killed_before_its_first_save_begins_with_the_same_weight
     whole = started("from-weights")
     settings = [*small.overrides(tmp_path / "run"), *SETTINGS, f"train.steps={STEPS}"]
     flag = ["--init-from", str(whole.finished)]
-    killed = live(Life([*settings, *flag], be_killed, step=2, ranks=[0], world_size=1))
+    killed = live(Attempt([*settings, *flag], be_killed, step=2, ranks=[0], world_size=1))
     assert killed.codes == [137], killed.output
     assert checkpoints(tmp_path / "run") == []
     run_file = (tmp_path / "run/run.json").read_text()
@@ -282,7 +282,7 @@ def test_what_counted_when_a_job_began_does_not_when_slurm_puts_it_back(
     asked: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_config(tmp_path)
-    add_life(tmp_path, NotedLife(began=1.0, job="7", host="n", ranks=1, saved=True, step=1))
+    add_attempt(tmp_path, AttemptStarted(began=1.0, job="7", host="n", ranks=1, saved=True, step=1))
     for name, value in (("SLURM_JOB_ID", "7"), ("SLURM_RESTART_COUNT", "0")):
         monkeypatch.setenv(name, value)
     assert still_asked(run, asked) == asked
@@ -313,7 +313,7 @@ def test_a_stopped_run_from_anothers_weights_goes_on_by_the_same_command(
     source, run_dir = tmp_path / "source", tmp_path / "run"
     shutil.copytree(whole.finished, source)
     settings = [*small.overrides(run_dir), *SETTINGS, f"train.steps={STEPS}", "--init-from", str(source)]
-    stopped = live(Life(settings, partial(ask, signal.SIGINT), step=3, ranks=[0], world_size=1))
+    stopped = live(Attempt(settings, partial(ask, signal.SIGINT), step=3, ranks=[0], world_size=1))
     assert stopped.codes == [75], stopped.output
     assert checkpoints(run_dir) == ["step-00000002", "step-00000003"]
     first = (run_dir / "metrics.jsonl").read_text()

@@ -23,7 +23,7 @@ from tests.support.errors import is_shown, refused
 from tests.support.models import Small
 from tests.support.product import checkpoints, metrics, tensor_bytes
 from tests.support.world import call
-from tests.train.unhealthy import KILLED, Lived, Run, all_lives, moved_on
+from tests.train.unhealthy import KILLED, Lived, Run, all_attempts, moved_on
 
 pytestmark = pytest.mark.process
 of_stages = pytest.mark.xdist_group("rollback-stages")
@@ -93,7 +93,7 @@ def lived(once: Once, small: Small) -> Live:
 
         def live(folder: Path) -> None:
             given = [setting.format(short=short) for setting in settings]
-            call(all_lives, folder, overrides(small, folder / "run", *given), asked)
+            call(all_attempts, folder, overrides(small, folder / "run", *given), asked)
 
         return Lived(once(f"rollback-{name}", live))
 
@@ -109,7 +109,7 @@ def reference(once: Once, small: Small, lived: Live) -> Live:
 
         def live(folder: Path) -> None:
             moved_on(folder / "run", other, step=4, sample=80)
-            call(all_lives, folder, overrides(small, folder / "run", *STAGES[name]), Run(bad=BAD))
+            call(all_attempts, folder, overrides(small, folder / "run", *STAGES[name]), Run(bad=BAD))
 
         return Lived(once(f"rollback-{name}-reference", live))
 
@@ -203,8 +203,8 @@ def test_signs_of_life_come_all_through_a_start(reference: Live, name: str) -> N
 @pytest.mark.parametrize("name", KILLS)
 def test_a_killed_run_decides_and_computes_the_same(lived: Live, name: str) -> None:
     killed, whole = lived(f"killed-{name}"), lived(WHOLE)
-    lives = [[KILLED, KILLED]] * len(KILLS[name])
-    assert killed.exit_codes == [*lives, [0, 0]], killed.output
+    attempts = [[KILLED, KILLED]] * len(KILLS[name])
+    assert killed.exit_codes == [*attempts, [0, 0]], killed.output
     assert computed(killed.run_dir) == computed(whole.run_dir)
     assert last_tensors(killed.run_dir) == last_tensors(whole.run_dir)
 

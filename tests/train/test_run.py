@@ -28,7 +28,7 @@ from tests.support.product import (
     train,
 )
 from tests.support.world import TIMEOUT_S
-from tests.train.lives import first_steps, wait_for_steps
+from tests.train.attempts import first_steps, wait_for_steps
 
 pytestmark = pytest.mark.process
 

@@ -46,7 +46,7 @@ def run(small: Small, tmp_path_factory: pytest.TempPathFactory) -> TakenOver:
     while not (stopped := [one for one in processes(job) if one.status() == psutil.STATUS_STOPPED]):
         assert job.is_alive(), job.output
         time.sleep(0.02)
-    # As a host does that cannot see it: this one sees that it lives.
+    # As a host does that cannot see it: this one sees that it attempts.
     (run_dir / "lease/00000002.released.json").write_text("{}")
     second = train(overrides)
     before = files(run_dir)
@@ -176,7 +176,7 @@ def test_repeated_lines_fail_the_audit_until_the_run_is_started_again(run: Taken
 
 
 def test_pipes_in_the_way_of_what_a_run_can_do_without(small: Small, tmp_path: Path) -> None:
-    for name in ("timeline.jsonl", "lives.jsonl", "metrics-given-up.jsonl"):
+    for name in ("timeline.jsonl", "attempts.jsonl", "metrics-given-up.jsonl"):
         os.mkfifo(tmp_path / name)
     done = train([*small.overrides(tmp_path), "parallel.tp=1", "train.steps=2", "optim.warmup_steps=1"])
     assert done.exit_code == 0, done.output

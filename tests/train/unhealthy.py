@@ -19,7 +19,7 @@ from llama_mcore.config.run import RunConfig, load_run
 from llama_mcore.data.loader import Samples
 from llama_mcore.data.sources import open_sources, plan_run
 from llama_mcore.errors import report_errors
-from llama_mcore.observe.phases import Listener, Phase, Phases
+from llama_mcore.observe.phases import Phase, PhaseListener, Phases
 from llama_mcore.train import trainer
 from llama_mcore.train.step import StepResult
 from llama_mcore.watchdog.signals import StopRequest
@@ -37,9 +37,9 @@ class Run:
     add: float = float("nan")
     """What is added to it."""
     kills: tuple[int | str, ...] = ()
-    """When each life but the last ends: in its n-th call of a step, or in its first "rollback"."""
+    """When each attempt but the last ends: in its n-th call of a step, or in its first "rollback"."""
     stops: tuple[int, ...] = ()
-    """The same for lives that are asked to stop: in which call, after the kills."""
+    """The same for attempts that are asked to stop: in which call, after the kills."""
     flip_after: int = 0
     """The call after which a bit of a norm weight is wrong on the last rank."""
     left_out: int = 0
@@ -62,15 +62,15 @@ class Lived:
 
     @property
     def exit_codes(self) -> list[list[int]]:
-        """Of both ranks in each life."""
+        """Of both ranks in each attempt."""
         return json.loads((self.folder / "exit_codes.json").read_text())
 
     def phases(self, rank: int) -> list[list[Any]]:
-        """What it told in its last life, as `Told` has it."""
+        """What it told in its last attempt, as `Told` has it."""
         return json.loads((self.folder / f"phases-{rank}.json").read_text())
 
 
-def all_lives(folder: Path, overrides: list[str], asked: Run) -> None:
+def all_attempts(folder: Path, overrides: list[str], asked: Run) -> None:
     """One after the other."""
     run = load_run("tiny", overrides)
     ends: list[tuple[int | str | None, int]] = [(kill, 0) for kill in asked.kills]
@@ -92,7 +92,7 @@ def live(folder: Path, run: RunConfig, asked: Run, kill: int | str | None, stop_
         sys.exit(exit_code)
 
 
-class Told(Listener):
+class Told(PhaseListener):
     """Phase, step, and how often in it the rank beat and how often it worked on."""
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ class Told(Listener):
     def beat(self) -> None:
         self.entries[-1][2] += 1
 
-    def working(self) -> None:
+    def progress(self) -> None:
         self.entries[-1][3] += 1
 
 

@@ -49,7 +49,7 @@ if what == "stuck":
 if what == "obeys-slowly":
     supervisor_module.ECHO_S, supervisor_module.LAST_WORDS_S, signals.ECHO_S = 1000.0, 0.0, 1000.0
 if what == "disk-hangs":
-    supervisor_module.add_life = lambda *_: time.sleep(600)
+    supervisor_module.add_attempt = lambda *_: time.sleep(600)
     supervisor_module.LONGEST_NOTE_S = 1.0
 with held_stop_signals():
     if what == "early":
@@ -66,7 +66,7 @@ with held_stop_signals():
             print("ready", os.getpid(), flush=True)
             time.sleep(600)
         if what == "settled":
-            pulse.settled()
+            pulse.run_dir_ready()
             pulse.saved(6)
             sys.exit(65)
         if what == "sets-up":
@@ -75,7 +75,7 @@ with held_stop_signals():
             time.sleep(600)
         pulse.enter(Phase.TRAIN, 7)
         if what == "dies-with-all":
-            pulse.settled()
+            pulse.run_dir_ready()
         print("ready", os.getpid(), flush=True)
         if what == "dies-with-all":
             time.sleep(600)

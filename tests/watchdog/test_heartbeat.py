@@ -9,8 +9,8 @@ import pytest
 
 from llama_mcore.observe.phases import Phase
 from llama_mcore.watchdog.config import WatchdogConfig
-from llama_mcore.watchdog.heartbeat import ALIVE_S, Beat, Heartbeat, Pulse
-from llama_mcore.watchdog.patience import FIRST_STEPS, Patience
+from llama_mcore.watchdog.heartbeat import ALIVE_S, Heartbeat, HeartbeatRecord, HeartbeatWriter
+from llama_mcore.watchdog.timeouts import FIRST_STEPS, Timeouts
 
 CONFIG = WatchdogConfig(
     step_factor=4, min_step_s=10, first_step_s=50, start_s=1, setup_s=2, save_s=3, evaluate_s=4, end_s=5
@@ -21,7 +21,7 @@ CONFIG = WatchdogConfig(
 def test_another_process_reads_what_was_written() -> None:
     heartbeat = Heartbeat(start_s=7)
     assert heartbeat.read().phase is Phase.START
-    beat = Beat(Phase.SAVE, 12, 345, 6.5, 30.25)
+    beat = HeartbeatRecord(Phase.SAVE, 12, 345, 6.5, 30.25)
     child = os.fork()
     if child == 0:
         heartbeat.write(beat)
@@ -38,7 +38,7 @@ def test_half_a_write_gives_the_last_whole_one(monkeypatch: pytest.MonkeyPatch) 
     heartbeat = Heartbeat(start_s=7)
     before = heartbeat.read()
     whole = memory[:]
-    heartbeat.write(Beat(Phase.SAVE, 12, 345, 6.5, 30.25))
+    heartbeat.write(HeartbeatRecord(Phase.SAVE, 12, 345, 6.5, 30.25))
     after = memory[:]
     differing = [place for place in range(len(whole)) if whole[place] != after[place]]
     middle = differing[len(differing) // 2]
@@ -51,7 +51,7 @@ def test_half_a_write_gives_the_last_whole_one(monkeypatch: pytest.MonkeyPatch) 
 
 def test_beats_are_counted_and_timed() -> None:
     heartbeat = Heartbeat(start_s=7)
-    pulse = Pulse(heartbeat, Patience(CONFIG, save_timeout_s=100))
+    pulse = HeartbeatWriter(heartbeat, Timeouts(CONFIG, save_timeout_s=100))
     started = heartbeat.read()
     assert (started.phase, started.allowed_s) == (Phase.START, 1)
     before = time.monotonic()
@@ -64,18 +64,18 @@ def test_beats_are_counted_and_timed() -> None:
 
 def test_who_works_on_is_not_overdue_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     heartbeat = Heartbeat(start_s=7)
-    pulse = Pulse(heartbeat, Patience(CONFIG, save_timeout_s=100))
+    pulse = HeartbeatWriter(heartbeat, Timeouts(CONFIG, save_timeout_s=100))
     pulse.enter(Phase.SAVE, 3)
     before = heartbeat.read()
     monkeypatch.setattr(time, "monotonic", lambda: before.at + 100)
-    pulse.working()
+    pulse.progress()
     assert heartbeat.read() == replace(before, at=before.at + 100)
 
 
 def test_a_thread_shows_that_python_runs() -> None:
     heartbeat = Heartbeat(start_s=7)
     made = heartbeat.alive_at()
-    Pulse(heartbeat, Patience(CONFIG, save_timeout_s=100))
+    HeartbeatWriter(heartbeat, Timeouts(CONFIG, save_timeout_s=100))
     until = time.monotonic() + 60
     first = heartbeat.alive_at()
     while heartbeat.alive_at() - first < ALIVE_S and time.monotonic() < until:
@@ -85,7 +85,7 @@ def test_a_thread_shows_that_python_runs() -> None:
 
 @pytest.mark.parametrize(("now", "overdue"), [(109.9, False), (110.1, True)])
 def test_a_beat_is_overdue_after_what_is_allowed(now: float, overdue: bool) -> None:
-    assert Beat(Phase.TRAIN, 1, 1, 100.0, 10.0).is_overdue(now) is overdue
+    assert HeartbeatRecord(Phase.TRAIN, 1, 1, 100.0, 10.0).is_overdue(now) is overdue
 
 
 @pytest.mark.parametrize(
@@ -100,10 +100,10 @@ def test_a_beat_is_overdue_after_what_is_allowed(now: float, overdue: bool) -> N
     ],
 )
 def test_each_phase_has_its_limit(phase: Phase, allowed: float) -> None:
-    assert Patience(CONFIG, save_timeout_s=100).enter(phase, 0.0) == allowed
+    assert Timeouts(CONFIG, save_timeout_s=100).enter(phase, 0.0) == allowed
 
 
-def steps_of(patience: Patience, durations: list[float]) -> float:
+def steps_of(patience: Timeouts, durations: list[float]) -> float:
     """What the step after these may take; each is followed by a save of 1,000 s, which is no part of it."""
     now = 0.0
     for seconds in durations:
@@ -115,13 +115,13 @@ def steps_of(patience: Patience, durations: list[float]) -> float:
 
 def test_a_step_may_take_a_multiple_of_the_median() -> None:
     durations = [90.0, 5.0, 6.0, 7.0, 5.0]  # median 6
-    assert steps_of(Patience(CONFIG, save_timeout_s=100), durations) == 4 * 6
+    assert steps_of(Timeouts(CONFIG, save_timeout_s=100), durations) == 4 * 6
 
 
 def test_the_first_steps_may_take_long_and_short_ones_never_count_below_the_least() -> None:
-    assert steps_of(Patience(CONFIG, 100), [1.0] * (FIRST_STEPS - 1)) == 50
-    assert steps_of(Patience(CONFIG, 100), [1.0] * FIRST_STEPS) == 10
+    assert steps_of(Timeouts(CONFIG, 100), [1.0] * (FIRST_STEPS - 1)) == 50
+    assert steps_of(Timeouts(CONFIG, 100), [1.0] * FIRST_STEPS) == 10
 
 
 def test_only_recent_steps_count() -> None:
-    assert steps_of(Patience(CONFIG, 100), [100.0] * 60 + [5.0] * 50) == 20
+    assert steps_of(Timeouts(CONFIG, 100), [100.0] * 60 + [5.0] * 50) == 20

@@ -99,8 +99,8 @@ def make_old(folder: Path) -> None:
     os.utime(folder, (1, 1))
 
 
-def test_rank_0_reads_the_reports_of_this_life(tmp_path: Path, clock: Clock) -> None:
-    """One rank has begun the next step, one report is of a life before, one is half written."""
+def test_rank_0_reads_the_reports_of_this_attempt(tmp_path: Path, clock: Clock) -> None:
+    """One rank has begun the next step, one report is of an attempt before, one is half written."""
     mine = begun(tmp_path, 0, 4, clock)
     put(tmp_path / "stalls/00000011", report(2, beats=1))
     make_old(tmp_path / "stalls/00000011")
@@ -117,7 +117,7 @@ def test_rank_0_reads_the_reports_of_this_life(tmp_path: Path, clock: Clock) -> 
     assert [path.name for path in (tmp_path / "stalls").glob("*.tmp")] == []
 
 
-def test_lives_that_stall_at_one_step_keep_what_they_wrote(tmp_path: Path, clock: Clock) -> None:
+def test_attempts_that_stall_at_one_step_keep_what_they_wrote(tmp_path: Path, clock: Clock) -> None:
     for name in ("00000012", "00000012-2", "00000012-3"):
         for rank in (1, 0):
             stacks = f"of {name}"
@@ -135,7 +135,7 @@ def test_lives_that_stall_at_one_step_keep_what_they_wrote(tmp_path: Path, clock
 def test_the_clock_of_a_node_does_not_matter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead_s: float
 ) -> None:
-    """Ranks whose clocks differ find each other, and no life's folder of an hour before."""
+    """Ranks whose clocks differ find each other, and no attempt's folder of an hour before."""
     put(tmp_path / "stalls/00000012", report(1, beats=1))
     before = time.time() - 1800
     os.utime(tmp_path / "stalls/00000012", (before, before))

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from llama_mcore.distributed.launch_env import OUR_TORCHRUN
-from llama_mcore.observe.goodput.attempts import read_ended_lives, read_noted_lives
+from llama_mcore.observe.goodput.attempts import read_ended_attempts, read_noted_attempts
 from tests.support.product import launched_environment
 from tests.support.world import TIMEOUT_S, wait_until
 
@@ -219,18 +219,21 @@ def test_the_watchdog_can_be_switched_off(tmp_path: Path) -> None:
 
 
 def ends(run_dir: Path) -> list[tuple[int, bool, bool, int]]:
-    """What lives.jsonl says of each life."""
-    return [(life.exit_code, life.asked, life.saved, life.step) for life in read_ended_lives(run_dir)]
+    """What attempts.jsonl says of each attempt."""
+    return [
+        (attempt.exit_code, attempt.asked, attempt.saved, attempt.step)
+        for attempt in read_ended_attempts(run_dir)
+    ]
 
 
-def test_a_life_is_written_down_with_what_came_of_it(tmp_path: Path) -> None:
+def test_an_attempt_is_written_down_with_what_came_of_it(tmp_path: Path) -> None:
     before = time.time()
     finish(start("killed", tmp_path / "not/there", SLURM_JOB_ID="4711"))
-    (life,) = read_ended_lives(tmp_path / "not/there")
-    assert (life.exit_code, life.asked, life.saved, life.step) == (137, False, False, 7)
-    assert (life.job, life.host, life.ranks) == ("4711", socket.gethostname(), 1)
+    (attempt,) = read_ended_attempts(tmp_path / "not/there")
+    assert (attempt.exit_code, attempt.asked, attempt.saved, attempt.step) == (137, False, False, 7)
+    assert (attempt.job, attempt.host, attempt.ranks) == ("4711", socket.gethostname(), 1)
     tick = 0.02  # the kernel's clock of process starts has steps of 0.01 s
-    assert before - tick < life.began < life.ended < time.time() + tick
+    assert before - tick < attempt.began < attempt.ended < time.time() + tick
 
 
 def test_a_request_is_written_down(tmp_path: Path) -> None:
@@ -249,15 +252,15 @@ def test_a_stall_after_a_request_is_a_stall(tmp_path: Path) -> None:
     assert ends(tmp_path) == [(75, False, False, 7)]
 
 
-def test_a_life_that_nobody_saw_end_was_written_down_too(tmp_path: Path) -> None:
+def test_an_attempt_that_nobody_saw_end_was_written_down_too(tmp_path: Path) -> None:
     job = start("dies-with-all", tmp_path, SLURM_JOB_ID="4711")
     ready(job)
-    wait_until(lambda: read_noted_lives(tmp_path))
+    wait_until(lambda: read_noted_attempts(tmp_path))
     job.kill()
     job.wait()
-    (life,) = read_noted_lives(tmp_path)
-    assert (life.job, life.saved) == ("4711", False)
-    assert read_ended_lives(tmp_path) == []
+    (attempt,) = read_noted_attempts(tmp_path)
+    assert (attempt.job, attempt.saved) == ("4711", False)
+    assert read_ended_attempts(tmp_path) == []
 
 
 def test_only_rank_0_writes(tmp_path: Path) -> None:

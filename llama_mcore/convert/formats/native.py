@@ -33,7 +33,7 @@ class NativeWeights:
     """`Weights` of a checkpoint: fp32 masters, and both Adam moments where it has them.
 
     Reads every byte once before, to compare it with its hash. Raises CheckpointError for a checkpoint that is
-    not sound, MissingInputError where its tokenizer is gone.
+    not valid, MissingInputError where its tokenizer is gone.
     """
 
     dtype = torch.float32
@@ -60,8 +60,8 @@ class NativeWeights:
         found = tokenizer.vocab_size if tokenizer else self.manifest.vocab_size or rows
         if found > rows:
             remedy = "put the tokenizer of the run in its place"
-            bound = f"has {found} tokens, the model only {rows}"
-            raise CheckpointError(Problem("data.tokenizer", self.tokenizer, bound, remedy))
+            reason = f"has {found} tokens, the model only {rows}"
+            raise CheckpointError(Problem("data.tokenizer", self.tokenizer, reason, remedy))
         return found
 
 
@@ -70,8 +70,8 @@ def _open_tokenizer(path: Path) -> Tokenizer:
         return Tokenizer(path)
     except MissingInputError as error:
         remedy = "put it there, or convert from the folder that the run was started in"
-        bound = f"of the run {error.problems[0].bound}"
-        raise MissingInputError(Problem("data.tokenizer", path, bound, remedy)) from None
+        reason = f"of the run {error.problems[0].reason}"
+        raise MissingInputError(Problem("data.tokenizer", path, reason, remedy)) from None
 
 
 def write(weights: Weights, folder: Path, options: WriteOptions, advance: Advance) -> None:

@@ -40,8 +40,8 @@ def attention_for(model: ModelConfig, dtype: torch.dtype, documents: bool = Fals
     case = case_of(model, dtype, documents)
     if dtype == torch.bfloat16 and case.capability and case.capability < AMPERE:
         there = ".".join(map(str, case.capability))
-        bound = f"needs a GPU of compute capability 8.0 (Ampere), this one has {there}"
-        raise ConfigError(Problem("train.precision", "bf16", bound, "set train.precision=fp32"))
+        reason = f"needs a GPU of compute capability 8.0 (Ampere), this one has {there}"
+        raise ConfigError(Problem("train.precision", "bf16", reason, "set train.precision=fp32"))
     return choose_attention(model.attention, case, installed_packages())
 
 
@@ -53,7 +53,7 @@ def case_of(model: ModelConfig, dtype: torch.dtype, documents: bool = False) -> 
         head_dim=model.head_dim,
         documents=documents,
         deterministic=torch.are_deterministic_algorithms_enabled(),
-        by_hand=model.recompute != "none",
+        manual_backward=model.recompute != "none",
     )
 
 

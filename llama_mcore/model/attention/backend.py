@@ -32,7 +32,7 @@ class Case:
     """It is called for each document, whose lengths differ."""
     deterministic: bool = False
     """The same bits each time."""
-    by_hand: bool = True
+    manual_backward: bool = True
     """The hand-written layer calls its forward and its backward."""
 
     def __str__(self) -> str:
@@ -57,14 +57,14 @@ class Limits:
     """As largest_head_dim, on GPUs whose blocks share 99 KiB: 8.6, 8.9 and 12.x."""
     documents: bool = True
     deterministic: bool = False
-    by_hand: bool = True
+    manual_backward: bool = True
 
     def refusal(self, case: Case) -> str | None:
         """Why it cannot do that; None if it can."""
         return next(self._refusals(case), None)
 
     def _refusals(self, case: Case) -> Iterator[str]:
-        if case.by_hand and not self.by_hand:
+        if case.manual_backward and not self.manual_backward:
             yield "gives no log-sum-exp for the hand-written backward; set model.recompute=none"
         if case.capability is None:
             if not self.on_cpu:
@@ -111,7 +111,7 @@ class AttentionBackend:
     """model.attention=auto asks those with a lower number first; None: taken by its name alone."""
 
     @property
-    def has_halves(self) -> bool:
+    def supports_manual_backward(self) -> bool:
         """Whether the hand-written layer can use it."""
         return self.forward is not _not_offered
 

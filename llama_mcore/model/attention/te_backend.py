@@ -28,6 +28,6 @@ def _module(heads: int, groups: int, head_dim: int) -> nn.Module:
 
 BACKEND = AttentionBackend(
     "TransformerEngine's, with model.recompute=none",
-    Limits(package="transformer-engine", by_hand=False),
+    Limits(package="transformer-engine", manual_backward=False),
     attend,
 )

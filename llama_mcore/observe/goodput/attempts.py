@@ -1,9 +1,9 @@
-"""What became of each life (a start) of a run: lines that the supervisor of rank 0 adds.
+"""What became of each attempt (a start) of a run: lines that the supervisor of rank 0 adds.
 
-RUN_DIR/lives.jsonl, oldest first: a line when the life is known to be this run's, one when it has saved its
-first checkpoint, one at its end; the last of a life stands. It has what timeline.jsonl cannot: when a life
-that was killed ended, and lives that ended before they had begun to train. One without an end runs, or was
-killed with its supervisor, as with its node.
+RUN_DIR/attempts.jsonl, oldest first: a line when the attempt is known to be this run's, one when it has saved
+its first checkpoint, one at its end; the last of an attempt stands. It has what timeline.jsonl cannot: when
+an attempt that was killed ended, and attempts that ended before they had begun to train. One without an end
+runs, or was killed with its supervisor, as with its node.
 """
 
 import os
@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from llama_mcore.config.section import Section
 from llama_mcore.observe.line_file import append, ends_torn, open_to_append, read_lines
 
-LIVES_FILE = "lives.jsonl"
+ATTEMPTS_FILE = "attempts.jsonl"
 
 
-class NotedLife(Section):
+class AttemptStarted(Section):
     """Times are seconds since 1970."""
 
     began: float
@@ -33,7 +33,7 @@ class NotedLife(Section):
     """The last at work when this was noted; 0 before the first."""
 
 
-class EndedLife(NotedLife):
+class AttemptEnded(AttemptStarted):
     ended: float
     exit_code: int
     """Of the supervisor of rank 0."""
@@ -41,31 +41,31 @@ class EndedLife(NotedLife):
     """It ended because it had been asked to stop."""
 
 
-def add_life(run_dir: Path, life: NotedLife) -> None:
+def add_attempt(run_dir: Path, attempt: AttemptStarted) -> None:
     """Raises OSError. The folder may not be there yet; a line that a full disk cut stays alone."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open_to_append(run_dir / LIVES_FILE) as file:
-        append(file, b"\n" * ends_torn(file) + life.model_dump_json().encode() + b"\n")
+    with open_to_append(run_dir / ATTEMPTS_FILE) as file:
+        append(file, b"\n" * ends_torn(file) + attempt.model_dump_json().encode() + b"\n")
 
 
-def read_noted_lives(run_dir: Path) -> list[NotedLife]:
+def read_noted_attempts(run_dir: Path) -> list[AttemptStarted]:
     """All that can be read, in the order of their first lines; lines that are not whole are passed over."""
-    lives: list[NotedLife] = []
+    attempts: list[AttemptStarted] = []
     without_end: dict[float, int] = {}
     with suppress(OSError):
-        for line in read_lines(run_dir / LIVES_FILE):
+        for line in read_lines(run_dir / ATTEMPTS_FILE):
             with suppress(ValueError):
-                life = _parsed(line)
-                place = without_end.pop(life.began, len(lives))
-                lives[place : place + 1] = [life]
-                if not isinstance(life, EndedLife):
-                    without_end[life.began] = place
-    return lives
+                attempt = _parsed(line)
+                place = without_end.pop(attempt.began, len(attempts))
+                attempts[place : place + 1] = [attempt]
+                if not isinstance(attempt, AttemptEnded):
+                    without_end[attempt.began] = place
+    return attempts
 
 
-def read_ended_lives(run_dir: Path) -> list[EndedLife]:
-    """Those of `read_noted_lives` whose end was noted."""
-    return [life for life in read_noted_lives(run_dir) if isinstance(life, EndedLife)]
+def read_ended_attempts(run_dir: Path) -> list[AttemptEnded]:
+    """Those of `read_noted_attempts` whose end was noted."""
+    return [attempt for attempt in read_noted_attempts(run_dir) if isinstance(attempt, AttemptEnded)]
 
 
 def is_requeued(run_dir: Path) -> bool:
@@ -75,11 +75,11 @@ def is_requeued(run_dir: Path) -> bool:
     # The number of restarts alone does not tell: a job that another one submits inherits it.
     if not job or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         return False
-    return any(life.job == job for life in read_noted_lives(run_dir))
+    return any(attempt.job == job for attempt in read_noted_attempts(run_dir))
 
 
-def _parsed(line: bytes) -> NotedLife:
+def _parsed(line: bytes) -> AttemptStarted:
     try:
-        return EndedLife.model_validate_json(line)
+        return AttemptEnded.model_validate_json(line)
     except ValidationError:
-        return NotedLife.model_validate_json(line)
+        return AttemptStarted.model_validate_json(line)

@@ -19,12 +19,12 @@ _HOUR = 3600
 
 
 def draw(spans: Sequence[Span], output: Path, title: str) -> None:
-    """A row for each life and one for all, hours to the right. Raises OutputError."""
+    """A row for each attempt and one for all, hours to the right. Raises OutputError."""
     from matplotlib.figure import Figure
 
-    lives = sorted({span.life for span in spans})
-    rows = {life: row for row, life in enumerate(lives, start=1)}
-    figure = Figure(figsize=(11, 1.6 + 0.4 * len(lives)), dpi=120, layout="constrained")
+    attempts = sorted({span.attempt for span in spans})
+    rows = {attempt: row for row, attempt in enumerate(attempts, start=1)}
+    figure = Figure(figsize=(11, 1.6 + 0.4 * len(attempts)), dpi=120, layout="constrained")
     axes = figure.subplots()
     start, unit, name = spans[0].began, *_unit(spans[-1].ended - spans[0].began)
     seconds = seconds_by_kind(spans)
@@ -33,11 +33,11 @@ def draw(spans: Sequence[Span], output: Path, title: str) -> None:
             bars = [
                 ((span.began - start) / unit, span.seconds / unit)
                 for span in spans
-                if span.kind == kind and row in (0, rows[span.life])
+                if span.kind == kind and row in (0, rows[span.attempt])
             ]
             label = f"{kind} {seconds[kind] / sum(seconds.values()):.1%}" if row == 0 else None
             axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=COLORS[kind], label=label)
-    axes.set_yticks([0, *rows.values()], ["all", *(f"life {life}" for life in lives)])
+    axes.set_yticks([0, *rows.values()], ["all", *(f"attempt {attempt}" for attempt in attempts)])
     axes.invert_yaxis()
     axes.set_xlabel(f"{name} since the first start")
     axes.set_title(f"{title}: {conclusion(spans)}", loc="left", fontweight="bold", fontsize=10)

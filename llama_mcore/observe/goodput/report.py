@@ -13,10 +13,10 @@ from llama_mcore.errors import DataError, Problem
 from llama_mcore.observe.goodput.spans import (
     KINDS,
     PRODUCTIVE,
-    Life,
+    Attempt,
     Span,
     conclusion,
-    read_lives,
+    read_attempts,
     seconds_by_kind,
     spans_of,
 )
@@ -25,9 +25,9 @@ from llama_mcore.observe.metrics import describe_duration
 
 
 def show_goodput(run_dir: Path, *, as_json: bool = False, picture: Path | None = None) -> None:
-    """Print where the time went, of each life and in total. Raises MissingInputError and DataError."""
-    lives = read_lives(run_dir)
-    spans = spans_of(lives)
+    """Print where the time went, of each attempt and in total. Raises MissingInputError and DataError."""
+    attempts = read_attempts(run_dir)
+    spans = spans_of(attempts)
     if not spans:
         raise DataError(Problem("timeline", run_dir / TIMELINE_FILE, "holds no time of a run yet"))
     if picture:
@@ -35,43 +35,43 @@ def show_goodput(run_dir: Path, *, as_json: bool = False, picture: Path | None =
 
         draw(spans, picture, run_dir.resolve().name)
     if as_json:
-        print(json.dumps(to_dict(lives, spans), indent=2))
+        print(json.dumps(to_dict(attempts, spans), indent=2))
         return
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     console.print(conclusion(spans), markup=False)
-    console.print(_table(lives, spans))
+    console.print(_table(attempts, spans))
 
 
-def to_dict(lives: Sequence[Life], spans: Sequence[Span]) -> dict[str, Any]:
+def to_dict(attempts: Sequence[Attempt], spans: Sequence[Span]) -> dict[str, Any]:
     """Keys of --json."""
     total = seconds_by_kind(spans)
     return {
         "goodput": total[PRODUCTIVE] / sum(total.values()),
         "seconds": sum(total.values()),
         "seconds_by_kind": total,
-        "lives": [
+        "attempts": [
             {
-                "life": life.number,
-                "began": life.began,
-                "job": life.job,
-                "ranks": life.ranks,
-                "exit_code": life.left,
-                "checkpoints": life.saved,
-                "seconds_by_kind": seconds_by_kind(span for span in spans if span.life == life.number),
+                "attempt": attempt.number,
+                "began": attempt.began,
+                "job": attempt.job,
+                "ranks": attempt.ranks,
+                "exit_code": attempt.left,
+                "checkpoints": attempt.saved,
+                "seconds_by_kind": seconds_by_kind(span for span in spans if span.attempt == attempt.number),
             }
-            for life in lives
+            for attempt in attempts
         ],
     }
 
 
-def _table(lives: Sequence[Life], spans: Sequence[Span]) -> Table:
-    """A row for each life."""
-    table = Table("life", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+def _table(attempts: Sequence[Attempt], spans: Sequence[Span]) -> Table:
+    """A row for each attempt."""
+    table = Table("attempt", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for name in (*KINDS, "all", "exit"):
         table.add_column(name, justify="right", no_wrap=True)
-    for life in lives:
-        seconds = seconds_by_kind(span for span in spans if span.life == life.number)
-        table.add_row(str(life.number), *_durations(seconds), _ending(life))
+    for attempt in attempts:
+        seconds = seconds_by_kind(span for span in spans if span.attempt == attempt.number)
+        table.add_row(str(attempt.number), *_durations(seconds), _ending(attempt))
     total = seconds_by_kind(spans)
     whole = sum(total.values())
     table.add_row("total", *_durations(total))
@@ -83,7 +83,7 @@ def _durations(seconds: dict[str, float]) -> list[str]:
     return [describe_duration(value) for value in [*seconds.values(), sum(seconds.values())]]
 
 
-def _ending(life: Life) -> str:
-    if life.left is not None:
-        return str(life.left)
-    return "runs" if life.runs else "killed"
+def _ending(attempt: Attempt) -> str:
+    if attempt.left is not None:
+        return str(attempt.left)
+    return "runs" if attempt.runs else "killed"

@@ -1,6 +1,6 @@
 """Where the time of a run went, second by second: productive steps, lost steps, saving, evaluating,
-restarting, and the time between its lives. Read from RUN_DIR/timeline.jsonl, and from lives.jsonl how lives
-ended; report.py prints it."""
+restarting, and the time between its attempts. Read from RUN_DIR/timeline.jsonl, and from attempts.jsonl how
+attempts ended; report.py prints it."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,14 +12,14 @@ from typing import Any
 import orjson
 
 from llama_mcore.errors import DataError, MissingInputError, Problem, input_problem
-from llama_mcore.observe.goodput.attempts import EndedLife, read_ended_lives
+from llama_mcore.observe.goodput.attempts import AttemptEnded, read_ended_attempts
 from llama_mcore.observe.goodput.timeline import TIMELINE_FILE
 from llama_mcore.observe.line_file import read_lines
 from llama_mcore.observe.metrics import describe_duration
 from llama_mcore.observe.phases import Phase
 
 STALE_S = 60.0
-"""A life whose lease was not touched for so long is over; as in checkpoint/run_lock.py."""
+"""An attempt whose lease was not touched for so long is over; as in checkpoint/run_lock.py."""
 PRODUCTIVE, LOST, EVALUATION, DOWN = "productive", "lost", "evaluation", "down"
 KINDS = (PRODUCTIVE, LOST, "saving", EVALUATION, "restarting", "ending", DOWN)
 _END_OF_TIME = 1e11
@@ -37,7 +37,7 @@ _KIND_OF_PHASE: dict[str, str] = {
 class Span:
     """Time that went into one thing; seconds since 1970."""
 
-    life: int
+    attempt: int
     kind: str
     step: int
     began: float
@@ -49,7 +49,7 @@ class Span:
 
 
 @dataclass
-class Life:
+class Attempt:
     """One start of the run."""
 
     lease: int
@@ -65,7 +65,7 @@ class Life:
     """Exit code; None if it was killed, or runs."""
     ended: float = 0.0
     number: int = 0
-    """Of the life among all, from 1."""
+    """Of the attempt among all, from 1."""
 
     @property
     def took_over(self) -> float:
@@ -78,41 +78,41 @@ class Life:
         return self.left is None and time.time() - self.ended < STALE_S
 
 
-def read_lives(run_dir: Path) -> list[Life]:
-    """All lives in the order of their beginnings. Lines that a kill or a full disk cut are passed over.
+def read_attempts(run_dir: Path) -> list[Attempt]:
+    """All attempts in the order of their beginnings. Lines that a kill or a full disk cut are passed over.
 
     Raises MissingInputError where there is no run, DataError where its files cannot be read.
     """
-    timeline, noted = run_dir / TIMELINE_FILE, read_ended_lives(run_dir)
-    lives: list[Life] = []
+    timeline, noted = run_dir / TIMELINE_FILE, read_ended_attempts(run_dir)
+    attempts: list[Attempt] = []
     try:
         for line in read_lines(timeline):
             with suppress(LookupError, TypeError, ValueError, OverflowError):
-                _add_row(lives, orjson.loads(line))
+                _add_row(attempts, orjson.loads(line))
     except FileNotFoundError:  # a run may end before it has one
         if not noted:
-            bound, remedy = f"has no {TIMELINE_FILE}", "give a run's folder"
-            raise MissingInputError(Problem("RUN_DIR", run_dir, bound, remedy)) from None
+            reason, remedy = f"has no {TIMELINE_FILE}", "give a run's folder"
+            raise MissingInputError(Problem("RUN_DIR", run_dir, reason, remedy)) from None
     except OSError as error:
         remedy = "give a run's folder that you may read"
         raise DataError(input_problem("timeline", timeline, remedy, error)) from None
-    _add_ends(lives, noted)
-    for number, life in enumerate(lives, start=1):
-        life.number = number
-        life.ended = max(life.ended, life.began)
-        if life.left is None:
-            life.ended = max(life.ended, _last_sign(run_dir, life))
-    return lives
+    _add_ends(attempts, noted)
+    for number, attempt in enumerate(attempts, start=1):
+        attempt.number = number
+        attempt.ended = max(attempt.ended, attempt.began)
+        if attempt.left is None:
+            attempt.ended = max(attempt.ended, _last_sign(run_dir, attempt))
+    return attempts
 
 
-def _add_row(lives: list[Life], row: object) -> None:
+def _add_row(attempts: list[Attempt], row: object) -> None:
     if not isinstance(row, dict):
         raise TypeError
-    if "life" in row:
-        life = Life(int(row["life"]), _time(row["began"]), str(row["job"]), int(row["ranks"]))
-        lives.insert(_place(lives, life), life)
+    if "attempt" in row:
+        attempt = Attempt(int(row["attempt"]), _time(row["began"]), str(row["job"]), int(row["ranks"]))
+        attempts.insert(_place(attempts, attempt), attempt)
     else:
-        _add(_writer(lives, row), row)
+        _add(_writer(attempts, row), row)
 
 
 def _time(seconds: Any) -> float:
@@ -122,84 +122,86 @@ def _time(seconds: Any) -> float:
     return float(seconds)
 
 
-def _place(lives: Sequence[Life], life: Life) -> int:
+def _place(attempts: Sequence[Attempt], attempt: Attempt) -> int:
     """Before those that took the run over from it and yet came to write first. A clock alone is not believed,
-    nor is a lease: their numbers begin anew where somebody deleted the folder."""
-    place = len(lives)
-    while place and lives[place - 1].lease > life.lease and lives[place - 1].began > life.began:
+    nor is a lease: their numbers start from scratch where somebody deleted the folder."""
+    place = len(attempts)
+    while place and attempts[place - 1].lease > attempt.lease and attempts[place - 1].began > attempt.began:
         place -= 1
     return place
 
 
-def _writer(lives: Sequence[Life], row: dict[str, Any]) -> Life:
-    """Whose line it is: the newest life's, if it is of a version that did not say. Raises LookupError."""
-    for life in reversed(lives):
-        if row.get("of", life.lease) == life.lease:
-            return life
+def _writer(attempts: Sequence[Attempt], row: dict[str, Any]) -> Attempt:
+    """Whose line it is: the newest attempt's, if it is of a version that did not say. Raises LookupError."""
+    for attempt in reversed(attempts):
+        if row.get("of", attempt.lease) == attempt.lease:
+            return attempt
     raise LookupError
 
 
-def _add(life: Life, row: dict[str, Any]) -> None:
+def _add(attempt: Attempt, row: dict[str, Any]) -> None:
     when = _time(row["t"])
     if "phase" in row:
-        life.entries.append((when, _KIND_OF_PHASE[row["phase"]], int(row["step"])))
+        attempt.entries.append((when, _KIND_OF_PHASE[row["phase"]], int(row["step"])))
     elif "saved" in row:
-        life.saved.append(int(row["saved"]))
+        attempt.saved.append(int(row["saved"]))
     else:
-        life.left = int(row["left"])
-    life.ended = max(life.ended, when)
+        attempt.left = int(row["left"])
+    attempt.ended = max(attempt.ended, when)
 
 
-def _add_ends(lives: list[Life], noted: Sequence[EndedLife]) -> None:
-    """Give lives the ends that their supervisors noted, and put those in that never came to a timeline."""
-    known = {life.began: life for life in lives}
+def _add_ends(attempts: list[Attempt], noted: Sequence[AttemptEnded]) -> None:
+    """Give attempts the ends that their supervisors noted, and put those in that never came to a timeline."""
+    known = {attempt.began: attempt for attempt in attempts}
     place = 0
     for number, end in enumerate(noted):
-        life = known.get(end.began)
-        if life is None:
+        attempt = known.get(end.began)
+        if attempt is None:
             # Before the next that is known, also where a clock ran ahead.
             following = [known[later.began] for later in noted[number:] if later.began in known]
-            limit = min(map(lives.index, following), default=len(lives))
-            while place < limit and lives[place].began < end.began:
+            limit = min(map(attempts.index, following), default=len(attempts))
+            while place < limit and attempts[place].began < end.began:
                 place += 1
-            life = Life(0, end.began, end.job, end.ranks)
-            lives.insert(place, life)
-        life.left = end.exit_code
-        life.ended = max(life.ended, end.ended)
-        place = lives.index(life) + 1
+            attempt = Attempt(0, end.began, end.job, end.ranks)
+            attempts.insert(place, attempt)
+        attempt.left = end.exit_code
+        attempt.ended = max(attempt.ended, end.ended)
+        place = attempts.index(attempt) + 1
 
 
-def _last_sign(run_dir: Path, life: Life) -> float:
-    """When a killed life was seen last: its lease is touched every few seconds, and stays behind."""
+def _last_sign(run_dir: Path, attempt: Attempt) -> float:
+    """When a killed attempt was seen last: its lease is touched every few seconds, and stays behind."""
     try:
-        return (run_dir / "lease" / f"{life.lease:08d}.json").stat().st_mtime
+        return (run_dir / "lease" / f"{attempt.lease:08d}.json").stat().st_mtime
     except OSError:
         return 0.0
 
 
-def spans_of(lives: Sequence[Life]) -> list[Span]:
+def spans_of(attempts: Sequence[Attempt]) -> list[Span]:
     """The time from the first beginning to the last end, without a gap or an overlap."""
     spans: list[Span] = []
-    for i, life in enumerate(lives):
+    for i, attempt in enumerate(attempts):
         if spans:
-            spans.append(Span(life.number, DOWN, 0, spans[-1].ended, max(spans[-1].ended, life.began)))
-        spans += _spans_of_life(life, spans[-1].ended if spans else life.began, _taken_over(lives, i))
-    return [span for span in _marked(spans, _last_saved(lives)) if span.seconds > 0]
+            spans.append(Span(attempt.number, DOWN, 0, spans[-1].ended, max(spans[-1].ended, attempt.began)))
+        spans += _spans_of_attempt(
+            attempt, spans[-1].ended if spans else attempt.began, _taken_over(attempts, i)
+        )
+    return [span for span in _marked(spans, _last_saved(attempts)) if span.seconds > 0]
 
 
-def _taken_over(lives: Sequence[Life], i: int) -> float:
-    """When the next life took the run from life `i`, whose later time counts for nothing."""
-    following = next((life.took_over for life in lives[i + 1 :] if life.lease), float("inf"))
-    return following if following > lives[i].began else float("inf")  # a clock was set back
+def _taken_over(attempts: Sequence[Attempt], i: int) -> float:
+    """When the next attempt took the run from attempt `i`, whose later time counts for nothing."""
+    following = next((attempt.took_over for attempt in attempts[i + 1 :] if attempt.lease), float("inf"))
+    return following if following > attempts[i].began else float("inf")  # a clock was set back
 
 
-def _spans_of_life(life: Life, began: float, not_after: float) -> Iterator[Span]:
+def _spans_of_attempt(attempt: Attempt, began: float, not_after: float) -> Iterator[Span]:
     """From `began` on, also where a clock says less: no time is counted twice."""
-    kinds = [(_KIND_OF_PHASE[Phase.START], 0), *((kind, step) for _, kind, step in life.entries)]
-    ends = [*(entry[0] for entry in life.entries), life.ended]
+    kinds = [(_KIND_OF_PHASE[Phase.START], 0), *((kind, step) for _, kind, step in attempt.entries)]
+    ends = [*(entry[0] for entry in attempt.entries), attempt.ended]
     for (kind, step), end in zip(kinds, ends, strict=True):
         ended = max(began, min(end, not_after))
-        yield Span(life.number, kind, step, began, ended)
+        yield Span(attempt.number, kind, step, began, ended)
         began = ended
 
 
@@ -216,11 +218,11 @@ def _marked(spans: Sequence[Span], saved: float) -> list[Span]:
     return marked[::-1]
 
 
-def _last_saved(lives: Sequence[Life]) -> float:
+def _last_saved(attempts: Sequence[Attempt]) -> float:
     """The step from which the run would go on; of one that trains, its own is."""
-    if not lives or lives[-1].runs:
+    if not attempts or attempts[-1].runs:
         return float("inf")
-    return next((life.saved[-1] for life in reversed(lives) if life.saved), 0)
+    return next((attempt.saved[-1] for attempt in reversed(attempts) if attempt.saved), 0)
 
 
 def seconds_by_kind(spans: Iterable[Span]) -> dict[str, float]:

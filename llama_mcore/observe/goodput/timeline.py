@@ -1,15 +1,16 @@
 """How a run spent its time: a line whenever rank 0 begins something else. `llama-mcore goodput` reads it.
 
-RUN_DIR/timeline.jsonl, of all lives of a run. Times are seconds since 1970; inside a life they follow the
-monotonic clock, so that a clock that is set in between does not bend them.
+RUN_DIR/timeline.jsonl, of all attempts of a run. Times are seconds since 1970; inside an attempt they follow
+the monotonic clock, so that a clock that is set in between does not bend them.
 
-    {"life": 3, "began": 1763920000.1, "job": "4711", "host": "n1", "ranks": 16}
+    {"attempt": 3, "began": 1763920000.1, "job": "4711", "host": "n1", "ranks": 16}
     {"of": 3, "t": 1763920021.5, "phase": "train", "step": 1201}
     {"of": 3, "t": 1763920031.5, "saved": 1200}
     {"of": 3, "t": 1763920099.9, "left": 75}
 
-A life without "left" was killed: lives.jsonl says when, with the same "began". Each line says of which life
-it is: one that was thought dead may still write when the next has begun. Earlier versions did not say that.
+An attempt without "left" was killed: attempts.jsonl says when, with the same "began". Each line says of which
+attempt it is: one that was thought dead may still write when the next has begun. Earlier versions did not say
+that.
 """
 
 import os
@@ -23,20 +24,20 @@ import orjson
 
 from llama_mcore.observe.line_file import Fence, append, ends_torn, open_to_append
 from llama_mcore.observe.log import get_logger
-from llama_mcore.observe.phases import Listener, Phase
+from llama_mcore.observe.phases import Phase, PhaseListener
 
 TIMELINE_FILE = "timeline.jsonl"
 
 
-class Timeline(Listener):
-    """One life's part of the file, written by rank 0.
+class Timeline(PhaseListener):
+    """One attempt's part of the file, written by rank 0.
 
-    Nothing is written before `settled`: until then it is not certain that the folder is this run's; and
+    Nothing is written before `run_dir_ready`: until then it is not certain that the folder is this run's; and
     nothing once another job has taken it over. A full disk costs lines, and a warning, but never the run.
     """
 
     def __init__(self, run_dir: Path, lease: Fence, ranks: int, began: float) -> None:
-        """`lease`: what the run is held by; its number is that of the life. `began`: when the process did
+        """`lease`: what the run is held by; its number is that of the attempt. `began`: when the process did
         that the launcher started."""
         self._path, self._lease = run_dir / TIMELINE_FILE, lease
         self._clock_offset = time.time() - time.monotonic()
@@ -46,9 +47,9 @@ class Timeline(Listener):
         self.exit_code = 0
         job = os.environ.get("SLURM_JOB_ID", "")
         host = socket.gethostname()
-        self._write({"life": lease.number, "began": began, "job": job, "host": host, "ranks": ranks})
+        self._write({"attempt": lease.number, "began": began, "job": job, "host": host, "ranks": ranks})
 
-    def settled(self) -> None:
+    def run_dir_ready(self) -> None:
         try:
             self._lease.check()
             self._file = open_to_append(self._path)
@@ -71,7 +72,7 @@ class Timeline(Listener):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """The life is over, and not by a kill: the last line says with which exit code."""
+        """The attempt is over, and not by a kill: the last line says with which exit code."""
         if error is not None:
             self.exit_code = getattr(error, "exit_code", 1)
         self._note({"left": self.exit_code})

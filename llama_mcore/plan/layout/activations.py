@@ -1,4 +1,4 @@
-"""Bytes that autograd keeps from a forward for its backward, on one rank. Pure Python.
+"""Bytes that autograd keeps from a forward for its backward, on one rank. Imports no torch.
 
     `value`: bytes of a weight or activation, 2 in bf16 and 4 in fp32
     h hidden, n query heads, g key/value heads, d head width, f ffn; n, g and f of this rank

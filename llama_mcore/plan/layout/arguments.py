@@ -1,4 +1,4 @@
-"""Words of the command line of `plan memory` and `plan layout`, and what they stand for. Pure Python.
+"""Words of the command line of `plan memory` and `plan layout`, and what they stand for. Imports no torch.
 
 Each function raises ConfigError with all that is wrong with its own words.
 """
@@ -73,8 +73,8 @@ def asked_tokens(tokens: str, batch: str) -> tuple[float, float]:
         lambda: parse_count("--tokens", tokens, 1, MOST_TOKENS), lambda: _batch_tokens(batch)
     )
     if step > count:
-        bound = f"must be at most the {count:,.0f} of --tokens"
-        raise ConfigError(Problem("--global-batch-tokens", batch, bound, "a run is of one step at least"))
+        reason = f"must be at most the {count:,.0f} of --tokens"
+        raise ConfigError(Problem("--global-batch-tokens", batch, reason, "a run is of one step at least"))
     return count, step
 
 
@@ -85,8 +85,8 @@ def _batch_tokens(text: str) -> float:
     except (ValueError, KeyError):
         value = 0.0
     if not 0 < value < MOST_TOKENS:
-        bound = f"must be a number above 0 and below {MOST_TOKENS:g}"
-        raise ConfigError(Problem("--global-batch-tokens", text, bound, "units: K, M, B, powers of 1,024"))
+        reason = f"must be a number above 0 and below {MOST_TOKENS:g}"
+        raise ConfigError(Problem("--global-batch-tokens", text, reason, "units: K, M, B, powers of 1,024"))
     return value
 
 

@@ -128,9 +128,9 @@ def _gemm_share(gpu: Gpu, shape: Shape, work: Work, speed: float) -> float:
         return Predictor(gpu, one, replace(Efficiency(), gemm_share=share)).step_time(shape, work).total
 
     if predicted(1.0) > measured:
-        bound = "is faster than matrix products at the GPU's best would be with the other constants"
+        reason = "is faster than matrix products at the GPU's best would be with the other constants"
         raise ConfigError(
-            Problem("--calibration: tokens_per_s", f"{speed:,.0f}", bound, "give constants by name")
+            Problem("--calibration: tokens_per_s", f"{speed:,.0f}", reason, "give constants by name")
         )
     low, high = 0.0, 1.0
     for _ in range(HALVINGS):

@@ -87,14 +87,14 @@ def parse_efficiency(found: dict[str, Any]) -> Efficiency:
     for key, value in found.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if key not in known:
-            bound, remedy = "is not known", f"known: {', '.join(sorted(known))}"
+            reason, remedy = "is not known", f"known: {', '.join(sorted(known))}"
         elif key.endswith("_share") and not (number and SMALLEST_SHARE <= value <= 1):
-            bound, remedy = f"must be a number from {SMALLEST_SHARE:g} to 1", ""
+            reason, remedy = f"must be a number from {SMALLEST_SHARE:g} to 1", ""
         elif not (number and 0 <= value <= LARGEST_CONSTANT):
-            bound, remedy = f"must be a number from 0 to {LARGEST_CONSTANT:g}", ""
+            reason, remedy = f"must be a number from 0 to {LARGEST_CONSTANT:g}", ""
         else:
             continue
-        problems.append(Problem(f"--calibration: {key}", value, bound, remedy))
+        problems.append(Problem(f"--calibration: {key}", value, reason, remedy))
     if problems:
         raise ConfigError(problems)
     return replace(Efficiency(), **found)

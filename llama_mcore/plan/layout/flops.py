@@ -1,4 +1,5 @@
-"""Floating-point operations of training, and the share of a device's peak that they make (MFU). Pure Python.
+"""Floating-point operations of training, and the share of a device's peak that they make (MFU). Imports no
+torch.
 
 A multiply-add counts as two, the backward as twice the forward. What is recomputed does not count towards
 MFU, but towards the share that the hardware executes (HFU); norms, rotations, the SwiGLU product, the loss

@@ -1,4 +1,4 @@
-"""Memory of one rank, line by line, and whether a GPU has it. Pure Python.
+"""Memory of one rank, line by line, and whether a GPU has it. Imports no torch.
 
 Model states and what the forward keeps are exact (plan/layout/memory.py, plan/layout/activations.py). Buffers
 follow from the settings of DeepSpeed's file; working memory and the margin are estimates that no GPU has

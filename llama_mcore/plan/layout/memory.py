@@ -1,4 +1,4 @@
-"""Bytes of model state on one rank: weights, gradients, fp32 masters, Adam moments. Pure Python.
+"""Bytes of model state on one rank: weights, gradients, fp32 masters, Adam moments. Imports no torch.
 
 As DeepSpeed 0.19 allocates them, with the padding of its flat buffers: tests/plan/layout/test_allocated.py
 compares with what its engine holds, to the byte. plan/layout/footprint.py adds what comes on top.

@@ -138,7 +138,7 @@ def _option(
     try:
         check_run(run, cluster.gpus)
     except ConfigError as error:
-        return f"{error.problems[0].field} = {error.problems[0].value}: {error.problems[0].bound}"
+        return f"{error.problems[0].field} = {error.problems[0].value}: {error.problems[0].reason}"
     memory = memory_of(run, cluster.gpus)
     if memory.total > cluster.gpu.memory_bytes:
         return f"memory: needs more than the {cluster.gpu.memory_bytes / GIB:.0f} GiB of {cluster.gpu.name}"

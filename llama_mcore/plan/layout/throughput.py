@@ -1,4 +1,5 @@
-"""Seconds of one training step, from the shapes of its operators and what the hardware can do. Pure Python.
+"""Seconds of one training step, from the shapes of its operators and what the hardware can do. Imports no
+torch.
 
     s sequence, b micro-batch, h hidden, n query heads, g key/value heads, d head width, f ffn, v vocabulary
     t tensor-parallel, p pipeline ranks, m micro-batches of a step, P parameters of a rank

@@ -30,8 +30,8 @@ def base_run(
     model = model.lower()
     if model and given:
         options = ", ".join(map(_option, given))
-        bound = f"is a shape already, beside {options}"
-        raise ConfigError(Problem("--model", model, bound, "drop one of them"))
+        reason = f"is a shape already, beside {options}"
+        raise ConfigError(Problem("--model", model, reason, "drop one of them"))
     if not model and not given:
         remedy = f"add it, or {', '.join(map(_option, SHAPE))}"
         raise ConfigError(Problem("--model", "(not given)", "is required, or a shape in its place", remedy))
@@ -109,8 +109,8 @@ def slurm_job(cluster: Cluster) -> SlurmJob:
     """Whole nodes, or a part of one. ConfigError for GPUs that do not fill their nodes."""
     per_node = min(cluster.gpus, cluster.gpus_per_node)
     if cluster.gpus % per_node:
-        bound = f"do not fill nodes of {per_node}, as a job of Slurm does"
-        raise ConfigError(Problem("--gpus", cluster.gpus, bound, "give whole nodes, or --gpus-per-node"))
+        reason = f"do not fill nodes of {per_node}, as a job of Slurm does"
+        raise ConfigError(Problem("--gpus", cluster.gpus, reason, "give whole nodes, or --gpus-per-node"))
     return SlurmJob(cluster.gpus // per_node, per_node)
 
 

@@ -1,4 +1,5 @@
-"""GPU-hours, electricity and CO2 of a training run, as the LLaMA paper counts them (section 6). Pure Python.
+"""GPU-hours, electricity and CO2 of a training run, as the LLaMA paper counts them (section 6). Imports no
+torch.
 
 energy  GPU-hours x power of one GPU x PUE        CO2  energy x the grid's average
 """

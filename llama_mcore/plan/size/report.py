@@ -1,4 +1,4 @@
-"""The answer of `plan size` as text and as JSON. Pure Python."""
+"""The answer of `plan size` as text and as JSON. Imports no torch."""
 
 import shlex
 from collections.abc import Callable
@@ -10,14 +10,14 @@ from llama_mcore.plan.data import PAPER_TOKENS, WORTHWHILE_EPOCHS
 from llama_mcore.plan.size.energy import CO2_T_PER_MWH, PAPER_65B_TOKENS_PER_S, PAPER_GPU_WATTS, PUE
 from llama_mcore.plan.size.scaling import LAWS, ROUNDING, Allocation, ParametricLaw, kaplan_loss
 from llama_mcore.plan.size.solve import Costed, PaperModel, SizePlan
-from llama_mcore.plan.size.with_layout import How, how_dict, how_parts
+from llama_mcore.plan.size.with_layout import LayoutForSize, how_dict, how_parts
 from llama_mcore.plan.table import Grid, flops, whole
 from llama_mcore.units import format_count
 
 _USUAL_TOKENS_PER_PARAM = 100
 
 
-def size_dict(plan: SizePlan, how: How | None = None) -> dict[str, Any]:
+def size_dict(plan: SizePlan, how: LayoutForSize | None = None) -> dict[str, Any]:
     """The keys that docs/planner.md describes."""
     asked = plan.request
     return {
@@ -53,7 +53,7 @@ def size_dict(plan: SizePlan, how: How | None = None) -> dict[str, Any]:
     }
 
 
-def size_parts(plan: SizePlan, how: How | None = None) -> list[str | Grid]:
+def size_parts(plan: SizePlan, how: LayoutForSize | None = None) -> list[str | Grid]:
     """What `plan size` prints."""
     return [
         conclusion(plan),

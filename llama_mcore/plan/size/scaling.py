@@ -1,4 +1,4 @@
-"""How loss follows from size and data, and what that makes the best model for a budget. Pure Python.
+"""How loss follows from size and data, and what that makes the best model for a budget. Imports no torch.
 
     N parameters, D training tokens, I tokens of inference over the model's life, C operations of training
 

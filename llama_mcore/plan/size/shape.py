@@ -1,4 +1,5 @@
-"""A LLaMA-like shape for a number of parameters: a preset that is near, else one drawn up. Pure Python."""
+"""A LLaMA-like shape for a number of parameters: a preset that is near, else one drawn up. Imports no
+torch."""
 
 import math
 from collections.abc import Callable, Iterator

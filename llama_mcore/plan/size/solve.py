@@ -1,4 +1,4 @@
-"""`plan size`: which model to train, on how many tokens, and what it costs over its life. Pure Python.
+"""`plan size`: which model to train, on how many tokens, and what it costs over its life. Imports no torch.
 
 The answer to a training budget is the model that takes all of it and that no model of equal loss undercuts
 over training and inference together; to a loss, the one of that loss that costs least, within the budget if
@@ -221,28 +221,28 @@ def _check_budget(flops: str, gpus: str, days: str, loss: str) -> list[Problem]:
 def _check_law(name: str) -> list[Problem]:
     if name in PARAMETRIC_LAWS:
         return []
-    bound = "says no loss" if name in LAWS else "is not known"
-    return [Problem("--law", name, bound, nearest(name, PARAMETRIC_LAWS))]
+    reason = "says no loss" if name in LAWS else "is not known"
+    return [Problem("--law", name, reason, nearest(name, PARAMETRIC_LAWS))]
 
 
 def _check_reachable(asked: Request) -> list[Problem]:
     """A loss below what text allows, or than what the budget buys; a budget beyond all bounds."""
     law, flops = asked.law, asked.flops
     if flops is not None and not SMALLEST_BUDGET <= flops <= LARGEST_BUDGET:
-        bound = f"must come to {SMALLEST_BUDGET:g} to {LARGEST_BUDGET:g} FLOPs of training"
-        return [Problem("--gpus x --days", f"{flops:.2e} FLOPs", bound)]
+        reason = f"must come to {SMALLEST_BUDGET:g} to {LARGEST_BUDGET:g} FLOPs of training"
+        return [Problem("--gpus x --days", f"{flops:.2e} FLOPs", reason)]
     if asked.loss is None:
         return []
     if asked.loss <= law.irreducible:
-        bound = f"must be above {law.irreducible:g}, which no model of this law gets below"
-        return [Problem("--loss", f"{asked.loss:g}", bound)]
+        reason = f"must be above {law.irreducible:g}, which no model of this law gets below"
+        return [Problem("--loss", f"{asked.loss:g}", reason)]
     least = law.optimum_of_loss(asked.loss).training_flops
     most = flops or LARGEST_BUDGET
     if least > most:
         best = law.optimum(most)
         reachable = math.ceil(1e4 * law.loss(best.params, best.tokens)) / 1e4
-        bound = f"takes at least {least:.2e} FLOPs of training, and the budget is {most:.2e}"
-        return [Problem("--loss", f"{asked.loss:g}", bound, f"aim for {reachable:.4f}, or raise the budget")]
+        reason = f"takes at least {least:.2e} FLOPs of training, and the budget is {most:.2e}"
+        return [Problem("--loss", f"{asked.loss:g}", reason, f"aim for {reachable:.4f}, or raise the budget")]
     return []
 
 
@@ -279,9 +279,9 @@ def _shaped(asked: Request, optimum: Allocation) -> tuple[Shape, Allocation]:
     shape = nearest_shape(optimum.params, fits)
     found = tokens(shape.params) if shape else None
     if not shape or not found:
-        bound = f"asks for {optimum.params:.3g} parameters, and no LLaMA-like shape is near that"
+        reason = f"asks for {optimum.params:.3g} parameters, and no LLaMA-like shape is near that"
         field, value = ("--loss", f"{loss:g}") if loss else ("budget", f"{flops:.2e} FLOPs")
-        raise ConfigError(Problem(field, value, bound, "ask for a model of 100M to 10T parameters"))
+        raise ConfigError(Problem(field, value, reason, "ask for a model of 100M to 10T parameters"))
     return shape, Allocation(shape.params, found)
 
 

@@ -1,4 +1,4 @@
-"""How to train what `plan size` recommends: the fastest layout on the GPUs asked for. Pure Python."""
+"""How to train what `plan size` recommends: the fastest layout on the GPUs asked for. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ MOST_ROUNDS = 4
 
 
 @dataclass(frozen=True)
-class How:
+class LayoutForSize:
     plan: SizePlan
     found: Found
 
@@ -34,7 +34,7 @@ class How:
         return speed * 6 * self.plan.shape.params / self.plan.request.gpu.peak.bf16_flops
 
 
-def plan_with_layout(asked: Request) -> tuple[SizePlan, How | None]:
+def plan_with_layout(asked: Request) -> tuple[SizePlan, LayoutForSize | None]:
     """What to train, and how on the GPUs asked for. What they reach decides the size where no MFU was given:
     the size, its layout and the MFU of that are found in turns. Raises ConfigError."""
     plan = plan_size(asked)
@@ -48,7 +48,7 @@ def plan_with_layout(asked: Request) -> tuple[SizePlan, How | None]:
     return plan, how
 
 
-def how_to_train(plan: SizePlan) -> How | None:
+def how_to_train(plan: SizePlan) -> LayoutForSize | None:
     """None where no number of GPUs was asked for."""
     asked = plan.request
     if not asked.gpus:
@@ -57,10 +57,10 @@ def how_to_train(plan: SizePlan) -> How | None:
     cluster = Cluster(asked.gpu, asked.gpus, between, Efficiency())
     run = base_run(plan.shape.preset) if plan.shape.preset else base_run(shape=plan.shape.fields)
     goal = Goal(run, plan.recommended.allocation.tokens, BATCH_TOKENS / run.model.seq_length)
-    return How(plan, search(goal, cluster))
+    return LayoutForSize(plan, search(goal, cluster))
 
 
-def how_dict(how: How | None) -> dict[str, Any] | None:
+def how_dict(how: LayoutForSize | None) -> dict[str, Any] | None:
     """The key `layout` of `plan size --json`; null without GPUs, and where nothing runs and fits."""
     if not how or not how.found.options:
         return None
@@ -79,7 +79,7 @@ def how_dict(how: How | None) -> dict[str, Any] | None:
     }
 
 
-def how_parts(how: How) -> list[str | Grid]:
+def how_parts(how: LayoutForSize) -> list[str | Grid]:
     """The section "How to train it", without the command to go on."""
     asked = how.plan.request
     if not how.found.options:
@@ -101,7 +101,7 @@ def how_parts(how: How) -> list[str | Grid]:
     return parts
 
 
-def _days(how: How) -> str:
+def _days(how: LayoutForSize) -> str:
     """The prediction against the days at the MFU of the plan."""
     plan, predicted = how.plan, how.found.options[0].days
     given, mfu = plan.days, plan.request.mfu

@@ -1,4 +1,4 @@
-"""`plan validate`: predicted against published speeds, and the fit of the constants. Pure Python."""
+"""`plan validate`: predicted against published speeds, and the fit of the constants. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,8 +1,8 @@
 """Published training speeds of dense bf16 models whose layout is known: what the predictor is checked
 against.
 
-Pure Python. Of the first 27, rows at even places fit the constants, the others only check them: the order
-decides, and it is that of the sources. The later ones only check. Of llm-foundry's many rows these are
+Imports no torch. Of the first 27, rows at even places fit the constants, the others only check them: the
+order decides, and it is that of the sources. The later ones only check. Of llm-foundry's many rows these are
 sequences of 2,048: on the A100 one for each size and machine (and a second 70b), on the H100 one of a few
 nodes for each size and all of 128 GPUs and more. Left out are rows whose micro-batch or layout is not
 published with them (Llama 2, dgxc-benchmarking's 8B, fms-fsdp on H100), context parallelism, fp8, selective

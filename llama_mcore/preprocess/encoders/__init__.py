@@ -64,8 +64,8 @@ def self_check(encoder: Encoder, definition: Encoder, texts: Sequence[str]) -> N
     rows = zip(texts, np.split(ids, ends), np.split(expected_ids, expected_ends), strict=True)
     text = next(text for text, row, expected in rows if not np.array_equal(row, expected))
     start = repr(text[:_QUOTED_CHARACTERS])
-    bound = f"gives other tokens than {definition.name} for the text that starts with {start}"
-    raise DataError(Problem("encoder", encoder.name, bound, f"use --encoder {definition.name}"))
+    reason = f"gives other tokens than {definition.name} for the text that starts with {start}"
+    raise DataError(Problem("encoder", encoder.name, reason, f"use --encoder {definition.name}"))
 
 
 class SentencePieceEncoder:

@@ -95,9 +95,9 @@ class Decompressed(io.RawIOBase):
         self._decoder = self.start_member() if self._input else None
         return bool(self._input)
 
-    def _damaged(self, bound: str) -> DataError:
+    def _damaged(self, reason: str) -> DataError:
         where = f"{self._path}, {self.member} at byte {self._member_start:,}"
-        return DataError(Problem("--input", where, bound, "fetch the file again or leave it out"))
+        return DataError(Problem("--input", where, reason, "fetch the file again or leave it out"))
 
 
 class _Gzip(Decompressed):

@@ -107,11 +107,11 @@ class ParquetRows:
         problems = []
         for key in self._keys:
             if key not in schema.names:
-                bound = f"has no column {key!r}; columns there: {', '.join(schema.names) or 'none'}"
-                problems.append(Problem("--input", self._path, bound))
+                reason = f"has no column {key!r}; columns there: {', '.join(schema.names) or 'none'}"
+                problems.append(Problem("--input", self._path, reason))
             elif not _holds_text(schema.field(key).type):
-                bound = f"holds {schema.field(key).type} in column {key!r}, not strings"
-                problems.append(Problem("--input", self._path, bound, "name a column that holds text"))
+                reason = f"holds {schema.field(key).type} in column {key!r}, not strings"
+                problems.append(Problem("--input", self._path, reason, "name a column that holds text"))
         if problems:
             raise DataError(problems)
 
@@ -151,13 +151,13 @@ def _check_sizes(path: Path, metadata: Any, keys: Sequence[str]) -> None:
     """DataError, before they are decoded, for columns that would fill the memory from a small file."""
     for column in _columns(metadata, keys):
         size, on_disk = column.total_uncompressed_size, column.total_compressed_size
-        bound = f"has {size:,} bytes of {column.path_in_schema!r} in {column.num_values:,} rows"
+        reason = f"has {size:,} bytes of {column.path_in_schema!r} in {column.num_values:,} rows"
         if size > _LARGEST_UNASKED and size > _MOST_COMPRESSED * on_disk:
-            bound += f", packed into {on_disk:,}: no text is so repetitive"
-            raise DataError(Problem("--input", path, bound, "leave it out"))
+            reason += f", packed into {on_disk:,}: no text is so repetitive"
+            raise DataError(Problem("--input", path, reason, "leave it out"))
         if size > LONGEST_DOCUMENT * column.num_values:
-            bound += f"; a document may have {LONGEST_DOCUMENT:,}"
-            raise DataError(Problem("--input", path, bound, "cut its documents, or leave it out"))
+            reason += f"; a document may have {LONGEST_DOCUMENT:,}"
+            raise DataError(Problem("--input", path, reason, "cut its documents, or leave it out"))
 
 
 def _largest_dictionary(path: Path, metadata: Any, keys: Sequence[str]) -> int:
@@ -167,9 +167,9 @@ def _largest_dictionary(path: Path, metadata: Any, keys: Sequence[str]) -> int:
         for column in _columns(metadata, keys):
             largest = max(largest, _dictionary_bytes(stream, column))
     if largest > LONGEST_DOCUMENT:
-        bound = f"has a dictionary of {largest:,} bytes; it may have {LONGEST_DOCUMENT:,}"
+        reason = f"has a dictionary of {largest:,} bytes; it may have {LONGEST_DOCUMENT:,}"
         raise DataError(
-            Problem("--input", path, bound, "write it without, cut its documents, or leave it out")
+            Problem("--input", path, reason, "write it without, cut its documents, or leave it out")
         )
     return largest
 

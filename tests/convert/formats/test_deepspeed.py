@@ -19,7 +19,7 @@ from llama_mcore.convert.fused_weights import join
 from llama_mcore.convert.model_weights import Weights
 from llama_mcore.convert.names import HUGGING_FACE
 from llama_mcore.convert.registry import WriteOptions
-from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, UserError
+from llama_mcore.errors import CheckpointError, ConfigError, LlamaMcoreError, MissingInputError
 from tests.checkpoint.jobs import STEPS, Job
 from tests.convert.formats.deepspeed_engines import (
     BF16,
@@ -77,7 +77,7 @@ def assert_same(found: Weights, wanted: object) -> None:
 
 
 def refusal(path: Path) -> str:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(LlamaMcoreError) as caught:
         FORMAT.open(path, None)
     return str(caught.value)
 

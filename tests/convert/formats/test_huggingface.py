@@ -18,9 +18,9 @@ from llama_mcore.checkpoint.manifest import read_manifest
 from llama_mcore.checkpoint.paths import WEIGHT, find_checkpoint, step_dir
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.cli import app
-from llama_mcore.convert import convert as run
 from llama_mcore.convert import verify as verify_module
 from llama_mcore.convert.convert import RECEIPT
+from llama_mcore.convert.convert import convert as convert_checkpoint
 from llama_mcore.convert.formats import huggingface, native
 from llama_mcore.convert.formats.huggingface import HfWeights
 from llama_mcore.convert.formats.native import NativeWeights
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.process
 
 
 def convert(input: Path, output: Path, **options: Any) -> None:
-    run.convert(input, output, **({"target": "hf"} | options))
+    convert_checkpoint(input, output, **({"target": "hf"} | options))
 
 
 @pytest.fixture(scope="module")

@@ -211,7 +211,7 @@ def test_a_name_that_leads_elsewhere_is_refused(folder: Path, name: object) -> N
     (folder / huggingface.INDEX).write_text(json.dumps(index))
     with refused(CheckpointError, "weight_map", remedy=False) as caught:
         HfWeights(folder)
-    assert "beside it" in caught.value.problems[0].bound
+    assert "beside it" in caught.value.problems[0].reason
 
 
 @pytest.mark.parametrize("found", [None, [], {}, "a"])
@@ -219,7 +219,7 @@ def test_an_index_of_nothing_is_refused(folder: Path, found: object) -> None:
     (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": found}))
     with refused(CheckpointError, "weight_map", remedy=False) as caught:
         HfWeights(folder)
-    assert "names no tensors" in caught.value.problems[0].bound
+    assert "names no tensors" in caught.value.problems[0].reason
 
 
 @pytest.mark.parametrize(

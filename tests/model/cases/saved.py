@@ -80,7 +80,7 @@ def tensors_on_nodes(root: torch.autograd.graph.Node) -> Iterator[Tensor]:
             continue
         seen.add(node)
         todo += [parent for parent, _ in node.next_functions]
-        if node.name().startswith(("AttentionHalf", "MlpHalf")):
+        if node.name().startswith(("AttentionBlockFunction", "MlpBlockFunction")):
             yield from _tensors(vars(node))
 
 

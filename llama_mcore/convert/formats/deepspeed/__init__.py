@@ -83,11 +83,11 @@ class DeepSpeedWeights:
     def _check(self) -> None:
         parts = self._parts
         if self._is_hf and parts.tp > 1:
-            bound = f"ranks of a LlamaForCausalLM in {parts.folder}, whose cuts are not known"
-            raise CheckpointError(Problem("tensor parallelism", parts.tp, bound))
+            reason = f"ranks of a LlamaForCausalLM in {parts.folder}, whose cuts are not known"
+            raise CheckpointError(Problem("tensor parallelism", parts.tp, reason))
         if self.model.num_layers > len(parts.shapes[0]):
-            bound = f"where {parts.folder} has {len(parts.shapes[0])} tensors"
-            raise CheckpointError(Problem("num_layers", self.model.num_layers, bound))
+            reason = f"where {parts.folder} has {len(parts.shapes[0])} tensors"
+            raise CheckpointError(Problem("num_layers", self.model.num_layers, reason))
         expected = self._expected()
         problems = [
             Problem("tensor", shown(name), f"of {parts.folder} is not a part of this model")
@@ -123,8 +123,8 @@ class DeepSpeedWeights:
         if (found := parts.shapes[tp_rank].get(name)) is None:
             return [Problem("tensor", name, f"is missing {where}")]
         if not self._fits(name, found, shape):
-            bound = f"has shape {list(found)} {where} where {list(shape)} is needed on all {parts.tp}"
-            return [Problem("tensor", name, bound)]
+            reason = f"has shape {list(found)} {where} where {list(shape)} is needed on all {parts.tp}"
+            return [Problem("tensor", name, reason)]
         numels = {
             kind: sum(piece.numel for piece in parts.pieces.get((kind, name, tp_rank), []))
             for kind in parts.kinds
@@ -205,8 +205,8 @@ def _stated_model(parts: Parts) -> ModelConfig | None:
     try:
         return ModelConfig.model_validate(parts.model)
     except ValidationError as error:
-        bound = f"has a `model` that is none ({shown(' '.join(str(error).split()))})"
-        raise CheckpointError(Problem("folder", parts.folder, bound)) from None
+        reason = f"has a `model` that is none ({shown(' '.join(str(error).split()))})"
+        raise CheckpointError(Problem("folder", parts.folder, reason)) from None
 
 
 FORMAT = Format(

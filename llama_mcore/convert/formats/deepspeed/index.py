@@ -119,8 +119,8 @@ def parsed(kind: type[M], content: Any, path: Path) -> M:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "content"
-        bound = f"has {shown(where)} that DeepSpeed does not write: {shown(first['msg'])}"
-        raise CheckpointError(Problem("file", path, bound)) from None
+        reason = f"has {shown(where)} that DeepSpeed does not write: {shown(first['msg'])}"
+        raise CheckpointError(Problem("file", path, reason)) from None
 
 
 def module_states(folder: Path) -> dict[tuple[int, int], ModuleStates]:
@@ -136,8 +136,8 @@ def module_states(folder: Path) -> dict[tuple[int, int], ModuleStates]:
     }
     others = [name for name in names if name.endswith(MODULE_STATES) and not _MODULE_FILE.fullmatch(name)]
     if others:
-        bound = "is of pipeline or expert parallelism, which LLaMA is not trained with here"
-        raise CheckpointError([Problem("file", folder / name, bound) for name in sorted(others)])
+        reason = "is of pipeline or expert parallelism, which LLaMA is not trained with here"
+        raise CheckpointError([Problem("file", folder / name, reason) for name in sorted(others)])
     # a folder that is to load at stage 3 and below has both kinds, of one content
     by_stage = {stage3: [key for key in files if key[2] == stage3] for stage3 in (False, True)}
     keys = sorted(by_stage[False] or by_stage[True])
@@ -192,10 +192,10 @@ def check_one_step(steps: dict[str, int], folder: Path) -> int:
     """The step that all agree on. Raises CheckpointError with what each says."""
     if len(set(steps.values())) != 1:
         said = {step: next(who for who in steps if steps[who] == step) for step in steps.values()}
-        bound = (
+        reason = (
             f"holds files of different steps: {', '.join(f'{step} in {said[step]}' for step in sorted(said))}"
         )
-        raise CheckpointError(Problem("folder", folder, bound, "take a folder of one save"))
+        raise CheckpointError(Problem("folder", folder, reason, "take a folder of one save"))
     return next(iter(steps.values()))
 
 

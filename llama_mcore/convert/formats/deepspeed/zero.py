@@ -139,8 +139,8 @@ def _optimizer_files(folder: Path) -> dict[tuple[int, int], Path]:
         found = _OPTIMIZER_FILE.fullmatch(path.name)
         rank = (int(found[2]), int(found[1])) if found else None
         if rank is None or rank in files:
-            bound = f"is not the one *_{OPTIMIZER_STATES} of a rank without pipeline and expert parallelism"
-            raise CheckpointError(Problem("file", path, bound))
+            reason = f"is not the one *_{OPTIMIZER_STATES} of a rank without pipeline and expert parallelism"
+            raise CheckpointError(Problem("file", path, reason))
         files[rank] = path
     return dict(sorted(files.items()))
 
@@ -173,11 +173,11 @@ class _Groups:
     def _check(self, what: str, flat: StoredTensor, mapping: dict[str, Fragment]) -> None:
         needed = max((each.start + each.numel for each in mapping.values()), default=0)
         if flat.dtype != torch.float32 or flat.stride is not None or len(flat.shape) != 1:
-            bound = f"is {flat.dtype} {shown(list(flat.shape))} in {self._path} and no flat fp32"
-            raise CheckpointError(Problem("tensor", what, bound))
+            reason = f"is {flat.dtype} {shown(list(flat.shape))} in {self._path} and no flat fp32"
+            raise CheckpointError(Problem("tensor", what, reason))
         if needed > flat.shape[0]:
-            bound = f"has {flat.shape[0]} elements in {self._path} where {needed} are needed"
-            raise CheckpointError(Problem("tensor", what, bound))
+            reason = f"has {flat.shape[0]} elements in {self._path} where {needed} are needed"
+            raise CheckpointError(Problem("tensor", what, reason))
 
 
 def _groups_of(content: Any, path: Path, module: ModuleStates, dp_rank: int) -> _Groups:
@@ -214,6 +214,6 @@ def _weights_alone(parts: Parts, states: dict[tuple[int, int], ModuleStates]) ->
             for name, tensor in stored.items():
                 parts.pieces[WEIGHT, name, tp_rank] = [Piece(tensor, 0, tensor.shape.numel())]
     if not any(shape.numel() for rank in shapes for shape in rank.values()):
-        bound = f"holds no *_{OPTIMIZER_STATES}, which have the weights of ZeRO stage 3"
-        raise CheckpointError(Problem("folder", parts.folder, bound))
+        reason = f"holds no *_{OPTIMIZER_STATES}, which have the weights of ZeRO stage 3"
+        raise CheckpointError(Problem("folder", parts.folder, reason))
     return replace(parts, kinds=(WEIGHT,), step=states[0, 0].global_steps, shapes=shapes)

@@ -163,11 +163,13 @@ def inexpressible(model: ModelConfig) -> list[Problem]:
     """What of a model LlamaConfig does not take."""
     problems = []
     if model.hidden_size % model.num_attention_heads:
-        bound = f"does not divide hidden_size = {model.hidden_size}, which transformers' LlamaConfig asks for"
-        problems.append(Problem("model.num_attention_heads", model.num_attention_heads, bound))
+        reason = (
+            f"does not divide hidden_size = {model.hidden_size}, which transformers' LlamaConfig asks for"
+        )
+        problems.append(Problem("model.num_attention_heads", model.num_attention_heads, reason))
     if model.init_std > _MAX_INITIALIZER_RANGE:
-        bound = f"is over {_MAX_INITIALIZER_RANGE:g}, the most that transformers' LlamaConfig takes"
-        problems.append(Problem("model.init_std", model.init_std, bound))
+        reason = f"is over {_MAX_INITIALIZER_RANGE:g}, the most that transformers' LlamaConfig takes"
+        problems.append(Problem("model.init_std", model.init_std, reason))
     return problems
 
 
@@ -221,8 +223,8 @@ def _not_rotated(rope: dict[str, Any], config: dict[str, Any]) -> list[Problem]:
     """What of rotary embedding is computed otherwise here. A key that is not known might change it."""
     rope_type = _rope_type(rope)
     if rope_type not in ("default", "llama3"):
-        bound = "is not supported: only default and llama3 are"
-        return [Problem(f"{CONFIG}: rope_type", shown(rope_type), bound)]
+        reason = "is not supported: only default and llama3 are"
+        return [Problem(f"{CONFIG}: rope_type", shown(rope_type), reason)]
     known = {
         "rope_type": rope_type,
         "type": rope.get("type"),  # rope_type counts where both are there
@@ -239,9 +241,9 @@ def _not_rotated(rope: dict[str, Any], config: dict[str, Any]) -> list[Problem]:
     # of the configuration itself it goes before that of rope_parameters
     original = config.get("original_max_position_embeddings")
     if rope_type == "llama3" and original not in (None, rope.get("original_max_position_embeddings")):
-        bound = "is not that of rope_parameters"
+        reason = "is not that of rope_parameters"
         problems.append(
-            Problem(f"{CONFIG}: original_max_position_embeddings", shown(original), bound, "remove one")
+            Problem(f"{CONFIG}: original_max_position_embeddings", shown(original), reason, "remove one")
         )
     return problems
 
@@ -287,8 +289,8 @@ class HfWeights:
         for file_name in self._file_names():
             tensors, _ = read_safetensors(self.folder / file_name)
             if twice := found.keys() & tensors.keys():
-                bound = f"of {self.folder} is in two files"
-                raise CheckpointError([Problem("tensor", shown(name), bound) for name in sorted(twice)])
+                reason = f"of {self.folder} is in two files"
+                raise CheckpointError([Problem("tensor", shown(name), reason) for name in sorted(twice)])
             found |= tensors
         return found
 
@@ -301,16 +303,16 @@ class HfWeights:
         if not isinstance(found, dict) or not found:
             raise CheckpointError(Problem("weight_map", shown(found), f"of {path} names no tensors"))
         if foreign := [name for name in found.values() if not _lies_beside(name)]:
-            bound = f"of {path} is the name of no .safetensors file beside it"
-            raise CheckpointError(Problem("weight_map", shown(foreign[0]), bound))
+            reason = f"of {path} is the name of no .safetensors file beside it"
+            raise CheckpointError(Problem("weight_map", shown(foreign[0]), reason))
         return sorted(set(found.values()))
 
     def _check_tensors(self) -> None:
         found = self._tensors
         size = sum(tensor.shape.numel() * tensor.dtype.itemsize for tensor in found.values())
         if self.model.num_layers > len(found) or self.model.num_params() > size:
-            bound = f"describes a model that {size:,} bytes in {len(found):,} tensors cannot hold"
-            raise CheckpointError(Problem("file", self.folder / CONFIG, bound))
+            reason = f"describes a model that {size:,} bytes in {len(found):,} tensors cannot hold"
+            raise CheckpointError(Problem("file", self.folder / CONFIG, reason))
         expected = hf_shapes(self.model)
         problems = [
             Problem("tensor", name, f"of {self.folder} is missing") for name in expected if name not in found

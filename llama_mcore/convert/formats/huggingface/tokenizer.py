@@ -123,9 +123,9 @@ def _inexpressible(proto: Any) -> list[Problem]:
         "treat_whitespace_as_suffix": True if trainer.treat_whitespace_as_suffix else None,
         "unused pieces": ", ".join(unused[:_MOST_NAMED]) or None,
     }
-    bound = "cannot be said exactly in tokenizer.json"
+    reason = "cannot be said exactly in tokenizer.json"
     problems = [
-        Problem(f"tokenizer: {rule}", shown(value), bound, _REMEDY)
+        Problem(f"tokenizer: {rule}", shown(value), reason, _REMEDY)
         for rule, value in refused.items()
         if value is not None
     ]
@@ -149,10 +149,10 @@ def _not_told_apart(proto: Any) -> list[Problem]:
         and encode(piece.piece)
         != ([*encode(piece.piece[0]), *encode(piece.piece[1:])] if piece.piece in is_split else [index])
     ]
-    bound = (
+    reason = (
         "is not what its own text is encoded to, which tokenizer.json cannot say beside user-defined pieces"
     )
-    return [Problem("tokenizer: piece", shown(piece), bound, _REMEDY) for piece in amiss[:_MOST_NAMED]]
+    return [Problem("tokenizer: piece", shown(piece), reason, _REMEDY) for piece in amiss[:_MOST_NAMED]]
 
 
 def _user_defined(proto: Any) -> list[str]:

@@ -85,16 +85,16 @@ def _check_backend(folder: Path) -> None:
         raise CheckpointError(Problem("file", folder / CONFIG, f"cannot be read ({shown(error)})")) from None
     backend = content.get("sharded_backend") if isinstance(content, dict) else None
     if backend != CONTENT["sharded_backend"]:
-        bound = f"is not {CONTENT['sharded_backend']}, the only kind that is read"
-        raise CheckpointError(Problem(f"{CONFIG}: sharded_backend", shown(backend), bound))
+        reason = f"is not {CONTENT['sharded_backend']}, the only kind that is read"
+        raise CheckpointError(Problem(f"{CONFIG}: sharded_backend", shown(backend), reason))
 
 
 def _check_size(folder: Path, model: ModelConfig) -> None:
     """Before anything grows with what a file says."""
     size = sum(path.stat().st_size for path in folder.glob("*.distcp"))
     if model.num_params() > size:
-        bound = f"is of a model that the {size:,} bytes of its chunks cannot hold"
-        raise CheckpointError(Problem("checkpoint", folder, bound))
+        reason = f"is of a model that the {size:,} bytes of its chunks cannot hold"
+        raise CheckpointError(Problem("checkpoint", folder, reason))
 
 
 def _is_optimizer(key: str) -> bool:

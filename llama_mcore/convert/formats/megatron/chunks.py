@@ -81,8 +81,8 @@ class ChunkReader:
         for (key, chunk), blob in zip(places, blobs, strict=True):
             expected = (tensors[key].dtype, chunk.sizes)
             if not isinstance(blob, StoredTensor) or (blob.dtype, tuple(blob.shape)) != expected:
-                bound = f"holds at {chunk.start} no chunk of {shown(key)} as {METADATA} describes it"
-                raise CheckpointError(Problem("file", folder / chunk.file, bound))
+                reason = f"holds at {chunk.start} no chunk of {shown(key)} as {METADATA} describes it"
+                raise CheckpointError(Problem("file", folder / chunk.file, reason))
             self._stored[key].append(blob)
 
     def full(self, key: str, index: int | None = None) -> Tensor:
@@ -123,14 +123,14 @@ def read_metadata(folder: Path) -> Metadata:
         place = places.get((_COMMON, None))
         common = _stretch(_COMMON, place) if place else None
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-        bound = f"is no metadata of torch.distributed.checkpoint ({shown(error)})"
-        raise CheckpointError(Problem("file", path, bound)) from None
+        reason = f"is no metadata of torch.distributed.checkpoint ({shown(error)})"
+        raise CheckpointError(Problem("file", path, reason)) from None
     names = dict.fromkeys(chunk.file for tensor in tensors.values() for chunk in tensor.chunks)
     names |= {common[0]: None} if common else {}
     foreign = [name for name in names if not _FILE_NAME.fullmatch(name)]
     if foreign:
-        bound = f"is named in {path}: files must lie in that folder"
-        raise CheckpointError([Problem("file", shown(name), bound) for name in foreign])
+        reason = f"is named in {path}: files must lie in that folder"
+        raise CheckpointError([Problem("file", shown(name), reason) for name in foreign])
     return Metadata(tensors, (folder / common[0], *common[1:]) if common else None)
 
 

@@ -87,8 +87,8 @@ def common_state(weights: Weights, options: WriteOptions) -> dict[str, Any]:
     model, has_optimizer = weights.model, options.kinds == KINDS
     scaling = model.rope_scaling
     if scaling and scaling != RopeScaling(factor=scaling.factor):
-        bound = "cannot be said to megatron-core, which knows no other than Llama 3.1's but for the factor"
-        raise ConfigError(Problem("rope_scaling", scaling, bound))
+        reason = "cannot be said to megatron-core, which knows no other than Llama 3.1's but for the factor"
+        raise ConfigError(Problem("rope_scaling", scaling, reason))
     state: dict[str, Any] = {
         "args": Namespace(**_args(model, options, has_optimizer)),
         "checkpoint_version": 3.0,

@@ -128,8 +128,8 @@ def _indivisible(model: ModelConfig, tp: int) -> list[Problem]:
         return []
     common = math.gcd(*sizes.values())
     possible = [str(ranks) for ranks in range(1, MOST_RANKS) if common % ranks == 0]
-    bound = f"does not divide {', '.join(f'{field} {size}' for field, size in sizes.items())} into files"
-    return [Problem("--tp", tp, bound, f"one of these does: {', '.join(possible)}")]
+    reason = f"does not divide {', '.join(f'{field} {size}' for field, size in sizes.items())} into files"
+    return [Problem("--tp", tp, reason, f"one of these does: {', '.join(possible)}")]
 
 
 def _file_name(rank: int) -> str:
@@ -200,8 +200,8 @@ class MetaWeights:
         """Rows have all of `dim` columns; where there is one rank, it is no matter."""
         embedding = self._ranks[0].get(EMBEDDING_PART)
         if not isinstance(embedding, StoredTensor) or len(embedding.shape) != 2:
-            bound = f"of {self.folder} must be there, a matrix"
-            raise CheckpointError(Problem("tensor", EMBEDDING_PART, bound))
+            reason = f"of {self.folder} must be there, a matrix"
+            raise CheckpointError(Problem("tensor", EMBEDDING_PART, reason))
         return ROWS if embedding.shape[1] == dim else COLUMNS
 
     def _vocabulary(self) -> int:
@@ -210,8 +210,8 @@ class MetaWeights:
     def _check_tensors(self) -> None:
         tp = len(self._ranks)
         if self.model.num_layers > len(self._ranks[0]) or self.model.num_params() > _LARGEST_MODEL:
-            bound = f"describes a model that the {len(self._ranks[0]):,} tensors of a file cannot hold"
-            raise CheckpointError(Problem("file", self.folder / PARAMS, bound))
+            reason = f"describes a model that the {len(self._ranks[0]):,} tensors of a file cannot hold"
+            raise CheckpointError(Problem("file", self.folder / PARAMS, reason))
         expected = meta_shapes(self.model)
         if self.model.tie_embeddings and OUTPUT_PART not in self._ranks[0]:
             del expected[OUTPUT_PART]
@@ -236,12 +236,12 @@ class MetaWeights:
                 content = first.full()
                 for rank, found in enumerate(self._ranks):
                     if not torch.equal(found[part].full(), content):
-                        bound = f"differs from that of {_file_name(0)}, of which it should be a copy"
-                        raise CheckpointError(Problem(part, self.folder / _file_name(rank), bound))
+                        reason = f"differs from that of {_file_name(0)}, of which it should be a copy"
+                        raise CheckpointError(Problem(part, self.folder / _file_name(rank), reason))
         tied = self.model.tie_embeddings and OUTPUT_PART in self._ranks[0]
         if tied and not torch.equal(self._part(OUTPUT_PART), self._part(EMBEDDING_PART)):
-            bound = f"differs from {EMBEDDING_PART}, but the model is said to have tied embeddings"
-            raise CheckpointError(Problem("tensor", OUTPUT_PART, bound))
+            reason = f"differs from {EMBEDDING_PART}, but the model is said to have tied embeddings"
+            raise CheckpointError(Problem("tensor", OUTPUT_PART, reason))
 
 
 def _problems_of(found: dict[str, Any], expected: dict[str, torch.Size], path: Path) -> list[Problem]:
@@ -250,11 +250,11 @@ def _problems_of(found: dict[str, Any], expected: dict[str, torch.Size], path: P
         if name not in expected or not isinstance(tensor, StoredTensor):
             problems.append(Problem("tensor", shown(name), f"of {path} is not a part of this model"))
         elif tensor.shape != expected[name]:
-            bound = f"of {path} has shape {list(tensor.shape)} where {list(expected[name])} is needed"
-            problems.append(Problem("tensor", name, bound))
+            reason = f"of {path} has shape {list(tensor.shape)} where {list(expected[name])} is needed"
+            problems.append(Problem("tensor", name, reason))
         elif tensor.dtype not in SAFETENSORS_DTYPES.values():
-            bound = f"of {path} is {tensor.dtype}, not one of {', '.join(SAFETENSORS_DTYPES)}"
-            problems.append(Problem("tensor", name, bound))
+            reason = f"of {path} is {tensor.dtype}, not one of {', '.join(SAFETENSORS_DTYPES)}"
+            problems.append(Problem("tensor", name, reason))
     return problems
 
 

@@ -67,10 +67,10 @@ def parse_params(content: dict[str, Any]) -> MetaParams:
         ) from None
     heads, kv_heads = params.n_heads, params.n_kv_heads or params.n_heads
     if params.dim % (2 * heads) or heads % kv_heads:
-        bound = (
+        reason = (
             f"must divide dim = {params.dim} into heads of even width, n_kv_heads = {kv_heads} must divide it"
         )
-        raise CheckpointError(Problem(f"{PARAMS}: n_heads", heads, bound))
+        raise CheckpointError(Problem(f"{PARAMS}: n_heads", heads, reason))
     return params
 
 
@@ -143,11 +143,11 @@ def inexpressible(model: ModelConfig) -> list[Problem]:
     problems = []
     if model.head_dim * model.num_attention_heads != model.hidden_size or model.head_dim % 2:
         width = f"{model.hidden_size} / {model.num_attention_heads}"
-        bound = f"cannot be written for Meta's code, where it is {width} and even"
-        problems.append(Problem("model.head_dim", model.head_dim, bound))
+        reason = f"cannot be written for Meta's code, where it is {width} and even"
+        problems.append(Problem("model.head_dim", model.head_dim, reason))
     if model.rope_scaling and model.rope_scaling != RopeScaling():
-        bound = f"cannot be written for Meta's code, which knows one: {RopeScaling()}"
-        problems.append(Problem("model.rope_scaling", model.rope_scaling, bound))
+        reason = f"cannot be written for Meta's code, which knows one: {RopeScaling()}"
+        problems.append(Problem("model.rope_scaling", model.rope_scaling, reason))
     return problems
 
 

@@ -1,4 +1,4 @@
-"""Lives of a run, each one start of it, in which something happens at a known moment.
+"""Attempts of a run, each one start of it, in which something happens at a known moment.
 
 Ranks are forked, and as torchrun does, this ends the others when one has failed.
 """
@@ -21,9 +21,9 @@ from typing import Any
 import psutil
 
 from llama_mcore.errors import EXIT_SAVED
-from llama_mcore.observe.goodput.spans import PRODUCTIVE, read_lives
+from llama_mcore.observe.goodput.spans import PRODUCTIVE, read_attempts
 from llama_mcore.observe.phases import Phase
-from llama_mcore.watchdog.heartbeat import Pulse
+from llama_mcore.watchdog.heartbeat import HeartbeatWriter
 from llama_mcore.watchdog.signals import STOP_SIGNALS, StopRequest
 from tests.support.product import metrics, run_command
 from tests.support.world import Call, launched_as, reserved_port
@@ -34,7 +34,7 @@ LAST_WORDS_S = 60.0
 
 
 @dataclass(frozen=True)
-class Life:
+class Attempt:
     overrides: list[str]
     """Also flags."""
     fault: Callable[[], object] | None = None
@@ -64,17 +64,17 @@ class Lived:
     output: str
 
 
-def live(life: Life) -> Lived:
-    host = Call(_live, life)
+def live(attempt: Attempt) -> Lived:
+    host = Call(_live, attempt)
     codes, first, left_over = host.result()
     return Lived(codes, first, left_over, host.output)
 
 
 def first_steps(run_dir: Path) -> list[int]:
-    """The step that each life of a run began to train with; 0: it did not train."""
+    """The step that each attempt of a run began to train with; 0: it did not train."""
     return [
-        next((step for _, kind, step in life.entries if kind == PRODUCTIVE), 0)
-        for life in read_lives(run_dir)
+        next((step for _, kind, step in attempt.entries if kind == PRODUCTIVE), 0)
+        for attempt in read_attempts(run_dir)
     ]
 
 
@@ -138,19 +138,19 @@ def spoil_loss() -> None:
 # In the process that forks the ranks.
 
 
-def _live(life: Life) -> tuple[list[int], int, list[str]]:
+def _live(attempt: Attempt) -> tuple[list[int], int, list[str]]:
     fork = get_context("fork")
     with reserved_port() as port:
         ranks = [
-            fork.Process(target=_rank_main, args=(life, rank, port))
-            for rank in range(life.world_size - life.missing)
+            fork.Process(target=_rank_main, args=(attempt, rank, port))
+            for rank in range(attempt.world_size - attempt.missing)
         ]
         # As our torchrun has it: a signal kills no rank that is just starting.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         for process in ranks:
             process.start()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if life.missing:
+        if attempt.missing:
             _wait_until_served(port)
             _end(ranks)
         first = _wait_for_all(ranks)
@@ -204,13 +204,13 @@ def _others_at_work() -> list[str]:
     return found
 
 
-def _rank_main(life: Life, rank: int, port: int) -> None:
-    os.environ |= launched_as(rank, life.world_size, port)
-    os.environ |= {"TORCHELASTIC_RESTART_COUNT": "0", "SLURM_JOB_ID": life.job}
-    os.environ["SLURM_RESTART_COUNT"] = str(life.restarts)
-    if life.fault and rank in life.ranks:
-        _prepare(life.fault, life.phase, life.step)
-    run_command(["train", "--config", "tiny", *life.overrides])
+def _rank_main(attempt: Attempt, rank: int, port: int) -> None:
+    os.environ |= launched_as(rank, attempt.world_size, port)
+    os.environ |= {"TORCHELASTIC_RESTART_COUNT": "0", "SLURM_JOB_ID": attempt.job}
+    os.environ["SLURM_RESTART_COUNT"] = str(attempt.restarts)
+    if attempt.fault and rank in attempt.ranks:
+        _prepare(attempt.fault, attempt.phase, attempt.step)
+    run_command(["train", "--config", "tiny", *attempt.overrides])
 
 
 def _prepare(fault: Callable[[], object], phase: str, step: int) -> None:
@@ -224,7 +224,7 @@ def _prepare(fault: Callable[[], object], phase: str, step: int) -> None:
 
 
 def _fail_in_read(fault: Callable[[], object], step: int) -> None:
-    """`step`: counted from the first of this life."""
+    """`step`: counted from the first of this attempt."""
     from llama_mcore.train import trainer
 
     read, steps = trainer.islice, count(1)
@@ -238,11 +238,11 @@ def _fail_in_read(fault: Callable[[], object], step: int) -> None:
 
 
 def _fail_in_phase(fault: Callable[[], object], where: Phase, at: int) -> None:
-    enter = Pulse.enter
+    enter = HeartbeatWriter.enter
 
-    def entered(pulse: Pulse, phase: Phase, step: int) -> None:
+    def entered(pulse: HeartbeatWriter, phase: Phase, step: int) -> None:
         enter(pulse, phase, step)
         if (phase, step) == (where, at):
             fault()
 
-    Pulse.enter = entered  # type: ignore[method-assign]
+    HeartbeatWriter.enter = entered  # type: ignore[method-assign]

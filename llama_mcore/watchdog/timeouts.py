@@ -12,8 +12,8 @@ WINDOW = 50
 """Steps that the median is over."""
 
 
-class Patience:
-    """Knows how long the steps of this life took."""
+class Timeouts:
+    """Knows how long the steps of this attempt took."""
 
     def __init__(self, config: WatchdogConfig, save_timeout_s: float) -> None:
         """`save_timeout_s`: after which a save fails by itself."""
