@@ -72,6 +72,13 @@ class Start:
             ]
         )
 
+    @property
+    def to_go_on(self) -> str:
+        """The command that goes on once this start has stopped: --resume and --fresh would count again."""
+        given = {"--resume": self.resume != "auto", "--fresh": self.fresh}
+        counted = " and ".join(name for name in given if given[name])
+        return f"the same command without {counted}" if counted else "the same command"
+
 
 @dataclass(frozen=True)
 class Way:

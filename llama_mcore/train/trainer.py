@@ -49,7 +49,7 @@ def train(
                 job = open_job(run, groups, stop, start, phases, stack)
                 first = job.state.step
                 _train_on(job)
-                return _finish(job, first)
+                return _finish(job, first, start.to_go_on)
         except StoppedEarly:
             phases.enter(Phase.END, 0)
             get_logger().info("stopped before the first step; the same command starts again")
@@ -249,8 +249,8 @@ def _replica_check_is_due(job: Job, saving: bool) -> bool:
     return interval > 0 and (saving or job.state.step % interval == 0)
 
 
-def _finish(job: Job, first: int) -> int:
-    """`first`: the step that this start went on from."""
+def _finish(job: Job, first: int, to_go_on: str) -> int:
+    """`first`: the step that this start went on from. `to_go_on`: the command that does when it has stopped."""
     step, steps = job.state.step, job.run.train.steps
     job.phases.enter(Phase.END, step)
     exit_code = 0 if step >= steps else EXIT_SAVED
@@ -259,7 +259,7 @@ def _finish(job: Job, first: int) -> int:
     elif exit_code == 0:
         get_logger().info("finished %d steps", step)
     else:
-        get_logger().info("stopped at step %d of %d; the same command goes on", step, steps)
+        get_logger().info("stopped at step %d of %d; %s goes on", step, steps, to_go_on)
     if job.timeline:
         job.timeline.exit_code = exit_code
     return exit_code

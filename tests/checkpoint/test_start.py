@@ -369,3 +369,16 @@ def test_an_outlook_names_what_is_moved_aside(run: RunConfig, run_dir: Path) -> 
     write_checkpoint(run_dir)
     found: Outlook = outlook(run, Start(fresh=True))
     assert (found.checkpoint, "aside" in str(found)) == (None, True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "command"),
+    [
+        (Start(), "the same command"),
+        (Start(init_from="x"), "the same command"),
+        (Start(resume="x"), "the same command without --resume"),
+        (Start(resume="never", fresh=True), "the same command without --resume and --fresh"),
+    ],
+)
+def test_which_command_goes_on(asked: Start, command: str) -> None:
+    assert asked.to_go_on == command

@@ -92,5 +92,5 @@ def test_the_last_line_says_whether_anything_was_done(
     run, state = SimpleNamespace(train=SimpleNamespace(steps=5)), SimpleNamespace(step=step)
     job = SimpleNamespace(run=run, state=state, phases=Phases(), timeline=None)
     with caplog.at_level(logging.INFO):
-        assert trainer._finish(cast(Job, job), first) == exit_code
+        assert trainer._finish(cast(Job, job), first, "the same command") == exit_code
     assert caplog.messages[-1].startswith(said)
