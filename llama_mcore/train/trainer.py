@@ -250,7 +250,7 @@ def _replica_check_is_due(job: Job, saving: bool) -> bool:
 
 
 def _finish(job: Job, first: int, to_go_on: str) -> int:
-    """`first`: the step that this start went on from. `to_go_on`: the command that does when it has stopped."""
+    """`first`: the step that this start went on from. `to_go_on`: the command that goes on from here."""
     step, steps = job.state.step, job.run.train.steps
     job.phases.enter(Phase.END, step)
     exit_code = 0 if step >= steps else EXIT_SAVED
