@@ -34,7 +34,7 @@ if [[ ! -e ${shards[0]} ]]; then
     echo "merge: the shards in $1.shards hold no key text: join each of theirs with llama-mcore merge-datasets" >&2
     exit 66
 fi
-for split in document heldout; do
+for split in document validation; do
     shards=("$1".shards/part_*_text_"$split".bin)
     if [[ -e ${shards[0]} ]]; then
         llama-mcore merge-datasets --input "${shards[@]%.bin}" --output-prefix "$1_text_$split"

@@ -12,7 +12,7 @@
 # From the checkout, once slurm/env.sh has this site's settings: the output prefix, then options of
 # tools/preprocess_data.py.
 #     sbatch slurm/preprocess.sh data/c4 --input c4/*.json.gz --tokenizer-model data/tokenizer.model --append-eod
-# makes data/c4_text_document, and data/c4_text_heldout with --held-out. A task that is requeued goes on where it was.
+# makes data/c4_text_document, and data/c4_text_validation with --validation-split. A task that is requeued goes on where it was.
 # Tasks that failed are run again as part of the same whole, with the same arguments; then join the shards:
 #     sbatch --array=7 --export=ALL,SHARDS=32 slurm/preprocess.sh data/c4 ...
 #     sbatch slurm/merge.sh data/c4

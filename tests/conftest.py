@@ -109,8 +109,8 @@ def small(once: Once) -> Small:
     """The bytes of the package's own sources as tokens: real text without a tokenizer."""
 
     def write(folder: Path) -> None:
-        held_out, *rest = (np.frombuffer((PACKAGE / name).read_bytes(), np.uint8) for name in SOURCES)
-        write_tokens(folder / "valid", [held_out[:8192]])  # all of it is read at the end of each run
+        validation, *rest = (np.frombuffer((PACKAGE / name).read_bytes(), np.uint8) for name in SOURCES)
+        write_tokens(folder / "valid", [validation[:8192]])  # all of it is read at the end of each run
         write_tokens(folder / "train", rest)
 
     folder = once("small", write)

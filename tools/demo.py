@@ -36,7 +36,7 @@ from llama_mcore.observe.report import Point, loss_curve  # noqa: E402
 
 DEMO = Path("runs/demo")
 TRAIN, UNINTERRUPTED = DEMO / "train", DEMO / "uninterrupted"
-HELD_OUT = {"code": 0.02, "prose": 0.1}  # of the documents of each source
+VALIDATION = {"code": 0.02, "prose": 0.1}  # of the documents of each source
 VOCAB_SIZE = 4096
 UNTRAINED_LOSS = math.log(VOCAB_SIZE)
 LOSS_BOUND = 0.6 * UNTRAINED_LOSS
@@ -140,20 +140,20 @@ def tokenizer() -> str:
     model = DEMO / "tokenizer/tokenizer.model"
     run(
         "tools/train_tokenizer.py",
-        *(word for source in HELD_OUT for word in ("--input", f"{source}={DEMO}/corpus/{source}.jsonl")),
+        *(word for source in VALIDATION for word in ("--input", f"{source}={DEMO}/corpus/{source}.jsonl")),
         *("--output", model, "--vocab-size", VOCAB_SIZE, "--report"),
     )
     return f"SentencePiece BPE in {model}"
 
 
 def datasets() -> str:
-    for source, held_out in HELD_OUT.items():
+    for source, validation in VALIDATION.items():
         run(
             "tools/preprocess_data.py",
             *("--input", DEMO / f"corpus/{source}.jsonl"),
             *("--tokenizer-model", DEMO / "tokenizer/tokenizer.model"),
             *("--output-prefix", DEMO / f"data/{source}", "--workers", 2, "--append-eod"),
-            *("--held-out", held_out),
+            *("--validation-split", validation),
         )
     return f"megatron-core .bin and .idx in {DEMO}/data"
 
@@ -178,7 +178,7 @@ def resume(command: list[object], steps: int) -> str:
     check(loss < bound, f"the training loss ended at {loss:.3f}, not below {bound:.3f}")
     return (
         f"training loss {loss:.3f}, below the {bound:.3f} asked of it ({bound / UNTRAINED_LOSS:.0%} of the "
-        f"ln({VOCAB_SIZE}) of an untrained model); held-out loss {rows[-1].valid_loss:.3f}"
+        f"ln({VOCAB_SIZE}) of an untrained model); validation loss {rows[-1].valid_loss:.3f}"
     )
 
 

@@ -138,8 +138,9 @@ def preprocess_data(
         str, typer.Option(help="fail; or skip, which lists bad lines in PREFIX.quarantine.jsonl.")
     ] = "fail",
     max_bad_ratio: Annotated[float, typer.Option(help="Share of documents that may be skipped.")] = 0.01,
-    held_out: Annotated[
-        float, typer.Option(help="Share of documents, by their hash, to write to PREFIX_KEY_heldout instead.")
+    validation_split: Annotated[
+        float,
+        typer.Option(help="Share of documents, by their hash, to write to PREFIX_KEY_validation instead."),
     ] = 0.0,
     shard: Annotated[
         str, typer.Option(help="INDEX/COUNT, counted from 0: do only this part of the input, in a job array.")
@@ -179,7 +180,7 @@ def preprocess_data(
             encoder=encoder,
             on_bad_line=on_bad_line,
             max_bad_ratio=max_bad_ratio,
-            held_out=held_out,
+            validation_split=validation_split,
             shard=shard,
             shuffle_seed=shuffle_seed,
             restart=restart,

@@ -473,12 +473,12 @@ def _check_training(run: RunConfig) -> list[Problem]:
                 f"or train.steps={run.optim.warmup_steps} and more",
             )
         )
-    if run.eval.interval and not run.data.has_held_out:
+    if run.eval.interval and not run.data.has_validation:
         problems.append(
             Problem(
                 "eval.interval",
                 run.eval.interval,
-                "needs held-out data",
+                "needs validation data",
                 "add data.valid=PREFIX, or valid of a source, or eval.interval=0",
             )
         )

@@ -27,7 +27,7 @@ class SourceConfig(Section):
     train: Prefixes
     """Prefix of its training dataset, or prefixes of the parts that it comes in."""
     valid: str | None = None
-    """Prefix of its held-out dataset."""
+    """Prefix of its validation dataset."""
     epochs: float | None = Field(default=None, gt=0)
     """How often the plan reads each of its windows. The run may be shorter than the plan, never longer."""
     weight: float | None = Field(default=None, gt=0)
@@ -42,7 +42,7 @@ class DataConfig(Section):
     train: Prefixes | None = None
     """Prefix of the training dataset of a run with one source; else see `sources`."""
     valid: str | None = None
-    """Prefix of its held-out dataset."""
+    """Prefix of its validation dataset."""
     epochs: float = Field(default=1.0, gt=0)
     """A run that would read any window of `train` more often is refused."""
     sources: dict[SourceName, SourceConfig] = Field(default_factory=dict)
@@ -76,5 +76,5 @@ class DataConfig(Section):
         return {"train": SourceConfig(train=self.train, valid=self.valid, epochs=self.epochs)}
 
     @property
-    def has_held_out(self) -> bool:
+    def has_validation(self) -> bool:
         return any(source.valid for source in self.named_sources.values())

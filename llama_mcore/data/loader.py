@@ -24,7 +24,7 @@ from llama_mcore.data.windows import Window, WindowDataset, read_windows
 # Of all ranks together. Finding the windows of one sample takes hardly less time than those of so many.
 SAMPLES_PLANNED_AT_ONCE = 1024
 # Not the run's: runs of different seeds are compared on the same windows.
-_HELD_OUT_SEED = 0
+_VALIDATION_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class MicroBatches:
                 yield micro_batch(read_windows(windows[row : row + size]), self._masked_token, self._pin)
 
 
-def held_out_windows(wanted: int | None, num_windows: int) -> NDArray[np.int64]:
+def validation_windows(wanted: int | None, num_windows: int) -> NDArray[np.int64]:
     """The windows of a set that an evaluation reads, ascending: all, or `wanted` drawn from the whole set.
 
     A set is often a file after a file, so that its first windows are of one kind of text. The draw is always
@@ -129,7 +129,7 @@ def held_out_windows(wanted: int | None, num_windows: int) -> NDArray[np.int64]:
     """
     if wanted is None or wanted >= num_windows:
         return np.arange(num_windows, dtype=np.int64)
-    return np.sort(windows_at(np.arange(wanted, dtype=np.int64), num_windows, _HELD_OUT_SEED))
+    return np.sort(windows_at(np.arange(wanted, dtype=np.int64), num_windows, _VALIDATION_SEED))
 
 
 def eval_batches(

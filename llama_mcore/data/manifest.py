@@ -87,10 +87,10 @@ class DatasetManifest(BaseModel):
         return {(Path(file.path).name, file.bytes) for file in self.inputs}
 
     @property
-    def held_out(self) -> float:
-        """Share of the documents that is in the held-out set and not in the other."""
+    def validation_split(self) -> float:
+        """Share of the documents that is in the validation set and not in the other."""
         with suppress(ValueError):
-            return float(self.options.get("held_out", "0"))
+            return float(self.options.get("validation_split", "0"))
         return 0.0
 
     @property

@@ -73,13 +73,13 @@ def open_sources(data: DataConfig, seq_length: int, vocab_size: int) -> list[Ope
 
 def plan_run(data: DataConfig, sources: list[OpenSource], seed: int, seq_length: int) -> Segment:
     """The plan of what a run reads. Raises DataError where datasets were made with different tokenizers, or
-    with another one than the run's, and where held-out documents are trained on."""
+    with another one than the run's, and where validation documents are trained on."""
     errors: list[LlamaMcoreError] = []
     tokenizer = None
     with gathering(errors):
         tokenizer = _check_tokenizers(data, sources)
     with gathering(errors):
-        _check_held_out(sources)
+        _check_validation(sources)
     raise_all(errors)
     datasets = {source.name: source.train for source in sources}
     return plan_segment(data.named_sources, datasets, seed, seq_length, tokenizer)
@@ -155,33 +155,38 @@ def _one_tokenizer(made: list[tuple[str, DatasetManifest]]) -> str | None:
     return expected.tokenizer_sha256
 
 
-def _check_held_out(sources: list[OpenSource]) -> None:
-    """DataError for held-out sets that do not belong to the training sets, as far as manifests tell."""
+def _check_validation(sources: list[OpenSource]) -> None:
+    """DataError for validation sets that do not belong to the training sets, as far as manifests tell."""
     train = [part for source in sources for part in source.train.parts]
     valid = [part for source in sources if source.valid for part in source.valid.parts]
     pairs = [
-        (held_out, reason) for part, held_out in product(train, valid) if (reason := _why_not(part, held_out))
+        (validation, reason)
+        for part, validation in product(train, valid)
+        if (reason := _why_not(part, validation))
     ]
     if pairs:
-        remedy = "make both with one tools/preprocess_data.py --held-out"
-        raise DataError([Problem("dataset", held_out.prefix, reason, remedy) for held_out, reason in pairs])
+        remedy = "make both with one tools/preprocess_data.py --validation-split"
+        raise DataError(
+            [Problem("dataset", validation.prefix, reason, remedy) for validation, reason in pairs]
+        )
 
 
-def _why_not(train: IndexedDataset, held_out: IndexedDataset) -> str:
-    """Why one is not what was held out of the other; nothing where they are of different text, or nobody
-    knows."""
-    of_train, of_held_out = train.manifest, held_out.manifest
-    if not of_train or not of_held_out or not of_train.files & of_held_out.files:
+def _why_not(train: IndexedDataset, validation: IndexedDataset) -> str:
+    """Why one is not what was split off the other; nothing where they are of different
+    text, or nobody knows."""
+    of_train, of_validation = train.manifest, validation.manifest
+    if not of_train or not of_validation or not of_train.files & of_validation.files:
         return ""
-    trained, kept = of_train.options, of_held_out.options
+    trained, kept = of_train.options, of_validation.options
     if trained.get("json_key") != kept.get("json_key"):
         return ""
     for option in ("append_bos", "append_eod"):
         if option in trained and trained[option] != kept.get(option, trained[option]):
             return f"was made with {option} {kept[option]} and {train.prefix} with {trained[option]}"
-    if kept.get("split") != "heldout":
+    if kept.get("split") != "validation":
         return ""
-    # A document is held out by its own text: of a smaller share none is in what is left of a larger one.
-    if trained.get("split") == "heldout" or of_train.held_out < of_held_out.held_out:
+    # A document is set aside for validation by its own text: of a smaller share none is in what is left of a
+    # larger one.
+    if trained.get("split") == "validation" or of_train.validation_split < of_validation.validation_split:
         return f"holds documents that are in {train.prefix} too"
     return ""

@@ -45,7 +45,7 @@ class _Alone(TensorParallel):
 
 
 def _compute(layer: LlamaLayer, seq_length: int, micro_batch_size: int) -> None:
-    """Training and held-out loss differ in what requires a gradient, and torch compiles for each."""
+    """Training and validation loss differ in what requires a gradient, and torch compiles for each."""
     tp = _Alone(layer.tp.group, layer.tp.sequence_parallel)
     weight = layer.input_layernorm.weight
     positions = seq_length // (tp.size if tp.sequence_parallel else 1)

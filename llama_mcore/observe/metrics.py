@@ -6,7 +6,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ValidationLoss:
     """An evaluation of one source."""
 
     loss: float
@@ -69,7 +69,7 @@ class StepReport:
     kernels: str = ""
     windows: dict[str, int] = field(default_factory=dict)
     """The ledger: windows read of each source since the start of the run, repeated ones counted each time."""
-    valid: dict[str, HeldOut] = field(default_factory=dict)
+    valid: dict[str, ValidationLoss] = field(default_factory=dict)
     """By source, after a step with an evaluation."""
     evaluation_stopped: bool = False
     """An evaluation was due and was given up, as the run was asked to stop; it is not made up for."""
@@ -90,14 +90,14 @@ class StepReport:
 
     @property
     def valid_loss(self) -> float | None:
-        """Mean held-out loss over the tokens of all sources."""
+        """Mean validation loss over the tokens of all sources."""
         tokens = sum(evaluation.tokens for evaluation in self.valid.values())
         total = sum(evaluation.loss * evaluation.tokens for evaluation in self.valid.values())
         return total / tokens if tokens else None
 
     @property
-    def held_out(self) -> str:
-        """How much of the held-out text was read, in words."""
+    def validation_windows(self) -> str:
+        """How much of the validation text was read, in words."""
         read, there = (
             sum(getattr(v, name) for v in self.valid.values()) for name in ("windows", "of_windows")
         )
@@ -129,7 +129,7 @@ def describe_step(report: StepReport) -> str:
     if report.mfu_causal is not None:
         parts.append(describe_mfu(report))
     if report.valid_loss is not None:
-        parts.append(f"held-out loss {report.valid_loss:.4f} ({report.held_out})")
+        parts.append(f"validation loss {report.valid_loss:.4f} ({report.validation_windows})")
     if report.evaluation_stopped:
         parts.append("evaluation stopped")
     if report.skipped:

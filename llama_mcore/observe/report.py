@@ -74,9 +74,11 @@ def _draw_loss(axes: "Axes", rows: list[Point], resumed_after: list[int]) -> Non
         label = "" if number else "stopped and resumed"
         axes.axvline(step, color=STOP_COLOR, linewidth=1.0, linestyle="--", label=label, zorder=1)
     if valid:
-        axes.plot(*zip(*valid, strict=True), "o", color=VALID_COLOR, markersize=5, label="held-out", zorder=3)
+        axes.plot(
+            *zip(*valid, strict=True), "o", color=VALID_COLOR, markersize=5, label="validation", zorder=3
+        )
     last_step, last_loss = (valid or train)[-1]
-    label = f"{'held-out' if valid else 'train'} {last_loss:.3f}"
+    label = f"{'validation' if valid else 'train'} {last_loss:.3f}"
     axes.annotate(label, (last_step, last_loss), xytext=(0, 10), textcoords="offset points", ha="right")
     axes.set_ylabel("loss (nats per token)")
     axes.legend(frameon=False)

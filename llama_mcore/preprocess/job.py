@@ -31,11 +31,11 @@ class Job:
     dtype: type[np.integer]
     bos: int | None
     eod: int | None
-    held_out: float
+    validation_split: float
     on_bad_line: OnBadLine
     shuffle_seed: int | None
 
     @property
     def outputs_per_key(self) -> int:
-        """The documents and, where some are held out, those."""
-        return 2 if self.held_out else 1
+        """The documents and, where some are set aside for validation, those."""
+        return 2 if self.validation_split else 1

@@ -25,7 +25,7 @@ def merge_datasets(inputs: Sequence[Path | str], output_prefix: Path | str, *, f
     """Write PREFIX.bin, .idx and .json with the documents of all inputs in the order given.
 
     Each input is the prefix of a dataset or a folder, which stands for all datasets in it by name. They must
-    have one dtype and one tokenizer, and be all held-out sets or none. Every byte is checked against the
+    have one dtype and one tokenizer, and be all validation sets or none. Every byte is checked against the
     manifest of its dataset on the way. OutputError for another dataset of that name, unless `force`.
     """
     prefixes = _prefixes(inputs)
@@ -99,8 +99,8 @@ def _features(one: IndexedDataset, other: IndexedDataset) -> list[tuple[str, obj
         names = ("tokenizer_sha256", "vocab_size", "eod")
         features += [(name, getattr(one.manifest, name), getattr(other.manifest, name)) for name in names]
         options, of_other = one.manifest.options, other.manifest.options
-        # what is merged is held out as a whole or not at all
-        for name in ("split", "held_out"):
+        # what is merged is set aside for validation as a whole or not at all
+        for name in ("split", "validation_split"):
             if name in options and name in of_other:
                 features.append((name, options[name], of_other[name]))
     return features

@@ -28,8 +28,8 @@ class Settings:
     encoder: "EncoderName" = "gigatoken"
     on_bad_line: OnBadLine = "fail"
     max_bad_ratio: float = 0.01
-    held_out: float = 0.0
-    """Share of the documents that goes to PREFIX_KEY_heldout instead."""
+    validation_split: float = 0.0
+    """Share of the documents that goes to PREFIX_KEY_validation instead."""
     shard: str = "0/1"
     """INDEX/COUNT, counted from 0: see `parse_shard`."""
     shuffle_seed: int | None = None
@@ -45,13 +45,13 @@ def dataset_prefix(output_prefix: Path | str, key: str) -> str:
     return f"{output_prefix}_{key}_document"
 
 
-def held_out_prefix(output_prefix: Path | str, key: str) -> str:
-    return f"{output_prefix}_{key}_heldout"
+def validation_prefix(output_prefix: Path | str, key: str) -> str:
+    return f"{output_prefix}_{key}_validation"
 
 
-def output_prefixes(prefix: Path | str, keys: Sequence[str], held_out: bool) -> list[str]:
-    """The datasets of a job: of each key the documents and, if some are held out, those."""
-    splits = (dataset_prefix, held_out_prefix) if held_out else (dataset_prefix,)
+def output_prefixes(prefix: Path | str, keys: Sequence[str], validation: bool) -> list[str]:
+    """The datasets of a job: of each key the documents and, if some are set aside for validation, those."""
+    splits = (dataset_prefix, validation_prefix) if validation else (dataset_prefix,)
     return [name(prefix, key) for key in keys for name in splits]
 
 
@@ -83,8 +83,10 @@ def check_settings(settings: Settings, shard: Shard, files: Sequence[InputFile])
         )
         if value not in known
     ]
-    if not 0 <= settings.held_out < 1:
-        problems.append(Problem("--held-out", settings.held_out, "must be at least 0 and below 1"))
+    if not 0 <= settings.validation_split < 1:
+        problems.append(
+            Problem("--validation-split", settings.validation_split, "must be at least 0 and below 1")
+        )
     if not 0 <= settings.max_bad_ratio <= 1:
         problems.append(Problem("--max-bad-ratio", settings.max_bad_ratio, "must be from 0 to 1"))
     streams = [file.path for file in files if file.format == "stream"]

@@ -82,8 +82,8 @@ class Preprocessing:
         prefix = shard_prefix(output_prefix, self._shard)
         self._folder = Path(f"{prefix}.parts")
         self._quarantine = Path(f"{prefix}.quarantine.jsonl")
-        self._outputs = output_prefixes(prefix, self._keys, bool(settings.held_out))
-        both = output_prefixes(prefix, self._keys, held_out=True)
+        self._outputs = output_prefixes(prefix, self._keys, bool(settings.validation_split))
+        both = output_prefixes(prefix, self._keys, validation=True)
         self._beside = [output for output in both if output not in self._outputs]
         written = [path(output) for output in self._outputs for path in (bin_path, idx_path, manifest_path)]
         self._written = [*written, self._quarantine]
@@ -195,7 +195,7 @@ class Preprocessing:
             dtype=self._dtype,
             bos=tokenizer.bos if settings.append_bos else None,
             eod=tokenizer.eod if settings.append_eod else None,
-            held_out=settings.held_out,
+            validation_split=settings.validation_split,
             on_bad_line=settings.on_bad_line,
             shuffle_seed=settings.shuffle_seed,
         )
@@ -217,7 +217,7 @@ class Preprocessing:
             "json_keys": " ".join(self._keys),
             "append_bos": str(settings.append_bos),
             "append_eod": str(settings.append_eod),
-            "held_out": str(settings.held_out),
+            "validation_split": str(settings.validation_split),
             "shuffle_seed": str(settings.shuffle_seed),
             "shard": f"{self._shard.index}/{self._shard.count}",
         }
@@ -228,7 +228,7 @@ class Preprocessing:
         """What the manifest of an output says besides what its tokens tell."""
         settings, per_key = self._settings, len(self._outputs) // len(self._keys)
         key = index // per_key
-        split = "heldout" if index % per_key else "document"
+        split = "validation" if index % per_key else "document"
         read = {file for unit, _ in units for file in self._sources[unit.source].files}
         return {
             "tokenizer_sha256": self._tokenizer.sha256,

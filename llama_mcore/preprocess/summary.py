@@ -11,7 +11,7 @@ from llama_mcore.preprocess.part_store import OutputCounts, PartRecord
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over units. Of each key, documents = written + held out + empty + skipped."""
+    """Sums over units. Of each key, documents = written + set aside for validation + empty + skipped."""
 
     documents: int
     skipped: int
@@ -36,7 +36,7 @@ class Totals:
         return totals
 
     def of_key(self, key: int) -> Sequence[OutputCounts]:
-        """Its documents and, where some are held out, those."""
+        """Its documents and, where some are set aside for validation, those."""
         per_key = len(self.outputs) // len(self.empty)
         return self.outputs[key * per_key : (key + 1) * per_key]
 
@@ -55,9 +55,9 @@ def describe(
     ]
     lines += _describe_arguments(units, sources)
     for key, empty in enumerate(totals.empty):
-        written, *held_out = (f"{output.documents:,}" for output in totals.of_key(key))
+        written, *validation = (f"{output.documents:,}" for output in totals.of_key(key))
         of_key = f"  {prefixes[key * len(totals.of_key(key))]}: " if len(totals.empty) > 1 else "  "
-        held = f" + {held_out[0]} held out" if held_out else ""
+        held = f" + {validation[0]} set aside for validation" if validation else ""
         lines.append(
             f"{of_key}{totals.documents:,} documents in = {written} written{held} "
             f"+ {empty:,} empty + {totals.skipped:,} skipped"

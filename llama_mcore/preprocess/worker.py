@@ -144,15 +144,15 @@ class UnitEncoder:
             sizes = np.array([utf8_size(text) for text in texts], dtype=np.int64)
             ids, lengths = self._encoder.encode(texts)
             counts.empty[index] += len(texts) - int(np.count_nonzero(lengths))
-            held_out = are_held_out(texts, job.held_out) & (lengths > 0)
+            validation = are_for_validation(texts, job.validation_split) & (lengths > 0)
             texts.clear()
             self._refuse_outside(ids)
-            if not job.held_out:
+            if not job.validation_split:
                 self._add(outputs[index], ids, lengths, sizes)
                 continue
-            of_held_out = np.repeat(held_out, lengths)
-            self._add(outputs[2 * index], ids[~of_held_out], lengths[~held_out], sizes[~held_out])
-            self._add(outputs[2 * index + 1], ids[of_held_out], lengths[held_out], sizes[held_out])
+            of_validation = np.repeat(validation, lengths)
+            self._add(outputs[2 * index], ids[~of_validation], lengths[~validation], sizes[~validation])
+            self._add(outputs[2 * index + 1], ids[of_validation], lengths[validation], sizes[validation])
 
     def _check(self, texts: Sequence[str]) -> None:
         """Compare with sentencepiece at the start of the real input."""
@@ -187,7 +187,7 @@ def utf8_size(text: str) -> int:
     return sum(len(piece.encode()) for piece in pieces)
 
 
-def are_held_out(texts: Sequence[str], ratio: float) -> NDArray[np.bool_]:
+def are_for_validation(texts: Sequence[str], ratio: float) -> NDArray[np.bool_]:
     """By the text alone: a document stays on its side whatever else the corpus holds."""
     if not ratio:
         return np.zeros(len(texts), dtype=np.bool_)

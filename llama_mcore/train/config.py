@@ -55,7 +55,7 @@ class EvalConfig(Section):
     interval: int = Field(default=0, ge=0)
     """Steps between evaluations on `data.valid`; 0 means only at the end."""
     batches: int = Field(default=16, ge=0)
-    """Global batches in one evaluation, of windows drawn from the whole held-out set, each time the same;
+    """Global batches in one evaluation, of windows drawn from the whole validation set, each time the same;
     0, or where it has fewer: all of it."""
     final_batches: int = Field(default=0, ge=0)
     """The same for the evaluation after the last step: all of the set unless told otherwise."""

@@ -1,12 +1,12 @@
-"""Loss on the held-out text of every source."""
+"""Loss on the validation text of every source."""
 
 from collections.abc import Iterator
 from itertools import islice
 
-from llama_mcore.data.loader import MicroBatch, eval_batches, held_out_windows
+from llama_mcore.data.loader import MicroBatch, eval_batches, validation_windows
 from llama_mcore.data.windows import WindowDataset
 from llama_mcore.distributed.collectives import together
-from llama_mcore.observe.metrics import HeldOut
+from llama_mcore.observe.metrics import ValidationLoss
 from llama_mcore.observe.phases import Phase
 from llama_mcore.train.setup import Job
 from llama_mcore.train.step import evaluate
@@ -19,7 +19,7 @@ def evaluation_is_due(job: Job) -> bool:
     return step == job.run.train.steps or (interval > 0 and step % interval == 0)
 
 
-def evaluate_sources(job: Job) -> dict[str, HeldOut] | None:
+def evaluate_sources(job: Job) -> dict[str, ValidationLoss] | None:
     """By source, of those that have some; None if the run was asked to stop meanwhile. All ranks call it."""
     job.phases.enter(Phase.EVALUATE, job.state.step)
     found = {}
@@ -31,14 +31,14 @@ def evaluate_sources(job: Job) -> dict[str, HeldOut] | None:
     return found
 
 
-def _evaluate(job: Job, dataset: WindowDataset) -> HeldOut | None:
+def _evaluate(job: Job, dataset: WindowDataset) -> ValidationLoss | None:
     run, groups = job.run, job.groups
 
     def go_on() -> bool:
         job.phases.beat()
         return not job.is_asked_to_stop()
 
-    windows = held_out_windows(_wanted(job), dataset.num_windows)
+    windows = validation_windows(_wanted(job), dataset.num_windows)
     batches = eval_batches(
         dataset,
         windows,
@@ -51,7 +51,7 @@ def _evaluate(job: Job, dataset: WindowDataset) -> HeldOut | None:
     if evaluated is None:
         return None
     loss, tokens = evaluated
-    return HeldOut(loss, tokens, dataset.bytes_per_token, len(windows), dataset.num_windows)
+    return ValidationLoss(loss, tokens, dataset.bytes_per_token, len(windows), dataset.num_windows)
 
 
 def _wanted(job: Job) -> int | None:

@@ -18,7 +18,7 @@ from llama_mcore.distributed.groups import TIMEOUT, process_groups
 from llama_mcore.distributed.replicas import check_replicas
 from llama_mcore.errors import EXIT_SAVED, NumericalError, Problem
 from llama_mcore.observe.log import get_logger, setup_logging
-from llama_mcore.observe.metrics import HeldOut, StepReport
+from llama_mcore.observe.metrics import StepReport, ValidationLoss
 from llama_mcore.observe.mfu import step_mfu
 from llama_mcore.observe.phases import Phase, Phases
 from llama_mcore.train.evaluation import evaluate_sources, evaluation_is_due
@@ -139,7 +139,7 @@ def _lr(job: Job, step: int) -> float:
 
 
 def _report(
-    job: Job, done: TimedStep, judgement: Judgement, lr: float, valid: dict[str, HeldOut] | None
+    job: Job, done: TimedStep, judgement: Judgement, lr: float, valid: dict[str, ValidationLoss] | None
 ) -> StepReport:
     """`valid`: None where the evaluation was stopped."""
     run, rollbacks = job.run, job.state.health.rollbacks

@@ -28,7 +28,7 @@ class WatchdogConfig(Section):
     """Seconds that training may wait for a save beyond `checkpoint.timeout_s`, which fails the save; in a
     rollback as `setup_s`."""
     evaluate_s: float = Field(default=600.0, gt=0, le=LONGEST_S)
-    """Seconds for reading the held-out batches of a source, and for each of them."""
+    """Seconds for reading the validation batches of a source, and for each of them."""
     end_s: float = Field(default=300.0, gt=0, le=LONGEST_S)
     """Seconds from the last save to the end of the process."""
 

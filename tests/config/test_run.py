@@ -66,7 +66,7 @@ def test_overrides_win_over_the_file_and_are_read_as_yaml(config: str) -> None:
 
 
 def test_an_empty_override_means_null(config: str) -> None:
-    assert load_run(config, ["data.valid=held_out", "data.valid="]).data.valid is None
+    assert load_run(config, ["data.valid=validation", "data.valid="]).data.valid is None
 
 
 @pytest.mark.parametrize("override", ["train.steps", "steps=3", "train.=3", "=3"])
@@ -289,11 +289,11 @@ def test_a_warm_up_that_nobody_gives_is_the_paper_s_or_a_tenth(
     check_run(run, 1)
 
 
-def test_evaluation_needs_held_out_data(config: str) -> None:
+def test_evaluation_needs_validation_data(config: str) -> None:
     remedy = check_problem(unfit(config, "eval.interval=5"), "eval.interval", 5).remedy
     assert "data.valid=" in remedy
     assert "eval.interval=0" in remedy
-    check_run(load_run(config, ["eval.interval=5", "data.valid=held_out"]), 1)
+    check_run(load_run(config, ["eval.interval=5", "data.valid=validation"]), 1)
 
 
 def test_problems_of_several_sections_come_together(config: str) -> None:
@@ -363,7 +363,7 @@ def test_sources_are_read_and_overridden_by_name(mixed: str) -> None:
     check_run(run, 1)
     assert run.data.sources["prose"].epochs == 3
     assert run.data.sources["code"].train == "c"
-    assert run.data.has_held_out
+    assert run.data.has_validation
 
 
 def test_one_source_or_several(config: str, mixed: str, tmp_path: Path) -> None:

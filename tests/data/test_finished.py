@@ -36,17 +36,17 @@ def made_again(*args: object) -> None:
     raise AssertionError("it is made again")
 
 
-def test_a_dataset_with_a_held_out_set_is_not_replaced_by_one_without(
+def test_a_dataset_with_a_validation_set_is_not_replaced_by_one_without(
     corpus: Path, tokenizer_model: Path, tmp_path: Path
 ) -> None:
-    preprocess([corpus], tokenizer_model, tmp_path / "d", held_out=0.3)
+    preprocess([corpus], tokenizer_model, tmp_path / "d", validation_split=0.3)
     before = contents(tmp_path)
     words = ("preprocess-data", "--input", corpus, "--tokenizer-model", tokenizer_model)
     again = run(*words, "--output-prefix", tmp_path / "d")
     assert again.exit_code == OutputError.exit_code
-    for split in ("document", "heldout"):
+    for split in ("document", "validation"):
         assert is_shown(again.output, "--output-prefix", tmp_path / f"d_text_{split}")
-    assert "held_out 0.3, not 0.0" in again.output
+    assert "validation_split 0.3, not 0.0" in again.output
     assert contents(tmp_path) == before
     assert run(*words, "--output-prefix", tmp_path / "d", "--force").exit_code == 0
     assert sorted(contents(tmp_path)) == [f"d_text_document{suffix}" for suffix in SUFFIXES]
@@ -60,24 +60,24 @@ def test_the_same_job_finds_its_work_done(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    preprocess([corpus], tokenizer_model, tmp_path / "d", held_out=0.3)
+    preprocess([corpus], tokenizer_model, tmp_path / "d", validation_split=0.3)
     before = contents(tmp_path)
     monkeypatch.setattr(Preprocessing, "_make", made_again)
     capsys.readouterr()
-    preprocess([corpus], tokenizer_model, tmp_path / "d", held_out=0.3, encoder="sentencepiece")
+    preprocess([corpus], tokenizer_model, tmp_path / "d", validation_split=0.3, encoder="sentencepiece")
     assert capsys.readouterr().out.count(NOTHING) == 2
     assert contents(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
     with pytest.raises(AssertionError):
-        preprocess([corpus], tokenizer_model, tmp_path / "d", held_out=0.3, force=True)
+        preprocess([corpus], tokenizer_model, tmp_path / "d", validation_split=0.3, force=True)
 
 
 def test_work_that_is_not_whole_is_done_again(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
-    preprocess([corpus], tokenizer_model, tmp_path / "d", held_out=0.3)
+    preprocess([corpus], tokenizer_model, tmp_path / "d", validation_split=0.3)
     whole = {name: content for name, (content, _) in contents(tmp_path).items()}
-    (tmp_path / "d_text_heldout.idx").unlink()
+    (tmp_path / "d_text_validation.idx").unlink()
     (tmp_path / "d_text_document.bin").write_bytes(b"")
-    preprocess([corpus], tokenizer_model, tmp_path / "d", held_out=0.3)
+    preprocess([corpus], tokenizer_model, tmp_path / "d", validation_split=0.3)
     assert {name: content for name, (content, _) in contents(tmp_path).items()} == whole
 
 
@@ -145,15 +145,15 @@ def test_merging_again(
     assert contents(tmp_path / "m") != before
 
 
-@pytest.mark.parametrize("other", ["a_text_heldout", "b_text_document"])
-def test_held_out_sets_are_not_merged_with_others(
+@pytest.mark.parametrize("other", ["a_text_validation", "b_text_document"])
+def test_validation_sets_are_not_merged_with_others(
     other: str, corpus: Path, tokenizer_model: Path, tmp_path: Path
 ) -> None:
     for name, share in (("a", 0.3), ("b", 0.4)):
-        preprocess([corpus], tokenizer_model, tmp_path / name, held_out=share)
+        preprocess([corpus], tokenizer_model, tmp_path / name, validation_split=share)
     with pytest.raises(DataError) as error:
         merge_datasets([tmp_path / "a_text_document", tmp_path / other], tmp_path / "m")
-    check_problem(error.value.problems, "split" if other[0] == "a" else "held_out", remedy=False)
+    check_problem(error.value.problems, "split" if other[0] == "a" else "validation_split", remedy=False)
 
 
 def test_a_tokenizer_is_not_replaced_by_another(corpus: Path, tmp_path: Path) -> None:

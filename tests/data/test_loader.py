@@ -17,8 +17,8 @@ from llama_mcore.data.loader import (
     MicroBatches,
     Samples,
     eval_batches,
-    held_out_windows,
     micro_batch,
+    validation_windows,
 )
 from llama_mcore.data.windows import WindowDataset
 from llama_mcore.errors import DataError
@@ -171,7 +171,7 @@ LAYOUTS = [(8, 1), (1, 8), (2, 2), (4, 3)]
 def test_evaluation_counts_its_windows_once_under_every_layout(
     dataset: WindowDataset, num_windows: int, micro_batch_size: int, dp: int
 ) -> None:
-    windows = held_out_windows(num_windows, NUM_WINDOWS)
+    windows = validation_windows(num_windows, NUM_WINDOWS)
     ranks = [
         list(eval_batches(dataset, windows, micro_batch_size=micro_batch_size, dp_rank=rank, dp_size=dp))
         for rank in range(dp)
@@ -190,19 +190,19 @@ def test_evaluation_counts_its_windows_once_under_every_layout(
 
 @pytest.mark.parametrize("wanted", [None, 100, 101, 1000])
 def test_a_small_set_is_read_whole(wanted: int | None) -> None:
-    assert held_out_windows(wanted, 100).tolist() == list(range(100))
+    assert validation_windows(wanted, 100).tolist() == list(range(100))
 
 
 def test_a_large_set_is_sampled_all_over() -> None:
     """Of 100,000 windows 1,000 are drawn without replacement. In each tenth lie 100 of them on average with a
     deviation below sqrt(1000 * 0.1 * 0.9) = 9.5; six of these are 57."""
-    drawn = held_out_windows(1000, 100_000)
+    drawn = validation_windows(1000, 100_000)
     assert len(set(drawn.tolist())) == 1000
     assert drawn.tolist() == sorted(drawn.tolist())
     in_tenths = np.bincount(drawn // 10_000, minlength=10)
     assert abs(in_tenths - 100).max() < 57
-    assert drawn.tolist() == held_out_windows(1000, 100_000).tolist()
-    assert set(held_out_windows(10, 100_000).tolist()) <= set(drawn.tolist())
+    assert drawn.tolist() == validation_windows(1000, 100_000).tolist()
+    assert set(validation_windows(10, 100_000).tolist()) <= set(drawn.tolist())
 
 
 def counting_rows(batch: MicroBatch) -> list[bool]:
@@ -219,9 +219,9 @@ def test_the_token_after_the_masked_one_does_not_count(dataset: WindowDataset) -
     assert batch.loss_mask is not None
     assert batch.labels[batch.loss_mask == 0].tolist() == [5]
     assert batch.loss_mask.dtype == torch.float32
-    (held_out,) = eval_batches(dataset, np.arange(NUM_WINDOWS), micro_batch_size=40, masked_token=4)
-    assert held_out.loss_mask is not None
-    assert held_out.loss_mask.sum() == NUM_WINDOWS * SEQ_LENGTH - 1
+    (validation,) = eval_batches(dataset, np.arange(NUM_WINDOWS), micro_batch_size=40, masked_token=4)
+    assert validation.loss_mask is not None
+    assert validation.loss_mask.sum() == NUM_WINDOWS * SEQ_LENGTH - 1
 
 
 IDS = st.sampled_from([np.uint8, np.uint16, np.int32, np.int64]).flatmap(

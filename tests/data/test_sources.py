@@ -34,44 +34,44 @@ def plan(**data: object) -> None:
 @pytest.mark.parametrize(
     ("train", "valid"),
     [
-        ({"held_out": 0.3}, {"held_out": 0.3}),
-        ({"held_out": 0.4}, {"held_out": 0.3}),  # of which nothing is in the rest
+        ({"validation_split": 0.3}, {"validation_split": 0.3}),
+        ({"validation_split": 0.4}, {"validation_split": 0.3}),  # of which nothing is in the rest
     ],
 )
-def test_what_was_held_out_belongs_to_the_rest(train: dict, valid: dict, made: Callable[..., str]) -> None:
-    plan(train=made(**train), valid=made("heldout", **valid))
+def test_what_was_split_off_belongs_to_the_rest(train: dict, valid: dict, made: Callable[..., str]) -> None:
+    plan(train=made(**train), valid=made("validation", **valid))
 
 
 @pytest.mark.parametrize(
     ("train", "valid"),
     [
-        ({}, {"held_out": 0.3}),
-        ({"held_out": 0.2}, {"held_out": 0.3}),
-        ({"split": "heldout", "held_out": 0.3}, {"held_out": 0.3}),
-        ({"held_out": 0.3, "append_eod": True}, {"held_out": 0.3}),
+        ({}, {"validation_split": 0.3}),
+        ({"validation_split": 0.2}, {"validation_split": 0.3}),
+        ({"split": "validation", "validation_split": 0.3}, {"validation_split": 0.3}),
+        ({"validation_split": 0.3, "append_eod": True}, {"validation_split": 0.3}),
     ],
 )
-def test_a_held_out_set_of_another_training_set_is_refused(
+def test_a_validation_set_of_another_training_set_is_refused(
     train: dict, valid: dict, made: Callable[..., str]
 ) -> None:
-    held_out = made("heldout", **valid)
-    with refused(DataError, "dataset", held_out):
-        plan(train=made(**train), valid=held_out)
+    validation = made("validation", **valid)
+    with refused(DataError, "dataset", validation):
+        plan(train=made(**train), valid=validation)
 
 
 def test_sets_of_different_text_belong_to_anything(
     made: Callable[..., str], tokenizer_model: Path, corpus: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "other.jsonl").write_bytes(corpus.read_bytes()[: 1 << 13].rpartition(b"\n")[0])
-    preprocess([tmp_path / "other.jsonl"], tokenizer_model, tmp_path / "d", held_out=0.5)
-    plan(train=made(), valid=f"{tmp_path / 'd'}_text_heldout")
+    preprocess([tmp_path / "other.jsonl"], tokenizer_model, tmp_path / "d", validation_split=0.5)
+    plan(train=made(), valid=f"{tmp_path / 'd'}_text_validation")
 
 
-def test_what_was_held_out_of_another_key_belongs_to_anything(
+def test_what_was_split_off_of_another_key_belongs_to_anything(
     made: Callable[..., str], corpus: Path, tokenizer_model: Path, tmp_path: Path
 ) -> None:
-    preprocess([corpus], tokenizer_model, tmp_path / "d", json_keys=["title"], held_out=0.5)
-    plan(train=made(), valid=f"{tmp_path / 'd'}_title_heldout")
+    preprocess([corpus], tokenizer_model, tmp_path / "d", json_keys=["title"], validation_split=0.5)
+    plan(train=made(), valid=f"{tmp_path / 'd'}_title_validation")
 
 
 def test_a_wrong_tokenizer_is_named_once_with_the_right_one(
@@ -79,7 +79,7 @@ def test_a_wrong_tokenizer_is_named_once_with_the_right_one(
 ) -> None:
     wrong = tmp_path / "wrong.model"
     train_tokenizer([corpus], wrong, vocab_size=390)
-    train, valid = made(held_out=0.3), made("heldout", held_out=0.3)
+    train, valid = made(validation_split=0.3), made("validation", validation_split=0.3)
     with refused(DataError, "data.tokenizer", wrong) as error:
         plan(train=train, valid=valid, tokenizer=str(wrong))
     (problem,) = error.value.problems

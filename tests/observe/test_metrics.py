@@ -2,7 +2,7 @@
 
 import pytest
 
-from llama_mcore.observe.metrics import HeldOut, StepReport, describe_duration, describe_step
+from llama_mcore.observe.metrics import StepReport, ValidationLoss, describe_duration, describe_step
 
 REPORT = StepReport(
     step=7,
@@ -32,8 +32,8 @@ def test_a_row_has_the_keys_that_scripts_rely_on() -> None:
     assert list(REPORT.to_dict()) == KEYS
 
 
-def test_held_out_loss_and_skipped_appear_only_when_they_say_something() -> None:
-    assert list(changed(valid={"prose": HeldOut(0.0, 5)}).to_dict()) == [*KEYS, "valid_loss", "valid"]
+def test_validation_loss_and_skipped_appear_only_when_they_say_something() -> None:
+    assert list(changed(valid={"prose": ValidationLoss(0.0, 5)}).to_dict()) == [*KEYS, "valid_loss", "valid"]
     assert list(changed(skipped=True).to_dict()) == [*KEYS, "skipped"]
     assert list(changed(evaluation_stopped=True).to_dict()) == [*KEYS, "evaluation_stopped"]
 
@@ -46,10 +46,13 @@ def test_mfu_appears_in_both_counts_where_it_is_known() -> None:
 
 def test_a_step_as_text() -> None:
     assert describe_step(REPORT) == "loss 3.2500  grad norm 0.500  lr 3.00e-04  12,346 tokens/s"
-    part = {"prose": HeldOut(3.5, 5, windows=100, of_windows=2000), "code": HeldOut(3.5, 5, None, 28, 496)}
-    assert describe_step(changed(valid=part)).endswith("held-out loss 3.5000 (128 of 2,496 windows)")
-    whole = {"prose": HeldOut(3.5, 5, windows=2000, of_windows=2000)}
-    assert describe_step(changed(valid=whole)).endswith("held-out loss 3.5000 (all 2,000 windows)")
+    part = {
+        "prose": ValidationLoss(3.5, 5, windows=100, of_windows=2000),
+        "code": ValidationLoss(3.5, 5, None, 28, 496),
+    }
+    assert describe_step(changed(valid=part)).endswith("validation loss 3.5000 (128 of 2,496 windows)")
+    whole = {"prose": ValidationLoss(3.5, 5, windows=2000, of_windows=2000)}
+    assert describe_step(changed(valid=whole)).endswith("validation loss 3.5000 (all 2,000 windows)")
 
 
 def test_a_loss_that_is_not_finite_is_visible() -> None:
@@ -67,9 +70,9 @@ def test_durations(seconds: float, text: str) -> None:
     assert describe_duration(seconds) == text
 
 
-def test_held_out_loss_by_source_and_over_all_tokens() -> None:
+def test_validation_loss_by_source_and_over_all_tokens() -> None:
     row = changed(
-        valid={"prose": HeldOut(2.0, 300, bytes_per_token=4.0), "code": HeldOut(1.0, 100)}
+        valid={"prose": ValidationLoss(2.0, 300, bytes_per_token=4.0), "code": ValidationLoss(1.0, 100)}
     ).to_dict()
     assert row["valid_loss"] == 1.75
     assert row["valid"]["prose"] == {
@@ -84,4 +87,4 @@ def test_held_out_loss_by_source_and_over_all_tokens() -> None:
 
 
 def test_perplexity_of_a_lost_run_is_a_number() -> None:
-    assert HeldOut(1e6, 1).perplexity < float("inf")
+    assert ValidationLoss(1e6, 1).perplexity < float("inf")

@@ -36,7 +36,7 @@ def test_the_picture_shows_the_curve(metrics: Path, tmp_path: Path) -> None:
     assert list(output.parent.iterdir()) == [output]
 
 
-def test_without_evaluation_there_is_no_held_out_point(metrics: Path, tmp_path: Path) -> None:
+def test_without_evaluation_there_is_no_validation_point(metrics: Path, tmp_path: Path) -> None:
     metrics.write_bytes(b"".join(row(step) for step in range(1, 60)))
     loss_curve(metrics, tmp_path / "loss.png")
     image = imread(tmp_path / "loss.png")

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from llama_mcore.errors import OutputError
 from llama_mcore.observe.config import ObserveConfig
-from llama_mcore.observe.metrics import HeldOut, StepReport
+from llama_mcore.observe.metrics import StepReport, ValidationLoss
 from llama_mcore.observe.metrics_file import GIVEN_UP_METRICS, METRICS_FILE, drop_steps_after
 from llama_mcore.observe.sinks import TENSORBOARD_DIR, MetricSinks
 from tests.observe.held import Held
@@ -29,7 +29,7 @@ LEASE = Held()
 def report(
     step: int, loss: float = 2.0, valid_loss: float | None = None, skipped: bool = False
 ) -> StepReport:
-    valid = {} if valid_loss is None else {"code": HeldOut(valid_loss, 10)}
+    valid = {} if valid_loss is None else {"code": ValidationLoss(valid_loss, 10)}
     new = {"windows": {"code": 3 * step}, "valid": valid, "skipped": skipped}
     return StepReport(step, loss, 0.5, 1e-3, step * 100, 1000.0, 2.0, 4096, **new)
 
@@ -310,7 +310,7 @@ def test_plain_output_shows_the_first_step_after_a_resume(tmp_path: Path) -> Non
 def test_plain_output_shows_evaluations_and_skipped_updates(tmp_path: Path) -> None:
     screen = write(tmp_path, [report(1), report(2), report(3, valid_loss=2.25), report(4, skipped=True)])
     assert [line.split()[1] for line in screen.splitlines()] == ["1/40", "3/40", "4/40"]
-    assert "held-out loss 2.2500" in screen
+    assert "validation loss 2.2500" in screen
     assert "update skipped" in screen
 
 
@@ -325,7 +325,7 @@ def test_a_terminal_gets_a_progress_line_and_lasting_evaluations(tmp_path: Path)
     assert "3/40" in screen
     assert "ETA 1m14s" in screen  # 37 steps of 2 s
     assert "step 2  loss 2.0000" in screen
-    assert "held-out loss 2.2500" in screen
+    assert "validation loss 2.2500" in screen
 
 
 def test_a_terminal_of_80_columns_shows_the_eta(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from tests.support.world import call, exit_codes_of
 pytestmark = pytest.mark.process
 
 SETTINGS = {
-    "held_out": 0.2,
+    "validation_split": 0.2,
     "append_eod": True,
     "on_bad_line": "skip",
     "max_bad_ratio": 0.5,
@@ -190,7 +190,7 @@ def go_on_from(begun: Path, folder: Path) -> Path:
 CHANGES = {
     "append_eod": {"append_eod": False},
     "append_bos": {"append_bos": True},
-    "held_out": {"held_out": 0.1},
+    "validation_split": {"validation_split": 0.1},
     "json_keys": {"json_keys": ["title"]},
     "shuffle_seed": {"shuffle_seed": None},
 }
@@ -292,7 +292,7 @@ def test_a_stream_begins_anew(corpus: Path, tokenizer_model: Path, tmp_path: Pat
     assert exit_codes_of(2, read_and_feed, pipe, back, sys.maxsize, tokenizer_model, prefix) == [0, 0]
     (tmp_path / "reversed.jsonl").write_bytes(back)
     preprocess([tmp_path / "reversed.jsonl"], tokenizer_model, tmp_path / "clean" / "d", **SETTINGS)
-    for name in ("d_text_document.bin", "d_text_heldout.idx"):
+    for name in ("d_text_document.bin", "d_text_validation.idx"):
         assert outputs(prefix.parent)[name] == outputs(tmp_path / "clean")[name]
 
 

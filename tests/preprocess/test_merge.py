@@ -16,7 +16,13 @@ from llama_mcore.preprocess.preprocess import preprocess
 from llama_mcore.tokenizer.train import train_tokenizer
 from tests.support.errors import refused
 
-SETTINGS = {"held_out": 0.3, "append_eod": True, "shuffle_seed": 5, "on_bad_line": "skip", "max_bad_ratio": 1}
+SETTINGS = {
+    "validation_split": 0.3,
+    "append_eod": True,
+    "shuffle_seed": 5,
+    "on_bad_line": "skip",
+    "max_bad_ratio": 1,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +52,7 @@ def test_merged_shards_are_the_single_run(
         quarantine = tmp_path / f"shard_{index:0{len(str(count))}}_of_{count}.quarantine.jsonl"
         quarantined += quarantine.read_bytes() if quarantine.exists() else b""
     assert quarantined == (tmp_path / "whole.quarantine.jsonl").read_bytes()
-    for split in ("document", "heldout"):
+    for split in ("document", "validation"):
         shards = sorted(tmp_path.glob(f"shard_*_text_{split}.idx"))
         assert len(shards) > 1
         merge_datasets([path.with_suffix("") for path in shards], tmp_path / f"merged_{split}")

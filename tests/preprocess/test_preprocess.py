@@ -384,24 +384,26 @@ def test_too_many_bad_lines_end_the_job(
 
 
 @pytest.mark.usefixtures("small_units")
-def test_held_out_documents_are_chosen_by_their_text_alone(
+def test_validation_documents_are_chosen_by_their_text_alone(
     corpus: Path, tokenizer_model: Path, tmp_path: Path
 ) -> None:
-    preprocess([corpus], tokenizer_model, tmp_path / "d", held_out=0.3, append_eod=True)
+    preprocess([corpus], tokenizer_model, tmp_path / "d", validation_split=0.3, append_eod=True)
     tokenizer = Tokenizer(tokenizer_model)
     sides: dict[bool, list[list[int]]] = {True: [], False: []}
     for text in filter(None, texts_of(corpus)):
         chosen = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < 0.3 * 2**64
         sides[chosen].append([*tokenizer.encode(text), tokenizer.eod])
     assert len(sides[True]) > 10
-    for chosen, name in ((True, "heldout"), (False, "document")):
+    for chosen, name in ((True, "validation"), (False, "document")):
         dataset = IndexedDataset(tmp_path / f"d_text_{name}")
         assert [dataset.document(n).tolist() for n in range(dataset.num_documents)] == sides[chosen]
 
 
-def test_nothing_is_held_out_without_a_ratio(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
+def test_nothing_is_for_validation_without_a_ratio(
+    corpus: Path, tokenizer_model: Path, tmp_path: Path
+) -> None:
     preprocess([corpus], tokenizer_model, tmp_path / "d")
-    assert not list(tmp_path.glob("*heldout*"))
+    assert not list(tmp_path.glob("*validation*"))
 
 
 @pytest.mark.usefixtures("small_units")
@@ -426,7 +428,7 @@ def test_shuffled_order_is_the_same_in_every_version() -> None:
 
 
 BAD_SETTINGS = {
-    "--held-out": ["--held-out", "1.0"],
+    "--validation-split": ["--validation-split", "1.0"],
     "--max-bad-ratio": ["--max-bad-ratio", "-0.5"],
     "--shard": ["--shard", "3/3"],
     "--encoder": ["--encoder", "fast"],

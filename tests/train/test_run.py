@@ -160,12 +160,12 @@ def test_training_learns(run: Stopped) -> None:
     assert losses[-1] < losses[0] - 1
 
 
-def test_held_out_data_is_evaluated_at_the_interval_and_at_the_end(run: Stopped) -> None:
+def test_validation_data_is_evaluated_at_the_interval_and_at_the_end(run: Stopped) -> None:
     evaluated = [row["step"] for row in metrics(run.run_dir) if "valid_loss" in row]
     assert evaluated == EVALUATED
 
 
-def test_the_last_evaluation_reads_the_whole_held_out_set(run: Stopped) -> None:
+def test_the_last_evaluation_reads_the_whole_validation_set(run: Stopped) -> None:
     valid = [row["valid"]["train"] for row in metrics(run.run_dir) if "valid" in row]
     there = valid[-1]["of_windows"]
     assert valid[-1]["windows"] == there

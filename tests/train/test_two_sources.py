@@ -50,9 +50,9 @@ def done(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Done:
     write_sources(folder)
     sources = [
         f"data.sources.prose.train={folder}/prose",
-        f"data.sources.prose.valid={folder}/prose-held-out",
+        f"data.sources.prose.valid={folder}/prose-validation",
         f"data.sources.code.train=[{folder}/code1,{folder}/code2]",
-        f"data.sources.code.valid={folder}/code-held-out",
+        f"data.sources.code.valid={folder}/code-validation",
     ]
     other = f"data.sources.prose.train={folder}/prose2"
 
@@ -80,10 +80,17 @@ def done(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 
 def write_sources(folder: Path) -> None:
-    """Token 10 closes documents of 20 tokens. Training text has ids below 100, held-out text above."""
-    sizes = {"prose": 30, "prose2": 25, "code1": 50, "code2": 40, "prose-held-out": 3, "code-held-out": 11}
+    """Token 10 closes documents of 20 tokens. Training text has ids below 100, validation text above."""
+    sizes = {
+        "prose": 30,
+        "prose2": 25,
+        "code1": 50,
+        "code2": 40,
+        "prose-validation": 3,
+        "code-validation": 11,
+    }
     for seed, (name, windows) in enumerate(sizes.items()):
-        low = 100 if "held-out" in name else 11
+        low = 100 if "validation" in name else 11
         ids = np.random.default_rng(seed).integers(low, low + 80, windows * LENGTH + 1)
         ids[19::20] = 10
         write_tokens(folder / name, [ids])
@@ -145,7 +152,7 @@ def test_evaluation_by_source(done: Done) -> None:
     assert list(row["valid"]) == ["prose", "code"]
     for name, windows in (("prose", 3), ("code", 11)):
         found = row["valid"][name]
-        ids = np.fromfile(done.folder / f"{name}-held-out.bin", np.uint16)[: windows * LENGTH]
+        ids = np.fromfile(done.folder / f"{name}-validation.bin", np.uint16)[: windows * LENGTH]
         assert found["tokens"] == (ids != 10).sum()  # all of it, once, but for what follows an end
         assert found["perplexity"] == pytest.approx(np.exp(found["loss"]))
         assert found["bits_per_byte"] == pytest.approx(found["loss"] / np.log(2) / 4)
