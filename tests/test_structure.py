@@ -43,19 +43,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "small_file", "watchdog", "distributed.launch_env", "distributed.rank_on_host"),
         *("observe.phases", "observe.goodput.attempts", "observe.goodput.no_progress"),
     },
-    # Upward: whether another start has taken the run over.
-    "watchdog.supervisor": {
-        *("errors", "watchdog", "distributed.launch_env", "distributed.rank_on_host", "checkpoint.run_lock"),
-        *("observe.phases", "observe.goodput.attempts", "observe.goodput.no_progress"),
-    },
     # A leaf, as the sections of a configuration are.
     "tokenizer.tokenizer": BASE,
     "data": BASE | {"data", "tokenizer.tokenizer"},
     "preprocess": BASE | {"preprocess", "data", "tokenizer.tokenizer"},
     "tokenizer": BASE | {"tokenizer", "preprocess", "data"},
     "checkpoint": BASE | {"checkpoint", "model", "distributed", "data", "observe", "config"},
-    # Upward: it says which format a folder is in that is no checkpoint of ours.
-    "checkpoint.inspect": BASE | {"checkpoint", "model", "data", "convert.registry", "convert.names"},
     # Records without behaviour: what a checkpoint stores beside the tensors.
     "checkpoint.train_state": {"data.data_plan", "config.section"},
     "convert": BASE
@@ -68,8 +61,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Decides by numbers alone: no tensor, no clock, no file.
     "train.health": {"train.config", "checkpoint.train_state"},
     "plan": BASE | CONFIGS | {"plan", "config", "picture", "distributed.ds_file"},
-    # Upward: a plan ends in the job script of `llama-mcore slurm`.
-    "plan.layout.to_run": BASE | CONFIGS | {"plan", "config", "launch.slurm"},
     "diagnose": {"errors", "diagnose"},
     # What the doctor says of backends and devices it asks them.
     "diagnose.backends": {"errors", "diagnose", "model", "distributed.device"},

@@ -16,7 +16,6 @@ from llama_mcore.checkpoint.paths import (
     unreadable,
 )
 from llama_mcore.checkpoint.reader import CheckpointReader
-from llama_mcore.convert.registry import looks_like
 from llama_mcore.data.data_plan import format_table
 from llama_mcore.errors import CheckpointError, MissingInputError, Problem, input_problem, shown
 from llama_mcore.model.parameters import pattern_of
@@ -67,8 +66,6 @@ def inspect_checkpoint(path: Path, *, verify: bool = False, as_json: bool = Fals
 
 def diff_checkpoints(left: Path, right: Path, *, verify: bool = False, as_json: bool = False) -> bool:
     """Print how two checkpoints, or the newest ones of two runs, differ. Whether they are the same."""
-    for path in (left, right):
-        _check_ours(path, "compare-checkpoints compares it with one of any format")
     one, other = (CheckpointReader(find_checkpoint(path)) for path in (left, right))
     if verify:
         one.check_content()
@@ -82,7 +79,6 @@ def diff_checkpoints(left: Path, right: Path, *, verify: bool = False, as_json: 
 def _folders(path: Path) -> tuple[list[Path], bool]:
     """The checkpoints to look at, and whether `path` is the folder of a run."""
     remedy = "give RUN_DIR or RUN_DIR/checkpoints/step-*"
-    _check_ours(path, "compare-checkpoints and generate read it, and convert makes any other format of it")
     try:
         if path.is_dir() and (path.name.startswith("step-") or (path / MANIFEST).exists()):
             return [path], False
@@ -95,18 +91,6 @@ def _folders(path: Path) -> tuple[list[Path], bool]:
         reason = "is neither a checkpoint nor the folder of a run that has one"
         raise MissingInputError(Problem("folder", path, reason, remedy))
     return found, True
-
-
-def _check_ours(path: Path, remedy: str) -> None:
-    """MissingInputError for a checkpoint of another format; what is of none is for others to tell."""
-    try:
-        formats = looks_like(path) if path.is_dir() else []
-    except OSError as error:
-        raise unreadable(error) from None
-    names = [each.name for each in formats]
-    if names and "native" not in names:
-        reason = f"is no checkpoint of a run here, but one of another format: {' or '.join(names)}"
-        raise MissingInputError(Problem("folder", path, reason, remedy))
 
 
 def _inspect(folder: Path, advance: Callable[[int], None] | None) -> tuple[Inspection, list[Problem]]:

@@ -436,10 +436,17 @@ def inspect_checkpoint(
     """Print what checkpoints hold; check that they are whole; compare two."""
     with report_errors(debug):
         from llama_mcore.checkpoint.inspect import diff_checkpoints, inspect_checkpoint
+        from llama_mcore.convert.registry import check_native
 
         if diff is None:
+            check_native(
+                folder, "compare-checkpoints and generate read it, convert makes any other format of it"
+            )
             inspect_checkpoint(folder, verify=verify, as_json=json)
-        elif not diff_checkpoints(folder, diff, verify=verify, as_json=json):
+            return
+        for path in (folder, diff):
+            check_native(path, "compare-checkpoints compares it with one of any format")
+        if not diff_checkpoints(folder, diff, verify=verify, as_json=json):
             raise typer.Exit(1)
 
 

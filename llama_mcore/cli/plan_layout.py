@@ -117,11 +117,13 @@ def layout(
 ) -> None:
     """The fastest layouts for so many GPUs that run and fit; how long they take."""
     with report_errors(debug):
+        from llama_mcore.launch.slurm import SlurmJob, job_script
+        from llama_mcore.launch.slurm import write_script as save_script
         from llama_mcore.plan.arguments import all_of
         from llama_mcore.plan.layout.arguments import asked_cluster, asked_run, asked_tokens
         from llama_mcore.plan.layout.report import found_json, show_layouts
         from llama_mcore.plan.layout.search import Goal, check_model, nothing_fits, search
-        from llama_mcore.plan.layout.to_run import check_files, launch_command, write_run
+        from llama_mcore.plan.layout.to_run import check_files, launch_command, nodes_of, write_run
         from llama_mcore.units import format_count, parse_count
 
         shape = {
@@ -147,6 +149,10 @@ def layout(
             raise nothing_fits(goal, cluster, found.rejected)
         if write_config:
             write_run(found.options[0], write_config, write_script, force=force)
+        if write_config and write_script:
+            job = SlurmJob(*nodes_of(found.options[0].cluster))
+            content = job_script(str(write_config), [], job, data_later=True)
+            save_script(content, write_script, force=force)
         command = launch_command(found.options[0], write_config) if write_config else ""
         if json:
             written = {"config": str(write_config), "slurm_command": command} if write_config else {}

@@ -8,10 +8,12 @@ watches has loaded none when it forks.
 import gc
 import os
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import typer
 
+from llama_mcore.checkpoint.run_lock import was_taken_over
 from llama_mcore.checkpoint.start import Start
 from llama_mcore.config.run import RunConfig
 from llama_mcore.distributed.launch_env import RankInfo
@@ -42,7 +44,9 @@ def train_watched(run: RunConfig, start: Start) -> int:
     from llama_mcore.watchdog.signals import stop_signals
     from llama_mcore.watchdog.supervisor import Supervisor
 
-    supervisor = Supervisor(run.watchdog, Path(run.run.dir), run.checkpoint.timeout_s)
+    run_dir = Path(run.run.dir)
+    lost = partial(was_taken_over, run_dir)
+    supervisor = Supervisor(run.watchdog, run_dir, run.checkpoint.timeout_s, lost)
     pulse = supervisor.fork()
     if pulse is None:
         return supervisor.watch()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from llama_mcore.checkpoint.paths import unreadable
 from llama_mcore.convert.model_weights import Weights
 from llama_mcore.errors import ConfigError, MissingInputError, Problem, input_problem
 from llama_mcore.model.config import ModelConfig
@@ -104,3 +105,14 @@ def check_named(named: ModelConfig | None, found: ModelConfig, place: Path) -> N
                 for field in fields
             ]
         )
+
+
+def check_native(path: Path, remedy: str) -> None:
+    """MissingInputError for a checkpoint of another format; what is of none is for others to tell."""
+    try:
+        names = [each.name for each in looks_like(path)] if path.is_dir() else []
+    except OSError as error:
+        raise unreadable(error) from None
+    if names and "native" not in names:
+        reason = f"is no checkpoint of a run here, but one of another format: {' or '.join(names)}"
+        raise MissingInputError(Problem("folder", path, reason, remedy))

@@ -10,13 +10,13 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from llama_mcore.checkpoint.run_lock import was_taken_over
 from llama_mcore.distributed.launch_env import started_by_our_torchrun, started_by_torchrun
 from llama_mcore.distributed.rank_on_host import this_rank
 from llama_mcore.errors import EXIT_SAVED, EXIT_SOFTWARE, say
@@ -55,9 +55,17 @@ PAUSED_S = 10.0
 class Supervisor:
     """Made, and forked, while stop signals are held (`train.signals.held_stop_signals`)."""
 
-    def __init__(self, watchdog: WatchdogConfig, run_dir: Path, save_timeout_s: float) -> None:
-        """`save_timeout_s`: after which a save fails by itself."""
+    def __init__(
+        self,
+        watchdog: WatchdogConfig,
+        run_dir: Path,
+        save_timeout_s: float,
+        was_taken_over: Callable[[int], bool] = lambda pid: False,
+    ) -> None:
+        """`save_timeout_s`: after which a save fails by itself. `was_taken_over`: whether another job has
+        held the run since that process did."""
         self._watchdog, self._save_timeout_s = watchdog, save_timeout_s
+        self._was_taken_over = was_taken_over
         self._run_dir, self._place = run_dir, this_rank()
         self._launcher = os.getppid()
         self.began = _process_began()
@@ -234,7 +242,7 @@ class Supervisor:
 
         def write() -> None:
             with suppress(OSError):
-                if not (held and was_taken_over(self._run_dir, self._pid)):
+                if not (held and self._was_taken_over(self._pid)):
                     add_attempt(self._run_dir, attempt)
 
         writing = threading.Thread(target=write, daemon=True)

@@ -369,7 +369,13 @@ def test_an_array_and_its_merge_write_what_one_job_does(start: Callable, tmp_pat
     assert job.wait(TIMEOUT_S) == 0, job.stderr.read()
     assert start("merge.sh", str(data / "many")).wait(TIMEOUT_S) == 0
     preprocess(
-        [corpus], tokenizer, data / "one", json_keys=["text"], workers=1, append_eod=True, validation_split=0.2
+        [corpus],
+        tokenizer,
+        data / "one",
+        json_keys=["text"],
+        workers=1,
+        append_eod=True,
+        validation_split=0.2,
     )
     for name in ("text_document.bin", "text_document.idx", "text_validation.bin", "text_validation.idx"):
         assert (data / f"many_{name}").read_bytes() == (data / f"one_{name}").read_bytes(), name

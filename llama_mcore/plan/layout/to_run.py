@@ -8,7 +8,6 @@ from pathlib import Path
 from llama_mcore.config.run import CONFIG_DIR, RunConfig, dump_run, load_run
 from llama_mcore.errors import ConfigError, OutputError, Problem, nearest
 from llama_mcore.files import output_errors, published
-from llama_mcore.launch.slurm import SlurmJob, job_script, write_script
 from llama_mcore.model.config import PRESETS
 from llama_mcore.plan.layout.search import Cluster, Option
 from llama_mcore.units import format_count
@@ -80,7 +79,7 @@ def check_files(config: Path | None, script: Path | None) -> None:
 
 
 def write_run(option: Option, config: Path, script: Path | None = None, *, force: bool = False) -> None:
-    """The run of a layout as `load_run` reads it, and the sbatch script that trains it.
+    """The run of a layout as `load_run` reads it. `script`: what will be written for it too.
 
     Raises OutputError, before anything is written, where a file is there and `force` is not said.
     """
@@ -92,7 +91,7 @@ def write_run(option: Option, config: Path, script: Path | None = None, *, force
     ]
     if there:
         raise OutputError(there)
-    job = slurm_job(option.cluster)
+    nodes_of(option.cluster)
     cluster, layout = option.cluster, option.layout
     head = (
         f"# Written by `llama-mcore plan layout` for {cluster.gpus} x {cluster.gpu.name}: "
@@ -101,22 +100,21 @@ def write_run(option: Option, config: Path, script: Path | None = None, *, force
     )
     with published(config) as temporary, output_errors(config):
         temporary.write_text(head + dump_run(option.run), encoding="utf-8")
-    if script:
-        write_script(job_script(str(config), [], job, data_later=True), script, force=force)
 
 
-def slurm_job(cluster: Cluster) -> SlurmJob:
-    """Whole nodes, or a part of one. ConfigError for GPUs that do not fill their nodes."""
+def nodes_of(cluster: Cluster) -> tuple[int, int]:
+    """Number of nodes and GPUs of each: whole nodes, or a part of one. ConfigError for GPUs that do not fill
+    their nodes."""
     per_node = min(cluster.gpus, cluster.gpus_per_node)
     if cluster.gpus % per_node:
         reason = f"do not fill nodes of {per_node}, as a job of Slurm does"
         raise ConfigError(Problem("--gpus", cluster.gpus, reason, "give whole nodes, or --gpus-per-node"))
-    return SlurmJob(cluster.gpus // per_node, per_node)
+    return cluster.gpus // per_node, per_node
 
 
 def launch_command(option: Option, config: Path) -> str:
     """What writes the job script for that file, also before there is data."""
-    job = slurm_job(option.cluster)
-    per_node = [] if job.gpus_per_node == 8 else ["--gpus-per-node", str(job.gpus_per_node)]
-    nodes = ["--nodes", str(job.nodes), *per_node]
-    return shlex.join(["llama-mcore", "slurm", "--config", str(config), *nodes, "--data-later"])
+    nodes, gpus = nodes_of(option.cluster)
+    per_node = [] if gpus == 8 else ["--gpus-per-node", str(gpus)]
+    words = ["--config", str(config), "--nodes", str(nodes), *per_node, "--data-later"]
+    return shlex.join(["llama-mcore", "slurm", *words])
