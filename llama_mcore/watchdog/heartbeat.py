@@ -99,15 +99,15 @@ class Heartbeat:
 class HeartbeatWriter(PhaseListener):
     """Listens to the phases of the process that trains and writes its heartbeat."""
 
-    def __init__(self, heartbeat: Heartbeat, patience: Timeouts) -> None:
-        self._heartbeat, self._patience = heartbeat, patience
+    def __init__(self, heartbeat: Heartbeat, timeouts: Timeouts) -> None:
+        self._heartbeat, self._timeouts = heartbeat, timeouts
         self._beat = heartbeat.read()
         self.enter(Phase.START, 0)
         threading.Thread(target=self._show_that_python_runs, name="heartbeat", daemon=True).start()
 
     def enter(self, phase: Phase, step: int) -> None:
         now = time.monotonic()
-        allowed = self._patience.enter(phase, now)
+        allowed = self._timeouts.enter(phase, now)
         self._write(HeartbeatRecord(phase, step, self._beat.count + 1, now, allowed))
 
     def beat(self) -> None:
