@@ -87,13 +87,19 @@ def main() -> None:
     processes = [fork.Process(target=_rank, args=(rank, ranks, folder)) for rank in range(ranks)]
     for process in processes:
         process.start()
+    end_together(processes, limit_s)
+
+
+def end_together(processes: Sequence[BaseProcess], limit_s: float) -> None:
+    """Wait until all have ended. Where one fails or time is up the others are killed; SystemExit says why."""
     deadline = time.monotonic() + limit_s
     while alive := [process for process in processes if process.is_alive()]:
-        ended = wait([process.sentinel for process in alive], max(0.0, deadline - time.monotonic()))
-        # When a rank failed, the others would wait for it, and its reason be lost.
-        if not ended or any(process.exitcode for process in processes):
+        # Before each wait, as a process closes its sentinel a moment before it has an exit code: the others
+        # would wait for it, and its reason be lost.
+        if any(process.exitcode for process in processes):
             _kill(alive)
-        if not ended:
+        elif not wait([process.sentinel for process in alive], max(0.0, deadline - time.monotonic())):
+            _kill(alive)
             sys.exit(f"hung for {limit_s:g} s and was killed")
     exit_codes = [process.exitcode for process in processes]
     if any(exit_codes):

@@ -19,7 +19,7 @@ from llama_mcore.diagnose.doctor import as_json_text, as_text
 from llama_mcore.diagnose.environment import environment
 from llama_mcore.diagnose.finding import Finding
 from llama_mcore.diagnose.gpus import bf16_on_cpu
-from llama_mcore.diagnose.loopback import loopback
+from llama_mcore.diagnose.loopback import end_together, loopback
 from llama_mcore.diagnose.smoke import Outcome
 from llama_mcore.distributed.cgroup import cpu_limit, memory_limit
 from tests.support.errors import is_shown
@@ -196,6 +196,34 @@ def test_a_rank_that_dies_ends_the_loopback_at_once(tmp_path) -> None:
     module(tmp_path, "sitecustomize", source)
     found = loopback(2, environment_with(tmp_path), limit_s=TIMEOUT_S)
     assert found.value == "failed: ranks ended with [-9, 7]"
+
+
+class Ended:
+    """A process that ends: the end shows in its sentinel first, then in is_alive, then in its exit code."""
+
+    def __init__(self, exit_code: int | None) -> None:
+        self.sentinel, self._other_end = os.pipe()
+        self._looks, self.exitcode = 0, None
+        self._exit_code = exit_code
+        if exit_code is not None:
+            os.close(self._other_end)
+
+    def is_alive(self) -> bool:
+        self._looks += 1
+        if self._exit_code is not None and self._looks > 1:
+            self.exitcode = self._exit_code
+        return self.exitcode is None
+
+    def kill(self) -> None:
+        self.exitcode = -9
+
+    def join(self) -> None:
+        pass
+
+
+def test_a_rank_whose_exit_code_comes_late_ends_the_others() -> None:
+    with pytest.raises(SystemExit, match=r"ranks ended with \[-9, 7\]"):
+        end_together([Ended(None), Ended(7)], limit_s=1.0)
 
 
 def is_alive(pid: int) -> bool:
