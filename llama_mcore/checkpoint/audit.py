@@ -27,7 +27,7 @@ from llama_mcore.observe.metrics_file import (
 
 
 class Ledger(Row):
-    """What is audited of a step."""
+    """Audited values of a step."""
 
     tokens: Count
     windows: dict[str, Count]

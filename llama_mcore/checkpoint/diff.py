@@ -74,7 +74,7 @@ def compare(
 
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any], *, of_both: bool = False) -> list[str]:
-    """What differs between two nested mappings, as `section.key: old -> new`; with `of_both` of those keys
+    """Differences between two nested mappings, as `section.key: old -> new`; with `of_both` of those keys
     alone that both have."""
     old, new = dict(_flat(before)), dict(_flat(now))
     return [

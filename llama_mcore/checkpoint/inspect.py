@@ -220,7 +220,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _summed(group: list[TensorDifference]) -> tuple[str, ...]:
-    """Of the tensors that all layers have alike."""
+    """Row of a table for tensors that all layers have alike."""
     elements, numel = (sum(getattr(each, field) for each in group) for field in ("elements", "numel"))
     largest = [each.largest for each in group if each.largest is not None]
     is_finite = len(largest) == len(group)

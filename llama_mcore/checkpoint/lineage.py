@@ -35,14 +35,14 @@ class Lineage(Section):
 def new_lineage(
     run_id: str | None = None, began_from: Origin | None = None, *, adopted: bool = False
 ) -> Lineage:
-    """Of a run that begins now; its id is drawn where none is given."""
+    """Lineage of a run that begins now; its id is drawn where none is given."""
     began = datetime.now(UTC).isoformat(timespec="seconds")
     run_id = uuid4().hex if run_id is None else run_id
     return Lineage(run_id=run_id, began=began, began_from=began_from, adopted=adopted)
 
 
 def read_lineage(run_dir: Path) -> Lineage | None:
-    """What run.json says; None where there is none. Raises CheckpointError for one that cannot be read."""
+    """Content of run.json; None where there is none. Raises CheckpointError if it cannot be read."""
     path = run_dir / RUN_FILE
     try:
         return Lineage.model_validate(read_json(path, LARGEST_MANIFEST))

@@ -1,4 +1,4 @@
-"""What a checkpoint looks like on disk, and which of a folder are the run's.
+"""Layout of checkpoints on disk, and which of a folder are the run's.
 
     RUN_DIR/run.json              which run it is (lineage.py)
     RUN_DIR/checkpoints/step-00000100/
@@ -121,10 +121,10 @@ def problems_of(folder: Path) -> list[Problem]:
 
 @dataclass(frozen=True)
 class Held:
-    """What carries the names of checkpoints in a run's folder, by whose it is."""
+    """Folders with the names of checkpoints in a run's folder, by whose they are."""
 
     lineage: Lineage | None
-    """What run.json says; without one, the run that all these checkpoints are of. None: no run."""
+    """Content of run.json; without one, the run that all these checkpoints are of. None: no run."""
     adopted: bool
     """It was taken from the checkpoints."""
     own: list[Path] = field(default_factory=list)
@@ -157,7 +157,7 @@ def held_in(run_dir: Path) -> Held:
 
 
 def run_id_of(folder: Path) -> str | None:
-    """Of the run that wrote a checkpoint; None where its manifest cannot be read."""
+    """Id of the run that wrote a checkpoint; None where its manifest cannot be read."""
     manifest = _manifest_of(folder)
     return manifest.run_id if manifest else None
 

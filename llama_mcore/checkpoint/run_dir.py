@@ -1,4 +1,4 @@
-"""What a run's folder may hold, and whose it is. Loads no torch."""
+"""Names that a run's folder may hold, and whose it is. Loads no torch."""
 
 from fnmatch import fnmatchcase
 from pathlib import Path
