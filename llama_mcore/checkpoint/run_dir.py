@@ -23,7 +23,7 @@ KNOWN = {CONFIG_FILE, RUN_FILE, METRICS_FILE, GIVEN_UP_METRICS, TIMELINE_FILE, A
     "stalls",
 }
 LEFTOVERS = (f"{PREFLIGHT_MARK}*", f"{METRICS_FILE}.tmp", f".{CONFIG_FILE}.tmp", f".{RUN_FILE}.tmp")
-"""Of a preflight or a run that was killed as it wrote; the next one writes them again."""
+"""Files of a preflight or a run that was killed as it wrote; the next one writes them again."""
 
 
 def foreign(run_dir: Path) -> list[str]:
@@ -34,7 +34,7 @@ def foreign(run_dir: Path) -> list[str]:
 
 
 def state_of(run_dir: Path) -> str:
-    """What the folder is, in a few words, by names alone."""
+    """State of the folder in a few words, by names alone."""
     try:
         if not run_dir.exists():
             return "new"
@@ -62,7 +62,7 @@ def is_same_run(run_dir: Path, run: RunConfig) -> bool:
 
 
 def would_start_from_scratch(run_dir: Path) -> ConfigError:
-    """Of a folder that is another run's, or nobody's."""
+    """Error for a folder that is another run's, or nobody's."""
     remedy = "choose another folder, or give --fresh to move what is there aside"
     return ConfigError(
         Problem("run.dir", run_dir, "is not empty, and the run would start from scratch there", remedy)

@@ -44,7 +44,7 @@ from llama_mcore.observe.goodput.attempts import ATTEMPTS_FILE
 
 @dataclass(frozen=True)
 class Start:
-    """What the user asked for: in a job of Slurm, of its first start. Raises ConfigError for what excludes
+    """Options of a start: in a job of Slurm, of its first one. Raises ConfigError for what excludes
     each other."""
 
     resume: str = "auto"
@@ -82,30 +82,30 @@ class Start:
 
 @dataclass(frozen=True)
 class Way:
-    """What a start tries: as far as names and manifests decide it, so that all ranks can be told."""
+    """Plan of a start, as far as names and manifests decide it, so that all ranks can be told."""
 
     lineage: Lineage
-    """Of the run; where none is there, of the one that begins."""
+    """Lineage of the run; where none is there, of the one that begins."""
     folders: list[Path] = field(default_factory=list)
     """Checkpoints to go on from, oldest first; without any the run begins."""
     init_from: Path | None = None
     """The checkpoint whose weights it begins with."""
     fresh: bool = False
-    """What is there is moved aside."""
+    """Move aside what is there."""
     goes_back: bool = False
-    """What comes after the checkpoint is given up."""
+    """Give up what comes after the checkpoint."""
     adopted: bool = False
     """The checkpoints alone say which run it is."""
     not_read: list[str] = field(default_factory=list)
     """Names that look like those of checkpoints."""
 
     def newest_first(self) -> list[Path]:
-        """What to try until one is valid."""
+        """Checkpoints to try until one is valid."""
         begins_with = [self.init_from] if self.init_from else []
         return self.folders[::-1] or begins_with
 
     def remarks(self) -> list[str]:
-        """What a start says once, for people."""
+        """Remarks that a start makes once, for people."""
         said = []
         if self.adopted:
             run_id = shown(self.lineage.run_id)
