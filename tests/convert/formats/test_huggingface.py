@@ -289,6 +289,17 @@ def test_bits_are_compared_not_values() -> None:
     assert len({digest(zero), digest(zero.bfloat16()), digest(zero[None]), digest(zero[:2])}) == 4
 
 
+@pytest.mark.parametrize("target", ["hf", "native"])
+def test_no_dtype_is_advised_for_what_the_source_holds(run_dir: Path, tmp_path: Path, target: str) -> None:
+    copied = Path(shutil.copytree(find_checkpoint(run_dir), tmp_path / "step-00000002"))
+    name = "weight/decoder.final_layernorm.weight/0"
+    edit_tensors(copied, lambda tensors: tensors[name].view(-1)[:1].fill_(float("nan")))
+    with refused(CheckpointError, "decoder.final_layernorm.weight", "inf or nan") as caught:
+        convert(copied, tmp_path / "out", target=target)
+    assert "older checkpoint" in caught.value.problems[0].remedy
+    assert "--dtype" not in caught.value.problems[0].remedy
+
+
 def test_weights_beyond_fp16_are_refused(run_dir: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(find_checkpoint(run_dir), tmp_path / "step-00000002"))
     name = "weight/decoder.final_layernorm.weight/0"
