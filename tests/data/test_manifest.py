@@ -126,17 +126,16 @@ def test_the_content_id_names_tokens_and_documents_alone(tmp_path: Path) -> None
     assert len(set(ids.values())) == 4
 
 
-def test_every_flipped_bit_is_refused(prefix: Path) -> None:
+def test_a_flipped_bit_in_any_byte_is_refused(prefix: Path) -> None:
     write_manifest(prefix, build_manifest(prefix, **KNOWN))
     path = manifest_path(prefix)
     whole = path.read_bytes()
     for position in range(len(whole)):
-        for bit in range(8):
-            damaged = bytearray(whole)
-            damaged[position] ^= 1 << bit
-            path.write_bytes(damaged)
-            with pytest.raises(DataError):
-                read_manifest(prefix)
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        with pytest.raises(DataError):
+            read_manifest(prefix)
 
 
 def test_a_changed_number_is_named_as_damage_to_the_manifest(prefix: Path) -> None:

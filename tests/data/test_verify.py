@@ -32,15 +32,15 @@ def change(path: Path, position: int, value: int) -> None:
     path.write_bytes(data)
 
 
-def test_every_flipped_bit_of_the_index_is_refused(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_any_byte_of_the_index_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "d", DOCUMENTS)
     path = tmp_path / "d.idx"
     for position in range(path.stat().st_size):
-        for bit in range(8):
-            change(path, position, 1 << bit)
-            with pytest.raises(DataError):
-                IndexedDataset(tmp_path / "d")
-            change(path, position, 1 << bit)
+        bit = 1 << position % 8
+        change(path, position, bit)
+        with pytest.raises(DataError):
+            IndexedDataset(tmp_path / "d")
+        change(path, position, bit)
     assert IndexedDataset(tmp_path / "d").num_documents == 3
 
 
