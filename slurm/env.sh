@@ -2,7 +2,7 @@
 # Site settings: the only file here that a site edits. Every script sources it on the first node of its job.
 set +u  # modules and activate scripts often use unset variables
 
-# Modules, and the environment in which llama_mcore is installed:
+# Modules and the environment in which llama_mcore is installed:
 #   module load cuda/12.8
 #   source /shared/llama_mcore/.venv/bin/activate
 
