@@ -12,13 +12,13 @@
 #SBATCH --output=%x-%j.out
 # LLaMA 13B on 256 A100-80GB: 1.0T tokens.
 #
-# Tensor parallelism over 2 GPUs of a node, with sequence parallelism; ZeRO 1 cuts the optimizer over 128 pairs. 4M
-# tokens are 2,048 sequences, 16 a pair: four micro-batches of 4, accumulated in fp32 and reduced once. 37 GiB of
+# Tensor parallelism over 2 GPUs of a node, with sequence parallelism; ZeRO 1 shards the optimizer over 128 pairs. 4M
+# tokens are 2,048 sequences, 16 per pair: four micro-batches of 4, accumulated in fp32 and reduced once. 37 GiB of
 # states and 18 GiB of activations.
 #
-# From the checkout, once slurm/env.sh has this site's settings:
+# Submit from the checkout, after entering your site's settings in slurm/env.sh:
 #     sbatch slurm/13b.sh
-# Options of sbatch come before the script, settings of the run after it:
+# sbatch options go before the script, settings of the run after it:
 #     sbatch --nodes=2 slurm/13b.sh --config tiny train.steps=20
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"

@@ -12,13 +12,13 @@
 #SBATCH --output=%x-%j.out
 # LLaMA 33B on 1,024 A100-80GB: 1.4T tokens.
 #
-# Tensor parallelism over 4 GPUs of a node, with sequence parallelism: 52 heads do not divide by 8. 4M tokens are 2,048
-# sequences, 8 a tensor-parallel group, in one micro-batch under ZeRO 2, as with 65B (65b.sh). 16 GiB of states and
-# 35 GiB of activations.
+# Tensor parallelism over 4 GPUs of a node, with sequence parallelism: 52 heads are not divisible by 8. 4M tokens are
+# 2,048 sequences, 8 per tensor-parallel group, in one micro-batch under ZeRO 2, as for the 65B (65b.sh). 16 GiB of
+# states and 35 GiB of activations.
 #
-# From the checkout, once slurm/env.sh has this site's settings:
+# Submit from the checkout, after entering your site's settings in slurm/env.sh:
 #     sbatch slurm/33b.sh
-# Options of sbatch come before the script, settings of the run after it:
+# sbatch options go before the script, settings of the run after it:
 #     sbatch --nodes=2 slurm/33b.sh --config tiny train.steps=20
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"

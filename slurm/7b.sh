@@ -12,13 +12,13 @@
 #SBATCH --output=%x-%j.out
 # LLaMA 7B on 128 A100-80GB: 1.0T tokens.
 #
-# A rank holds the whole model; ZeRO 1 cuts the optimizer over all of them. 4M tokens are 2,048 sequences, 16 a rank:
-# four micro-batches of 4, whose gradients are accumulated in fp32 and reduced once. 38 GiB of states and 23 GiB of
-# activations (selective recomputation) leave room on 80 GB.
+# Every rank holds the whole model; ZeRO 1 shards the optimizer over all ranks. 4M tokens are 2,048 sequences, 16 per
+# rank: four micro-batches of 4, whose gradients are accumulated in fp32 and reduced once. 38 GiB of states and 23 GiB
+# of activations (selective recomputation) leave room on 80 GB.
 #
-# From the checkout, once slurm/env.sh has this site's settings:
+# Submit from the checkout, after entering your site's settings in slurm/env.sh:
 #     sbatch slurm/7b.sh
-# Options of sbatch come before the script, settings of the run after it:
+# sbatch options go before the script, settings of the run after it:
 #     sbatch --nodes=2 slurm/7b.sh --config tiny train.steps=20
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"

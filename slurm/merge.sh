@@ -5,7 +5,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-# Joins the shards of slurm/preprocess.sh, which submits this: the output prefix is its only argument.
+# Joins the shards of slurm/preprocess.sh, which submits this script. The output prefix is its only argument.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 [[ -e slurm/env.sh ]] || { echo "slurm: $PWD has no slurm/env.sh: submit from the checkout" >&2; exit 66; }
@@ -17,21 +17,21 @@ if [[ $# -ne 1 ]]; then
 fi
 marks=("$1".shards/done_*_of_*)
 if [[ ! -e ${marks[0]} ]]; then
-    echo "merge: no shard of $1.shards is done: give the prefix that preprocess.sh was given" >&2
+    echo "merge: no shard of $1.shards is done: pass the same prefix as to preprocess.sh" >&2
     exit 66
 fi
 count=${marks[0]##*_of_}
 if [[ $(printf '%s\n' "${marks[@]##*_of_}" | sort -u) != "$count" ]]; then
-    echo "merge: $1.shards has shards of arrays of different sizes: remove it and run the array again" >&2
+    echo "merge: $1.shards has shards of job arrays of different sizes: remove it and run the array again" >&2
     exit 65
 fi
 if [[ ${#marks[@]} -ne $count ]]; then
-    echo "merge: ${#marks[@]} of $count shards in $1.shards are done: run the tasks that are missing again first" >&2
+    echo "merge: ${#marks[@]} of $count shards in $1.shards are done: rerun the missing tasks first" >&2
     exit 66
 fi
 shards=("$1".shards/part_*_text_document.bin)
 if [[ ! -e ${shards[0]} ]]; then
-    echo "merge: the shards in $1.shards hold no key text: join each of theirs with llama-mcore merge-datasets" >&2
+    echo "merge: the shards in $1.shards have no JSON key text: join each of their keys with llama-mcore merge-datasets" >&2
     exit 66
 fi
 for split in document validation; do

@@ -1,37 +1,37 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it: one training job from its rendezvous to its exit code.
 
-# Of the script that sources this.
+# Arguments of the sourcing script.
 SCRIPT_ARGUMENTS=("$@")
 
-# srun's process once there is one, and how often the job was asked to stop. srun passes USR1 on to all ranks; TERM
-# it does not, but kills them.
+# PID of srun, once it runs, and the number of requests to stop. srun forwards USR1 to all ranks, but on TERM it kills
+# them.
 STEP="" REQUESTS=0
 ask_to_stop() {
     REQUESTS=$((REQUESTS + 1))
     [[ -z $STEP ]] || kill -USR1 "$STEP" 2> /dev/null || true
 }
-# Before env.sh, which may take its time.
+# Before env.sh, which may take a while.
 trap ask_to_stop USR1 TERM
 
-unset MASTER_ADDR MASTER_PORT  # of the shell that submitted; env.sh may set them
+unset MASTER_ADDR MASTER_PORT  # inherited from the submitting shell; env.sh may set them
 source slurm/env.sh
 
-# train.py on all nodes of the job, with these arguments.
+# Runs train.py on all nodes of the job, with these arguments.
 #
-# USR1 and TERM, which Slurm sends ahead of a time limit and on preemption, reach all ranks as USR1: they save and end
-# with 75, and the job goes back into the queue (REQUEUE_ON). Any other exit code becomes the job's.
+# USR1 and TERM, which Slurm sends ahead of a time limit and on preemption, reach all ranks as USR1: they save and exit
+# with 75, and the job is requeued (REQUEUE_ON). Any other exit code becomes the job's.
 #
 # srun can start the ranks itself, without torchrun: --ntasks-per-node="$GPUS_PER_NODE" and `python tools/train.py "$@"`
-# in place of `llama-mcore torchrun` and its options. Each rank then finds its place in Slurm's variables.
+# instead of `llama-mcore torchrun` and its options. Each rank then reads its rank from Slurm's variables.
 train() {
     local head port status
     head=${MASTER_ADDR:-$(hostname)}  # a batch script runs on the first node
-    # Seldom another job's, and below the ports that the system gives to clients; if it is taken, the next free one.
+    # Rarely used by another job, and below the ephemeral ports; if it is taken, the next free one is used.
     port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
-    [[ $REQUESTS -eq 0 ]] || end_with 75  # nothing was begun
-    # The launchers end each other, with one exit code; what still runs 20 s after the first is killed. A node's task
-    # gets all of its cores.
+    [[ $REQUESTS -eq 0 ]] || end_with 75  # nothing has started
+    # The launchers end each other, with one exit code; whatever still runs 20 s after the first has ended is killed.
+    # The task of a node gets all of its cores.
     srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 --wait=20 "${SRUN_OPTIONS[@]}" \
         llama-mcore torchrun \
         --nnodes="$SLURM_JOB_NUM_NODES" \
@@ -41,19 +41,19 @@ train() {
         --rdzv-id="$SLURM_JOB_ID" \
         tools/train.py "$@" &
     STEP=$!
-    [[ $REQUESTS -eq 0 ]] || kill -USR1 "$STEP" 2> /dev/null || true  # asked between the two lines before
-    # A trap ends `wait` before the step has ended.
+    [[ $REQUESTS -eq 0 ]] || kill -USR1 "$STEP" 2> /dev/null || true  # requested between the two previous lines
+    # A trapped signal interrupts `wait` before the step has ended.
     while kill -0 "$STEP" 2> /dev/null; do
         wait "$STEP" || true
     done
     wait "$STEP" && status=0 || status=$?
-    # One request that came before srun was ready for it ended srun itself, with 128 + 10. After a second one that is
-    # the code of a rank which ended without a save.
+    # A single request that arrives before srun handles signals ends srun itself, with 128 + 10. After a second one this
+    # is the exit code of a rank that ended without a save.
     [[ $REQUESTS -ne 1 || $status -ne 138 ]] || status=75
     end_with "$status"
 }
 
-# End the job, or put it back into the queue.
+# Ends the job, or requeues it.
 end_with() {
     local status=$1
     if [[ $status -ne 93 && " $REQUEUE_ON " == *" $status "* ]] && may_come_back && ! scontrol requeue "$SLURM_JOB_ID"; then
@@ -62,15 +62,15 @@ end_with() {
     exit "$status"
 }
 
-# Unless Slurm has ended the job itself: one that was cancelled is to stay away, and after a lost node or preemption
-# Slurm puts it back without being asked. A time limit is no such wish.
+# False if Slurm ended the job itself: a cancelled job must not come back, and after a lost node or preemption Slurm
+# requeues it on its own. A job at its time limit may come back.
 may_come_back() {
     local job
     job=$(scontrol show job "$SLURM_JOB_ID") || return 0
     [[ $job == *" JobState=RUNNING "* || $job == *" Reason=TimeLimit "* ]]
 }
 
-# For one whose job could not be put back into the queue.
+# Prints the command that resubmits a job that could not be requeued.
 how_to_resubmit() {
     local job command limit option
     job=$(scontrol show job "$SLURM_JOB_ID") || true
