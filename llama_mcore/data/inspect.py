@@ -23,7 +23,7 @@ from llama_mcore.data.manifest import (
 )
 from llama_mcore.data.verify import Damage, count_problems, damaged_blocks, index_problems, open_problems
 from llama_mcore.errors import ConfigError, DataError, Problem
-from llama_mcore.progress import InputProgress
+from llama_mcore.progress import ByteProgress
 from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 _SHOWN_TOKENS = 1000
@@ -169,7 +169,7 @@ def _verify(
 @contextmanager
 def _reading(title: str, index: Index) -> Iterator[Callable[[int], None]]:
     """A progress bar over the .bin; yields the function that hears how many bytes were read."""
-    with InputProgress(title, index.num_bytes) as progress:
+    with ByteProgress(title, index.num_bytes) as progress:
 
         def advance(size: int) -> None:
             tokens = (progress.bytes + size) // index.itemsize

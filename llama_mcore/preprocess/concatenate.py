@@ -25,7 +25,7 @@ from llama_mcore.preprocess.inputs import Unit
 from llama_mcore.preprocess.job import Job
 from llama_mcore.preprocess.part_store import PartRecord
 from llama_mcore.preprocess.readers.lines import lines_before
-from llama_mcore.progress import InputProgress
+from llama_mcore.progress import ByteProgress
 
 
 class DatasetWriter:
@@ -79,7 +79,7 @@ def join_parts(
             output: stack.enter_context(DatasetWriter(prefix, job.dtype, known))
             for output, (prefix, known) in datasets.items()
         }
-        progress = stack.enter_context(InputProgress("joining", sum(record.size for _, record in units)))
+        progress = stack.enter_context(ByteProgress("joining", sum(record.size for _, record in units)))
         for unit, record in units:
             part = job.parts.read(unit, record, job.dtype)
             for output, writer in writers.items():

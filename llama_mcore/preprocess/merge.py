@@ -15,7 +15,7 @@ from llama_mcore.data.manifest import BlockChecksums, DatasetManifest, manifest_
 from llama_mcore.errors import DataError, MissingInputError, Problem
 from llama_mcore.files import prepare_output
 from llama_mcore.preprocess.concatenate import DatasetWriter, remove_leftovers
-from llama_mcore.progress import InputProgress
+from llama_mcore.progress import ByteProgress
 
 CHUNK = 16 << 20
 """Bytes of tokens in memory at a time; a longer document is there whole."""
@@ -47,7 +47,7 @@ def merge_datasets(inputs: Sequence[Path | str], output_prefix: Path | str, *, f
     known = _known([dataset.manifest for dataset in datasets]) | {"job_sha256": job.sha256}
     with (
         DatasetWriter(output, datasets[0].dtype, known) as writer,
-        InputProgress("merge-datasets", total) as progress,
+        ByteProgress("merge-datasets", total) as progress,
     ):
         for dataset in datasets:
             _append(writer, dataset, progress)
@@ -113,7 +113,7 @@ def _job_sha256(datasets: Sequence[IndexedDataset]) -> str | None:
     return job_sha256({"merged": [dataset.content_id for dataset in datasets]})
 
 
-def _append(writer: DatasetWriter, dataset: IndexedDataset, progress: InputProgress) -> None:
+def _append(writer: DatasetWriter, dataset: IndexedDataset, progress: ByteProgress) -> None:
     manifest = dataset.manifest
     checksums = BlockChecksums(manifest.block_bytes) if manifest else None
     start = 0
@@ -124,7 +124,7 @@ def _append(writer: DatasetWriter, dataset: IndexedDataset, progress: InputProgr
             checksums.update(tokens.data)
         writer.add_documents(tokens, lengths[lengths > 0])
         documents = int(np.count_nonzero(lengths))
-        progress.advance(bytes=tokens.nbytes, documents=documents, tokens=len(tokens))
+        progress.advance(tokens.nbytes, documents, len(tokens))
     if manifest and checksums and checksums.finish() != manifest.block_checksums:
         reason = "has blocks without the checksums of its manifest"
         remedy = f"`python tools/inspect_dataset.py {dataset.prefix} --verify` says which"

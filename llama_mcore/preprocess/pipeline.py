@@ -41,7 +41,7 @@ from llama_mcore.preprocess.part_store import (
 from llama_mcore.preprocess.pool import Workers
 from llama_mcore.preprocess.summary import Totals, describe
 from llama_mcore.preprocess.work_queue import WHOLE, Schedule
-from llama_mcore.progress import InputProgress
+from llama_mcore.progress import ByteProgress
 from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 ENCODERS = ("sentencepiece", "gigatoken")
@@ -168,7 +168,7 @@ class Preprocessing:
         if schedule.done:
             _say(f"going on with {len(schedule.done):,} parts ({before / 1e6:,.1f} MB) that are done")
         noted = False
-        with InputProgress("preprocess-data", self._bytes_to_read(), done=before) as progress:
+        with ByteProgress("preprocess-data", self._bytes_to_read(), done=before) as progress:
             make = partial(_unit_encoder, job)
             for unit, (record, note) in self._workers.run(make, schedule.next, self._describe_unit):
                 if note and not noted:

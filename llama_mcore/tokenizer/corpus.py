@@ -13,7 +13,7 @@ import zstandard
 from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.preprocess.inputs import InputFile, find_inputs
 from llama_mcore.preprocess.readers import read_records
-from llama_mcore.progress import InputProgress
+from llama_mcore.progress import ByteProgress
 from llama_mcore.tokenizer.memory import TrainerMemory
 from llama_mcore.tokenizer.sampling import Reservoir
 
@@ -126,7 +126,7 @@ class Corpus:
         self._memory.check_ahead(sum(min(size, self._budget or size) for size in sizes))
 
     def lines(self) -> Iterator[bytes]:
-        with InputProgress("train-tokenizer", self.total_bytes) as progress:
+        with ByteProgress("train-tokenizer", self.total_bytes) as progress:
             if self._budget is None:
                 for source in self.sources:
                     for lines in self._documents(source, progress):
@@ -140,7 +140,7 @@ class Corpus:
             while lines:  # the trainer makes a copy of its own: let go of each line as it goes there
                 yield lines.pop()
 
-    def _sample(self, source: TextSource, budget: int, progress: InputProgress) -> list[bytes]:
+    def _sample(self, source: TextSource, budget: int, progress: ByteProgress) -> list[bytes]:
         reservoir = Reservoir(budget, f"{self._seed} {source.name}")
         for lines in self._documents(source, progress):
             for line in lines:
@@ -150,7 +150,7 @@ class Corpus:
         self._memory.add(sample)
         return sample
 
-    def _documents(self, source: TextSource, progress: InputProgress) -> Iterator[list[bytes]]:
+    def _documents(self, source: TextSource, progress: ByteProgress) -> Iterator[list[bytes]]:
         """The usable lines of each document."""
         for_report = Reservoir(REPORT_BYTES, f"report {self._seed} {source.name}")
         for file in source.files:
@@ -163,7 +163,7 @@ class Corpus:
         source.report_sample = for_report.sample()
 
 
-def read_texts(file: InputFile, json_key: str, progress: InputProgress) -> Iterator[str]:
+def read_texts(file: InputFile, json_key: str, progress: ByteProgress) -> Iterator[str]:
     """The documents of one file. Progress counts bytes on disk; inside a compressed file it can but guess."""
     expansion = _expansion(file)
     counted = 0

@@ -17,7 +17,7 @@ import pytest
 from llama_mcore.errors import ConfigError, DataError, OutputError
 from llama_mcore.preprocess import part_store, pipeline
 from llama_mcore.preprocess.preprocess import preprocess
-from llama_mcore.progress import InputProgress
+from llama_mcore.progress import ByteProgress
 from llama_mcore.tokenizer.train import train_tokenizer
 from tests.support.errors import refused
 from tests.support.world import call, exit_codes_of
@@ -165,9 +165,9 @@ def with_two_workers(
     input: Path, model: Path, prefix: Path, victim: str, finished: int, later_s: float
 ) -> None:
     """Preprocess; a time after so many parts are finished, this process or a worker is killed."""
-    left, advance = finished, InputProgress.advance
+    left, advance = finished, ByteProgress.advance
 
-    def advance_and_kill(progress: InputProgress, **counts: int) -> None:
+    def advance_and_kill(progress: ByteProgress, **counts: int) -> None:
         nonlocal left
         advance(progress, **counts)
         left -= 1
@@ -176,7 +176,7 @@ def with_two_workers(
             process = psutil.Process() if victim == "main" else multiprocessing.active_children()[0]
             process.kill()
 
-    InputProgress.advance = advance_and_kill  # type: ignore[method-assign]
+    ByteProgress.advance = advance_and_kill  # type: ignore[method-assign]
     in_units_of(LONG_UNIT_BYTES)
     preprocess([input], model, prefix, encoder="sentencepiece", workers=2, **SETTINGS)
 

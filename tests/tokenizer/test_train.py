@@ -31,7 +31,7 @@ from llama_mcore.errors import (
     OutputError,
     PreflightError,
 )
-from llama_mcore.progress import InputProgress
+from llama_mcore.progress import ByteProgress
 from llama_mcore.tokenizer import train
 from llama_mcore.tokenizer.corpus import find_sources, read_texts
 from llama_mcore.tokenizer.memory import TrainerMemory
@@ -526,7 +526,7 @@ def test_progress_counts_the_bytes_on_disk(tmp_path: Path, compress: Callable[[b
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(compress(b"".join(lines)))
     (source,) = find_sources([path])
-    progress = InputProgress("test", path.stat().st_size)
+    progress = ByteProgress("test", path.stat().st_size)
     shares = []
     for _ in read_texts(source.files[0], "text", progress):
         shares.append(progress.bytes / progress.total_bytes)
@@ -541,7 +541,7 @@ def test_progress_never_passes_the_end(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts)))
     (source,) = find_sources([path])
-    progress = InputProgress("test", path.stat().st_size)
+    progress = ByteProgress("test", path.stat().st_size)
     assert all(progress.bytes <= progress.total_bytes for _ in read_texts(source.files[0], "text", progress))
     assert progress.bytes == progress.total_bytes
 
