@@ -5,6 +5,7 @@ the manifest is not taken for damage to the data. docs/data.md says what is chec
 """
 
 import hashlib
+import json
 import os
 import zlib
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -35,7 +35,7 @@ Count = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class InputFile(BaseModel):
+class InputRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str
@@ -70,7 +70,7 @@ class DatasetManifest(BaseModel):
     options: dict[str, str] = {}
     versions: dict[str, str] = {}
     """Of the software that made the dataset."""
-    inputs: list[InputFile] = []
+    inputs: list[InputRecord] = []
     job_sha256: Sha256 | None = None
     """Of all that the dataset depends on: the same command finds its work done. None: nobody can know."""
 
@@ -97,7 +97,7 @@ class DatasetManifest(BaseModel):
     def content_id(self) -> str:
         """Names the tokens and the documents: the same whatever options, inputs and versions led to them."""
         content = [self.dtype, self.documents, self.tokens, self.block_bytes, self.block_checksums]
-        return f"sha256:{hashlib.sha256(orjson.dumps([*content, self.idx_sha256])).hexdigest()}"
+        return f"sha256:{hashlib.sha256(compact_json([*content, self.idx_sha256])).hexdigest()}"
 
 
 class BlockChecksums:
@@ -136,10 +136,10 @@ def manifest_path(prefix: Path | str) -> Path:
 def write_manifest(prefix: Path | str, manifest: DatasetManifest) -> None:
     """Publish PREFIX.json; an older one is replaced."""
     fields = manifest.model_dump()
-    text = orjson.dumps({_CHECKSUM: _sha256_of(fields), **fields}, option=orjson.OPT_INDENT_2)
+    text = json.dumps({_CHECKSUM: _sha256_of(fields), **fields}, ensure_ascii=False, indent=2)
     path = manifest_path(prefix)
     with published(path) as temporary, output_errors(path):
-        temporary.write_bytes(text + b"\n")
+        temporary.write_text(f"{text}\n", encoding="utf-8")
 
 
 def read_manifest(prefix: Path | str) -> DatasetManifest | None:
@@ -191,6 +191,11 @@ def build_manifest(
     return DatasetManifest(**{**found, **known})
 
 
+def compact_json(content: object) -> bytes:
+    """JSON in the one form that hashes are taken of."""
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogatepass")
+
+
 def ids_outside(tokens: NDArray[Any], vocab_size: int) -> int:
     """How many are not in [0, vocab_size)."""
     return int(np.count_nonzero((tokens < 0) | (tokens >= vocab_size)))
@@ -203,8 +208,8 @@ def file_sha256(path: Path) -> str:
 
 def _parse(path: Path, text: bytes) -> DatasetManifest:
     try:
-        fields = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise DataError(Problem("manifest", path, f"is not JSON ({error})", REMEDY)) from None
     if not isinstance(fields, dict) or _CHECKSUM not in fields:
         raise DataError(Problem("manifest", path, "is not the manifest of a dataset", REMEDY))
@@ -226,4 +231,4 @@ def _parse(path: Path, text: bytes) -> DatasetManifest:
 
 
 def _sha256_of(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(orjson.dumps(fields)).hexdigest()
+    return hashlib.sha256(compact_json(fields)).hexdigest()

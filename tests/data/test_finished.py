@@ -9,9 +9,9 @@ from llama_mcore.cli import app
 from llama_mcore.data.indexed_dataset import IndexedDataset
 from llama_mcore.data.manifest import manifest_path
 from llama_mcore.errors import DataError, OutputError
+from llama_mcore.preprocess import preprocess
 from llama_mcore.preprocess.merge import merge_datasets
-from llama_mcore.preprocess.pipeline import Preprocessing
-from llama_mcore.preprocess.preprocess import preprocess
+from llama_mcore.preprocess.pipeline import Pipeline
 from llama_mcore.tokenizer import train
 from llama_mcore.tokenizer.train import train_tokenizer
 from tests.support.errors import check_problem, is_shown, refused
@@ -62,7 +62,7 @@ def test_the_same_job_finds_its_work_done(
 ) -> None:
     preprocess([corpus], tokenizer_model, tmp_path / "d", validation_split=0.3)
     before = contents(tmp_path)
-    monkeypatch.setattr(Preprocessing, "_make", made_again)
+    monkeypatch.setattr(Pipeline, "_make_datasets", made_again)
     capsys.readouterr()
     preprocess([corpus], tokenizer_model, tmp_path / "d", validation_split=0.3, encoder="sentencepiece")
     assert capsys.readouterr().out.count(NOTHING) == 2

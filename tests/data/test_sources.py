@@ -6,7 +6,7 @@ import pytest
 from llama_mcore.data.config import DataConfig, SourceConfig
 from llama_mcore.data.sources import missing_inputs, open_sources, plan_run
 from llama_mcore.errors import DataError, MissingInputError
-from llama_mcore.preprocess.preprocess import preprocess
+from llama_mcore.preprocess import preprocess
 from llama_mcore.tokenizer.train import train_tokenizer
 from tests.support.errors import check_problem, refused
 

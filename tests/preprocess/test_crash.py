@@ -15,8 +15,7 @@ import psutil
 import pytest
 
 from llama_mcore.errors import ConfigError, DataError, OutputError
-from llama_mcore.preprocess import part_store, pipeline
-from llama_mcore.preprocess.preprocess import preprocess
+from llama_mcore.preprocess import part_store, pipeline, preprocess
 from llama_mcore.progress import ByteProgress
 from llama_mcore.tokenizer.train import train_tokenizer
 from tests.support.errors import refused
@@ -167,9 +166,9 @@ def with_two_workers(
     """Preprocess; a time after so many parts are finished, this process or a worker is killed."""
     left, advance = finished, ByteProgress.advance
 
-    def advance_and_kill(progress: ByteProgress, **counts: int) -> None:
+    def advance_and_kill(progress: ByteProgress, *counts: int) -> None:
         nonlocal left
-        advance(progress, **counts)
+        advance(progress, *counts)
         left -= 1
         if left == 0:
             time.sleep(later_s)

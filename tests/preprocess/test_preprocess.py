@@ -25,10 +25,9 @@ from llama_mcore.cli import app
 from llama_mcore.data.indexed_dataset import IndexedDataset
 from llama_mcore.data.manifest import build_manifest
 from llama_mcore.errors import ConfigError, DataError, PreflightError
-from llama_mcore.preprocess import pipeline
+from llama_mcore.preprocess import pipeline, preprocess
 from llama_mcore.preprocess import worker as worker_module
 from llama_mcore.preprocess.inputs import Unit
-from llama_mcore.preprocess.preprocess import preprocess
 from llama_mcore.preprocess.worker import shuffle
 from llama_mcore.tokenizer.tokenizer import Tokenizer
 from tests.support.errors import is_shown, refused
@@ -490,7 +489,7 @@ def test_an_encoder_that_differs_is_found_at_the_start(
         "load_encoder",
         lambda name, model: Wrong() if name == "gigatoken" else load(name, model),
     )
-    with refused(DataError, "encoder", "gigatoken"):
+    with refused(DataError, "--encoder", "gigatoken"):
         preprocess([corpus], tokenizer_model, tmp_path / "d")
     assert list(tmp_path.iterdir()) == []
 
@@ -527,7 +526,7 @@ def test_a_killed_worker_is_an_error_and_leaves_nothing(
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    with refused(PreflightError, "workers", 2) as caught:
+    with refused(PreflightError, "--workers", 2) as caught:
         preprocess([long_corpus], tokenizer_model, output / "d", workers=2)
     killer.join()
     assert str(long_corpus) in str(caught.value)
