@@ -301,7 +301,7 @@ def test_the_model_learns_from_the_sample_alone(tmp_path: Path) -> None:
     """A model trained on the sampled lines themselves has the same bytes."""
     source = write_jsonl(tmp_path / "a.jsonl", documents(words(0, 600)))
     train_tokenizer([source], tmp_path / "budget.model", vocab_size=330, bytes_per_source=6000)
-    from llama_mcore.tokenizer.sampling import Reservoir
+    from llama_mcore.tokenizer.corpus import Reservoir
 
     reservoir = Reservoir(6000, "0 a")
     for line in words(0, 600):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_mcore.tokenizer.sampling import Reservoir
+from llama_mcore.tokenizer.corpus import Reservoir
 
 
 def sample(lines: Iterable[bytes], budget: int, seed: str = "0") -> list[bytes]:
