@@ -174,10 +174,10 @@ def test_verify_lists_all_damaged_blocks(damaged: Path) -> None:
     assert run(damaged)[0] == 0
     code, text, errors = run(damaged, "--verify")
     assert code == 65
-    assert "verified    NO: 2 wrong" in text
-    assert "block 1 does not have its checksum and holds 1 token ids outside the vocabulary of 20" in errors
+    assert "verified    NO: 2 problems" in text
+    assert "block 1 does not match its checksum and holds 1 token ids outside the vocabulary of 20" in errors
     assert "bytes 8 to 15, documents 0 to 2" in errors
-    assert "block 3 does not have its checksum: bytes 24 to 31, documents 2 to 2" in errors
+    assert "block 3 does not match its checksum: bytes 24 to 31, documents 2 to 2" in errors
     code, output, _ = run(damaged, "--verify", "--json")
     assert code == 65
     assert [(each["block"], each["first_byte"]) for each in orjson.loads(output)["damaged_blocks"]] == [

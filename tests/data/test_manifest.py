@@ -96,7 +96,7 @@ def test_a_folder_of_that_name(prefix: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "where"), [(12, "1 tokens from position 4"), (7, "2 tokens from position 0")]
+    ("vocab_size", "where"), [(12, "1 token ids from position 4"), (7, "2 token ids from position 0")]
 )
 def test_a_vocabulary_that_the_tokens_do_not_fit_into(prefix: Path, vocab_size: int, where: str) -> None:
     with refused(DataError, "vocab_size", vocab_size) as error:

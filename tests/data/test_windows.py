@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_mcore.data.manifest import build_manifest, write_manifest
-from llama_mcore.data.windows import Parts, Window, WindowDataset, read_windows
+from llama_mcore.data.windows import ConcatenatedWindows, Window, WindowDataset, read_windows
 from llama_mcore.errors import DataError
 from tests.data.test_indexed_dataset import write
 from tests.support.errors import refused
@@ -75,7 +75,7 @@ def test_a_larger_vocabulary_is_refused_at_once(prefix: Path) -> None:
     assert WindowDataset(prefix, seq_length=4, vocab_size=64).bytes_per_token == 3
     with refused(DataError, "dataset", prefix) as error:
         WindowDataset(prefix, seq_length=4, vocab_size=32)
-    assert "64 tokens; model.vocab_size = 32" in str(error.value)
+    assert "vocabulary of 64; model.vocab_size = 32" in str(error.value)
 
 
 DTYPES = [np.uint8, np.uint16, np.int32, np.int64]
@@ -149,7 +149,7 @@ def test_a_file_cut_short_after_it_was_opened(prefix: Path) -> None:
 
 def test_parts_number_windows_through_a_thousand_files() -> None:
     windows = [0, 3, 0, 0, 1] * 200
-    parts = Parts(windows)
+    parts = ConcatenatedWindows(windows)
     assert parts.num_windows == 800
     expected = [(part, number) for part, count in enumerate(windows) for number in range(count)]
     assert [parts.locate(window) for window in range(800)] == expected
