@@ -99,7 +99,7 @@ def test_a_file_system_that_does_not_answer_is_given_up(
     (tmp_path / "a").touch()
     let_go = threading.Event()
     monkeypatch.setattr(small_file, "_read", lambda *args: let_go.wait())
-    monkeypatch.setattr(small_file, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(small_file, "_TIMEOUT_S", 0.01)
     with pytest.raises(OSError) as error:
         read_small_file(tmp_path / "a", 5)
     let_go.set()
