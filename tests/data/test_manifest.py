@@ -55,7 +55,7 @@ def write_fields(prefix: Path, fields: dict[str, Any]) -> None:
 @given(
     data=st.binary(max_size=200), cuts=st.lists(st.integers(0, 200)), block_bytes=st.sampled_from([8, 16, 64])
 )
-def test_checksums_do_not_depend_on_the_pieces(data: bytes, cuts: list[int], block_bytes: int) -> None:
+def test_checksums_do_not_depend_on_the_chunks(data: bytes, cuts: list[int], block_bytes: int) -> None:
     checksums = BlockChecksums(block_bytes)
     for first, end in pairwise([0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]):
         checksums.update(data[first:end])

@@ -42,7 +42,7 @@ def test_a_last_window_needs_its_last_label(prefix: Path, seq_length: int, num_w
             read(dataset, outside)
 
 
-def test_parts_are_one_source_whose_windows_stay_inside_them(prefix: Path, tmp_path: Path) -> None:
+def test_windows_of_several_datasets_stay_inside_each(prefix: Path, tmp_path: Path) -> None:
     write(tmp_path / "short", [[90, 91]])
     write(tmp_path / "other", [list(range(50, 60))])
     dataset = WindowDataset([prefix, tmp_path / "short", tmp_path / "other"], seq_length=4)
@@ -88,7 +88,7 @@ PARTS = st.lists(
 
 @settings(max_examples=40, deadline=None)
 @given(parts=PARTS, seq_length=st.integers(1, 8), vocab_size=st.integers(1, 256) | st.none(), data=st.data())
-def test_windows_are_slices_of_their_parts(
+def test_windows_are_slices_of_their_datasets(
     tmp_path_factory: pytest.TempPathFactory,
     parts: list[tuple[type[np.integer], list[int]]],
     seq_length: int,
@@ -147,7 +147,7 @@ def test_a_file_cut_short_after_it_was_opened(prefix: Path) -> None:
     assert "byte 26" in str(error.value)
 
 
-def test_parts_number_windows_through_a_thousand_files() -> None:
+def test_windows_are_numbered_through_a_thousand_datasets() -> None:
     windows = [0, 3, 0, 0, 1] * 200
     parts = ConcatenatedWindows(windows)
     assert parts.num_windows == 800

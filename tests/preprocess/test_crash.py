@@ -230,7 +230,7 @@ def test_parts_of_another_input_or_tokenizer_are_refused(
     assert str(input) in str(error.value)
 
 
-def test_what_changes_nothing_goes_on(
+def test_parts_are_kept_under_settings_that_change_nothing(
     begun: Path, spoilt: Path, tokenizer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefix = go_on_from(begun, tmp_path)
@@ -241,7 +241,7 @@ def test_what_changes_nothing_goes_on(
     assert before.items() <= parts(tmp_path).items()
 
 
-def test_a_job_that_fails_at_a_bad_line_goes_on_when_told_to_skip(
+def test_parts_are_kept_after_a_bad_line_that_is_then_skipped(
     spoilt: Path, tokenizer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefix = tmp_path / "d"
@@ -274,12 +274,12 @@ def test_a_damaged_part_is_found_and_made_again(
     assert outputs(prefix.parent) == outputs(tmp_path / "clean")
 
 
-def test_two_jobs_do_not_make_one_dataset(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
+def test_lock_keeps_two_jobs_off_one_dataset(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
     with part_store.Lock(tmp_path / "d.parts"), refused(OutputError, "output", tmp_path / "d.parts"):
         preprocess([corpus], tokenizer_model, tmp_path / "d")
 
 
-def test_a_stream_begins_anew(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
+def test_a_stream_starts_from_scratch(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
     """What it holds the second time may be something else."""
     pipe, prefix = tmp_path / "pipe", tmp_path / "out" / "d"
     os.mkfifo(pipe)

@@ -341,7 +341,7 @@ DIFFERENCES: dict[str, tuple[str, Callable[[ModelProto], ModelProto], str]] = {
 
 
 @pytest.mark.parametrize("difference", DIFFERENCES)
-def test_sentencepiece_does_what_gigatoken_does_otherwise(
+def test_fallback_to_sentencepiece_where_gigatoken_differs(
     difference: str, models: dict[str, ModelProto], tmp_path: Path
 ) -> None:
     reason, change, text = DIFFERENCES[difference]
@@ -352,7 +352,7 @@ def test_sentencepiece_does_what_gigatoken_does_otherwise(
     assert rows(encoder, texts) == [Definition(model).ids(text) for text in texts]
 
 
-def test_cuts_change_nothing(models: dict[str, ModelProto], documents: list[str]) -> None:
+def test_splitting_changes_no_tokens(models: dict[str, ModelProto], documents: list[str]) -> None:
     """Parts of 50 characters, where 4 million is the rule; each text alone, and with others."""
     texts = [text[:400] for text in (*TEXTS.values(), *documents[::20])]
     for model in models.values():
@@ -363,7 +363,7 @@ def test_cuts_change_nothing(models: dict[str, ModelProto], documents: list[str]
             assert [rows(encoder, [text])[0] for text in texts[:5]] == expected[:5]
 
 
-def test_cuts_lie_where_no_piece_reaches_across(models: dict[str, ModelProto], documents: list[str]) -> None:
+def test_splitting_where_no_piece_reaches_across(models: dict[str, ModelProto], documents: list[str]) -> None:
     text = "".join(documents)[:100_000]
     splitter = TextSplitter(models["llama"], chunk_characters=1000)
     parts = list(splitter.split(text))
@@ -374,7 +374,7 @@ def test_cuts_lie_where_no_piece_reaches_across(models: dict[str, ModelProto], d
     assert list(splitter.split("")) == [""]
 
 
-def test_a_call_of_any_size_is_done_in_batches_of_a_part(
+def test_gigatoken_gets_batches_of_a_chunk(
     models: dict[str, ModelProto], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No batch is longer than 50 characters, but for a text that is."""
@@ -397,7 +397,7 @@ def test_a_call_of_any_size_is_done_in_batches_of_a_part(
     assert sum(length for (length,) in cut) == 60
 
 
-def test_what_removes_spaces_is_not_cut(models: dict[str, ModelProto]) -> None:
+def test_splitting_is_left_out_for_models_that_remove_spaces(models: dict[str, ModelProto]) -> None:
     _, change, _ = DIFFERENCES["spaces removed"]
     model = change(models["llama"])
     text = f"a {ALPHA}"
@@ -405,7 +405,7 @@ def test_what_removes_spaces_is_not_cut(models: dict[str, ModelProto]) -> None:
     assert rows(encoder, [text]) == [Definition(model).ids(text)]
 
 
-def test_sentencepiece_is_what_it_says(models: dict[str, ModelProto], tmp_path: Path) -> None:
+def test_sentencepiece_is_the_definition(models: dict[str, ModelProto], tmp_path: Path) -> None:
     encoder = load_encoder("sentencepiece", saved(models["llama"], tmp_path))
     definition = Definition(models["llama"])
     assert (encoder.name, encoder.fallback_reason) == ("sentencepiece", None)

@@ -65,7 +65,9 @@ def test_merged_shards_are_the_single_run(
         assert {each.path for each in merged.manifest.inputs} == {str(path) for path in files}
 
 
-def test_files_of_unknown_length_are_one_shards(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
+def test_a_file_of_unknown_length_is_in_one_shard(
+    corpus: Path, tokenizer_model: Path, tmp_path: Path
+) -> None:
     files = []
     for number in range(5):
         files.append(tmp_path / f"{number}.jsonl.gz")
@@ -113,7 +115,9 @@ def test_megatrons_datasets_are_merged_by_the_tool(tmp_path: Path) -> None:
     assert manifest == build_manifest(tmp_path / "m")
 
 
-def test_what_does_not_fit_together_is_refused(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
+def test_merging_what_does_not_fit_together_is_refused(
+    corpus: Path, tokenizer_model: Path, tmp_path: Path
+) -> None:
     train_tokenizer([corpus], tmp_path / "other.model", vocab_size=390)
     preprocess([corpus], tokenizer_model, tmp_path / "a")
     preprocess([corpus], tokenizer_model, tmp_path / "eod", append_eod=True)

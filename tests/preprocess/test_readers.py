@@ -204,7 +204,7 @@ def test_a_bad_line_ends_the_reading_of_records(tmp_path: Path) -> None:
         b'{"text": "good", "other": 1, "other": 2}',
     ],
 )
-def test_what_looks_like_a_repeated_key_is_none(line: bytes, tmp_path: Path) -> None:
+def test_a_key_that_only_looks_repeated_is_accepted(line: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(line)
     assert read(tmp_path / "a.jsonl") == (["good"], [])
 
@@ -248,7 +248,7 @@ def check_damage(path: Path, byte: int) -> None:
     assert error.value.problems[0].remedy
 
 
-def test_a_bomb_is_read_in_little_memory(tmp_path: Path) -> None:
+def test_a_decompression_bomb_is_read_in_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
     with path.open("wb") as file, zstandard.ZstdCompressor().stream_writer(file) as stream:
         for _ in range(6000):
