@@ -193,11 +193,15 @@ def _describe(path: Path, argument: str) -> tuple[InputFile, Problem | None]:
     # An unknown ending is taken for JSONL: if the file is not, its first line is refused.
     format: Format = format_by_name(path) or "jsonl"
     try:
+        str(path).encode()  # manifests are UTF-8, and they name it
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             return InputFile(path, "stream", 0, argument), None
         with path.open("rb") as stream:
             start = stream.read(8)
+    except UnicodeEncodeError:
+        problem = Problem("--input", path, "has a name that is not UTF-8", "rename the file")
+        return InputFile(path, format, 0, argument), problem
     except OSError as error:
         return InputFile(path, format, 0, argument), input_problem("--input", path, error=error)
     file = InputFile(path, format, status.st_size, argument)

@@ -109,7 +109,7 @@ class UnitEncoder:
                 number += unit.lines_before
             elif group.format != "parquet":
                 number += lines_before(group, unit.index * self._spec.unit_bytes)
-        return bad_line_error(bad, number)
+        return bad_line_error(bad, number, "fix it, or skip bad lines with --on-bad-line skip")
 
     def _encode(self, batch: Batch, outputs: list[_Output], counts: _Counts) -> None:
         spec = self._spec

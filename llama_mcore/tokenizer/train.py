@@ -269,7 +269,7 @@ def _print_elapsed(done: threading.Event) -> None:
 def _training_error(message: str, vocab_size: int, sources: Sequence[TextSource]) -> DataError:
     if match := re.search(r"Vocabulary size too high .* value <= (\d+)", message):
         most = match[1]
-        reason = f"is more than the text supports, which is {most}"
+        reason = f"is too large for this text, which supports at most {most}"
         return DataError(
             Problem("--vocab-size", vocab_size, reason, f"give more text or --vocab-size {most}")
         )
@@ -279,7 +279,12 @@ def _training_error(message: str, vocab_size: int, sources: Sequence[TextSource]
     if "!sentences_.empty()" in message:
         return _no_lines(sources)
     return DataError(
-        Problem("--input", "all documents", f"SentencePiece cannot train on them ({message.strip()})")
+        Problem(
+            "--input",
+            "all documents",
+            f"SentencePiece cannot train on them ({message.strip()})",
+            "check the text, or give more of it",
+        )
     )
 
 

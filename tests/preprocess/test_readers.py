@@ -1,5 +1,6 @@
 import gzip
 import io
+import os
 import random
 import re
 import resource
@@ -388,10 +389,10 @@ def test_every_missing_input_is_named(tmp_path: Path) -> None:
         ("a.jsonl", gzip.compress(b"{}", mtime=0), "gzip", ".jsonl.gz"),
         ("a.txt", zstd(b"{}"), "zstd", ".jsonl.zst"),
         ("a.jsonl.gz", zstd(b"{}"), "zstd", ".jsonl.zst"),
-        ("a.jsonl.gz", b'{"text": "a"}\n', "as its name says", ""),
-        ("a.parquet", b'{"text": "a"}\n', "as its name says", ""),
-        ("a.jsonl.zst", b"", "as its name says", ""),
-        ("a.json", b"BZh91AY", "bzip2", ""),
+        ("a.jsonl.gz", b'{"text": "a"}\n', "as its name says", "complete"),
+        ("a.parquet", b'{"text": "a"}\n', "as its name says", "complete"),
+        ("a.jsonl.zst", b"", "as its name says", "complete"),
+        ("a.json", b"BZh91AY", "bzip2", "decompress"),
     ],
 )
 def test_a_name_that_does_not_fit_the_content_is_refused(
@@ -402,6 +403,14 @@ def test_a_name_that_does_not_fit_the_content_is_refused(
         find_inputs([tmp_path / name])
     assert found in error.value.problems[0].reason
     assert remedy in error.value.problems[0].remedy
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(bytes(tmp_path) + b"/\xff.jsonl"))
+    path.write_bytes(jsonl(["a"]))
+    with refused(MissingInputError, "--input", path) as error:
+        find_inputs([tmp_path])
+    assert str(error.value).isascii()
 
 
 def test_folders_and_patterns_are_sorted_and_a_file_is_taken_once(tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
-def bad_line_error(bad: BadLine, number: int | None) -> DataError:
+def bad_line_error(bad: BadLine, number: int | None, remedy: str = "fix it") -> DataError:
     """The error for a bad line, with its number in the file, counted from 1."""
     place = "row" if bad.path.suffix == ".parquet" else "line"
     where = str(bad.path) if number is None else f"{bad.path} {place} {number}"
-    return DataError(Problem("--input", where, bad.reason))
+    return DataError(Problem("--input", where, bad.reason, remedy))

@@ -109,7 +109,7 @@ class ParquetRows:
         for key in self._keys:
             if key not in schema.names:
                 reason = f"has no column {key!r}; its columns: {', '.join(schema.names) or 'none'}"
-                problems.append(Problem("--input", self._path, reason))
+                problems.append(Problem("--input", self._path, reason, "name a column that holds text"))
             elif not _holds_text(schema.field(key).type):
                 reason = f"holds {schema.field(key).type} in column {key!r}, not strings"
                 problems.append(Problem("--input", self._path, reason, "name a column that holds text"))
