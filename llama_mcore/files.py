@@ -43,7 +43,7 @@ def prepare_output(path: Path, field: str = "output") -> None:
 
 
 def replace_durably(temporary: Path, path: Path) -> None:
-    """Rename `temporary` to `path`; even after a power cut, `path` has all its bytes or does not exist."""
+    """Rename `temporary` to `path`; even after a power cut `path` never has half of the bytes."""
     with temporary.open("rb") as stream:
         os.fsync(stream.fileno())
     os.replace(temporary, path)
