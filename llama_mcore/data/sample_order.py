@@ -25,13 +25,8 @@ def source_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8])
 
 
-def window_at(position: int, num_windows: int, seed: int) -> int:
-    """Window that the sample at `position`, counted over all epochs, reads."""
-    return int(windows_at(np.array([position], dtype=np.int64), num_windows, seed)[0])
-
-
 def windows_at(positions: NDArray[np.int64], num_windows: int, seed: int) -> NDArray[np.int64]:
-    """Windows of several positions, which may lie in different epochs."""
+    """Windows that the samples at `positions`, counted over all epochs, read."""
     epochs, indices = np.divmod(positions.astype(np.uint64), np.uint64(num_windows))
     keys = _mix(_mix(np.full(positions.shape, seed % 2**64, dtype=np.uint64)) + epochs)
     half_bits = max(1, ((num_windows - 1).bit_length() + 1) // 2)
