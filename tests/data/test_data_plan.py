@@ -108,7 +108,7 @@ def test_the_ledger_counts_what_was_read(windows: list[int], position: int) -> N
 
 @pytest.fixture
 def datasets(tmp_path: Path) -> dict[str, WindowDataset]:
-    """Of 20 and 10 windows."""
+    """Sources of 20 and 10 windows."""
     write(tmp_path / "a", [list(range(41))])
     write(tmp_path / "b", [list(range(21))])
     return {name: WindowDataset(tmp_path / name, 2) for name in "ab"}

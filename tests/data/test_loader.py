@@ -194,7 +194,7 @@ def test_validation_reads_all_of_a_small_set(wanted: int | None) -> None:
 
 
 def test_validation_samples_all_of_a_large_set() -> None:
-    """Of 100,000 windows 1,000 are drawn without replacement. In each tenth lie 100 of them on average with a
+    """1,000 of 100,000 windows are drawn without replacement. In each tenth lie 100 of them on average with a
     deviation below sqrt(1000 * 0.1 * 0.9) = 9.5; six of these are 57."""
     drawn = validation_windows(1000, 100_000)
     assert len(set(drawn.tolist())) == 1000

@@ -37,7 +37,7 @@ Files = dict[str, bytes]
 
 
 def in_units_of(size: int) -> None:
-    """What is cut in pieces of at least 4 MB is cut in pieces of so many bytes, in this process."""
+    """Make units of so many bytes, instead of at least 4 MB, in this process."""
     pipeline.unit_bytes_for = lambda files: size
 
 
@@ -95,7 +95,7 @@ def killed_at(number: int, inputs: list[Path], model: Path, prefix: Path) -> Non
 
 
 def dies(number: int, spoilt: Path, model: Path, folder: Path) -> bool:
-    """Whether a job came as far as that change, and so was killed."""
+    """True if a job came as far as that change, and so was killed."""
     (code,) = exit_codes_of(1, killed_at, number, [spoilt], model, folder / "d")
     assert code in (0, -signal.SIGKILL)
     return code != 0
@@ -116,7 +116,7 @@ def test_killed_before_any_change_on_disk(spoilt: Path, tokenizer_model: Path, t
 
 
 def killed_before_each_change(spoilt: Path, model: Path, folder: Path) -> tuple[list[Files], list[Files]]:
-    """What a kill leaves, for every change on disk; and what going on from every seventh makes of it."""
+    """Files that a kill leaves at every change on disk, and those finished from every seventh state."""
     in_units_of(UNIT_BYTES)
     left: list[Files] = []
     finished: list[Files] = []
@@ -130,7 +130,7 @@ def killed_before_each_change(spoilt: Path, model: Path, folder: Path) -> tuple[
 
 
 def killed_again_and_again(spoilt: Path, model: Path, folder: Path) -> Files:
-    """What a job makes that goes on from what is there, and each time comes five changes further."""
+    """Files of a job that is killed again and again, five changes further each time."""
     number = 0
     while dies(number, spoilt, model, folder):
         number += 5
@@ -280,7 +280,7 @@ def test_lock_keeps_two_jobs_off_one_dataset(corpus: Path, tokenizer_model: Path
 
 
 def test_a_stream_starts_from_scratch(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
-    """What it holds the second time may be something else."""
+    """A stream may hold something else the second time."""
     pipe, prefix = tmp_path / "pipe", tmp_path / "out" / "d"
     os.mkfifo(pipe)
     lines = corpus.read_bytes().splitlines(keepends=True)
