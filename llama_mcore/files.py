@@ -1,4 +1,4 @@
-"""Output files appear under their final name complete, or not at all."""
+"""Output files that appear under their final name complete, or not at all."""
 
 import os
 from collections.abc import Iterator
@@ -9,28 +9,25 @@ from llama_mcore.errors import OutputError, Problem
 
 
 def temporary_name(path: Path) -> Path:
-    """Where `path` is written until it is complete: hidden, beside it, and so on the same file system."""
+    """Name of `path` until it is complete: hidden, and in the same folder, so that it can be renamed."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 @contextmanager
 def output_errors(path: Path, field: str = "output") -> Iterator[None]:
-    """Turn what the operating system refuses while writing `path` into an OutputError that names `field`."""
+    """Turn an OSError while writing `path` into an OutputError that names `field`."""
     try:
         yield
     except OSError as error:
         raise OutputError(
             Problem(
-                field,
-                path,
-                f"cannot be written ({error.strerror})",
-                "choose another place or free some space",
+                field, path, f"cannot be written ({error.strerror})", "choose another place, or free space"
             )
         ) from error
 
 
 def prepare_output(path: Path, field: str = "output") -> None:
-    """Make the folder of `path` and check, before any work, that a file of that name can appear in it."""
+    """Make the folder of `path`, and check before any work that the file can be written."""
     probe = temporary_name(path)
     with output_errors(path, field):
         if path.is_dir():
@@ -46,7 +43,7 @@ def prepare_output(path: Path, field: str = "output") -> None:
 
 
 def replace_durably(temporary: Path, path: Path) -> None:
-    """Publish `temporary` as `path`; after a power cut the name never stands for half the bytes."""
+    """Rename `temporary` to `path`; even after a power cut `path` never has half of the bytes."""
     with temporary.open("rb") as stream:
         os.fsync(stream.fileno())
     os.replace(temporary, path)
@@ -54,7 +51,7 @@ def replace_durably(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def published(path: Path) -> Iterator[Path]:
-    """Yield the name to write to; it becomes `path` if the block succeeds and is removed if it fails."""
+    """Yield a temporary name, which becomes `path` if the block succeeds and is deleted if it fails."""
     prepare_output(path)
     temporary = temporary_name(path)
     try:

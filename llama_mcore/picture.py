@@ -1,4 +1,4 @@
-"""A matplotlib figure as a PNG file, whole or not at all."""
+"""Matplotlib figures as PNG files."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def save_figure(figure: "Figure", output: Path) -> None:
-    """Raises OutputError."""
+    """Write a figure, completely or not at all. Raises OutputError."""
     # Agg by object, not by matplotlib.use: drawing must not change the caller's backend.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

@@ -1,7 +1,7 @@
-"""Text files that somebody else may have written: read whole or refused, in bounded time and memory.
+"""Small files from untrusted sources: read whole or refused, in bounded time and memory.
 
-What reads oddly is refused rather than guessed at: a key twice, a number that is no finite one. Every
-function raises OSError or ValueError, whatever is wrong.
+Ambiguous content is refused: a key that is there twice, a number that is not finite. Every function raises
+OSError or ValueError, whatever is wrong.
 """
 
 import errno
@@ -20,21 +20,21 @@ import yaml
 _LARGEST_INT = (1 << 63) - 1
 _DEEPEST = 50
 _MOST_CONTAINERS = 1_000_000
-_PATIENCE_S = 60.0
+_TIMEOUT_S = 60.0
 
 
 def read_small_file(path: Path, limit: int, *, follow: bool = False) -> bytes:
-    """A regular file of at most `limit` bytes, read within a minute; a symbolic link only where `follow`.
+    """Content of a regular file of at most `limit` bytes; of a symbolic link only with `follow`.
 
-    Waits for no pipe, and for a file system that does not answer no longer than that minute (TimeoutError).
+    Does not wait for a pipe, nor longer than a minute for a file system that does not answer (TimeoutError).
     """
     answer: Future[bytes] = Future()
-    # a system call that a file system does not answer can only be left behind
+    # A system call that the file system does not answer cannot be ended, only left behind in its thread.
     Thread(target=_settle, args=(answer, path, limit, follow), daemon=True).start()
     try:
-        return answer.result(_PATIENCE_S)
+        return answer.result(_TIMEOUT_S)
     except TimeoutError:
-        raise TimeoutError(errno.ETIMEDOUT, f"no answer in {_PATIENCE_S:g} s", str(path)) from None
+        raise TimeoutError(errno.ETIMEDOUT, f"no answer in {_TIMEOUT_S:g} s", str(path)) from None
 
 
 def _settle(answer: "Future[bytes]", path: Path, limit: int, follow: bool) -> None:
@@ -52,7 +52,7 @@ def _read(path: Path, limit: int, follow: bool) -> bytes:
             raise ValueError("it is not a regular file")
         size = status.st_size
         if size <= limit:
-            content = file.read(limit + 1)  # more than its size, where it is being written
+            content = file.read(limit + 1)  # it may have grown meanwhile
             size = len(content)
         if size > limit:
             raise ValueError(f"it has {size:,} bytes, more than {limit:,}")
@@ -64,8 +64,9 @@ def read_json(path: Path, limit: int, *, follow: bool = False) -> Any:
 
 
 def parse_json(text: bytes, most_containers: int = _MOST_CONTAINERS) -> Any:
-    """What JSON text says."""
-    if text.count(b"[") + text.count(b"{") > most_containers:  # two bytes that take sixty
+    """Content of JSON text."""
+    # An empty list is two bytes of text, and sixty in memory.
+    if text.count(b"[") + text.count(b"{") > most_containers:
         raise ValueError(f"it holds more than {most_containers:,} lists and objects")
     try:
         content = json.loads(
@@ -82,7 +83,7 @@ def parse_json(text: bytes, most_containers: int = _MOST_CONTAINERS) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """What plain YAML text says: no tags, which build objects, and no aliases."""
+    """Content of plain YAML text, without tags, which build objects, and without aliases."""
     try:
         content = _PlainLoader(text).get_single_data()
     except yaml.YAMLError as error:
@@ -94,12 +95,12 @@ def parse_yaml(text: str) -> Any:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """A few lines of aliases can stand for more than a machine holds."""
+    """Loader without tags and aliases: a few lines of aliases can expand to more than the memory."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"it uses the alias *{event.anchor}: write out what that stands for")
+            raise ValueError(f"it uses the alias *{event.anchor}: write its value out")
         if getattr(event, "tag", None) is not None:
             raise ValueError(f"it uses the tag {event.tag}")
         return super().compose_node(parent, index)
@@ -116,7 +117,7 @@ _PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_bou
 
 
 def _check_depth(content: Any) -> None:
-    """What was parsed at the limit of the stack could not be written again."""
+    # Content that was parsed at the limit of the stack could not be written again.
     level = [content]
     for _ in range(_DEEPEST):
         level = [
@@ -140,7 +141,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"it holds {text[:80]}, which is no finite number")
+        raise ValueError(f"it holds {text[:80]}, which is not a finite number")
     return number
 
 

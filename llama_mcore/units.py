@@ -1,4 +1,4 @@
-"""Sizes as people write and read them."""
+"""Sizes and counts as people write and read them."""
 
 import re
 
@@ -17,7 +17,7 @@ _FACTORS = {
 
 
 def parse_bytes(field: str, text: str) -> int:
-    """5GB, 500MB, 2GiB or a plain number -> bytes. Raises ConfigError naming `field`."""
+    """Bytes of 5GB, 500MB, 2GiB or a plain number. Raises ConfigError naming `field`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     factor = _FACTORS.get(match[2].upper()) if match else None
     size = int(float(match[1]) * factor) if match and factor else 0
@@ -30,9 +30,9 @@ _COUNT_FACTORS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 def parse_count(field: str, text: str, at_least: float, at_most: float, whole: bool = False) -> float:
-    """1.4T, 65B, 5.6e23 or a plain number.
+    """Number written as 1.4T, 65B, 5.6e23 or plainly.
 
-    Raises ConfigError naming `field` for what is none, out of bounds or, where it must be, not whole.
+    Raises ConfigError naming `field` if it is not a number, out of bounds, or not whole although it must be.
     """
     match = re.fullmatch(r"(\d{1,40}(?:\.\d{1,40})?(?:[eE][+-]?\d{1,4})?)\s*([KMBTkmbt]?)", text.strip())
     count = float(match[1]) * _COUNT_FACTORS[match[2].upper()] if match else None
@@ -44,7 +44,7 @@ def parse_count(field: str, text: str, at_least: float, at_most: float, whole: b
 
 
 def format_bytes(count: int) -> str:
-    """12.6 GiB; a GPU's `80 GB` are 80 of these."""
+    """Size as 12.6 GiB; the `80 GB` of a GPU are 80 GiB."""
     for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
         if count >= 1024**power:
             return f"{count / 1024**power:.1f} {unit}"
@@ -52,7 +52,7 @@ def format_bytes(count: int) -> str:
 
 
 def format_count(number: float) -> str:
-    """Three digits, as parse_count reads them: 6.74B, 1.40T, 950M; below a thousand as it is."""
+    """Number to three digits, as parse_count reads it: 6.74B, 1.40T, 950M."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(number) >= 0.9995 * size:
             return f"{_three_digits(number / size)}{unit}"

@@ -93,13 +93,13 @@ def test_a_file_that_a_user_names_may_be_a_link(tmp_path: Path) -> None:
     assert read_json_object(config)["num_hidden_layers"] == PLAIN["num_layers"]
 
 
-def test_a_file_system_that_does_not_answer_is_given_up(
+def test_timeout_of_a_file_system_that_does_not_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a").touch()
     let_go = threading.Event()
     monkeypatch.setattr(small_file, "_read", lambda *args: let_go.wait())
-    monkeypatch.setattr(small_file, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(small_file, "_TIMEOUT_S", 0.01)
     with pytest.raises(OSError) as error:
         read_small_file(tmp_path / "a", 5)
     let_go.set()

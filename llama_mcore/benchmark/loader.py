@@ -24,7 +24,7 @@ from llama_mcore.data.data_plan import Segment, SourcePlan, plan_segment
 from llama_mcore.data.indexed_dataset import IndexedWriter
 from llama_mcore.data.loader import MicroBatches, Samples, micro_batch
 from llama_mcore.data.manifest import build_manifest, write_manifest
-from llama_mcore.data.windows import Parts, WindowDataset
+from llama_mcore.data.windows import ConcatenatedWindows, WindowDataset
 
 SEQ_LENGTH = 2048
 MICRO_BATCH = 8
@@ -173,7 +173,7 @@ def windows_of_files() -> Iterator[list[int]]:
 
 def locate(files: list[list[int]], position: int, number: int) -> tuple[int, int]:
     """The file, among those of its source, and the window in it that the sample at `position` reads."""
-    parts = [Parts(windows) for windows in files]
+    parts = [ConcatenatedWindows(windows) for windows in files]
     plans = tuple(
         SourcePlan(
             name=name,

@@ -19,7 +19,7 @@ from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.data.data_plan import format_table
 from llama_mcore.errors import CheckpointError, MissingInputError, Problem, input_problem, shown
 from llama_mcore.model.parameters import pattern_of
-from llama_mcore.progress import InputProgress
+from llama_mcore.progress import ByteProgress
 
 _SHOWN_FILES = 20
 
@@ -51,8 +51,8 @@ def inspect_checkpoint(path: Path, *, verify: bool = False, as_json: bool = Fals
     """
     folders, is_run = _folders(path)
     total = sum(_size(folder) for folder in folders if verify and folder.suffix != TEMPORARY)
-    with InputProgress("verify", total) as progress:
-        advance = (lambda size: progress.advance(bytes=size)) if verify else None
+    with ByteProgress("verify", total) as progress:
+        advance = progress.advance if verify else None
         found = [_inspect(folder, advance) for folder in folders]
     inspections = [inspection for inspection, _ in found]
     if as_json:
@@ -70,8 +70,8 @@ def diff_checkpoints(left: Path, right: Path, *, verify: bool = False, as_json: 
     if verify:
         one.check_content()
         other.check_content()
-    with InputProgress("compare", _size(one.path)) as progress:
-        comparison = compare(one, other, lambda size: progress.advance(bytes=size))
+    with ByteProgress("compare", _size(one.path)) as progress:
+        comparison = compare(one, other, progress.advance)
     print(json.dumps(asdict(comparison), indent=2) if as_json else "\n".join(_differences(comparison)))
     return comparison.same
 

@@ -167,7 +167,7 @@ def preprocess_data(
     Documents keep the order of the input, whatever the number of workers. Those without text are left out.
     """
     with report_errors(debug):
-        from llama_mcore.preprocess.preprocess import preprocess
+        from llama_mcore.preprocess import preprocess
 
         preprocess(
             input,

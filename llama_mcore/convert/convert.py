@@ -17,7 +17,6 @@ from llama_mcore.checkpoint.paths import KINDS, WEIGHT
 from llama_mcore.convert.formats.huggingface.tokenizer import TOKENIZER_MODEL
 from llama_mcore.convert.model_weights import Rounded, Weights
 from llama_mcore.convert.named_model import named_model
-from llama_mcore.convert.progress import byte_progress
 from llama_mcore.convert.registry import Format, WriteOptions, check_there, detect, get_format
 from llama_mcore.data.finished import cannot_replace
 from llama_mcore.distributed.device import choose_device, on_gpu
@@ -32,6 +31,7 @@ from llama_mcore.errors import (
     shown,
 )
 from llama_mcore.observe.log import silence_libraries
+from llama_mcore.progress import ByteProgress
 from llama_mcore.small_file import read_json, read_small_file
 from llama_mcore.tokenizer.tokenizer import LARGEST_MODEL, Tokenizer
 from llama_mcore.units import parse_bytes
@@ -101,8 +101,8 @@ def convert(
     try:
         with _output_errors(output):
             _start(temporary, job)
-            with byte_progress(f"convert to {job.target.name}", job.bytes) as advance:
-                job.target.write(job.weights, temporary, job.options, advance)
+            with ByteProgress(f"convert to {job.target.name}", job.bytes) as progress:
+                job.target.write(job.weights, temporary, job.options, progress.advance)
             for name, content in job.tokenizer_files.items():
                 if not (temporary / name).exists():
                     (temporary / name).write_bytes(content)

@@ -20,12 +20,12 @@ from llama_mcore.checkpoint.paths import WEIGHT
 from llama_mcore.convert.fused_weights import interleaved, is_vocabulary, join_qkv, split, split_qkv
 from llama_mcore.convert.model_weights import Weights
 from llama_mcore.convert.named_model import named_model
-from llama_mcore.convert.progress import byte_progress
 from llama_mcore.convert.registry import check_there, detect, get_format, same_model
 from llama_mcore.data.data_plan import format_table
 from llama_mcore.errors import shown
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.parameters import parameter_of, pattern_of
+from llama_mcore.progress import ByteProgress
 
 _PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up"), None: ("",)}
 _SHOWN = 20
@@ -83,8 +83,8 @@ def compare_checkpoints(
     named = named_model(model) if model else None
     one = (get_format(source, "--from") if source else detect(left)).open(left, named)
     other = detect(right).open(right, named)
-    with byte_progress("compare", 4 * one.model.num_params()) as advance:
-        found = diagnose(one, other, advance)
+    with ByteProgress("compare", 4 * one.model.num_params()) as progress:
+        found = diagnose(one, other, progress.advance)
     found.left, found.right = str(left), str(right)
     print(json.dumps(_as_json(found), indent=2) if as_json else "\n".join(_as_text(found)), flush=True)
     return found.same

@@ -1,34 +1,33 @@
-"""Proof of what a run has read: its plan is followed window by window and compared with its ledger."""
+"""Audit of a run's data: its plan, followed window by window, against its ledger."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llama_mcore.data.data_plan import Segment, SourcePlan, format_table
 from llama_mcore.errors import Problem
 
 CHUNK = 1 << 20
-FIX_LINES = "restore metrics.jsonl, or do the steps again from an earlier checkpoint: --resume"
+FIX_LINES = "restore metrics.jsonl, or repeat the steps from an earlier checkpoint: --resume"
 
 
 @dataclass(frozen=True)
 class SourceUse:
-    """What a run has read of one content of one source."""
+    """Windows that a run has read of one source, as long as its content was the same."""
 
     plan: SourcePlan
     reads: int
-    """Windows read, repeated ones counted each time."""
+    """Windows read, each counted every time."""
     never: int
     """Windows not read yet."""
     most: int
-    """How often the most used window was read."""
+    """Reads of the window that was read most often."""
 
     @property
     def allowed(self) -> int:
-        """How often the plan lets a window be read."""
+        """Reads of one window that the plan allows."""
         return -(-self.plan.cap // self.plan.num_windows)
 
 
@@ -37,8 +36,8 @@ def count_uses(
 ) -> list[SourceUse]:
     """Follow the plan to `position` samples and count how often each window is read.
 
-    Two bytes of memory for each window of one source at a time; `advance` is told how many windows were
-    counted.
+    Memory: two bytes for each window of one source at a time. `advance` is called with the number of windows
+    counted since the last call.
     """
     contents = {(s.name, s.content_id): s for segment in segments for s in segment.sources}
     return [_count(plan, segments, position, advance) for plan in contents.values()]
@@ -57,30 +56,27 @@ def _count(
                     indices = np.arange(first, min(first + CHUNK, last))
                     np.add.at(uses, segment.windows_of(source, indices), 1)
                     advance(len(indices))
-    return SourceUse(plan, int(uses.sum(dtype=np.int64)), int((uses == 0).sum()), _most(uses))
-
-
-def _most(uses: NDArray[np.uint16]) -> int:
-    return int(uses.max(initial=0))
+    reads, never = int(uses.sum(dtype=np.int64)), int((uses == 0).sum())
+    return SourceUse(plan, reads, never, int(uses.max(initial=0)))
 
 
 def check_uses(uses: Iterable[SourceUse]) -> list[Problem]:
-    """Where a window, or a source in all, was read more often than planned."""
+    """Problems of windows, and of whole sources, that were read more often than planned."""
     problems = []
-    remedy = "the checkpoint is not of that plan: take an older one, or start from scratch"
+    remedy = "the checkpoint does not follow its plan: go back to an older one, or start from scratch"
     for use in uses:
         name = f"source {use.plan.name}"
         if use.most > use.allowed:
             reason = f"the plan allows {use.allowed}"
-            problems.append(Problem(name, f"a window read {use.most} times", reason, remedy))
+            problems.append(Problem(name, f"one window read {use.most} times", reason, remedy))
         if use.reads > use.plan.cap:
             reason = f"the plan allows {use.plan.cap:,}"
             problems.append(Problem(name, f"{use.reads:,} windows read", reason, remedy))
     return problems
 
 
-class Line(Protocol):
-    """What the ledger says of a step."""
+class LedgerLine(Protocol):
+    """The ledger's entry for a step."""
 
     @property
     def step(self) -> int: ...
@@ -90,18 +86,20 @@ class Line(Protocol):
     def windows(self) -> dict[str, int]: ...
 
 
-def check_ledger(segments: Sequence[Segment], lines: Iterable[Line]) -> list[Problem]:
-    """Where the ledger in the lines of metrics.jsonl is not what the plan gives at their positions, or
-    tokens were lost or counted twice between two lines. At most one problem of each kind."""
+def check_ledger(segments: Sequence[Segment], lines: Iterable[LedgerLine]) -> list[Problem]:
+    """Differences between the ledger, in the lines of metrics.jsonl, and the plan; at most one of each kind.
+
+    Also finds tokens that were lost or counted twice between two lines.
+    """
     problems: dict[str, Problem] = {}
     before = 0
     for line in lines:
         step, tokens = line.step, line.tokens
         position, rest = divmod(tokens, segments[-1].seq_length)
-        at_work = [segment for segment in segments if segment.start_sample < position] or segments[:1]
-        expected = at_work[-1].used(position)
+        begun = [segment for segment in segments if segment.start_sample < position] or segments[:1]
+        expected = begun[-1].used(position)
         if rest or tokens <= before:
-            reason = f"must be whole sequences and more than the {before:,} of the step before"
+            reason = f"must be whole sequences, and more than the {before:,} of the previous step"
             problems.setdefault("tokens", Problem(f"step {step}: tokens", f"{tokens:,}", reason, FIX_LINES))
         if line.windows != expected:
             reason = f"the plan gives {expected}"
@@ -111,7 +109,7 @@ def check_ledger(segments: Sequence[Segment], lines: Iterable[Line]) -> list[Pro
 
 
 def use_table(segments: Sequence[Segment], uses: Sequence[SourceUse]) -> str:
-    """Plan against use, one row a source."""
+    """Table of plan and use, a row for each source."""
     last = segments[-1]
     shares = {source.name: source.share / sum(s.share for s in last.sources) for source in last.sources}
     total = sum(use.reads for use in uses)

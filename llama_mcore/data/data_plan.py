@@ -1,16 +1,17 @@
-"""The plan of what a run reads, and the ledger of what it has read: both follow from a position.
+"""Plan of the windows that a run reads, and ledger of those it has read: both follow from a position.
 
-A plan says for each source how many windows there are, its share of the samples and the cap: how many windows
+A plan says for each source how many windows it has, its share of the samples and its cap, the windows that
 may be read of it over the whole run. The sample at a position belongs to a source (mixture.py), and the j-th
-sample of a source reads the j-th window of its order (sample_order.py). So what was consumed after any number
-of samples can be computed, by the run, on resuming it, and by `audit-data` from the outside.
+sample of a source reads the j-th window of its order (sample_order.py). So the windows consumed after any
+number of samples can be computed: by the run, when it resumes, and by `audit-data` from outside.
 
-A run has one segment, until its data is changed on purpose: then a new segment begins, and a source whose
-content stayed the same goes on where it was.
+A run has one segment until its data is changed on purpose. Then a new segment begins, in which a source whose
+content is the same goes on where it was.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -29,32 +30,32 @@ class SourcePlan(Section):
     content_id: str
     num_windows: int
     share: int
-    """In proportion to the other sources' shares; with `epochs` it is the planned number of windows."""
+    """Weight relative to the other sources' shares; with `epochs` it is the planned number of windows."""
     cap: int
-    """Windows that the run may read of it, repeated ones counted each time."""
+    """Windows that the run may read of it, each counted every time."""
     first: int = 0
     """Windows that earlier segments have read of it."""
 
 
 class Segment(Section):
-    """What a run reads from its sample `start_sample` on."""
+    """Plan of a run from its sample `start_sample` on."""
 
     start_sample: int = 0
     seed: int
     seq_length: int
     tokenizer_sha256: str | None = None
-    """Of the tokenizer that the data was made with, where that is known."""
+    """SHA-256 of the tokenizer that the data was made with, if known."""
     vocab_size: int | None = None
-    """Its number of tokens."""
+    """Number of tokens of that tokenizer."""
     sources: tuple[SourcePlan, ...]
 
     def used(self, position: int) -> dict[str, int]:
-        """Windows that the run has read of each source when it has consumed `position` samples."""
+        """Windows read of each source after `position` samples of the run."""
         counts = self._mixture().counts(position - self.start_sample)
         return {source.name: source.first + count for source, count in zip(self.sources, counts, strict=True)}
 
     def windows_at(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For each position of the run the number of its source and the window of that source."""
+        """Source number and window in that source, for each position of the run."""
         numbers, windows = self._mixture().sources_at(positions - self.start_sample)
         for number, source in enumerate(self.sources):
             here = numbers == number
@@ -62,7 +63,7 @@ class Segment(Section):
         return numbers, windows
 
     def windows_of(self, source: SourcePlan, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The windows that samples `indices` of one source read."""
+        """Windows that the samples `indices` of a source read."""
         return windows_at(indices, source.num_windows, source_seed(self.seed, source.name))
 
     def _mixture(self) -> Mixture:
@@ -100,7 +101,7 @@ def plan_segment(
 
 
 def _shares(sources: Mapping[str, SourceConfig], datasets: Mapping[str, WindowDataset]) -> dict[str, int]:
-    """Windows to read where epochs are given, weights as whole numbers where these are."""
+    """Windows to read, if sources have epochs; their weights scaled to integers, if they have weights."""
     if all(source.weight is None for source in sources.values()):
         return {
             name: max(1, _windows(source.epochs or 1, datasets[name])) for name, source in sources.items()
@@ -111,12 +112,12 @@ def _shares(sources: Mapping[str, SourceConfig], datasets: Mapping[str, WindowDa
 
 
 def _windows(epochs: float, dataset: WindowDataset) -> int:
-    # as written: 1.1 means eleven tenths, not the binary number beside it
+    # As written: 1.1 means eleven tenths, not the nearest binary fraction.
     return int(Fraction(str(epochs)) * dataset.num_windows)
 
 
 def check_caps(segment: Segment, end: int) -> None:
-    """Raise DataError, with the table of the plan, where a run of `end` samples reads more than planned."""
+    """Raise DataError, with the table of the plan, if a run of `end` samples would read more than planned."""
     used = segment.used(end)
     over = [source for source in segment.sources if used[source.name] > source.cap]
     if not over:
@@ -136,7 +137,7 @@ def check_caps(segment: Segment, end: int) -> None:
         )
         for source in over
     ]
-    problems[-1] = Problem(**{**vars(problems[-1]), "remedy": f"{remedy}\n{plan_table(segment, end)}"})
+    problems[-1] = replace(problems[-1], remedy=f"{remedy}\n{plan_table(segment, end)}")
     raise DataError(problems)
 
 
@@ -160,7 +161,7 @@ def plan_table(segment: Segment, end: int) -> str:
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell; the first to the left, the others to the right."""
+    """Text table: the first column aligned left, the others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
@@ -172,32 +173,34 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def differences(saved: Segment, planned: Segment) -> list[Problem]:
-    """What of a resumed run's data is not what its checkpoint was trained on."""
+    """Differences between the data of a resumed run and that of its checkpoint."""
     problems = []
     for field, name in (("seed", "run.seed"), ("seq_length", "model.seq_length")):
         before, now = getattr(saved, field), getattr(planned, field)
         if before != now:
-            problems.append(Problem(name, now, f"was {before}"))
+            problems.append(Problem(name, now, f"was {before} in the checkpoint"))
     before, now = saved.tokenizer_sha256, planned.tokenizer_sha256
     if before and now and before != now:
-        problems.append(Problem("tokenizer of the data", now, f"was {before}"))
+        problems.append(Problem("tokenizer of the data", now, f"was {before} in the checkpoint"))
     old = {source.name: source for source in saved.sources}
     new = {source.name: source for source in planned.sources}
-    problems += [Problem("source", name, "was not read before") for name in new if name not in old]
-    problems += [Problem("source", name, "was read before and is gone") for name in old if name not in new]
+    problems += [Problem("source", name, "is not in the checkpoint") for name in new if name not in old]
+    problems += [
+        Problem("source", name, "is missing; the checkpoint has it") for name in old if name not in new
+    ]
     for name in new.keys() & old.keys():
         problems += _source_differences(old[name], new[name])
     if not problems and list(old) != list(new):
-        problems.append(Problem("data.sources", ", ".join(new), f"were in the order {', '.join(old)}"))
+        problems.append(Problem("data.sources", ", ".join(new), f"was {', '.join(old)} in the checkpoint"))
     return problems
 
 
 def _source_differences(saved: SourcePlan, planned: SourcePlan) -> list[Problem]:
     fields = {"content_id": "content", "share": "share", "cap": "most windows to read"}
     return [
-        Problem(f"source {saved.name}: {meaning}", getattr(planned, field), f"was {getattr(saved, field)}")
+        Problem(f"source {saved.name}: {meaning}", now, f"was {before} in the checkpoint")
         for field, meaning in fields.items()
-        if getattr(saved, field) != getattr(planned, field)
+        if (before := getattr(saved, field)) != (now := getattr(planned, field))
     ]
 
 
@@ -214,10 +217,8 @@ def continued(
     if not problems:
         return tuple(segments)
     if not accept_change:
-        remedy = "restore it, or give --accept-data-change to go on with other data and record that"
-        raise DataError(
-            [Problem(p.field, p.value, f"{p.reason} in the checkpoint", remedy) for p in problems]
-        )
+        remedy = "restore it, or give --accept-data-change to go on with other data and record the change"
+        raise DataError([replace(problem, remedy=remedy) for problem in problems])
     used = last.used(position)
     kept = {source.name: source.content_id for source in last.sources}
     sources = tuple(

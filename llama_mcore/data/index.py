@@ -1,4 +1,4 @@
-"""PREFIX.idx of megatron-core's indexed dataset: where the documents of PREFIX.bin begin.
+"""Index of a megatron-core dataset: PREFIX.idx says where the documents of PREFIX.bin begin.
 
 The .idx, little-endian (megatron/core/datasets/indexed_dataset.py, version 1):
 
@@ -49,8 +49,7 @@ def idx_path(prefix: Path | str) -> Path:
 
 
 def missing_dataset(field: str, prefix: str) -> Problem | None:
-    """The problem of `field` where a file of the dataset is not there, with what was meant as far as one can
-    guess; None where both are."""
+    """The problem of a dataset that lacks a file, with a guess at what was meant; None if it has both."""
     missing = [prefix + ending for ending in _ENDINGS if not os.path.isfile(prefix + ending)]
     if not missing:
         return None
@@ -66,7 +65,7 @@ def missing_dataset(field: str, prefix: str) -> Problem | None:
     elif meant:
         remedy = f"did you mean {meant}?"
     elif stem != prefix:
-        remedy = f"a dataset is named without its ending: {stem}"
+        remedy = f"name the dataset without its ending: {stem}"
     else:
         remedy = "check the prefix, or make the dataset with tools/preprocess_data.py"
     return Problem(field, prefix, reason, remedy)
@@ -77,15 +76,16 @@ def write_index(
 ) -> None:
     """Write a .idx with one sequence a document, byte for byte as megatron-core's own builder does.
 
-    `lengths` is asked twice for the tokens in each document, in pieces of any size; nothing else is kept.
+    `lengths` is called twice for the tokens in each document, in arrays of any size; nothing else is kept in
+    memory.
     """
     with path.open("wb") as stream:
         stream.write(HEADER.pack(MAGIC, VERSION, CODES[dtype], documents, documents + 1))
-        for piece in lengths():
-            stream.write(piece.astype(np.int32).tobytes())
+        for chunk in lengths():
+            stream.write(chunk.astype(np.int32).tobytes())
         end = 0
-        for piece in lengths():
-            ends = end + np.cumsum(piece, dtype=np.int64) * np.dtype(dtype).itemsize
+        for chunk in lengths():
+            ends = end + np.cumsum(chunk, dtype=np.int64) * np.dtype(dtype).itemsize
             stream.write(np.concatenate(([end], ends))[:-1].astype(np.int64).tobytes())
             end = int(ends[-1]) if len(ends) else end
         for first in range(0, documents + 1, CHUNK):
@@ -93,10 +93,10 @@ def write_index(
 
 
 class Index:
-    """The index of a dataset, checked in full against itself and the size of the .bin.
+    """Index of a dataset, checked in full against itself and the size of the .bin.
 
-    Sequences must lie in the .bin one after the other, from its first byte to its last. The check reads the
-    tables once, a chunk at a time; none of them is kept in memory or open.
+    Sequences must follow each other in the .bin from its first byte to its last. The check reads the tables
+    once, a chunk at a time; none of them is kept in memory or open.
     """
 
     def __init__(self, prefix: Path | str) -> None:
@@ -114,11 +114,11 @@ class Index:
         return np.dtype(self.dtype).itemsize
 
     def tokens(self) -> DiskArray:
-        """All tokens as one stream."""
+        """All tokens, as one array on disk."""
         return DiskArray(bin_path(self.prefix), self.dtype, self.num_tokens)
 
     def document_starts(self, first: int, end: int) -> NDArray[np.int64]:
-        """Token at which each document of [first, end) begins; document `num_documents` is the end."""
+        """First token of each document of [first, end); that of document `num_documents` is the end."""
         sequences = self._documents()[first:end]
         if not len(sequences):
             return sequences
@@ -128,13 +128,13 @@ class Index:
         return pointers[sequences - low] // self.itemsize
 
     def document_lengths(self) -> Iterator[NDArray[np.int64]]:
-        """Tokens in each document, its end token counted, a chunk of documents at a time."""
+        """Tokens in each document including its EOD, a chunk of documents at a time."""
         for first in range(0, self.num_documents, CHUNK):
             end = min(first + CHUNK, self.num_documents)
             yield np.diff(self.document_starts(first, end + 1))
 
     def document_of(self, token: int) -> int:
-        """The document that holds the token at this position of the stream."""
+        """The document that holds the token at this position."""
         starts = range(self.num_documents)
         return bisect_right(starts, token, key=lambda n: int(self.document_starts(n, n + 1)[0])) - 1
 
@@ -154,7 +154,7 @@ class Index:
             raise MissingInputError(problem)
 
     def _read_header(self) -> None:
-        """Sets the dtype and the counts once the size of the .idx confirms them."""
+        """Read dtype and counts, and check the counts against the size of the .idx."""
         path = idx_path(self.prefix)
         with path.open("rb") as stream:
             header = stream.read(HEADER.size)
@@ -162,10 +162,10 @@ class Index:
             raise self._damaged(path, "is not the index of a megatron-core dataset")
         _, version, code, sequences, documents = HEADER.unpack(header)
         if version != VERSION or code not in DTYPES:
-            raise self._damaged(path, f"has version {version} and dtype code {code}, which are not known")
+            raise self._damaged(path, f"has version {version} and dtype code {code}, which are not supported")
         expected, actual = HEADER.size + 12 * sequences + 8 * documents, path.stat().st_size
         if actual != expected:
-            raise self._damaged(path, f"has {actual:,} bytes where its header asks for {expected:,}")
+            raise self._damaged(path, f"has {actual:,} bytes, but its header requires {expected:,}")
         if not sequences or documents < 2:
             raise self._damaged(path, "holds no documents")
         self.dtype = DTYPES[code]
@@ -186,7 +186,7 @@ class Index:
                 break
         if end != self.num_bytes:
             least = "at least " if end > self.num_bytes else ""
-            reason = f"has {self.num_bytes:,} bytes where the .idx asks for {least}{end:,}"
+            reason = f"has {self.num_bytes:,} bytes, but the .idx requires {least}{end:,}"
             raise self._damaged(bin_path(self.prefix), reason)
         if not end:
             raise self._damaged(bin_path(self.prefix), "holds no tokens")
@@ -198,7 +198,7 @@ class Index:
             for first in range(0, len(documents), CHUNK)
         )
         if documents[0] != 0 or documents[-1] != self.num_sequences or not ordered:
-            reason = f"must list documents in order from sequence 0 to {self.num_sequences:,}"
+            reason = f"does not list documents in order from sequence 0 to {self.num_sequences:,}"
             raise self._damaged(idx_path(self.prefix), reason)
 
     def _damaged(self, path: Path, reason: str) -> DataError:

@@ -1,8 +1,8 @@
-"""megatron-core's indexed dataset: PREFIX.bin holds the tokens, PREFIX.idx says where documents begin.
+"""Writer and reader of megatron-core's indexed datasets, without an import of megatron or torch.
 
-What is written here has one sequence a document and is byte for byte what megatron-core's own builder
-writes. Reading takes any layout of it whose sequences lie in the .bin one after the other. Neither imports
-megatron or torch.
+PREFIX.bin holds the tokens, PREFIX.idx says where documents begin. The writer puts one sequence in each
+document, byte for byte as megatron-core's own builder does. The reader takes any dataset whose sequences
+follow each other in the .bin.
 """
 
 import hashlib
@@ -27,15 +27,15 @@ CHUNK = 1 << 20
 
 
 def optimal_dtype(vocab_size: int) -> type[np.integer]:
-    """Megatron's rule: uint16 when the vocabulary fits with some room, else int32."""
+    """dtype of tokens by Megatron's rule: uint16 if the vocabulary fits with some room, else int32."""
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
 class IndexedWriter:
-    """Streams documents to PREFIX.bin and PREFIX.idx in memory that does not grow with their number.
+    """Writer of PREFIX.bin and PREFIX.idx, in memory that does not grow with the number of documents.
 
-    Use it in a `with` block: both files appear when the block succeeds, neither when it fails. An older
-    dataset under that prefix is replaced.
+    Use it in a `with` block: both files appear if the block succeeds, neither if it fails. An older dataset
+    of that prefix is replaced.
     """
 
     def __init__(self, prefix: Path | str, dtype: type[np.integer]) -> None:
@@ -63,9 +63,9 @@ class IndexedWriter:
             self._discard()
 
     def add_documents(self, tokens: NDArray[np.integer], lengths: NDArray[np.integer]) -> None:
-        """Append documents: `tokens` of all of them one after the other, and how many each has.
+        """Append documents: the tokens of all of them one after the other, and the length of each.
 
-        DataError if a token does not fit into the dtype, or a length into the 32 bits that the index has.
+        Raises DataError if a token does not fit into the dtype, or a length into the 32 bits of the index.
         """
         _refuse_outside("token id", tokens, self.dtype)
         _refuse_outside("tokens in a document", lengths, np.int32)
@@ -78,7 +78,7 @@ class IndexedWriter:
         self.num_tokens += len(tokens)
 
     def _publish(self) -> None:
-        """.bin before .idx: a reader opens the .idx first, so it never meets an index without its tokens."""
+        # .bin before .idx: a reader opens the .idx first, so that it never meets an index without its tokens.
         self._bin.close()
         write_index(temporary_name(self.idx_path), self.dtype, self.num_documents, self._written_lengths)
         self.idx_path.unlink(missing_ok=True)
@@ -99,7 +99,7 @@ class IndexedWriter:
 
 
 def _refuse_outside(what: str, values: NDArray[np.integer], dtype: type[np.integer]) -> None:
-    """numpy would wrap them around: 70,000 as uint16 is 4,464."""
+    # numpy would wrap them around: 70,000 as uint16 is 4,464.
     limits = np.iinfo(dtype)
     if not values.size or np.can_cast(values.dtype, dtype):
         return
@@ -110,10 +110,10 @@ def _refuse_outside(what: str, values: NDArray[np.integer], dtype: type[np.integ
 
 
 class IndexedDataset:
-    """Reads a dataset, after checking that its files agree with each other and with its manifest.
+    """Dataset on disk, checked at opening: its files agree with each other and with its manifest.
 
-    `tokens` is the whole dataset as one stream, in the dtype of the file; its slices are arrays of their own.
-    A dataset without a manifest opens with a warning.
+    `tokens` is the whole dataset as one array on disk, in the dtype of the file; its slices are arrays in
+    memory. A dataset without a manifest opens with a warning.
     """
 
     def __init__(self, prefix: Path | str) -> None:
@@ -135,17 +135,17 @@ class IndexedDataset:
 
     @cached_property
     def document_lengths(self) -> NDArray[np.int64]:
-        """Tokens in each document, its end token counted."""
+        """Tokens in each document, including its EOD."""
         return np.concatenate(list(self.index.document_lengths()))
 
     def document(self, number: int) -> NDArray[np.integer]:
-        """The tokens of one document, its end token included."""
+        """Tokens of one document, including its EOD."""
         first, end = self.index.document_starts(number, number + 2)
         return self.tokens[int(first) : int(end)]
 
 
 def content_id(index: Index, manifest: DatasetManifest | None) -> str:
-    """Changes when tokens or documents do. Without a manifest it cannot see a change inside the .bin."""
+    """Hash of tokens and documents. Without a manifest it does not see a change inside the .bin."""
     if manifest:
         return manifest.content_id
     content = f"{file_sha256(idx_path(index.prefix))} {index.num_bytes}"
@@ -154,10 +154,10 @@ def content_id(index: Index, manifest: DatasetManifest | None) -> str:
 
 @cache
 def _warn_without_manifest(prefix: str) -> None:
-    """Once for each dataset; every rank opens it, the first of a node speaks."""
+    # Every rank opens the dataset; the first of a node speaks.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(
-            f"warning: dataset {prefix} has no manifest: its tokenizer is unknown and changed tokens go "
+            f"warning: dataset {prefix} has no manifest: its tokenizer is unknown, and changed tokens go "
             f"unnoticed; add one with `python tools/inspect_dataset.py {prefix} --write-manifest "
             "--tokenizer-model MODEL`",
             file=sys.stderr,

@@ -1,5 +1,6 @@
-"""What a dataset holds, and whether its bytes are those that it was written with."""
+"""Inspection of a dataset: its contents, and damage to its bytes."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from llama_mcore import __version__
@@ -23,7 +23,7 @@ from llama_mcore.data.manifest import (
 )
 from llama_mcore.data.verify import Damage, count_problems, damaged_blocks, index_problems, open_problems
 from llama_mcore.errors import ConfigError, DataError, Problem
-from llama_mcore.progress import InputProgress
+from llama_mcore.progress import ByteProgress
 from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 _SHOWN_TOKENS = 1000
@@ -32,7 +32,7 @@ _BAR_WIDTH = 40
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long documents are, in tokens. `histogram` has rows (shortest, longest, documents)."""
+    """Lengths of documents in tokens. `histogram` has rows (shortest, longest, documents)."""
 
     min: int
     median: int
@@ -42,7 +42,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class ShownDocument:
-    """The beginning of a document; `text` holds token ids where there is no tokenizer."""
+    """Beginning of a document; `text` holds token ids if there is no tokenizer."""
 
     document: int
     tokens: int
@@ -51,6 +51,8 @@ class ShownDocument:
 
 @dataclass(frozen=True)
 class Inspection:
+    """Everything that `inspect_dataset` prints."""
+
     prefix: str
     bin_bytes: int
     idx_bytes: int
@@ -59,15 +61,15 @@ class Inspection:
     tokens: int
     content_id: str
     manifest: dict[str, Any] | None
-    """Without the checksums."""
+    """The manifest without the checksums."""
     document_lengths: Lengths
     verified: bool
-    """All bytes were read."""
+    """True if all bytes were read."""
     vocab_size: int | None
-    """Ids were compared with it, if all bytes were read."""
+    """Vocabulary size with which ids were compared, if all bytes were read."""
     damaged_blocks: list[Damage]
     problems: list[str]
-    """Everything that is wrong, the damaged blocks included."""
+    """Everything that is wrong, including the damaged blocks."""
     shown: list[ShownDocument]
 
 
@@ -81,7 +83,7 @@ def inspect_dataset(
     add_manifest: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Print what is there; with `verify` read every byte. DataError, after printing, names all damage."""
+    """Print the contents; with `verify` read every byte. DataError, after printing, lists all damage."""
     tokenizer = Tokenizer(tokenizer_model, "--tokenizer-model") if tokenizer_model else None
     index, manifest = Index(prefix), read_manifest(prefix)
     _check_request(index, manifest, tokenizer, show=show, start=start, add_manifest=add_manifest)
@@ -126,10 +128,10 @@ def _check_request(
         raise ConfigError(Problem("--start", start, reason))
     if manifest and add_manifest:
         path = manifest_path(index.prefix)
-        remedy = "check the dataset with --verify, or remove that file to trust the data as it is"
-        raise ConfigError(Problem("--write-manifest", path, "is there already", remedy))
+        remedy = "check the dataset with --verify, or delete that file to trust the data as it is"
+        raise ConfigError(Problem("--write-manifest", path, "exists already", remedy))
     if manifest and tokenizer and manifest.tokenizer_sha256 not in (None, tokenizer.sha256):
-        reason = f"has SHA-256 {tokenizer.sha256}; the dataset was made with {manifest.tokenizer_sha256}"
+        reason = f"has SHA-256 {tokenizer.sha256}, but the dataset was made with {manifest.tokenizer_sha256}"
         raise DataError(
             Problem("--tokenizer-model", tokenizer.path, reason, "give the tokenizer of the dataset")
         )
@@ -158,7 +160,7 @@ def _verify(
     if manifest:
         problems = count_problems(manifest, index)
         if problems:
-            # The checksums are of another .bin.
+            # The checksums belong to another .bin.
             return problems, []
         problems += index_problems(manifest, index)
     with _reading("verify", index) as advance:
@@ -168,20 +170,20 @@ def _verify(
 
 @contextmanager
 def _reading(title: str, index: Index) -> Iterator[Callable[[int], None]]:
-    """A progress bar over the .bin; yields the function that hears how many bytes were read."""
-    with InputProgress(title, index.num_bytes) as progress:
+    """Show progress over the .bin; yields the function to call with the bytes read."""
+    with ByteProgress(title, index.num_bytes) as progress:
 
         def advance(size: int) -> None:
             tokens = (progress.bytes + size) // index.itemsize
             at_end = tokens == index.num_tokens
             documents = index.num_documents if at_end else index.document_of(tokens)
-            progress.advance(bytes=size, documents=documents - progress.documents)
+            progress.advance(size, documents - progress.documents)
 
         yield advance
 
 
 def _document_lengths(index: Index) -> Lengths:
-    """Memory grows with the number of different lengths, not of documents."""
+    # Memory grows with the number of different lengths, not of documents.
     values, counts = np.empty(0, np.int64), np.empty(0, np.int64)
     for chunk in index.document_lengths():
         chunk_values, chunk_counts = np.unique(chunk, return_counts=True)
@@ -192,7 +194,7 @@ def _document_lengths(index: Index) -> Lengths:
 
 
 def _histogram(values: NDArray[np.int64], counts: NDArray[np.int64]) -> list[tuple[int, int, int]]:
-    """Rows of powers of two, 0, 1, 2 to 3, 4 to 7, ..., from the shortest document to the longest."""
+    """Histogram by powers of two: 0, 1, 2 to 3, 4 to 7, ..., from the shortest document to the longest."""
     bounds = [0, *(1 << power for power in range(int(values[-1]).bit_length() + 1))]
     rows = []
     for low, high in pairwise(bounds):
@@ -217,7 +219,7 @@ def _decode(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 def _as_json(inspection: Inspection) -> str:
-    return orjson.dumps(asdict(inspection), option=orjson.OPT_INDENT_2).decode()
+    return json.dumps(asdict(inspection), ensure_ascii=False, indent=2)
 
 
 def _as_text(found: Inspection) -> Iterator[str]:
@@ -257,7 +259,7 @@ def _listed(pairs: dict[str, str]) -> str:
 
 def _verdict(found: Inspection) -> str:
     if found.problems:
-        return f"NO: {len(found.problems):,} wrong, listed as the error"
+        return f"NO: {len(found.problems):,} problems, listed in the error"
     if not found.verified:
         quick = "index, sizes, first and last block" if found.manifest else "index and sizes"
         return f"{quick}; --verify reads every byte"
@@ -269,7 +271,7 @@ def _verdict(found: Inspection) -> str:
 
 
 def _printable(text: str) -> str:
-    """A document must not steer the terminal that shows it."""
+    # A document must not control the terminal that shows it.
     return "".join(
         letter if letter.isprintable() or letter in "\n\t" else letter.encode("unicode_escape").decode()
         for letter in text

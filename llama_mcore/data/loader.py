@@ -21,9 +21,9 @@ from llama_mcore.data.data_plan import Segment
 from llama_mcore.data.sample_order import windows_at
 from llama_mcore.data.windows import Window, WindowDataset, read_windows
 
-# Of all ranks together. Finding the windows of one sample takes hardly less time than those of so many.
+# Samples of all ranks. Finding the window of one sample takes hardly less time than those of so many.
 SAMPLES_PLANNED_AT_ONCE = 1024
-# Not the run's: runs of different seeds are compared on the same windows.
+# Not the seed of the run: runs of different seeds are compared on the same windows.
 _VALIDATION_SEED = 0
 
 
@@ -36,14 +36,14 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Samples:
-    """The training samples of a run by their position."""
+    """Training samples of a run, by position."""
 
     segment: Segment
     datasets: tuple[WindowDataset, ...]
-    """Of the segment's sources."""
+    """One for each source of the segment."""
 
     def windows_at(self, positions: NDArray[np.int64]) -> list[Window]:
-        """The windows that the samples at `positions` [n] read."""
+        """Windows that the samples at `positions` [n] read."""
         numbers, windows = self.segment.windows_at(positions)
         return [
             Window(self.datasets[number], window)
@@ -58,12 +58,13 @@ class Samples:
 class MicroBatches:
     """Endless micro-batches of this rank, from global position `start_sample` on.
 
-    The labels that follow `masked_token` do not count in the loss. `pin` moves a tensor to where a GPU can
-    fetch it from. Ranks of one tensor-parallel group read the same windows each for itself: 4 kB a sequence,
-    from the page cache of their node, are cheaper than a broadcast.
-    A thread reads `prefetch` of them ahead; what goes wrong there is raised by `next`. Close it, or use it in
-    a `with` block, to end the thread.
+    The labels that follow `masked_token` do not count in the loss. `pin` copies a tensor to pinned memory. A
+    thread reads `prefetch` micro-batches ahead; `next` raises its errors. Close it, or use it in a `with`
+    block, to end the thread.
     """
+
+    # Each rank of a tensor-parallel group reads the same windows for itself: 4 kB a sequence from the page
+    # cache of the node are cheaper than a broadcast.
 
     def __init__(
         self,
@@ -122,11 +123,11 @@ class MicroBatches:
 
 
 def validation_windows(wanted: int | None, num_windows: int) -> NDArray[np.int64]:
-    """The windows of a set that an evaluation reads, ascending: all, or `wanted` drawn from the whole set.
+    """Windows of a validation set that an evaluation reads, ascending: all, or `wanted` drawn from them.
 
-    A set is often a file after a file, so that its first windows are of one kind of text. The draw is always
-    the same, and a larger one holds the smaller.
+    The draw is always the same, and a larger one contains the smaller.
     """
+    # Drawn, since a set is often several files in a row: its first windows are of one kind of text.
     if wanted is None or wanted >= num_windows:
         return np.arange(num_windows, dtype=np.int64)
     return np.sort(windows_at(np.arange(wanted, dtype=np.int64), num_windows, _VALIDATION_SEED))
@@ -141,10 +142,9 @@ def eval_batches(
     dp_size: int = 1,
     masked_token: int | None = None,
 ) -> Iterator[MicroBatch]:
-    """This rank's share of these windows.
+    """Micro-batches of this rank's share of the windows.
 
-    Every rank gets the same number of micro-batches: what the last ones lack is filled with rows that do not
-    count.
+    Every rank gets the same number of them: the last ones are filled up with rows that do not count.
     """
     for number in range(-(-len(windows) // (micro_batch_size * dp_size))):
         positions = _positions(number, micro_batch_size, dp_rank, dp_size)
@@ -158,7 +158,7 @@ def eval_batches(
 
 
 def _positions(number: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> NDArray[np.int64]:
-    """Positions that a rank's micro-batch `number` reads, both counted from the first one."""
+    """Positions of a rank's micro-batch `number`, both counted from the first one."""
     first = (number * dp_size + dp_rank) * micro_batch_size
     return np.arange(first, first + micro_batch_size, dtype=np.int64)
 
@@ -168,7 +168,7 @@ def micro_batch(
     masked_token: int | None = None,
     pin: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> MicroBatch:
-    """Token ids [b, s + 1] as tokens and labels; the labels that follow `masked_token` do not count."""
+    """Micro-batch of token ids [b, s + 1]; the labels that follow `masked_token` do not count."""
     inputs, following = ids[:, :-1], ids[:, 1:]
     mask = None if masked_token is None else (inputs != masked_token).astype(np.float32)
     return MicroBatch(
@@ -179,9 +179,9 @@ def micro_batch(
 
 
 def _read_ahead(source: Iterator[MicroBatch], depth: int) -> Generator[MicroBatch, None, None]:
-    """Yield what a thread reads from `source`, at most `depth` ahead; closing it ends the thread."""
+    """Yield micro-batches that a thread reads from `source`, at most `depth` ahead, until closed."""
     ready: SimpleQueue[MicroBatch | Exception] = SimpleQueue()
-    room: SimpleQueue[None] = SimpleQueue()  # an entry for each that may be read beside the next
+    room: SimpleQueue[None] = SimpleQueue()  # an entry for each micro-batch that may be read beside the next
     stopped = threading.Event()
 
     def read() -> None:

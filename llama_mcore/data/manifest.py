@@ -1,10 +1,11 @@
-"""PREFIX.json beside PREFIX.bin and PREFIX.idx: what a dataset was made from, and what its bytes must be.
+"""Manifest of a dataset: PREFIX.json says how PREFIX.bin and PREFIX.idx were made, and has their checksums.
 
-One JSON object with the fields of `DatasetManifest` and, first, the SHA-256 of the others, so that damage to
+It is a JSON object with the fields of `DatasetManifest` and, first, the SHA-256 of these, so that damage to
 the manifest is not taken for damage to the data. docs/data.md says what is checked when.
 """
 
 import hashlib
+import json
 import os
 import zlib
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,17 +25,19 @@ from llama_mcore.small_file import read_small_file
 BLOCK_BYTES = 16 << 20
 VERSION = 1
 _LARGEST = 256 << 20
-"""Bytes of a manifest: a million input files have about half of them."""
+"""Bytes of a manifest; one with a million input files has about half of that."""
 _CHECKSUM = "manifest_sha256"
 TOKENIZER_MODEL = "tokenizer_model"
-"""Of `options`: the file that the tokenizer was read from."""
-REMEDY = "restore the three files from one copy, or make them again with tools/preprocess_data.py"
+"""Key of `options` for the file that the tokenizer was read from."""
+REMEDY = "restore all three files from one copy, or make them again with tools/preprocess_data.py"
 
 Count = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class InputFile(BaseModel):
+class InputRecord(BaseModel):
+    """Input file that a dataset was made from."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str
@@ -43,7 +45,7 @@ class InputFile(BaseModel):
 
 
 class DatasetManifest(BaseModel):
-    """None stands for: not known, because the dataset was made by another tool."""
+    """Fields of a manifest. None means unknown, because another tool made the dataset."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -56,11 +58,11 @@ class DatasetManifest(BaseModel):
     text_bytes: Count | None = None
     """UTF-8 bytes of the text that became tokens."""
     empty_documents: Count | None = None
-    """Documents of the input that held no text."""
+    """Documents of the input without text."""
     skipped_lines: Count | None = None
     """Lines of the input that could not be used."""
     longest_document: Count
-    """Tokens."""
+    """In tokens."""
     eod: Count | None = None
     """Token appended to each document, if any."""
     block_bytes: Annotated[int, Field(ge=8, le=1 << 30, multiple_of=8)] = BLOCK_BYTES
@@ -69,39 +71,39 @@ class DatasetManifest(BaseModel):
     idx_sha256: Sha256
     options: dict[str, str] = {}
     versions: dict[str, str] = {}
-    """Of the software that made the dataset."""
-    inputs: list[InputFile] = []
+    """Versions of the software that made the dataset."""
+    inputs: list[InputRecord] = []
     job_sha256: Sha256 | None = None
-    """Of all that the dataset depends on: the same command finds its work done. None: nobody can know."""
+    """Hash of everything that the dataset depends on, by which the same command finds its work done."""
 
     @property
     def made_with(self) -> str:
-        """The tokenizer, as a message names it."""
+        """The tokenizer, for a message."""
         known = f"SHA-256 {(self.tokenizer_sha256 or 'unknown')[:12]}"
         path = self.options.get(TOKENIZER_MODEL)
         return f"{path} ({known})" if path else known
 
     @property
     def files(self) -> set[tuple[str, int]]:
-        """Name and size of each input, wherever it lay."""
+        """Name and size of each input, without its folder."""
         return {(Path(file.path).name, file.bytes) for file in self.inputs}
 
     @property
     def validation_split(self) -> float:
-        """Share of the documents that is in the validation set and not in the other."""
+        """Share of the documents that was set aside for validation."""
         with suppress(ValueError):
             return float(self.options.get("validation_split", "0"))
         return 0.0
 
     @property
     def content_id(self) -> str:
-        """Names the tokens and the documents: the same whatever options, inputs and versions led to them."""
+        """Hash of tokens and documents, the same whatever options, inputs and versions led to them."""
         content = [self.dtype, self.documents, self.tokens, self.block_bytes, self.block_checksums]
-        return f"sha256:{hashlib.sha256(orjson.dumps([*content, self.idx_sha256])).hexdigest()}"
+        return f"sha256:{hashlib.sha256(compact_json([*content, self.idx_sha256])).hexdigest()}"
 
 
 class BlockChecksums:
-    """The checksums of a .bin that is written piece by piece; pieces may have any size."""
+    """Checksums of a .bin, which comes in chunks of any size."""
 
     def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
         self._block_bytes = block_bytes
@@ -111,15 +113,15 @@ class BlockChecksums:
     def update(self, data: bytes | bytearray | memoryview) -> None:
         rest = memoryview(data).cast("B")
         while rest:
-            piece = rest[: self._block_bytes - self._filled]
-            self._crc = zlib.crc32(piece, self._crc)
-            self._filled += len(piece)
-            rest = rest[len(piece) :]
+            chunk = rest[: self._block_bytes - self._filled]
+            self._crc = zlib.crc32(chunk, self._crc)
+            self._filled += len(chunk)
+            rest = rest[len(chunk) :]
             if self._filled == self._block_bytes:
                 self._close_block()
 
     def finish(self) -> list[int]:
-        """One checksum a block."""
+        """The checksums of all blocks."""
         if self._filled:
             self._close_block()
         return self._checksums
@@ -134,16 +136,16 @@ def manifest_path(prefix: Path | str) -> Path:
 
 
 def write_manifest(prefix: Path | str, manifest: DatasetManifest) -> None:
-    """Publish PREFIX.json; an older one is replaced."""
+    """Write PREFIX.json in place of an older one."""
     fields = manifest.model_dump()
-    text = orjson.dumps({_CHECKSUM: _sha256_of(fields), **fields}, option=orjson.OPT_INDENT_2)
+    text = json.dumps({_CHECKSUM: _sha256_of(fields), **fields}, ensure_ascii=False, indent=2)
     path = manifest_path(prefix)
     with published(path) as temporary, output_errors(path):
-        temporary.write_bytes(text + b"\n")
+        temporary.write_text(f"{text}\n", encoding="utf-8")
 
 
 def read_manifest(prefix: Path | str) -> DatasetManifest | None:
-    """None if there is no PREFIX.json; DataError, with every wrong field, if it is damaged or another's."""
+    """The manifest of a dataset, or None without one. DataError lists every field that is wrong."""
     path = manifest_path(prefix)
     if not os.path.lexists(path):
         return None
@@ -163,9 +165,9 @@ def build_manifest(
     block_bytes: int = BLOCK_BYTES,
     **known: Any,
 ) -> DatasetManifest:
-    """The manifest of a dataset that is there, from all its bytes, and of what is `known` of its making.
+    """The manifest of a dataset without one, from all its bytes and fields `known` otherwise.
 
-    `advance` hears how many bytes were read since its last call. DataError if a token is outside the known
+    `advance` is called with the bytes read since the last call. Raises DataError for a token outside the
     vocabulary.
     """
     index = Index(prefix)
@@ -175,7 +177,7 @@ def build_manifest(
     for first in range(0, len(tokens), block_bytes // index.itemsize):
         block = tokens[first : first + block_bytes // index.itemsize]
         if vocab_size and (outside := ids_outside(block, vocab_size)):
-            reason = f"{outside:,} tokens from position {first:,} on are not below it, or negative"
+            reason = f"{outside:,} token ids from position {first:,} on are negative or not below it"
             raise DataError(Problem("vocab_size", vocab_size, reason, "give the tokenizer of this dataset"))
         checksums.update(block.data)
         advance(block.nbytes)
@@ -191,8 +193,13 @@ def build_manifest(
     return DatasetManifest(**{**found, **known})
 
 
+def compact_json(content: object) -> bytes:
+    """JSON in the one form that hashes are taken of."""
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogatepass")
+
+
 def ids_outside(tokens: NDArray[Any], vocab_size: int) -> int:
-    """How many are not in [0, vocab_size)."""
+    """Number of tokens that are not in [0, vocab_size)."""
     return int(np.count_nonzero((tokens < 0) | (tokens >= vocab_size)))
 
 
@@ -203,16 +210,16 @@ def file_sha256(path: Path) -> str:
 
 def _parse(path: Path, text: bytes) -> DatasetManifest:
     try:
-        fields = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise DataError(Problem("manifest", path, f"is not JSON ({error})", REMEDY)) from None
     if not isinstance(fields, dict) or _CHECKSUM not in fields:
         raise DataError(Problem("manifest", path, "is not the manifest of a dataset", REMEDY))
     if fields.get("version") != VERSION:
-        reason = f"has version {fields.get('version')}; this llama_mcore reads version {VERSION}"
-        raise DataError(Problem("manifest", path, reason, "use the llama_mcore that wrote it"))
+        reason = f"has version {fields.get('version')}; this release reads version {VERSION}"
+        raise DataError(Problem("manifest", path, reason, "use the release of llama_mcore that wrote it"))
     if fields.pop(_CHECKSUM) != _sha256_of(fields):
-        reason = f"is damaged or was edited: its fields do not have the {_CHECKSUM} that it states"
+        reason = f"is damaged or was edited: its fields do not match its {_CHECKSUM}"
         raise DataError(Problem("manifest", path, reason, REMEDY))
     try:
         return DatasetManifest.model_validate(fields)
@@ -226,4 +233,4 @@ def _parse(path: Path, text: bytes) -> DatasetManifest:
 
 
 def _sha256_of(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(orjson.dumps(fields)).hexdigest()
+    return hashlib.sha256(compact_json(fields)).hexdigest()

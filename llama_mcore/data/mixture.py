@@ -1,4 +1,4 @@
-"""Which source the sample at a position comes from: a pure function of (shares, position).
+"""Mixture of sources: the source of the sample at a position, a pure function of (shares, position).
 
 After any number k of samples each source has given floor(k * share) or ceil(k * share) of them, so the
 mixture is within one sample of the plan at every prefix. Giving every slot to the source whose next sample is
@@ -46,12 +46,12 @@ class Mixture:
                     "data.sources",
                     f"{smallest:,} of {sum(self.shares):,} samples",
                     f"the smallest source must have at least 1 in {_LONGEST_BLOCK:,}",
-                    "leave it out or join it to another one",
+                    "leave it out, or merge it with another source",
                 )
             )
 
     def sources_at(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For each position the number of its source, and how many samples of that source precede it."""
+        """The source of each position, and the number of samples of that source before it."""
         sources, indices = np.zeros_like(positions), positions.copy()
         if len(self.shares) > 1:
             blocks, slots = np.divmod(positions, _block_length(self.shares))
@@ -63,7 +63,7 @@ class Mixture:
         return sources, indices
 
     def counts(self, position: int) -> list[int]:
-        """How many of the first `position` samples each source gives."""
+        """Samples that each source gives to the first `position` samples."""
         if len(self.shares) == 1:
             return [position]
         block, slots = divmod(position, _block_length(self.shares))
@@ -79,7 +79,7 @@ def _block_length(shares: tuple[int, ...]) -> int:
 
 @lru_cache(maxsize=16)
 def _block(shares: tuple[int, ...], block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each slot of a block its source, and how many samples of that source precede it."""
+    """The source of each slot of a block, and the number of samples of that source before it."""
     before = _state(shares, block)
     sources = _fill(shares, block, before)
     indices = np.empty_like(sources)
@@ -110,7 +110,7 @@ def _first_due_rounded_up(shares: tuple[int, ...], position: int) -> tuple[int, 
 
 
 def _fill(shares: tuple[int, ...], block: int, given: tuple[int, ...]) -> NDArray[np.int64]:
-    """The source of each slot of a block, in front of which the sources have given so many samples."""
+    """The source of each slot of a block; `given`: samples that each source has given before it."""
     total, length = sum(shares), _block_length(shares)
     counts = list(given)
     waiting = [(_allowed(counts[source], share, total), source) for source, share in enumerate(shares)]

@@ -1,4 +1,4 @@
-"""The order of training windows: a pure function of (seed, position), the same on any number of ranks.
+"""Order of training windows: a pure function of (seed, position), the same on any number of ranks.
 
 Each epoch visits every window once, in the order of a keyed permutation of [0, num_windows): a Feistel
 network over the next power of four, walked until it lands inside (Black and Rogaway, "Ciphers with Arbitrary
@@ -21,17 +21,12 @@ Words = NDArray[np.uint64]
 
 
 def source_seed(seed: int, name: str) -> int:
-    """The seed of one source's order: by its name, so that it does not depend on the other sources."""
+    """Seed of a source's order, from its name, so that it does not depend on the other sources."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8])
 
 
-def window_at(position: int, num_windows: int, seed: int) -> int:
-    """The window that the sample at `position`, counted over all epochs, reads."""
-    return int(windows_at(np.array([position], dtype=np.int64), num_windows, seed)[0])
-
-
 def windows_at(positions: NDArray[np.int64], num_windows: int, seed: int) -> NDArray[np.int64]:
-    """`window_at` of each position; they may lie in different epochs."""
+    """Windows that the samples at `positions`, counted over all epochs, read."""
     epochs, indices = np.divmod(positions.astype(np.uint64), np.uint64(num_windows))
     keys = _mix(_mix(np.full(positions.shape, seed % 2**64, dtype=np.uint64)) + epochs)
     half_bits = max(1, ((num_windows - 1).bit_length() + 1) // 2)
@@ -44,7 +39,7 @@ def windows_at(positions: NDArray[np.int64], num_windows: int, seed: int) -> NDA
 
 
 def _feistel(values: Words, keys: Words, half_bits: int) -> Words:
-    """A permutation of [0, 4**half_bits), chosen by the key of each value."""
+    """Permutation of [0, 4**half_bits), chosen by the key of each value."""
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = values >> shift, values & mask
     for _ in range(_ROUNDS):

@@ -1,4 +1,4 @@
-"""The sources of a run, opened and checked against each other and against the run's tokenizer."""
+"""Sources of a run, opened and checked against each other and against the run's tokenizer."""
 
 import os
 import re
@@ -24,7 +24,7 @@ from llama_mcore.errors import (
 from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 _DEMO = "runs/demo/"
-"""Where the shipped configuration `tiny` has its data."""
+"""Folder of the data of the configuration `tiny`."""
 _MOST_NAMED = 4
 _WEIGHT = re.compile(r"\d*\.?\d+")
 
@@ -37,27 +37,25 @@ class OpenSource:
 
 
 def missing_inputs(data: DataConfig) -> list[Problem]:
-    """Datasets and tokenizer that are not there, each under the setting that names it."""
+    """Problems of missing datasets and of a missing tokenizer, under the settings that name them."""
     problems = [_missing(setting, prefix) for setting, prefix in _prefixes(data)]
     if data.tokenizer and not os.path.isfile(data.tokenizer):
-        remedy = "give the tokenizer that the data was made with, or make one with tools/train_tokenizer.py"
+        remedy = "give the tokenizer that the data was made with, or train one with tools/train_tokenizer.py"
         problems.append(input_problem("data.tokenizer", data.tokenizer, remedy))
     found = [problem for problem in problems if problem]
     if found and all(str(problem.value).startswith(_DEMO) for problem in found):
-        reason = f"{len(found)} of the inputs that `make demo` makes are not there"
-        remedy = "type `make demo` in the checkout, or name data of your own (docs/data.md)"
+        reason = f"{len(found)} of the inputs that `make demo` makes are missing"
+        remedy = "run `make demo` in the checkout, or name your own data (docs/data.md)"
         return [Problem("data", _DEMO, reason, remedy)]
     if len(found) > _MOST_NAMED:
         first = ", ".join(f"{problem.field} {problem.value}" for problem in found[:_MOST_NAMED])
-        remedy = (
-            "make them (docs/data.md), or set data.*; `llama-mcore slurm` goes on before with --data-later"
-        )
-        return [Problem("data", f"{first} ...", f"{len(found)} inputs are not there", remedy)]
+        remedy = "make them (docs/data.md), or set data.*; `llama-mcore slurm` has --data-later"
+        return [Problem("data", f"{first} ...", f"{len(found)} inputs are missing", remedy)]
     return found
 
 
 def open_sources(data: DataConfig, seq_length: int, vocab_size: int) -> list[OpenSource]:
-    """Open every dataset. Raises one error with the problems of all of them."""
+    """Open every dataset, or raise one error with the problems of all of them."""
     if missing := missing_inputs(data):
         raise MissingInputError(missing)
     opened: dict[str, dict[str, WindowDataset | None]] = {}
@@ -72,8 +70,11 @@ def open_sources(data: DataConfig, seq_length: int, vocab_size: int) -> list[Ope
 
 
 def plan_run(data: DataConfig, sources: list[OpenSource], seed: int, seq_length: int) -> Segment:
-    """The plan of what a run reads. Raises DataError where datasets were made with different tokenizers, or
-    with another one than the run's, and where validation documents are trained on."""
+    """Plan of the windows that a run reads.
+
+    Raises DataError if datasets were made with different tokenizers, or with another one than the run's, or
+    if validation documents are trained on.
+    """
     errors: list[LlamaMcoreError] = []
     tokenizer = None
     with gathering(errors):
@@ -86,7 +87,7 @@ def plan_run(data: DataConfig, sources: list[OpenSource], seed: int, seq_length:
 
 
 def _prefixes(data: DataConfig) -> Iterator[tuple[str, str]]:
-    """Every dataset with the setting that names it."""
+    """The setting and the prefix of every dataset."""
     for name, source in data.named_sources.items():
         where = "data" if data.train is not None else f"data.sources.{name}"
         for split, given in (("train", source.train), ("valid", source.valid or [])):
@@ -97,19 +98,19 @@ def _prefixes(data: DataConfig) -> Iterator[tuple[str, str]]:
 def _missing(setting: str, prefix: str) -> Problem | None:
     problem = missing_dataset(setting, prefix)
     if problem and _WEIGHT.fullmatch(prefix.partition(" ")[0]):
-        reason = "is Megatron's way to weight datasets"
+        reason = "is Megatron's notation for weighted datasets"
         remedy = "write data.sources: {a: {train: PREFIX, weight: 0.3}, b: {train: PREFIX, weight: 0.7}}"
         return Problem(setting, prefix, reason, remedy)
     return problem
 
 
 def _check_tokenizers(data: DataConfig, sources: list[OpenSource]) -> str | None:
-    """SHA-256 of the run's tokenizer, or of the one that all data was made with; None if nobody knows."""
+    """SHA-256 of the run's tokenizer, else of the one that all data was made with; None if unknown."""
     datasets = [dataset for source in sources for dataset in (source.train, source.valid) if dataset]
     made = [
         (part.prefix, part.manifest)
         for dataset in datasets
-        for part in dataset.parts
+        for part in dataset.datasets
         if part.manifest and part.manifest.tokenizer_sha256
     ]
     if not data.tokenizer:
@@ -126,7 +127,7 @@ def _check_tokenizers(data: DataConfig, sources: list[OpenSource]) -> str | None
                 Problem(
                     "data.tokenizer",
                     data.tokenizer,
-                    f"({known}) is not the one that made {', '.join(prefixes)}",
+                    f"({known}) is not the tokenizer of {', '.join(prefixes)}",
                     f"give {made_with}, or make the data again",
                 )
                 for made_with, prefixes in others.items()
@@ -156,24 +157,21 @@ def _one_tokenizer(made: list[tuple[str, DatasetManifest]]) -> str | None:
 
 
 def _check_validation(sources: list[OpenSource]) -> None:
-    """DataError for validation sets that do not belong to the training sets, as far as manifests tell."""
-    train = [part for source in sources for part in source.train.parts]
-    valid = [part for source in sources if source.valid for part in source.valid.parts]
-    pairs = [
-        (validation, reason)
-        for part, validation in product(train, valid)
-        if (reason := _why_not(part, validation))
+    """Raise DataError for validation sets that overlap the training sets, as far as manifests tell."""
+    train = [dataset for source in sources for dataset in source.train.datasets]
+    valid = [dataset for source in sources if source.valid for dataset in source.valid.datasets]
+    remedy = "make both with one call of tools/preprocess_data.py --validation-split"
+    problems = [
+        Problem("dataset", validation.prefix, reason, remedy)
+        for training, validation in product(train, valid)
+        if (reason := _why_not_split_off(training, validation))
     ]
-    if pairs:
-        remedy = "make both with one tools/preprocess_data.py --validation-split"
-        raise DataError(
-            [Problem("dataset", validation.prefix, reason, remedy) for validation, reason in pairs]
-        )
+    if problems:
+        raise DataError(problems)
 
 
-def _why_not(train: IndexedDataset, validation: IndexedDataset) -> str:
-    """Why one is not what was split off the other; nothing where they are of different
-    text, or nobody knows."""
+def _why_not_split_off(train: IndexedDataset, validation: IndexedDataset) -> str:
+    """The reason why `validation` was not split off `train`; empty for other text, or if unknown."""
     of_train, of_validation = train.manifest, validation.manifest
     if not of_train or not of_validation or not of_train.files & of_validation.files:
         return ""
@@ -182,11 +180,10 @@ def _why_not(train: IndexedDataset, validation: IndexedDataset) -> str:
         return ""
     for option in ("append_bos", "append_eod"):
         if option in trained and trained[option] != kept.get(option, trained[option]):
-            return f"was made with {option} {kept[option]} and {train.prefix} with {trained[option]}"
+            return f"was made with {option} {kept[option]}, but {train.prefix} with {trained[option]}"
     if kept.get("split") != "validation":
         return ""
-    # A document is set aside for validation by its own text: of a smaller share none is in what is left of a
-    # larger one.
+    # Documents are set aside by their own text, so that a smaller share is part of a larger one.
     if trained.get("split") == "validation" or of_train.validation_split < of_validation.validation_split:
-        return f"holds documents that are in {train.prefix} too"
+        return f"holds documents that are also in {train.prefix}"
     return ""

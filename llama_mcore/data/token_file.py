@@ -1,8 +1,8 @@
-"""An array in a file, read piece by piece.
+"""Array in a file, of which slices are read.
 
-Not a memory map: a file that is cut short under a map kills the process with SIGBUS, and a piece of a map is
-no longer valid once the map is gone. Here a file that lost bytes is a DataError and every piece is owned by
-the reader. A file replaced under its name changes nothing: the one opened first stays open.
+Not a memory map: a file that is cut short under a map kills the process with SIGBUS, and a slice of a map is
+no longer valid once the map is closed. Here a file that lost bytes is a DataError, and every slice is a copy.
+A file replaced under its name changes nothing: the one that was opened stays open.
 """
 
 import os
@@ -19,9 +19,9 @@ _RESTORE = "restore it from a copy, or make it again with tools/preprocess_data.
 
 
 class DiskArray:
-    """`count` numbers of `dtype` that begin at byte `offset` of `path`. Slices have step 1.
+    """Array of `count` numbers of `dtype` from byte `offset` of `path` on; slices have step 1.
 
-    Threads may read at once, and so may a process forked from this one.
+    Several threads may read it at once, and so may a process forked from this one.
     """
 
     def __init__(self, path: Path, dtype: type[np.integer], count: int, *, offset: int = 0) -> None:
@@ -55,17 +55,17 @@ class DiskArray:
         return int(self.read_into(index, np.empty(1, self.dtype))[0])
 
     def read_into(self, first: int, out: NDArray[Any]) -> NDArray[Any]:
-        """Fill `out`, contiguous and of this dtype, from entry `first` on; returns it. The GIL is free."""
+        """Fill `out`, contiguous and of this dtype, from entry `first` on, without the GIL; return it."""
         rest = out.data.cast("B")
         position = self._offset + first * self.dtype.itemsize
         while rest:
             try:
-                # The system returns at most 2 GiB at once.
+                # One call returns at most 2 GiB.
                 size = os.preadv(self._file, [rest], position)
             except OSError as error:
                 raise self._damaged(f"cannot be read at byte {position:,} ({error.strerror})") from None
             if not size:
-                raise self._damaged(f"ends before byte {position + len(rest):,}: it was cut short")
+                raise self._damaged(f"ends before byte {position + len(rest):,}: it was truncated")
             rest, position = rest[size:], position + size
         return out
 

@@ -1,4 +1,4 @@
-"""A dataset against its manifest: what can be told at once when it is opened, and every byte of it."""
+"""Verification of a dataset against its manifest: quickly when it is opened, or every byte of it."""
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from llama_mcore.data.manifest import (
 )
 from llama_mcore.errors import Problem
 
-# Hashed at every open up to here, which takes some 50 ms. A longer index, of millions of documents, is still
+# Hashed at every open up to this size, which takes 50 ms. A longer index, of millions of documents, is still
 # checked in full against itself and the size of the .bin: only borders of documents are left to `--verify`.
 HASHED_INDEX_BYTES = 64 << 20
 
@@ -46,7 +46,7 @@ class Damage:
 
 
 def open_problems(manifest: DatasetManifest | None, index: Index) -> list[Problem]:
-    """What differs in counts, the first and the last block, and in the index if it is short."""
+    """Problems found at opening: in the counts, in the first and last block, and in a short index."""
     if not manifest:
         return []
     if problems := count_problems(manifest, index):
@@ -58,7 +58,7 @@ def open_problems(manifest: DatasetManifest | None, index: Index) -> list[Proble
 
 
 def count_problems(manifest: DatasetManifest, index: Index) -> list[Problem]:
-    """Where the manifest and the header of the index state different numbers."""
+    """Numbers that the manifest and the header of the index state differently."""
     pairs = {
         "dtype": (manifest.dtype, np.dtype(index.dtype).name),
         "documents": (manifest.documents, index.num_documents),
@@ -73,11 +73,15 @@ def count_problems(manifest: DatasetManifest, index: Index) -> list[Problem]:
 
 
 def index_problems(manifest: DatasetManifest, index: Index) -> list[Problem]:
-    """One, if the index is not the one that the manifest was written for."""
+    """The problem of an index that the manifest was not written for, if it is one."""
     path = idx_path(index.prefix)
     if file_sha256(path) == manifest.idx_sha256:
         return []
-    return [Problem("dataset", path, f"does not have the SHA-256 in {manifest_path(index.prefix)}", REMEDY)]
+    return [
+        Problem(
+            "dataset", path, f"does not have the SHA-256 that {manifest_path(index.prefix)} states", REMEDY
+        )
+    ]
 
 
 def damaged_blocks(
@@ -88,10 +92,10 @@ def damaged_blocks(
     vocab_size: int | None = None,
     advance: Callable[[int], None] = lambda size: None,
 ) -> Iterator[Damage]:
-    """Blocks, of all or of `blocks`, whose checksum is wrong or which hold ids outside the vocabulary.
+    """Blocks whose checksum is wrong or which hold ids outside the vocabulary; `blocks`: of these alone.
 
-    Without a manifest there is no checksum, and without `vocab_size` ids are not looked at. `advance` hears
-    how many bytes were read since its last call.
+    Without a manifest there are no checksums to compare, and without `vocab_size` ids are not checked.
+    `advance` is called with the bytes read since the last call.
     """
     tokens = index.tokens()
     block_tokens = (manifest.block_bytes if manifest else BLOCK_BYTES) // index.itemsize
@@ -108,7 +112,7 @@ def _damage(
 ) -> str:
     reasons = []
     if manifest and zlib.crc32(block.data) != manifest.block_checksums[number]:
-        reasons.append("does not have its checksum")
+        reasons.append("does not match its checksum")
     if vocab_size and (outside := ids_outside(block, vocab_size)):
         reasons.append(f"holds {outside:,} token ids outside the vocabulary of {vocab_size:,}")
     return " and ".join(reasons)

@@ -1,8 +1,8 @@
-"""Which files an input names, in which format each is, and how they are cut into units of work.
+"""Input files, their formats, and their division into groups and units.
 
-A unit is what one worker reads, encodes and writes at a time. Its limits follow from the input alone: the
-lines that begin in bytes [k * unit_bytes, (k + 1) * unit_bytes) of a file, compressed files after
-decompression, rows of Parquet likewise, text files by where they lie in the run of text files.
+A group is what one reader reads in order: a file, or neighbouring text files. A unit is what one worker
+reads, encodes and stores at a time: unit k of a group holds the documents that begin in its bytes [k *
+unit_bytes, (k + 1) * unit_bytes), counted after decompression. So units follow from the input alone.
 """
 
 import glob
@@ -41,7 +41,7 @@ _MAGIC: dict[bytes, str] = {
 _NEEDS_MAGIC = ("gzip", "zstd", "parquet")
 STDIN = "-"
 
-# Small enough that the workers of a small input share it, large enough that a terabyte is no million files.
+# Small enough for several workers to share a small input, large enough for a terabyte to give few parts.
 _SMALLEST_UNIT, _LARGEST_UNIT, _UNITS_WANTED = 4 << 20, 64 << 20, 1024
 
 
@@ -50,28 +50,28 @@ class InputFile:
     path: Path
     format: Format
     size: int
-    """Bytes on disk; 0 of a stream."""
+    """Bytes on disk; 0 for a stream."""
     argument: str
-    """What the user wrote: the file itself, or a folder or pattern that holds it."""
+    """The argument that named it: the file itself, or a folder or pattern."""
 
     @property
     def identity(self) -> str:
-        """Another once the file is changed or another takes its place; a stream has none."""
+        """Text that changes when the file is changed or replaced; of a stream the path alone."""
         if self.format == "stream":
             return f"{self.path}"
         return f"{self.path}, {self.size} bytes, changed {self.path.stat().st_mtime_ns} ns"
 
 
 @dataclass(frozen=True)
-class Source:
-    """What one reader reads in order: a file, or a run of text files."""
+class FileGroup:
+    """Files that one reader reads in order: a single one, or neighbouring text files."""
 
     index: int
     files: tuple[InputFile, ...]
     position: int
     """Bytes of input before it."""
-    units: int | None
-    """None when only its end tells: a compressed file, Parquet, a stream."""
+    num_units: int | None
+    """None if unknown until its end is read: a compressed file, Parquet, a stream."""
 
     @property
     def format(self) -> Format:
@@ -88,23 +88,28 @@ class Source:
 
 @dataclass(frozen=True)
 class Unit:
-    """One piece of work."""
+    """The work that a worker does at a time: a stretch of a group."""
 
-    source: int
-    cut: int
-    """Counted from 0 in its source."""
+    group: int
+    index: int
+    """Counted from 0 in its group."""
     payload: bytes | None = None
-    """The lines themselves, of a stream: only one process can read it."""
+    """The lines themselves if they come from a stream, which only one process can read."""
     lines_before: int | None = None
-    """Lines of a stream before these."""
+    """Lines of the stream before these."""
 
 
 def find_inputs(arguments: Sequence[Path | str]) -> list[InputFile]:
-    """The files that files, folders, patterns and `-` name, in the order given, folders and patterns sorted.
+    """The input files that arguments name, in the order given; those of a folder or pattern sorted.
 
-    MissingInputError lists everything that names no file, names one twice, or is not what its name says.
+    Raises MissingInputError with every argument that names no file, names one twice, or names one whose
+    content is not what its name says.
     """
-    problems = [] if arguments else [Problem("--input", "(none)", "needs at least one file")]
+    problems = (
+        []
+        if arguments
+        else [Problem("--input", "(none)", "needs at least one file", "name files, folders or patterns")]
+    )
     files: list[InputFile] = []
     for argument in map(str, arguments):
         found, problem = _expand(argument)
@@ -124,32 +129,32 @@ def find_inputs(arguments: Sequence[Path | str]) -> list[InputFile]:
 
 
 def unit_bytes_for(files: Sequence[InputFile]) -> int:
-    """Bytes of one unit, by the size of the whole input."""
+    """Bytes of a unit, by the size of the whole input."""
     return min(max(sum(file.size for file in files) // _UNITS_WANTED, _SMALLEST_UNIT), _LARGEST_UNIT)
 
 
-def sources_of(files: Sequence[InputFile], unit_bytes: int) -> list[Source]:
-    """Each file a source; neighbouring text files of one argument are one together."""
-    sources: list[Source] = []
+def group_files(files: Sequence[InputFile], unit_bytes: int) -> list[FileGroup]:
+    """Groups of one file each, or of neighbouring text files that one argument names."""
+    groups: list[FileGroup] = []
     position = 0
-    for (is_text, _), group in groupby(files, lambda file: (file.format == "text", file.argument)):
-        together = list(group)
-        for members in [together] if is_text else [[file] for file in together]:
+    for (is_text, _), run in groupby(files, lambda file: (file.format == "text", file.argument)):
+        neighbours = list(run)
+        for members in [neighbours] if is_text else [[file] for file in neighbours]:
             size = sum(file.size for file in members)
             known = members[0].format in ("jsonl", "text")
-            units = max(1, -(-size // unit_bytes)) if known else None
-            sources.append(Source(len(sources), tuple(members), position, units))
+            num_units = max(1, -(-size // unit_bytes)) if known else None
+            groups.append(FileGroup(len(groups), tuple(members), position, num_units))
             position += size
-    return sources
+    return groups
 
 
-def text_files_of(source: Source, cut: int, unit_bytes: int) -> Sequence[InputFile]:
-    """The text files of one unit: those that begin in its bytes of the run."""
-    begins = [0, *accumulate(file.size for file in source.files)][:-1]
+def text_files_of(group: FileGroup, index: int, unit_bytes: int) -> Sequence[InputFile]:
+    """The text files of a unit: those that begin in its bytes of the group."""
+    begins = [0, *accumulate(file.size for file in group.files)][:-1]
     # An empty file at the very end begins where the last unit ends.
-    last = source.units is not None and cut == source.units - 1
-    end = len(begins) if last else bisect_left(begins, (cut + 1) * unit_bytes)
-    return source.files[bisect_left(begins, cut * unit_bytes) : end]
+    last = group.num_units is not None and index == group.num_units - 1
+    end = len(begins) if last else bisect_left(begins, (index + 1) * unit_bytes)
+    return group.files[bisect_left(begins, index * unit_bytes) : end]
 
 
 def _expand(argument: str) -> tuple[list[Path], Problem | None]:
@@ -159,7 +164,7 @@ def _expand(argument: str) -> tuple[list[Path], Problem | None]:
         return [path], None
     if os.path.isdir(argument):
         found = list(_files_in(path))
-        reason = f"this folder holds no file in a known format ({', '.join(FORMATS)})"
+        reason = f"the folder holds no file of a known format ({', '.join(FORMATS)})"
     elif glob.has_magic(argument):
         found = [Path(name) for name in sorted(glob.glob(argument, recursive=True)) if os.path.isfile(name)]
         reason = "matches no file"
@@ -169,7 +174,7 @@ def _expand(argument: str) -> tuple[list[Path], Problem | None]:
 
 
 def _files_in(folder: Path) -> Iterator[Path]:
-    """Sorted, hidden ones left out."""
+    """Files of a known format in a folder, sorted, without hidden ones."""
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
@@ -185,21 +190,27 @@ def format_by_name(path: Path) -> Format | None:
 def _describe(path: Path, argument: str) -> tuple[InputFile, Problem | None]:
     if argument == STDIN:
         return InputFile(path, "stream", 0, argument), None
-    # A name that says nothing is taken for JSONL: what is not will be found out at its first line.
+    # An unknown ending is taken for JSONL: if the file is not, its first line is refused.
     format: Format = format_by_name(path) or "jsonl"
     try:
+        str(path).encode()  # manifests are UTF-8, and they name it
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             return InputFile(path, "stream", 0, argument), None
         with path.open("rb") as stream:
             start = stream.read(8)
+    except UnicodeEncodeError:
+        problem = Problem("--input", path, "has a name that is not UTF-8", "rename the file")
+        return InputFile(path, format, 0, argument), problem
     except OSError as error:
         return InputFile(path, format, 0, argument), input_problem("--input", path, error=error)
+    file = InputFile(path, format, status.st_size, argument)
     content = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
-    problem = None
-    if content != (format if format in _NEEDS_MAGIC else None):
-        found = content or "something else"
-        suffixes = " or ".join(suffix for suffix, known in FORMATS.items() if known == content)
-        remedy = f"name it {suffixes}" if suffixes else "check the file"
-        problem = Problem("--input", path, f"holds {found}, which its name does not say", remedy)
-    return InputFile(path, format, status.st_size, argument), problem
+    if content == (format if format in _NEEDS_MAGIC else None):
+        return file, None
+    if content is None:
+        reason = f"is not a {format} file, as its name says"
+        return file, Problem("--input", path, reason, "rename it, or check that it is complete")
+    suffixes = " or ".join(suffix for suffix, known in FORMATS.items() if known == content)
+    remedy = f"rename it to end in {suffixes}" if suffixes else "decompress it first"
+    return file, Problem("--input", path, f"holds {content} data, which its name does not say", remedy)

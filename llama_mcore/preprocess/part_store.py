@@ -1,13 +1,14 @@
-"""The parts of a dataset in the making: what makes a killed job go on where it was.
+"""Parts of a dataset in the making, from which a killed job goes on.
 
-PREFIX.parts holds plan.json, which says from what and how the parts are made, and two files of each unit:
-SSSSS-CCCCCC.bin has its tokens and document lengths for each output one after the other and last the lines
-that were left out; SSSSS-CCCCCC.json is its record. When that is there, the part is done. It has the checksum
-of the .bin, compared when the parts are joined; so nothing needs to be forced to the disk on the way.
+PREFIX.parts holds plan.json, which says what the parts depend on, and two files for each unit that is done:
+GROUP-INDEX.bin with its tokens and document lengths, output by output, and then the lines that were skipped;
+and GROUP-INDEX.json, its record, which appears last. The record has the checksum of the .bin, compared when
+the parts are joined, so that nothing needs an fsync on the way.
 """
 
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -18,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from llama_mcore.errors import ConfigError, OutputError, Problem
 from llama_mcore.files import output_errors, temporary_name
 from llama_mcore.preprocess.inputs import Unit
-from llama_mcore.small_file import read_small_file
+from llama_mcore.small_file import read_json, read_small_file
 
 _MOST_DIFFERENCES = 5
 _LARGEST_PLAN, _LARGEST_RECORD = 256 << 20, 1 << 20
@@ -34,7 +34,7 @@ _RECORD_NAME = re.compile(r"(\d+)-(\d+)\.json")
 
 
 class OutputCounts(BaseModel):
-    """What a part holds for one output."""
+    """Counts of a part for one output."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -45,48 +45,48 @@ class OutputCounts(BaseModel):
 
 
 class PartRecord(BaseModel):
-    """What is known of a part. Sizes and counts are of this unit alone."""
+    """Counts and checksum of a part. All of them are of this unit alone."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     plan: str
-    """Of the plan.json that it was made under."""
+    """SHA-256 of the plan.json that it was made under."""
     crc32: int
     size: int
     """Bytes of the .bin."""
     outputs: list[OutputCounts]
     documents: int
-    """Lines of the input that are no blank ones, rows, or text files."""
+    """Lines of the input that are not blank, or rows, or text files."""
     empty: list[int]
-    """Documents without text, of each key."""
+    """Documents without text, for each key."""
     skipped: int
-    """Documents that cannot be used."""
+    """Documents that could not be used."""
     lines: int
     input_bytes: int
-    """Of the file as it is on disk."""
+    """Bytes on disk that the unit took."""
     ended: bool
-    """The source has no unit after this."""
+    """True for the last unit of its group."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """The content of one unit."""
+    """Encoded documents of a unit."""
 
     tokens: Sequence[NDArray[np.integer]]
-    """Of each output."""
+    """The tokens of each output."""
     lengths: Sequence[NDArray[np.integer]]
     skipped_lines: bytes
     """JSON lines."""
 
 
 class PartsFolder:
-    """Where parts are. Workers use it to write, the parent to open, to read and to remove."""
+    """The folder of the parts. Workers write to it, the parent reads it."""
 
     def __init__(self, path: Path, plan: str) -> None:
         self.path, self.plan = path, plan
 
     def write(self, unit: Unit, part: Part, **counts: Any) -> PartRecord:
-        """Store a part; when this returns it survives the end of every process."""
+        """Store a part: from then on it survives the end of every process."""
         path = self._bin_path(unit)
         sections = [
             section.data.cast("B") for pair in zip(part.tokens, part.lengths, strict=True) for section in pair
@@ -100,20 +100,18 @@ class PartsFolder:
             os.replace(temporary_name(path), path)
             record = PartRecord(plan=self.plan, crc32=crc, size=size, **counts)
             path = path.with_suffix(".json")
-            temporary_name(path).write_bytes(orjson.dumps(record.model_dump()))
+            temporary_name(path).write_bytes(record.model_dump_json().encode())
             os.replace(temporary_name(path), path)
         return record
 
     def read(self, unit: Unit, record: PartRecord, dtype: type[np.integer]) -> Part:
-        """The content of a part that is done. One that is damaged counts as not done from then on."""
+        """The content of a part. OutputError for a damaged one, which counts as not done from then on."""
         path = self._bin_path(unit)
         content = path.read_bytes() if path.exists() else b""
         if len(content) != record.size or zlib.crc32(content) != record.crc32:
             path.with_suffix(".json").unlink(missing_ok=True)
-            reason = "does not hold the bytes that were written to it"
-            raise OutputError(
-                Problem("output", path, reason, "check the disk and give the same command again")
-            )
+            reason = "no longer holds the bytes that were written to it"
+            raise OutputError(Problem("output", path, reason, "check the disk and repeat the command"))
         tokens, lengths, start = [], [], 0
         for output in record.outputs:
             tokens.append(np.frombuffer(content, dtype, output.tokens, start))
@@ -123,7 +121,7 @@ class PartsFolder:
         return Part(tokens, lengths, content[start:])
 
     def skipped_lines(self, unit: Unit, record: PartRecord, dtype: type[np.integer]) -> bytes:
-        """The last section of a part alone."""
+        """The skipped lines of a part, without the rest of it."""
         tokens = sum(output.tokens for output in record.outputs) * np.dtype(dtype).itemsize
         lengths = sum(output.documents for output in record.outputs) * np.dtype(np.int32).itemsize
         with self._bin_path(unit).open("rb") as stream:
@@ -131,22 +129,26 @@ class PartsFolder:
             return stream.read()
 
     def done(self) -> dict[tuple[int, int], PartRecord]:
-        """The records of all parts of this plan: (source, cut) -> record."""
+        """The records of all parts made under this plan, by (group, index)."""
         records = {}
         for name in os.listdir(self.path) if self.path.exists() else ():
             if match := _RECORD_NAME.fullmatch(name):
                 unit = Unit(int(match[1]), int(match[2]))
                 record = _read_record(self.path / name)
-                if record and record.plan == self.plan and _size(self._bin_path(unit)) == record.size:
-                    records[unit.source, unit.cut] = record
+                if record and record.plan == self.plan and self._has_size(unit, record.size):
+                    records[unit.group, unit.index] = record
         return records
 
+    def _has_size(self, unit: Unit, size: int) -> bool:
+        path = self._bin_path(unit)
+        return path.exists() and path.stat().st_size == size
+
     def _bin_path(self, unit: Unit) -> Path:
-        return self.path / f"{unit.source:05d}-{unit.cut:06d}.bin"
+        return self.path / f"{unit.group:05d}-{unit.index:06d}.bin"
 
 
 class Lock:
-    """Held while a job makes a dataset; the system lets it go with the process."""
+    """Lock that a job holds on its parts folder; the system releases it when the process ends."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -160,7 +162,7 @@ class Lock:
         except OSError:
             os.close(self._descriptor)
             reason = "another process is making this dataset"
-            remedy = "wait for it or choose another prefix"
+            remedy = "wait for it, or choose another --output-prefix"
             raise OutputError(Problem("output", self._folder, reason, remedy)) from None
         return self
 
@@ -169,20 +171,20 @@ class Lock:
 
 
 def is_begun(folder: Path, plan: Mapping[str, str]) -> bool:
-    """Whether a job of this plan has not come to its end."""
+    """True if a job of this plan was begun and has not finished."""
     return _read_plan(folder / PLAN) == plan
 
 
 def open_parts(folder: Path, plan: Mapping[str, str], *, restart: bool) -> PartsFolder:
-    """The parts of a job, found again or begun. The caller holds the lock of the folder.
+    """The parts of a job, those done earlier included. The caller holds the lock of the folder.
 
-    ConfigError names what differs if the parts there are of other inputs or were made with other options.
+    ConfigError names the differences where the parts come from other inputs or options.
     """
     path = folder / PLAN
-    text = orjson.dumps(plan, option=orjson.OPT_INDENT_2)
+    text = json.dumps(plan, ensure_ascii=False, indent=2).encode()
     before = None if restart else _read_plan(path)
     if before is None:
-        clear(folder)
+        _clear(folder)
     elif problems := _differences(before, plan, folder):
         raise ConfigError(problems)
     with output_errors(path):
@@ -191,22 +193,22 @@ def open_parts(folder: Path, plan: Mapping[str, str], *, restart: bool) -> Parts
     return PartsFolder(folder, hashlib.sha256(text).hexdigest())
 
 
-def clear(folder: Path) -> None:
-    """Remove all that is in it, the plan first: what a kill leaves is not taken for work to go on with."""
+def _clear(folder: Path) -> None:
+    # The plan first: what a kill leaves must not be taken for work to go on from.
     (folder / PLAN).unlink(missing_ok=True)
     for entry in folder.iterdir():
         entry.unlink()
 
 
 def remove(folder: Path) -> None:
-    """Remove the folder and what is in it."""
+    """Delete the folder and everything in it."""
     if folder.exists():
         (folder / PLAN).unlink(missing_ok=True)
         shutil.rmtree(folder)
 
 
 def remove_if_unused(folder: Path) -> None:
-    """Remove the folder if no job can go on with it: no part in it is done, or its plan is gone."""
+    """Delete the folder if no job can go on from it: no part is done, or the plan is gone."""
     if folder.exists():
         names = os.listdir(folder)
         if PLAN not in names or not any(map(_RECORD_NAME.fullmatch, names)):
@@ -218,10 +220,6 @@ def _write_all(stream: Any, section: memoryview) -> None:
         section = section[stream.write(section) :]
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else -1
-
-
 def _read_record(path: Path) -> PartRecord | None:
     try:
         return PartRecord.model_validate_json(read_small_file(path, _LARGEST_RECORD))
@@ -231,7 +229,7 @@ def _read_record(path: Path) -> PartRecord | None:
 
 def _read_plan(path: Path) -> dict[str, Any] | None:
     try:
-        plan = orjson.loads(read_small_file(path, _LARGEST_PLAN))
+        plan = read_json(path, _LARGEST_PLAN)
     except (OSError, ValueError):
         return None
     return plan if isinstance(plan, dict) else None
@@ -239,9 +237,11 @@ def _read_plan(path: Path) -> dict[str, Any] | None:
 
 def _differences(before: Mapping[str, Any], plan: Mapping[str, Any], folder: Path) -> list[Problem]:
     names = [name for name in {**plan, **before} if plan.get(name) != before.get(name)]
-    remedy = f"give --restart to start from scratch, or the settings of the job that left {folder}"
+    remedy = f"repeat the settings of the job that left {folder}, or give --restart to start from scratch"
     problems = [
-        Problem(name, plan.get(name), f"differs from what was begun with: {before.get(name)}", remedy)
+        Problem(
+            name, plan.get(name), f"differs from {before.get(name)}, with which the job was begun", remedy
+        )
         for name in names[:_MOST_DIFFERENCES]
     ]
     if more := len(names) - len(problems):

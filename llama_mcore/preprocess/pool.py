@@ -1,6 +1,9 @@
-"""Processes that each do one task at a time. They end with their parent, and a task that fails ends all.
+"""Pool of processes that each do one task at a time. They end with their parent, and one failure ends all.
 
-A worker is spawned: forking a process that runs threads can deadlock.
+Workers are spawned: forking a process that runs threads can deadlock. concurrent.futures.ProcessPoolExecutor
+would not do. It gives a task to any process, whereas a compressed file is read forward only, so that a worker
+must keep the file it is in. And before Python 3.14 it cannot end a process in the middle of a task: an error
+or Ctrl-C would wait for every unit in progress, up to a minute each.
 """
 
 import importlib
@@ -25,16 +28,13 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class _Crash:
-    """An error that is not the user's: its traceback."""
+    """Traceback of an error that is not the user's."""
 
     text: str
 
 
 class Workers(Generic[Task, Answer]):
-    """`count` processes; with one it is this process that does the work.
-
-    They start at once and import the module `preload` while the parent finds out what they are to do.
-    """
+    """`count` processes that import the module `preload` as they start; a count of 1 is this process."""
 
     def __init__(self, count: int, preload: str) -> None:
         self._count, self._preload = count, preload
@@ -52,8 +52,8 @@ class Workers(Generic[Task, Answer]):
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        resource_tracker.ensure_running()  # its start would let interrupts through
-        with _interrupts_held_back():
+        resource_tracker.ensure_running()  # started later, it would unblock SIGINT
+        with _sigint_blocked():
             for _ in range(self._count):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_work, args=(theirs, self._preload), daemon=True)
@@ -64,7 +64,7 @@ class Workers(Generic[Task, Answer]):
 
     def __exit__(self, *error: object) -> None:
         for process in self._processes:
-            process.kill()  # whatever it is doing, nobody waits for it
+            process.kill()  # in the middle of a task or not
         for process, connection in zip(self._processes, self._connections, strict=True):
             process.join()
             connection.close()
@@ -75,10 +75,10 @@ class Workers(Generic[Task, Answer]):
         next_task: Callable[[int], Task | None],
         describe: Callable[[Task], str],
     ) -> Iterator[tuple[Task, Answer]]:
-        """Answers as they come.
+        """Yield each task with its answer, as they come.
 
-        `make` builds in each worker the function that does the tasks, `next_task(worker)` is asked whenever
-        one is free (None: nothing for now), `describe` names a task in an error.
+        `make` builds in each worker the function that does the tasks; `next_task(worker)` gives a free worker
+        its next one, None for nothing at the moment; `describe` names a task in an error.
         """
         self._describe = describe
         if self._count == 1:
@@ -109,13 +109,13 @@ class Workers(Generic[Task, Answer]):
         try:
             connection.send(message)
         except OSError:
-            raise self._gone(task) from None
+            raise self._killed(task) from None
 
     def _receive(self, connection: Connection, task: Task) -> Answer:
         try:
             answer: Any = connection.recv()
         except (EOFError, OSError):
-            raise self._gone(task) from None
+            raise self._killed(task) from None
         if isinstance(answer, LlamaMcoreError):
             raise answer
         if isinstance(answer, _Crash):
@@ -123,10 +123,10 @@ class Workers(Generic[Task, Answer]):
         result: Answer = answer
         return result
 
-    def _gone(self, task: Task | None) -> PreflightError:
+    def _killed(self, task: Task | None) -> PreflightError:
         place = "its start" if task is None else self._describe(task)
-        reason = f"a worker was killed at {place}, most often for lack of memory"
-        return PreflightError(Problem("workers", self._count, reason, "start fewer with --workers"))
+        reason = f"a worker was killed at {place}, most likely because the machine ran out of memory"
+        return PreflightError(Problem("--workers", self._count, reason, "give fewer workers"))
 
 
 def _work(connection: Connection, preload: str) -> None:
@@ -154,8 +154,8 @@ def _exit_with_parent() -> None:
 
 
 @contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Workers inherit the mask and leave Ctrl-C to the parent from the start."""
+def _sigint_blocked() -> Iterator[None]:
+    """Block SIGINT: processes started meanwhile inherit that and leave Ctrl-C to their parent."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -1,34 +1,31 @@
-"""What came in and what came out of a preprocessing job: the sums, and what the user is told of them."""
+"""Summary of a preprocessing job: sums over its units, and the lines printed at its end."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from llama_mcore.preprocess.inputs import Source, Unit
+from llama_mcore.preprocess.inputs import FileGroup, Unit
 from llama_mcore.preprocess.part_store import OutputCounts, PartRecord
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over units. Of each key, documents = written + set aside for validation + empty + skipped."""
+    """Sums over units. For each key: documents = written + set aside for validation + empty + skipped."""
 
     documents: int
     skipped: int
     empty: list[int]
     outputs: list[OutputCounts]
-    input_bytes: int
 
     @classmethod
     def of(cls, records: Iterable[PartRecord], num_keys: int, num_outputs: int) -> "Totals":
         records = list(records)
-        outputs = [_sum_of([record.outputs[index] for record in records]) for index in range(num_outputs)]
         totals = cls(
             documents=sum(record.documents for record in records),
             skipped=sum(record.skipped for record in records),
             empty=[sum(record.empty[key] for record in records) for key in range(num_keys)],
-            outputs=outputs,
-            input_bytes=sum(record.input_bytes for record in records),
+            outputs=[_sum_of([record.outputs[index] for record in records]) for index in range(num_outputs)],
         )
         for key in range(num_keys):
             out = sum(output.documents for output in totals.of_key(key))
@@ -36,7 +33,7 @@ class Totals:
         return totals
 
     def of_key(self, key: int) -> Sequence[OutputCounts]:
-        """Its documents and, where some are set aside for validation, those."""
+        """The outputs of a key: its documents and, if some are set aside for validation, those."""
         per_key = len(self.outputs) // len(self.empty)
         return self.outputs[key * per_key : (key + 1) * per_key]
 
@@ -46,14 +43,14 @@ def describe(
     dtype: type[np.integer],
     totals: Totals,
     units: Sequence[tuple[Unit, PartRecord]],
-    sources: Sequence[Source],
+    groups: Sequence[FileGroup],
 ) -> str:
-    """The summary of a job. `prefixes` are the datasets' of its outputs, in their order."""
+    """The printed summary; `prefixes` are the datasets of the outputs, in the same order."""
     lines = [
         _describe_output(prefix, output, dtype)
         for prefix, output in zip(prefixes, totals.outputs, strict=True)
     ]
-    lines += _describe_arguments(units, sources)
+    lines += _describe_arguments(units, groups)
     for key, empty in enumerate(totals.empty):
         written, *validation = (f"{output.documents:,}" for output in totals.of_key(key))
         of_key = f"  {prefixes[key * len(totals.of_key(key))]}: " if len(totals.empty) > 1 else "  "
@@ -76,19 +73,19 @@ def _sum_of(counts: Sequence[OutputCounts]) -> OutputCounts:
 
 def _describe_output(prefix: str, output: OutputCounts, dtype: type[np.integer]) -> str:
     if not output.documents:
-        return f"{prefix}: not written, as it has no documents"
+        return f"{prefix}: not written, because it has no documents"
     return (
         f"{prefix}.bin and .idx: {output.documents:,} documents, {output.tokens:,} tokens as "
-        f"{dtype.__name__}, {output.text_bytes / output.tokens:.2f} bytes a token, "
+        f"{dtype.__name__}, {output.text_bytes / output.tokens:.2f} bytes per token, "
         f"longest document {output.longest_document:,} tokens"
     )
 
 
-def _describe_arguments(units: Sequence[tuple[Unit, PartRecord]], sources: Sequence[Source]) -> list[str]:
-    """What each input argument gave, where there are several."""
+def _describe_arguments(units: Sequence[tuple[Unit, PartRecord]], groups: Sequence[FileGroup]) -> list[str]:
+    """Sums for each --input argument, if there are several."""
     found: dict[str, list[int]] = {}
     for unit, record in units:
-        sums = found.setdefault(sources[unit.source].files[0].argument, [0, 0, 0])
+        sums = found.setdefault(groups[unit.group].files[0].argument, [0, 0, 0])
         sums[0] += record.input_bytes
         sums[1] += record.documents
         sums[2] += sum(output.tokens for output in record.outputs)

@@ -1,10 +1,8 @@
-"""What a worker does: a unit of input becomes a part, its documents encoded, closed, split and shuffled."""
+"""Worker of a preprocessing job: encodes units into parts, splits off validation, shuffles."""
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import orjson
@@ -12,20 +10,19 @@ from numpy.typing import NDArray
 
 from llama_mcore.preprocess.encoders import load_encoder, self_check
 from llama_mcore.preprocess.inputs import Unit
-from llama_mcore.preprocess.job import Job
+from llama_mcore.preprocess.options import EncodeSpec
 from llama_mcore.preprocess.part_store import OutputCounts, Part, PartRecord
 from llama_mcore.preprocess.readers import make_reader, payload_reader
-from llama_mcore.preprocess.readers.blocks import BLOCK_BYTES, BadLine, Block, Reader, bad_line_error
-from llama_mcore.preprocess.readers.lines import lines_before
-from llama_mcore.tokenizer.tokenizer import Tokenizer
+from llama_mcore.preprocess.readers.interface import BATCH_BYTES, BadLine, Batch, Reader, bad_line_error
+from llama_mcore.preprocess.readers.jsonl import lines_before
 
 _CHECKED_CHARACTERS = 50_000
-"""Of the first texts that a worker meets, encoded by sentencepiece too."""
+"""Characters at the start of each worker's input that sentencepiece encodes too, to compare."""
 
 
 @dataclass
 class _Output:
-    """Documents on their way into a part."""
+    """Documents of a part that is being made, for one output."""
 
     tokens: list[NDArray[np.integer]] = field(default_factory=list)
     lengths: list[NDArray[np.int32]] = field(default_factory=list)
@@ -40,52 +37,35 @@ class _Counts:
     lines: int = 0
 
 
-class Definition:
-    """Plain sentencepiece, for little text: it is there sooner than the encoder built on it."""
-
-    name: Literal["sentencepiece"] = "sentencepiece"
-    fallback_reason = None
-
-    def __init__(self, tokenizer_model: Path) -> None:
-        self._tokenizer = Tokenizer(tokenizer_model)
-
-    def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """As every Encoder's."""
-        encoded = [np.array(self._tokenizer.encode(text), dtype=np.int32) for text in texts]
-        lengths = np.array([len(ids) for ids in encoded], dtype=np.int32)
-        return np.concatenate([np.empty(0, np.int32), *encoded]), lengths
-
-
 class UnitEncoder:
-    """Encodes units. The reader of the last source is kept: units of one source often follow each other."""
+    """Encodes units. It keeps the reader of the last group, from which the next unit often comes too."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._encoder = load_encoder(job.encoder, job.tokenizer_model)
+    def __init__(self, spec: EncodeSpec) -> None:
+        self._spec = spec
+        self._encoder = load_encoder(spec.encoder, spec.tokenizer_model)
         self._checked = self._encoder.name == "sentencepiece"
         self._reader: Reader | None = None
-        self._source = -1
+        self._group = -1
 
     def __call__(self, unit: Unit) -> tuple[PartRecord, str | None]:
-        """The record of the part that was written, and why the encoder is not the one asked for."""
-        return self._write(unit), self._encoder.fallback_reason
-
-    def _write(self, unit: Unit) -> PartRecord:
-        job = self._job
-        outputs = [_Output() for _ in range(len(job.keys) * job.outputs_per_key)]
-        counts = _Counts(empty=[0 for _ in job.keys])
+        """Write the part of a unit; return its record, and why the encoder is not the one requested."""
+        spec = self._spec
+        outputs = [_Output() for _ in range(len(spec.keys) * spec.outputs_per_key)]
+        counts = _Counts(empty=[0 for _ in spec.keys])
         skipped_lines: list[bytes] = []
         reader = self._reader_for(unit)
-        for block in reader.read(unit.cut if unit.payload is None else 0):
-            self._count(block, counts)
-            skipped_lines += [self._skip(unit, bad) for bad in block.bad]
-            self._encode(block, outputs, counts)
-        tokens = [_joined(output.tokens, job.dtype) for output in outputs]
+        for batch in reader.read(unit.index if unit.payload is None else 0):
+            counts.documents += len(batch.texts[0]) + len(batch.bad)
+            counts.skipped += len(batch.bad)
+            counts.lines += batch.lines
+            skipped_lines += [self._skip(unit, bad) for bad in batch.bad]
+            self._encode(batch, outputs, counts)
+        tokens = [_joined(output.tokens, spec.dtype) for output in outputs]
         lengths = [_joined(output.lengths, np.int32) for output in outputs]
-        if job.shuffle_seed is not None:
-            shuffled = [shuffle(*pair, job.shuffle_seed, unit) for pair in zip(tokens, lengths, strict=True)]
+        if spec.shuffle_seed is not None:
+            shuffled = [shuffle(*pair, spec.shuffle_seed, unit) for pair in zip(tokens, lengths, strict=True)]
             tokens, lengths = [pair[0] for pair in shuffled], [pair[1] for pair in shuffled]
-        return job.parts.write(
+        record = spec.parts.write(
             unit,
             Part(tokens, lengths, b"".join(skipped_lines)),
             outputs=[
@@ -98,82 +78,80 @@ class UnitEncoder:
                 for index, output in enumerate(outputs)
             ],
             **vars(counts),
-            input_bytes=reader.taken,
+            input_bytes=reader.bytes_read,
             ended=reader.ended,
         )
+        return record, self._encoder.fallback_reason
 
     def _reader_for(self, unit: Unit) -> Reader:
-        job, source = self._job, self._job.sources[unit.source]
+        spec, group = self._spec, self._spec.groups[unit.group]
         if unit.payload is not None:
-            return payload_reader(source.path, unit.payload, job.keys)
-        if self._reader is None or self._source != unit.source:
+            return payload_reader(group.path, unit.payload, spec.keys)
+        if self._reader is None or self._group != unit.group:
             if self._reader:
                 self._reader.close()
-            self._reader, self._source = make_reader(source, job.keys, job.unit_bytes), unit.source
+            self._reader, self._group = make_reader(group, spec.keys, spec.unit_bytes), unit.group
         return self._reader
 
-    def _count(self, block: Block, counts: _Counts) -> None:
-        counts.documents += len(block.texts[0]) + len(block.bad)
-        counts.skipped += len(block.bad)
-        counts.lines += block.lines
-
     def _skip(self, unit: Unit, bad: BadLine) -> bytes:
-        """Its entry in the quarantine file, or the error that it is."""
-        if self._job.on_bad_line == "fail":
+        """The entry of a bad line in the quarantine file; raises its error if bad lines are not skipped."""
+        if self._spec.on_bad_line == "fail":
             raise self._bad_line_error(unit, bad)
         entry = {"file": str(bad.path), "line": bad.line, "reason": bad.reason, "start": bad.start}
         return orjson.dumps(entry) + b"\n"
 
     def _bad_line_error(self, unit: Unit, bad: BadLine) -> Exception:
-        source = self._job.sources[unit.source]
+        group = self._spec.groups[unit.group]
         number = bad.line
         if number is not None:
             number += 1
             if unit.lines_before is not None:
                 number += unit.lines_before
-            elif source.format != "parquet":
-                number += lines_before(source, unit.cut * self._job.unit_bytes)
-        return bad_line_error(bad, number)
+            elif group.format != "parquet":
+                number += lines_before(group, unit.index * self._spec.unit_bytes)
+        return bad_line_error(bad, number, "fix it, or skip bad lines with --on-bad-line skip")
 
-    def _encode(self, block: Block, outputs: list[_Output], counts: _Counts) -> None:
-        job = self._job
-        for index, texts in enumerate(block.texts):
+    def _encode(self, batch: Batch, outputs: list[_Output], counts: _Counts) -> None:
+        spec = self._spec
+        for key, texts in enumerate(batch.texts):
             if not texts:
                 continue
-            self._check(texts)
+            self._compare_with_sentencepiece(texts)
             sizes = np.array([utf8_size(text) for text in texts], dtype=np.int64)
             ids, lengths = self._encoder.encode(texts)
-            counts.empty[index] += len(texts) - int(np.count_nonzero(lengths))
-            validation = are_for_validation(texts, job.validation_split) & (lengths > 0)
-            texts.clear()
+            counts.empty[key] += len(texts) - int(np.count_nonzero(lengths))
+            validation = are_for_validation(texts, spec.validation_split) & (lengths > 0)
+            texts.clear()  # the memory is needed for the tokens
             self._refuse_outside(ids)
-            if not job.validation_split:
-                self._add(outputs[index], ids, lengths, sizes)
+            if not spec.validation_split:
+                self._add(outputs[key], ids, lengths, sizes)
                 continue
             of_validation = np.repeat(validation, lengths)
-            self._add(outputs[2 * index], ids[~of_validation], lengths[~validation], sizes[~validation])
-            self._add(outputs[2 * index + 1], ids[of_validation], lengths[validation], sizes[validation])
+            self._add(outputs[2 * key], ids[~of_validation], lengths[~validation], sizes[~validation])
+            self._add(outputs[2 * key + 1], ids[of_validation], lengths[validation], sizes[validation])
 
-    def _check(self, texts: Sequence[str]) -> None:
-        """Compare with sentencepiece at the start of the real input."""
-        if not self._checked:
-            self._checked = True
-            sample, left = [], _CHECKED_CHARACTERS
-            for text in texts:
-                sample.append(text[:left])
-                left -= len(sample[-1])
-                if not left:
-                    break
-            self_check(self._encoder, Definition(self._job.tokenizer_model), sample)
+    def _compare_with_sentencepiece(self, texts: Sequence[str]) -> None:
+        """Check gigatoken on the first texts that this worker meets."""
+        if self._checked:
+            return
+        self._checked = True
+        sample, left = [], _CHECKED_CHARACTERS
+        for text in texts:
+            sample.append(text[:left])
+            left -= len(sample[-1])
+            if not left:
+                break
+        self_check(self._encoder, load_encoder("sentencepiece", self._spec.tokenizer_model), sample)
 
     def _refuse_outside(self, ids: NDArray[np.int32]) -> None:
-        if len(ids) and not 0 <= ids.min() <= ids.max() < self._job.vocab_size:
-            raise ValueError(f"the encoder gave an id outside [0, {self._job.vocab_size})")
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self._spec.vocab_size:
+            raise ValueError(f"the encoder gave an id outside [0, {self._spec.vocab_size})")
 
     def _add(
         self, output: _Output, ids: NDArray[np.int32], lengths: NDArray[np.int32], sizes: NDArray[np.int64]
     ) -> None:
-        tokens, closed = close_documents(ids, lengths, self._job.bos, self._job.eod, self._job.dtype)
+        spec = self._spec
+        tokens, closed = close_documents(ids, lengths, spec.bos, spec.eod, spec.dtype)
         output.tokens.append(tokens)
         output.lengths.append(closed)
         output.text_bytes += int(sizes.sum())
@@ -183,12 +161,11 @@ def utf8_size(text: str) -> int:
     """Bytes of the text as UTF-8, without a second copy of it all."""
     if text.isascii():
         return len(text)
-    pieces = (text[start : start + BLOCK_BYTES] for start in range(0, len(text), BLOCK_BYTES))
-    return sum(len(piece.encode()) for piece in pieces)
+    return sum(len(text[start : start + BATCH_BYTES].encode()) for start in range(0, len(text), BATCH_BYTES))
 
 
 def are_for_validation(texts: Sequence[str], ratio: float) -> NDArray[np.bool_]:
-    """By the text alone: a document stays on its side whatever else the corpus holds."""
+    """Documents to set aside, chosen by their text alone: the rest of the corpus does not matter."""
     if not ratio:
         return np.zeros(len(texts), dtype=np.bool_)
     limit = ratio * 2**64
@@ -203,7 +180,7 @@ def close_documents(
     eod: int | None,
     dtype: type[np.integer],
 ) -> tuple[NDArray[np.integer], NDArray[np.int32]]:
-    """Documents with their first and last tokens, where there are such; empty ones are left out."""
+    """The documents with BOS before and EOD after each, if these are given; empty ones are left out."""
     lengths = lengths[lengths > 0]
     extra = (bos is not None) + (eod is not None)
     if not extra:
@@ -223,15 +200,13 @@ def close_documents(
 def shuffle(
     tokens: NDArray[np.integer], lengths: NDArray[np.integer], seed: int, unit: Unit
 ) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-    """The documents in an order that follows from the seed and the place of the unit in the input.
-
-    Philox's raw numbers are the same in every version of numpy; those of `permutation` need not be.
-    """
-    generator = np.random.Philox(key=seed, counter=[0, 0, unit.source, unit.cut])
+    """The documents in an order that follows from the seed and the place of the unit in the input."""
+    generator = np.random.Philox(key=seed, counter=[0, 0, unit.group, unit.index])
+    # Philox's raw numbers are the same in every version of numpy; those of `permutation` need not be.
     order = np.argsort(generator.random_raw(len(lengths)), kind="stable")
     ends = np.cumsum(lengths, dtype=np.int64)
-    pieces = [tokens[ends[i] - lengths[i] : ends[i]] for i in order]
-    return _joined(pieces, tokens.dtype.type), lengths[order]
+    documents = [tokens[ends[i] - lengths[i] : ends[i]] for i in order]
+    return _joined(documents, tokens.dtype.type), lengths[order]
 
 
 def _joined(arrays: Sequence[NDArray[np.integer]], dtype: type[np.integer]) -> NDArray[np.integer]:

@@ -1,4 +1,4 @@
-"""What SentencePiece's BPE trainer needs, known before it starts: it holds all of its text in memory."""
+"""Memory that SentencePiece's BPE trainer will need, estimated before it starts: it holds all of its text."""
 
 from collections.abc import Sequence
 from zlib import crc32
@@ -24,9 +24,9 @@ _SHARE_OF_AVAILABLE = 0.8
 
 
 class TrainerMemory:
-    """Adds up the estimate as text comes, and refuses text that would need more than the limit.
+    """Estimate that grows as text comes, and refuses text that would need more than the limit.
 
-    `limit` in bytes; by default 80 % of what the machine has available.
+    `limit` is in bytes; the default is 80 % of what the machine has available.
     """
 
     def __init__(self, limit: int | None, num_sources: int) -> None:
@@ -37,19 +37,19 @@ class TrainerMemory:
         self._word_characters = 0
 
     def check_ahead(self, text_bytes: int) -> None:
-        """PreflightError if so much text needs more than the limit even with a handful of distinct words."""
+        """Raise PreflightError if so much text needs more than the limit even with few distinct words."""
         peak = _BYTES_FIXED + _BYTES_PER_TEXT_BYTE * text_bytes
         if peak > self.limit:
             raise self._refusal(peak, f"{_size(text_bytes)} of text", text_bytes)
 
     def add(self, lines: Sequence[bytes]) -> None:
-        """Count `lines`; PreflightError as soon as the limit is passed."""
+        """Count lines; raise PreflightError as soon as the limit is exceeded."""
         self.text_bytes += sum(map(len, lines))
         self.num_lines += len(lines)
         words = {word for line in lines for word in line.split(b" ") if not crc32(word) % _WORD_CLASSES}
         words -= self._words
         self._words |= words
-        # One more for the mark that stands for the space before a word.
+        # One more: the mark that stands for the space before a word.
         self._word_characters += sum(len(word.decode(errors="replace")) + 1 for word in words)
         if self.peak > self.limit:
             read = f"the first {_size(self.text_bytes)} of text read"
@@ -57,7 +57,7 @@ class TrainerMemory:
 
     @property
     def peak(self) -> int:
-        """Bytes that training on all lines added so far will need."""
+        """Bytes that training on all lines so far will need."""
         return (
             _BYTES_FIXED
             + _BYTES_PER_TEXT_BYTE * self.text_bytes
@@ -65,11 +65,11 @@ class TrainerMemory:
             + _BYTES_PER_WORD_CHARACTER * _WORD_CLASSES * self._word_characters
         )
 
-    def _refusal(self, peak: int, of_what: str, text_bytes: int) -> PreflightError:
-        """Names the budget that fits. In proportion is enough: distinct words grow more slowly than text."""
-        reason = f"training on {of_what} needs about {_size(peak)}"
+    def _refusal(self, peak: int, what: str, text_bytes: int) -> PreflightError:
+        # The budget in proportion is safe: distinct words grow more slowly than text.
+        reason = f"training on {what} needs about {_size(peak)}"
         fits = text_bytes * max(self.limit - _BYTES_FIXED, 0) // peak // self._num_sources
-        remedy = f"give --bytes-per-source {_round_down(fits)}, or more memory"
+        remedy = f"give --bytes-per-source {_round_down(fits)}, or use a machine with more memory"
         return PreflightError(Problem("--max-memory", _size(self.limit), reason, remedy))
 
 
@@ -78,7 +78,7 @@ def _size(size: int) -> str:
 
 
 def _round_down(size: int) -> str:
-    """Two digits, as units.parse_bytes reads it: 12345678 -> 12MB."""
+    """Size rounded down to two digits, as units.parse_bytes reads it: 12345678 -> 12MB."""
     digits = 10 ** max(len(str(size)) - 2, 0)
     rounded = size // digits * digits
     return f"{rounded / 1e6:g}MB" if rounded >= 10**6 else f"{rounded / 1e3:g}KB"

@@ -1,4 +1,4 @@
-"""What a trained tokenizer does with its text, measured on the model itself."""
+"""Report on a trained tokenizer, measured on the model itself: compression, digits, unknown characters."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _RARE = "\U0001f9ea\u0e20\u10d0\u16a0\u2d30\ua000\U00010330\U00020000"
 
 @dataclass(frozen=True)
 class SourceReport:
-    """On sampled lines of a source, without their ends."""
+    """Measurements on sampled lines of a source, without their ends."""
 
     name: str
     sample_bytes: int
@@ -23,7 +23,7 @@ class SourceReport:
     byte_tokens: int
     """Tokens that stand for one byte of a character that the vocabulary lacks."""
     lines_changed: int
-    """Lines whose tokens decode to something else; that U+2581 comes back as a space is not counted."""
+    """Lines whose tokens decode to something else, apart from U+2581 that comes back as a space."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class TokenizerReport:
     sources: list[SourceReport]
     longest_pieces: list[str]
     digits_are_single: bool
-    """No piece holds a digit and anything else, and 1984 is four tokens."""
+    """True if no piece holds a digit and anything else, and 1984 is four tokens."""
     unknown_characters: str
-    """Those tried, all outside the vocabulary."""
+    """Characters outside the vocabulary that were tried."""
     unknown_come_back: bool
-    """Each becomes the bytes of its UTF-8, and these become it again."""
+    """True if each becomes the bytes of its UTF-8, and these decode to it again."""
 
     def table(self) -> str:
-        """For a terminal."""
+        """The report as text for a terminal."""
         width = max(len("source"), *(len(source.name) for source in self.sources))
         lines = [f"{'source':<{width}}  {'sample':>9}  bytes/token  byte tokens  lines changed"]
         for source in self.sources:
@@ -51,13 +51,13 @@ class TokenizerReport:
                 *lines,
                 f"longest pieces: {' '.join(self.longest_pieces)}",
                 f"digits are single tokens: {_yes(self.digits_are_single)}",
-                f"unknown characters come back through bytes: {_yes(self.unknown_come_back)} ({unknown})",
+                f"unknown characters survive as bytes: {_yes(self.unknown_come_back)} ({unknown})",
             ]
         )
 
 
 def report_on(model: bytes, samples: Mapping[str, Sequence[bytes]]) -> TokenizerReport:
-    """Report on a serialized SentencePiece model; `samples` are lines by source."""
+    """Report on a serialized SentencePiece model, with `samples` of lines by source."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     pieces = [
         processor.id_to_piece(token) for token in range(processor.vocab_size()) if _is_text(processor, token)
@@ -100,12 +100,12 @@ def _digits_are_single(processor: sentencepiece.SentencePieceProcessor, pieces: 
 
 
 def _is_digit(character: str) -> bool:
-    """What SentencePiece splits: ASCII and full-width digits."""
+    """True for the digits that SentencePiece splits: ASCII and full-width ones."""
     return "0" <= character <= "9" or "\uff10" <= character <= "\uff19"
 
 
 def _unknown_characters(known: set[str], texts: Iterable[str]) -> str:
-    """Up to 100 that no piece has. Spaces have a piece under another name."""
+    """Up to 100 characters of the texts that no piece holds, apart from the space."""
     unknown: dict[str, None] = {}
     for text in texts:
         unknown.update(dict.fromkeys(c for c in text if c not in known and c != " "))

@@ -1,4 +1,4 @@
-"""The SentencePiece model of a run: text to token ids and back."""
+"""SentencePiece tokenizer: text to token ids and back."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,24 +11,25 @@ from llama_mcore.small_file import read_small_file
 
 LARGEST_MODEL = 64 << 20
 """Bytes; LLaMA's has half a million."""
-_REMEDY = "give the tokenizer.model that was trained"
+_REMEDY = "give the tokenizer.model that train-tokenizer wrote"
 
 
 class Tokenizer:
-    """Text to token ids and back. Text never becomes a control token: `<s>` in it is three characters.
+    """Tokenizer of a SentencePiece model.
 
+    Text never becomes a control token: `<s>` in it is three characters.
     decode(encode(text)) == text, with one exception that the format has: U+2581, SentencePiece's own mark for
     a space, comes back as a space.
     """
 
     def __init__(self, path: Path | str, field: str = "tokenizer") -> None:
-        """`field` names it to the user. Raises MissingInputError, and DataError if it is no such model."""
+        """Load a model, called `field` in errors: MissingInputError, or DataError if it is not one."""
         self.path, self._field = Path(path), field
         try:
             self.model = read_small_file(self.path, LARGEST_MODEL, follow=True)
         except OSError as error:
             raise MissingInputError(
-                input_problem(field, path, "make it with train-tokenizer", error)
+                input_problem(field, path, "check the path, or train one with train-tokenizer", error)
             ) from None
         except ValueError as error:
             raise DataError(Problem(field, path, f"cannot be read ({shown(error)})", _REMEDY)) from None
@@ -55,13 +56,13 @@ class Tokenizer:
 
     @property
     def eod(self) -> int:
-        """Closes a document; LLaMA's end-of-sequence token."""
+        """The token that ends a document: LLaMA's end-of-sequence token."""
         return int(self._processor.eos_id())
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone: neither BOS nor EOS. Empty for the empty text."""
+        """Ids of the text alone, without BOS and EOS; none for the empty text."""
         return list(self._processor.encode(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; control tokens leave no trace."""
+        """Text of the ids; control tokens leave no trace."""
         return str(self._processor.decode(list(ids)))

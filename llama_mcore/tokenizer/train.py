@@ -1,6 +1,7 @@
 """Training of a SentencePiece BPE tokenizer with the settings of the released LLaMA tokenizer."""
 
 import hashlib
+import json
 import os
 import platform
 import re
@@ -16,7 +17,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import orjson
 import psutil
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
@@ -78,13 +78,13 @@ def train_tokenizer(
     report: bool = False,
     force: bool = False,
 ) -> None:
-    """Train on the lines of all documents; write the model to `output` and what made it to `output`.json.
+    """Train on the lines of all documents; write the model to `output` and how it was made to `output`.json.
 
     `inputs` are files, folders or patterns, each with or without NAME= before it. `bytes_per_source` and
-    `max_memory` are in bytes; by default all text is used, and 80 % of the memory available. The same inputs
-    and seed give the same bytes on any machine. A model that is there already is neither learnt again nor,
-    unless `force`, replaced by another. Raises ConfigError, MissingInputError, DataError, OutputError, and
-    PreflightError for text that would not fit into memory.
+    `max_memory` are in bytes; the defaults are all text, and 80 % of the memory available. The same inputs
+    and seed give the same bytes on any machine. A finished model is not trained again, nor replaced by
+    another unless `force`. Raises ConfigError, MissingInputError, DataError, OutputError, and PreflightError
+    for text that would not fit into memory.
     """
     _check_settings(vocab_size, bytes_per_source, seed)
     sources = find_sources(inputs)
@@ -98,9 +98,9 @@ def train_tokenizer(
         "seed": seed,
     }
     job = _job_sha256(sources, settings)
-    there = None if force else _there(output, record_path, settings, job)
-    if there and (there.reported or not report):
-        print(f"{output}: already there, nothing to do; {record_path} tells how it was made", flush=True)
+    finished = None if force else _finished(output, record_path, settings, job)
+    if finished and (finished.reported or not report):
+        print(f"{output}: already there, nothing to do; {record_path} says how it was made", flush=True)
         return
     memory = TrainerMemory(max_memory, len(sources))
     corpus = Corpus(
@@ -108,11 +108,15 @@ def train_tokenizer(
     )
     corpus.check_memory_ahead()
     started = time.perf_counter()
-    model = _read(corpus, there) if there else _like_llamas(_learn(corpus, memory, vocab_size, seed))
+    if finished:
+        deque(corpus.lines(), maxlen=0)  # reads the text for the report
+        model = finished.model
+    else:
+        model = _with_llama_spaces(_learn(corpus, memory, vocab_size, seed))
     digest = hashlib.sha256(model).hexdigest()
     found = report_on(model, {source.name: source.report_sample for source in sources}) if report else None
     record = _record(output, digest, sources, settings, job, found)
-    # The model appears last: where it is, what is told about it is there too.
+    # The model appears last: where it is, its record is too.
     with published(output) as temporary, published(record_path) as temporary_record, output_errors(output):
         temporary.write_bytes(model)
         temporary_record.write_bytes(record)
@@ -122,29 +126,25 @@ def train_tokenizer(
 
 
 @dataclass(frozen=True)
-class _There:
-    """A model of the same job."""
+class _Finished:
+    """Model that the same job has made."""
 
     model: bytes
     reported: bool
 
 
-def _read(corpus: Corpus, there: _There) -> bytes:
-    """All but the learning, for the report on a model that is there."""
-    deque(corpus.lines(), maxlen=0)
-    return there.model
-
-
 def _job_sha256(sources: Sequence[TextSource], settings: Mapping[str, object]) -> str | None:
-    """Of all that the model depends on; None where a stream is read, which nobody can compare."""
+    """Hash of everything that the model depends on; None for a stream, which cannot be compared."""
     files = {source.name: [file.identity for file in source.files] for source in sources}
     if any(file.format == "stream" for source in sources for file in source.files):
         return None
     return job_sha256({"trainer": LLAMA_TRAINER, **settings, "files": files})
 
 
-def _there(output: Path, record_path: Path, settings: Mapping[str, object], job: str | None) -> _There | None:
-    """The model of the same job, if all of it is there. OutputError for anything else of these names."""
+def _finished(
+    output: Path, record_path: Path, settings: Mapping[str, object], job: str | None
+) -> _Finished | None:
+    """The complete result of the same job, if there is one. OutputError for other files of these names."""
     found = [path for path in (output, record_path) if os.path.lexists(path)]
     if not found:
         return None
@@ -157,20 +157,18 @@ def _there(output: Path, record_path: Path, settings: Mapping[str, object], job:
     except (OSError, ValueError):
         model = b""
     if ours and hashlib.sha256(model).hexdigest() == record.get("sha256"):
-        return _There(model, bool(record.get("report")))
+        return _Finished(model, bool(record.get("report")))
     other = [
         f"{name} {record[name]}, not {now}" for name, now in settings.items() if record.get(name, now) != now
     ]
     why = (
-        f"made with {'; '.join(other)}"
-        if other
-        else "made from other or changed text, or not by this command"
+        f"made with {'; '.join(other)}" if other else "made from other or changed text, or by another command"
     )
     raise cannot_replace("--output", found[0], why)
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    """Empty where there is none that can be read."""
+    """The record of a model; empty if there is none that can be read."""
     try:
         record = parse_json(read_small_file(path, _LARGEST_RECORD, follow=True))
     except (OSError, ValueError):
@@ -181,7 +179,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 def _check_settings(vocab_size: int, bytes_per_source: int | None, seed: int) -> None:
     problems = []
     if vocab_size < _SMALLEST_VOCABULARY:
-        reason = f"must be at least {_SMALLEST_VOCABULARY}: 3 control tokens, 256 bytes and a character"
+        reason = f"must be at least {_SMALLEST_VOCABULARY}: 3 control tokens, 256 bytes and one character"
         problems.append(Problem("--vocab-size", vocab_size, reason, "LLaMA's is 32000"))
     if vocab_size > _LARGEST_VOCABULARY:
         reason = f"must be at most {_LARGEST_VOCABULARY}: SentencePiece counts in 32 bits"
@@ -196,7 +194,7 @@ def _check_settings(vocab_size: int, bytes_per_source: int | None, seed: int) ->
 
 
 class _Lines:
-    """Passes `corpus` on and calls `read` after the last line.
+    """Lines of a corpus, with a call of `read` after the last one.
 
     SentencePiece turns an exception of its iterator into a RuntimeError; `error` keeps the original.
     """
@@ -218,7 +216,7 @@ class _Lines:
 def _learn(corpus: Corpus, memory: TrainerMemory, vocab_size: int, seed: int) -> bytes:
     sentencepiece.set_random_generator_seed(seed)
     model = BytesIO()
-    with _learning_said(memory) as read:
+    with _reported_learning(memory) as read:
         lines = _Lines(corpus, read)
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -234,11 +232,11 @@ def _learn(corpus: Corpus, memory: TrainerMemory, vocab_size: int, seed: int) ->
 
 
 @contextmanager
-def _learning_said(memory: TrainerMemory) -> Iterator[Callable[[], None]]:
-    """Yields what to call when the text is read. From then on stderr says now and then that work goes on.
+def _reported_learning(memory: TrainerMemory) -> Iterator[Callable[[], None]]:
+    """Report on stderr, every few seconds, that learning goes on; yields the function that starts this.
 
-    SentencePiece never returns to Python while it learns, so Ctrl-C would wait for its end; nothing is being
-    written yet, and so it may end the process at once.
+    SentencePiece never returns to Python while it learns, so that Ctrl-C would wait for its end. Nothing is
+    being written yet: Ctrl-C may end the process at once.
     """
     done = threading.Event()
     interrupt = signal.getsignal(signal.SIGINT)
@@ -249,7 +247,7 @@ def _learning_said(memory: TrainerMemory) -> Iterator[Callable[[], None]]:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         state = f"text read, learning the merges in up to {memory.peak / 1e9:.2f} GB"
         print(f"train-tokenizer: {state}", file=sys.stderr, flush=True)
-        threading.Thread(target=_say_elapsed, args=(done,), daemon=True).start()
+        threading.Thread(target=_print_elapsed, args=(done,), daemon=True).start()
 
     try:
         yield read
@@ -259,19 +257,19 @@ def _learning_said(memory: TrainerMemory) -> Iterator[Callable[[], None]]:
             signal.signal(signal.SIGINT, interrupt)
 
 
-def _say_elapsed(done: threading.Event) -> None:
+def _print_elapsed(done: threading.Event) -> None:
     started = time.perf_counter()
     while not done.wait(SECONDS_BETWEEN_LINES):
         seconds = time.perf_counter() - started
         held = psutil.Process().memory_info().rss
-        state = f"learning the merges, {seconds:.0f} s so far, {held / 1e9:.2f} GB held"
+        state = f"learning the merges, {seconds:.0f} s so far, using {held / 1e9:.2f} GB"
         print(f"train-tokenizer: {state}", file=sys.stderr, flush=True)
 
 
 def _training_error(message: str, vocab_size: int, sources: Sequence[TextSource]) -> DataError:
     if match := re.search(r"Vocabulary size too high .* value <= (\d+)", message):
         most = match[1]
-        reason = f"is more than the text supports: at most {most}"
+        reason = f"is too large for this text, which supports at most {most}"
         return DataError(
             Problem("--vocab-size", vocab_size, reason, f"give more text or --vocab-size {most}")
         )
@@ -281,22 +279,27 @@ def _training_error(message: str, vocab_size: int, sources: Sequence[TextSource]
     if "!sentences_.empty()" in message:
         return _no_lines(sources)
     return DataError(
-        Problem("--input", "all documents", f"SentencePiece cannot train on them ({message.strip()})")
+        Problem(
+            "--input",
+            "all documents",
+            f"SentencePiece cannot train on them ({message.strip()})",
+            "check the text, or give more of it",
+        )
     )
 
 
 def _no_lines(sources: Sequence[TextSource]) -> DataError:
     if left_out := sum(source.lines_left_out for source in sources):
-        reason = f"hold {left_out:,} lines, all of them over {MAX_LINE_BYTES} bytes or with U+2585"
+        reason = f"hold {left_out:,} lines, all of them longer than {MAX_LINE_BYTES} bytes or with U+2585"
         return DataError(Problem("--input", "all documents", reason, "give text with shorter lines"))
     names = ", ".join(str(file.path) for source in sources for file in source.files[:_MOST_NAMED])
     documents = sum(source.documents for source in sources)
-    reason = f"no text in {documents:,} documents" if documents else "no documents: empty"
+    reason = f"no text in {documents:,} documents" if documents else "no documents: the input is empty"
     return DataError(Problem("--input", names, reason, "check the files and --json-key"))
 
 
-def _like_llamas(model: bytes) -> bytes:
-    """Give pieces of spaces alone the score that they have in the released model."""
+def _with_llama_spaces(model: bytes) -> bytes:
+    """The model with the score that the released one gives to pieces of spaces alone."""
     proto = model_pb2.ModelProto.FromString(model)
     for piece in proto.pieces:
         if set(piece.piece) == {"\u2581"}:
@@ -312,7 +315,7 @@ def _record(
     job: str | None,
     report: TokenizerReport | None,
 ) -> bytes:
-    """JSON that depends on the inputs and settings alone, and the versions that were used."""
+    """JSON record of how the model was made. It depends on inputs, settings and versions alone."""
     versions = {
         "llama_mcore": __version__,
         "sentencepiece": sentencepiece.__version__,
@@ -328,7 +331,7 @@ def _record(
         "versions": versions,
         "report": asdict(report) if report else None,
     }
-    return orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    return f"{json.dumps(content, ensure_ascii=False, indent=2)}\n".encode()
 
 
 def _record_source(source: TextSource) -> dict[str, Any]:
@@ -352,8 +355,8 @@ def _summary(
     left_out = sum(source.lines_left_out for source in sources)
     text = f"{used / 1e6:,.1f} of {given / 1e6:,.1f} MB of text"
     documents = sum(source.documents for source in sources)
-    too_long = f", {left_out:,} lines over {MAX_LINE_BYTES} bytes or with U+2585 left out" if left_out else ""
+    skipped = f", {left_out:,} lines over {MAX_LINE_BYTES} bytes or with U+2585 skipped" if left_out else ""
     return (
-        f"{output}: vocabulary {vocab_size:,} from {text} in {documents:,} documents{too_long}, "
+        f"{output}: vocabulary {vocab_size:,} from {text} in {documents:,} documents{skipped}, "
         f"{seconds:.1f} s, SHA-256 {digest}"
     )

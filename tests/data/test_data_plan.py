@@ -50,9 +50,7 @@ WINDOWS = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 
 @settings(max_examples=40, deadline=None)
 @given(WINDOWS, st.integers(1, 3))
-def test_the_whole_plan_reads_every_window_exactly_as_often_as_it_has_epochs(
-    windows: list[int], epochs: int
-) -> None:
+def test_the_whole_plan_reads_every_window_once_an_epoch(windows: list[int], epochs: int) -> None:
     plan = segment(windows, [epochs] * len(windows))
     counts = Counter(read(plan, 0, epochs * sum(windows)))
     assert counts == {(s, w): epochs for s, n in enumerate(windows) for w in range(n)}
@@ -110,7 +108,7 @@ def test_the_ledger_counts_what_was_read(windows: list[int], position: int) -> N
 
 @pytest.fixture
 def datasets(tmp_path: Path) -> dict[str, WindowDataset]:
-    """Of 20 and 10 windows."""
+    """Sources of 20 and 10 windows."""
     write(tmp_path / "a", [list(range(41))])
     write(tmp_path / "b", [list(range(21))])
     return {name: WindowDataset(tmp_path / name, 2) for name in "ab"}

@@ -9,9 +9,9 @@ from llama_mcore.cli import app
 from llama_mcore.data.indexed_dataset import IndexedDataset
 from llama_mcore.data.manifest import manifest_path
 from llama_mcore.errors import DataError, OutputError
+from llama_mcore.preprocess import preprocess
 from llama_mcore.preprocess.merge import merge_datasets
-from llama_mcore.preprocess.pipeline import Preprocessing
-from llama_mcore.preprocess.preprocess import preprocess
+from llama_mcore.preprocess.pipeline import Pipeline
 from llama_mcore.tokenizer import train
 from llama_mcore.tokenizer.train import train_tokenizer
 from tests.support.errors import check_problem, is_shown, refused
@@ -62,7 +62,7 @@ def test_the_same_job_finds_its_work_done(
 ) -> None:
     preprocess([corpus], tokenizer_model, tmp_path / "d", validation_split=0.3)
     before = contents(tmp_path)
-    monkeypatch.setattr(Preprocessing, "_make", made_again)
+    monkeypatch.setattr(Pipeline, "_make_datasets", made_again)
     capsys.readouterr()
     preprocess([corpus], tokenizer_model, tmp_path / "d", validation_split=0.3, encoder="sentencepiece")
     assert capsys.readouterr().out.count(NOTHING) == 2
@@ -72,7 +72,7 @@ def test_the_same_job_finds_its_work_done(
         preprocess([corpus], tokenizer_model, tmp_path / "d", validation_split=0.3, force=True)
 
 
-def test_work_that_is_not_whole_is_done_again(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
+def test_an_incomplete_dataset_is_made_again(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
     preprocess([corpus], tokenizer_model, tmp_path / "d", validation_split=0.3)
     whole = {name: content for name, (content, _) in contents(tmp_path).items()}
     (tmp_path / "d_text_validation.idx").unlink()
@@ -106,7 +106,7 @@ def test_a_dataset_of_another_job_stays(change: str, tokenizer_model: Path, tmp_
     preprocess([source], model, tmp_path / "out" / "d", force=True, **settings)
 
 
-def test_what_another_job_left_out_stays_listed(tokenizer_model: Path, tmp_path: Path) -> None:
+def test_the_quarantine_of_another_job_stays(tokenizer_model: Path, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": "one", "body": "two"}, {"body": "three"}])
     words = ("preprocess-data", "--input", source, "--tokenizer-model", tokenizer_model)
     words = (*words, "--output-prefix", tmp_path / "out/d", "--on-bad-line", "skip", "--max-bad-ratio")
@@ -171,9 +171,7 @@ def test_a_tokenizer_is_not_replaced_by_another(corpus: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("spoilt", ["t.model", "t.model.json"])
-def test_a_tokenizer_that_its_record_does_not_tell_of_stays(
-    spoilt: str, corpus: Path, tmp_path: Path
-) -> None:
+def test_a_tokenizer_without_its_record_stays(spoilt: str, corpus: Path, tmp_path: Path) -> None:
     train_tokenizer([corpus], tmp_path / "t.model", vocab_size=400)
     (tmp_path / spoilt).write_bytes(b"{}")
     with refused(OutputError, "--output", tmp_path / "t.model"):

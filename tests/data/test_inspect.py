@@ -112,7 +112,7 @@ def test_a_long_document_is_shown_in_part(tmp_path: Path) -> None:
     assert len(run_json(tmp_path / "d", "--show", 1)["shown"][0]["text"].split()) == 1000
 
 
-def test_a_document_does_not_steer_the_terminal(tmp_path: Path, tokenizer_model: Path) -> None:
+def test_a_document_does_not_control_the_terminal(tmp_path: Path, tokenizer_model: Path) -> None:
     write(tmp_path / "d", [Tokenizer(tokenizer_model).encode("red \x1b[31m and\tso\non \x9b1m\u202e")])
     _, text, _ = run(tmp_path / "d", "--show", 1, "--tokenizer-model", tokenizer_model)
     assert "red \\x1b[31m and\tso\non \\x9b1m\\u202e\n" in text
@@ -159,7 +159,7 @@ def test_another_tokenizer_is_refused(megatrons: Path, tokenizer_model: Path) ->
     assert "0" * 64 in errors
 
 
-def test_a_sound_dataset_is_verified(megatrons: Path, tokenizer_model: Path) -> None:
+def test_verify_accepts_a_valid_dataset(megatrons: Path, tokenizer_model: Path) -> None:
     assert "no checksums to compare with; ids not checked" in run(megatrons, "--verify")[1]
     assert "index and sizes; --verify reads every byte" in run(megatrons)[1]
     run(megatrons, "--write-manifest", "--tokenizer-model", tokenizer_model)
@@ -174,10 +174,10 @@ def test_verify_lists_all_damaged_blocks(damaged: Path) -> None:
     assert run(damaged)[0] == 0
     code, text, errors = run(damaged, "--verify")
     assert code == 65
-    assert "verified    NO: 2 wrong" in text
-    assert "block 1 does not have its checksum and holds 1 token ids outside the vocabulary of 20" in errors
+    assert "verified    NO: 2 problems" in text
+    assert "block 1 does not match its checksum and holds 1 token ids outside the vocabulary of 20" in errors
     assert "bytes 8 to 15, documents 0 to 2" in errors
-    assert "block 3 does not have its checksum: bytes 24 to 31, documents 2 to 2" in errors
+    assert "block 3 does not match its checksum: bytes 24 to 31, documents 2 to 2" in errors
     code, output, _ = run(damaged, "--verify", "--json")
     assert code == 65
     assert [(each["block"], each["first_byte"]) for each in orjson.loads(output)["damaged_blocks"]] == [
@@ -207,7 +207,9 @@ def test_ids_outside_the_given_vocabulary_are_damage(tmp_path: Path, tokenizer_m
 
 
 @pytest.mark.parametrize("option", [None, "--verify"])
-def test_files_that_do_not_belong_together(damaged: Path, tmp_path: Path, option: str | None) -> None:
+def test_verify_refuses_files_that_do_not_belong_together(
+    damaged: Path, tmp_path: Path, option: str | None
+) -> None:
     write(tmp_path / "other", [[1] * 24])
     (tmp_path / "other.idx").replace(f"{damaged}.idx")
     (tmp_path / "other.bin").replace(f"{damaged}.bin")
@@ -217,7 +219,7 @@ def test_files_that_do_not_belong_together(damaged: Path, tmp_path: Path, option
     assert "24" in errors
 
 
-def test_requests_that_make_no_sense(megatrons: Path, tmp_path: Path) -> None:
+def test_options_that_make_no_sense_are_refused(megatrons: Path, tmp_path: Path) -> None:
     code, _, errors = run(megatrons, "--show", 1, "--start", 4)
     assert code == 64
     assert is_shown(errors, "--start", 4, remedy=False)

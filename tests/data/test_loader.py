@@ -114,7 +114,7 @@ def test_what_is_read_does_not_depend_on_how_much_is_planned_at_once(
 
 
 @pytest.mark.parametrize("prefetch", [1, 3])
-def test_so_many_are_read_ahead_and_no_more(dataset: WindowDataset, prefetch: int) -> None:
+def test_prefetch_reads_so_many_ahead_and_no_more(dataset: WindowDataset, prefetch: int) -> None:
     """`pin` is called for the tokens and for the labels of each."""
     pinned = []
     with MicroBatches(
@@ -143,7 +143,7 @@ def read_ahead_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
 
 
-def test_closing_ends_the_thread_even_when_its_queue_is_full(dataset: WindowDataset) -> None:
+def test_closing_ends_the_prefetch_thread_even_when_its_queue_is_full(dataset: WindowDataset) -> None:
     batches = MicroBatches(samples(dataset), micro_batch_size=1, prefetch=1)
     next(batches)
     assert len(read_ahead_threads()) == 1
@@ -153,7 +153,7 @@ def test_closing_ends_the_thread_even_when_its_queue_is_full(dataset: WindowData
         next(batches)
 
 
-def test_errors_of_the_thread_reach_the_consumer(dataset: WindowDataset) -> None:
+def test_errors_of_the_prefetch_thread_reach_the_consumer(dataset: WindowDataset) -> None:
     small = WindowDataset(dataset.prefix, SEQ_LENGTH, vocab_size=10)
     with (
         refused(DataError, "dataset", dataset.prefix),
@@ -168,7 +168,7 @@ LAYOUTS = [(8, 1), (1, 8), (2, 2), (4, 3)]
 
 @pytest.mark.parametrize(("micro_batch_size", "dp"), LAYOUTS)
 @pytest.mark.parametrize("num_windows", [1, 24, NUM_WINDOWS, 1000])
-def test_evaluation_counts_its_windows_once_under_every_layout(
+def test_validation_windows_count_once_under_every_layout(
     dataset: WindowDataset, num_windows: int, micro_batch_size: int, dp: int
 ) -> None:
     windows = validation_windows(num_windows, NUM_WINDOWS)
@@ -189,12 +189,12 @@ def test_evaluation_counts_its_windows_once_under_every_layout(
 
 
 @pytest.mark.parametrize("wanted", [None, 100, 101, 1000])
-def test_a_small_set_is_read_whole(wanted: int | None) -> None:
+def test_validation_reads_all_of_a_small_set(wanted: int | None) -> None:
     assert validation_windows(wanted, 100).tolist() == list(range(100))
 
 
-def test_a_large_set_is_sampled_all_over() -> None:
-    """Of 100,000 windows 1,000 are drawn without replacement. In each tenth lie 100 of them on average with a
+def test_validation_samples_all_of_a_large_set() -> None:
+    """1,000 of 100,000 windows are drawn without replacement. In each tenth lie 100 of them on average with a
     deviation below sqrt(1000 * 0.1 * 0.9) = 9.5; six of these are 57."""
     drawn = validation_windows(1000, 100_000)
     assert len(set(drawn.tolist())) == 1000
@@ -212,7 +212,7 @@ def counting_rows(batch: MicroBatch) -> list[bool]:
     return (batch.loss_mask[:, 0] == 1).tolist()
 
 
-def test_the_token_after_the_masked_one_does_not_count(dataset: WindowDataset) -> None:
+def test_loss_mask_leaves_out_the_token_after_the_masked_one(dataset: WindowDataset) -> None:
     """Tokens are 0, 1, 2 ...: where the input is 4, the label is 5."""
     with MicroBatches(samples(dataset), micro_batch_size=NUM_WINDOWS, masked_token=4) as batches:
         batch = next(batches)

@@ -55,7 +55,7 @@ def write_fields(prefix: Path, fields: dict[str, Any]) -> None:
 @given(
     data=st.binary(max_size=200), cuts=st.lists(st.integers(0, 200)), block_bytes=st.sampled_from([8, 16, 64])
 )
-def test_checksums_do_not_depend_on_the_pieces(data: bytes, cuts: list[int], block_bytes: int) -> None:
+def test_checksums_do_not_depend_on_the_chunks(data: bytes, cuts: list[int], block_bytes: int) -> None:
     checksums = BlockChecksums(block_bytes)
     for first, end in pairwise([0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]):
         checksums.update(data[first:end])
@@ -96,7 +96,7 @@ def test_a_folder_of_that_name(prefix: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "where"), [(12, "1 tokens from position 4"), (7, "2 tokens from position 0")]
+    ("vocab_size", "where"), [(12, "1 token ids from position 4"), (7, "2 token ids from position 0")]
 )
 def test_a_vocabulary_that_the_tokens_do_not_fit_into(prefix: Path, vocab_size: int, where: str) -> None:
     with refused(DataError, "vocab_size", vocab_size) as error:

@@ -6,7 +6,7 @@ import pytest
 from llama_mcore.data.config import DataConfig, SourceConfig
 from llama_mcore.data.sources import missing_inputs, open_sources, plan_run
 from llama_mcore.errors import DataError, MissingInputError
-from llama_mcore.preprocess.preprocess import preprocess
+from llama_mcore.preprocess import preprocess
 from llama_mcore.tokenizer.train import train_tokenizer
 from tests.support.errors import check_problem, refused
 
@@ -38,7 +38,9 @@ def plan(**data: object) -> None:
         ({"validation_split": 0.4}, {"validation_split": 0.3}),  # of which nothing is in the rest
     ],
 )
-def test_what_was_split_off_belongs_to_the_rest(train: dict, valid: dict, made: Callable[..., str]) -> None:
+def test_validation_set_that_was_split_off_is_accepted(
+    train: dict, valid: dict, made: Callable[..., str]
+) -> None:
     plan(train=made(**train), valid=made("validation", **valid))
 
 
@@ -59,7 +61,7 @@ def test_a_validation_set_of_another_training_set_is_refused(
         plan(train=made(**train), valid=validation)
 
 
-def test_sets_of_different_text_belong_to_anything(
+def test_validation_set_of_different_text_is_accepted(
     made: Callable[..., str], tokenizer_model: Path, corpus: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "other.jsonl").write_bytes(corpus.read_bytes()[: 1 << 13].rpartition(b"\n")[0])
@@ -67,7 +69,7 @@ def test_sets_of_different_text_belong_to_anything(
     plan(train=made(), valid=f"{tmp_path / 'd'}_text_validation")
 
 
-def test_what_was_split_off_of_another_key_belongs_to_anything(
+def test_validation_set_of_another_key_is_accepted(
     made: Callable[..., str], corpus: Path, tokenizer_model: Path, tmp_path: Path
 ) -> None:
     preprocess([corpus], tokenizer_model, tmp_path / "d", json_keys=["title"], validation_split=0.5)
@@ -113,7 +115,7 @@ def test_missing_data_is_named_by_its_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["d_text_document.bin", "d_text_document.idx", "d", "d.bin"])
-def test_a_name_that_is_almost_right_is_told_the_right_one(given: str, tmp_path: Path) -> None:
+def test_missing_dataset_with_a_name_that_is_almost_right(given: str, tmp_path: Path) -> None:
     for ending in (".bin", ".idx"):
         (tmp_path / f"d_text_document{ending}").touch()
     (problem,) = missing_inputs(DataConfig(train=str(tmp_path / given)))
@@ -125,7 +127,7 @@ def test_a_name_that_is_almost_right_is_told_the_right_one(given: str, tmp_path:
     ("given", "remedy"),
     [("0.3 A 0.7 B", "data.sources: {"), ("nowhere.idx", "without its ending: nowhere"), ("nowhere", "make")],
 )
-def test_what_a_missing_name_may_mean(given: str, remedy: str) -> None:
+def test_missing_dataset_and_what_its_name_may_mean(given: str, remedy: str) -> None:
     (problem,) = missing_inputs(DataConfig(train=given))
     assert (problem.field, remedy in problem.remedy) == ("data.train", True), problem
 

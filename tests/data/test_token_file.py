@@ -50,7 +50,7 @@ def test_read_into_fills_what_the_caller_owns(array: DiskArray) -> None:
     assert rows.tolist() == [[110, 111, 112], [196, 197, 198]]
 
 
-def test_a_piece_outlives_array_and_file(path: Path) -> None:
+def test_a_slice_outlives_array_and_file(path: Path) -> None:
     piece = DiskArray(path, np.uint16, 100, offset=2)[10:13]
     path.write_bytes(b"")
     gc.collect()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_mcore.data.manifest import build_manifest, write_manifest
-from llama_mcore.data.windows import Parts, Window, WindowDataset, read_windows
+from llama_mcore.data.windows import ConcatenatedWindows, Window, WindowDataset, read_windows
 from llama_mcore.errors import DataError
 from tests.data.test_indexed_dataset import write
 from tests.support.errors import refused
@@ -42,7 +42,7 @@ def test_a_last_window_needs_its_last_label(prefix: Path, seq_length: int, num_w
             read(dataset, outside)
 
 
-def test_parts_are_one_source_whose_windows_stay_inside_them(prefix: Path, tmp_path: Path) -> None:
+def test_windows_of_several_datasets_stay_inside_each(prefix: Path, tmp_path: Path) -> None:
     write(tmp_path / "short", [[90, 91]])
     write(tmp_path / "other", [list(range(50, 60))])
     dataset = WindowDataset([prefix, tmp_path / "short", tmp_path / "other"], seq_length=4)
@@ -75,7 +75,7 @@ def test_a_larger_vocabulary_is_refused_at_once(prefix: Path) -> None:
     assert WindowDataset(prefix, seq_length=4, vocab_size=64).bytes_per_token == 3
     with refused(DataError, "dataset", prefix) as error:
         WindowDataset(prefix, seq_length=4, vocab_size=32)
-    assert "64 tokens; model.vocab_size = 32" in str(error.value)
+    assert "vocabulary of 64; model.vocab_size = 32" in str(error.value)
 
 
 DTYPES = [np.uint8, np.uint16, np.int32, np.int64]
@@ -88,7 +88,7 @@ PARTS = st.lists(
 
 @settings(max_examples=40, deadline=None)
 @given(parts=PARTS, seq_length=st.integers(1, 8), vocab_size=st.integers(1, 256) | st.none(), data=st.data())
-def test_windows_are_slices_of_their_parts(
+def test_windows_are_slices_of_their_datasets(
     tmp_path_factory: pytest.TempPathFactory,
     parts: list[tuple[type[np.integer], list[int]]],
     seq_length: int,
@@ -147,9 +147,9 @@ def test_a_file_cut_short_after_it_was_opened(prefix: Path) -> None:
     assert "byte 26" in str(error.value)
 
 
-def test_parts_number_windows_through_a_thousand_files() -> None:
+def test_windows_are_numbered_through_a_thousand_datasets() -> None:
     windows = [0, 3, 0, 0, 1] * 200
-    parts = Parts(windows)
+    parts = ConcatenatedWindows(windows)
     assert parts.num_windows == 800
     expected = [(part, number) for part, count in enumerate(windows) for number in range(count)]
     assert [parts.locate(window) for window in range(800)] == expected

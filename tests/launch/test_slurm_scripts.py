@@ -20,7 +20,7 @@ import pytest
 
 from llama_mcore.config.run import check_run, load_run
 from llama_mcore.launch.slurm import SlurmJob, job_script, write_script
-from llama_mcore.preprocess.preprocess import preprocess
+from llama_mcore.preprocess import preprocess
 from llama_mcore.tokenizer.train import train_tokenizer
 from tests.support.errors import is_shown
 from tests.support.models import write_tokens

@@ -15,9 +15,8 @@ import psutil
 import pytest
 
 from llama_mcore.errors import ConfigError, DataError, OutputError
-from llama_mcore.preprocess import part_store, pipeline
-from llama_mcore.preprocess.preprocess import preprocess
-from llama_mcore.progress import InputProgress
+from llama_mcore.preprocess import part_store, pipeline, preprocess
+from llama_mcore.progress import ByteProgress
 from llama_mcore.tokenizer.train import train_tokenizer
 from tests.support.errors import refused
 from tests.support.world import call, exit_codes_of
@@ -38,7 +37,7 @@ Files = dict[str, bytes]
 
 
 def in_units_of(size: int) -> None:
-    """What is cut in pieces of at least 4 MB is cut in pieces of so many bytes, in this process."""
+    """Make units of so many bytes, instead of at least 4 MB, in this process."""
     pipeline.unit_bytes_for = lambda files: size
 
 
@@ -96,7 +95,7 @@ def killed_at(number: int, inputs: list[Path], model: Path, prefix: Path) -> Non
 
 
 def dies(number: int, spoilt: Path, model: Path, folder: Path) -> bool:
-    """Whether a job came as far as that change, and so was killed."""
+    """True if a job came as far as that change, and so was killed."""
     (code,) = exit_codes_of(1, killed_at, number, [spoilt], model, folder / "d")
     assert code in (0, -signal.SIGKILL)
     return code != 0
@@ -117,7 +116,7 @@ def test_killed_before_any_change_on_disk(spoilt: Path, tokenizer_model: Path, t
 
 
 def killed_before_each_change(spoilt: Path, model: Path, folder: Path) -> tuple[list[Files], list[Files]]:
-    """What a kill leaves, for every change on disk; and what going on from every seventh makes of it."""
+    """Files that a kill leaves at every change on disk, and those finished from every seventh state."""
     in_units_of(UNIT_BYTES)
     left: list[Files] = []
     finished: list[Files] = []
@@ -131,7 +130,7 @@ def killed_before_each_change(spoilt: Path, model: Path, folder: Path) -> tuple[
 
 
 def killed_again_and_again(spoilt: Path, model: Path, folder: Path) -> Files:
-    """What a job makes that goes on from what is there, and each time comes five changes further."""
+    """Files of a job that is killed again and again, five changes further each time."""
     number = 0
     while dies(number, spoilt, model, folder):
         number += 5
@@ -165,18 +164,18 @@ def with_two_workers(
     input: Path, model: Path, prefix: Path, victim: str, finished: int, later_s: float
 ) -> None:
     """Preprocess; a time after so many parts are finished, this process or a worker is killed."""
-    left, advance = finished, InputProgress.advance
+    left, advance = finished, ByteProgress.advance
 
-    def advance_and_kill(progress: InputProgress, **counts: int) -> None:
+    def advance_and_kill(progress: ByteProgress, *counts: int) -> None:
         nonlocal left
-        advance(progress, **counts)
+        advance(progress, *counts)
         left -= 1
         if left == 0:
             time.sleep(later_s)
             process = psutil.Process() if victim == "main" else multiprocessing.active_children()[0]
             process.kill()
 
-    InputProgress.advance = advance_and_kill  # type: ignore[method-assign]
+    ByteProgress.advance = advance_and_kill  # type: ignore[method-assign]
     in_units_of(LONG_UNIT_BYTES)
     preprocess([input], model, prefix, encoder="sentencepiece", workers=2, **SETTINGS)
 
@@ -231,7 +230,7 @@ def test_parts_of_another_input_or_tokenizer_are_refused(
     assert str(input) in str(error.value)
 
 
-def test_what_changes_nothing_goes_on(
+def test_parts_are_kept_under_settings_that_change_nothing(
     begun: Path, spoilt: Path, tokenizer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefix = go_on_from(begun, tmp_path)
@@ -242,7 +241,7 @@ def test_what_changes_nothing_goes_on(
     assert before.items() <= parts(tmp_path).items()
 
 
-def test_a_job_that_fails_at_a_bad_line_goes_on_when_told_to_skip(
+def test_parts_are_kept_after_a_bad_line_that_is_then_skipped(
     spoilt: Path, tokenizer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefix = tmp_path / "d"
@@ -275,13 +274,13 @@ def test_a_damaged_part_is_found_and_made_again(
     assert outputs(prefix.parent) == outputs(tmp_path / "clean")
 
 
-def test_two_jobs_do_not_make_one_dataset(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
+def test_lock_keeps_two_jobs_off_one_dataset(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
     with part_store.Lock(tmp_path / "d.parts"), refused(OutputError, "output", tmp_path / "d.parts"):
         preprocess([corpus], tokenizer_model, tmp_path / "d")
 
 
-def test_a_stream_begins_anew(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
-    """What it holds the second time may be something else."""
+def test_a_stream_starts_from_scratch(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
+    """A stream may hold something else the second time."""
     pipe, prefix = tmp_path / "pipe", tmp_path / "out" / "d"
     os.mkfifo(pipe)
     lines = corpus.read_bytes().splitlines(keepends=True)

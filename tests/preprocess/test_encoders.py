@@ -25,7 +25,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from llama_mcore.errors import DataError, MissingInputError
 from llama_mcore.preprocess.encoders import Encoder, SentencePieceEncoder, load_encoder, self_check
 from llama_mcore.preprocess.encoders.gigatoken import GigatokenEncoder
-from llama_mcore.preprocess.encoders.text_split import TextCutter
+from llama_mcore.preprocess.encoders.text_split import TextSplitter
 from llama_mcore.tokenizer.train import LLAMA_TRAINER
 from tests.support.errors import refused
 from tests.support.world import ROOT
@@ -341,7 +341,7 @@ DIFFERENCES: dict[str, tuple[str, Callable[[ModelProto], ModelProto], str]] = {
 
 
 @pytest.mark.parametrize("difference", DIFFERENCES)
-def test_sentencepiece_does_what_gigatoken_does_otherwise(
+def test_fallback_to_sentencepiece_where_gigatoken_differs(
     difference: str, models: dict[str, ModelProto], tmp_path: Path
 ) -> None:
     reason, change, text = DIFFERENCES[difference]
@@ -352,29 +352,29 @@ def test_sentencepiece_does_what_gigatoken_does_otherwise(
     assert rows(encoder, texts) == [Definition(model).ids(text) for text in texts]
 
 
-def test_cuts_change_nothing(models: dict[str, ModelProto], documents: list[str]) -> None:
+def test_splitting_changes_no_tokens(models: dict[str, ModelProto], documents: list[str]) -> None:
     """Parts of 50 characters, where 4 million is the rule; each text alone, and with others."""
     texts = [text[:400] for text in (*TEXTS.values(), *documents[::20])]
     for model in models.values():
         definition = Definition(model)
         expected = [definition.ids(text) for text in texts]
-        for encoder in (GigatokenEncoder(model, 50), SentencePieceEncoder(model, part_characters=50)):
+        for encoder in (GigatokenEncoder(model, 50), SentencePieceEncoder(model, chunk_characters=50)):
             assert rows(encoder, texts) == expected
             assert [rows(encoder, [text])[0] for text in texts[:5]] == expected[:5]
 
 
-def test_cuts_lie_where_no_piece_reaches_across(models: dict[str, ModelProto], documents: list[str]) -> None:
+def test_splitting_where_no_piece_reaches_across(models: dict[str, ModelProto], documents: list[str]) -> None:
     text = "".join(documents)[:100_000]
-    cutter = TextCutter(models["llama"], part_characters=1000)
-    parts = list(cutter.cut(text))
+    splitter = TextSplitter(models["llama"], chunk_characters=1000)
+    parts = list(splitter.split(text))
     assert "".join(parts) == text
     assert max(map(len, parts)) < 1100
     spaces = "x" * 500 + " " * 1500 + "\n"
-    assert [len(part) for part in cutter.cut(spaces)] == [2000, 1]
-    assert list(cutter.cut("")) == [""]
+    assert [len(part) for part in splitter.split(spaces)] == [2000, 1]
+    assert list(splitter.split("")) == [""]
 
 
-def test_a_call_of_any_size_is_done_in_batches_of_a_part(
+def test_gigatoken_gets_batches_of_a_chunk(
     models: dict[str, ModelProto], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No batch is longer than 50 characters, but for a text that is."""
@@ -391,21 +391,21 @@ def test_a_call_of_any_size_is_done_in_batches_of_a_part(
 
     monkeypatch.setattr(gigatoken, "Tokenizer", Recorded)
     lengths = (30, 30, 20, 60, 1, 49, 1)
-    rows(GigatokenEncoder(models["llama"], part_characters=50), ["x" * length for length in lengths])
+    rows(GigatokenEncoder(models["llama"], chunk_characters=50), ["x" * length for length in lengths])
     first, second, *cut, last_but_one, last = batches
     assert [first, second, last_but_one, last] == [[30], [30, 20], [1, 49], [1]]
     assert sum(length for (length,) in cut) == 60
 
 
-def test_what_removes_spaces_is_not_cut(models: dict[str, ModelProto]) -> None:
+def test_splitting_is_left_out_for_models_that_remove_spaces(models: dict[str, ModelProto]) -> None:
     _, change, _ = DIFFERENCES["spaces removed"]
     model = change(models["llama"])
     text = f"a {ALPHA}"
-    encoder = SentencePieceEncoder(model, part_characters=2)
+    encoder = SentencePieceEncoder(model, chunk_characters=2)
     assert rows(encoder, [text]) == [Definition(model).ids(text)]
 
 
-def test_sentencepiece_is_what_it_says(models: dict[str, ModelProto], tmp_path: Path) -> None:
+def test_sentencepiece_is_the_definition(models: dict[str, ModelProto], tmp_path: Path) -> None:
     encoder = load_encoder("sentencepiece", saved(models["llama"], tmp_path))
     definition = Definition(models["llama"])
     assert (encoder.name, encoder.fallback_reason) == ("sentencepiece", None)
@@ -444,7 +444,7 @@ def test_self_check_names_the_first_text_that_differs(models: dict[str, ModelPro
     other = with_pieces(models["llama"], ALPHA, BETA, ALPHA + BETA)
     texts = ["", "the same", f"not {ALPHA}{BETA} the same " * 9, ALPHA]
     self_check(encoder, SentencePieceEncoder(models["llama"]), texts)
-    with refused(DataError, "encoder", "gigatoken") as error:
+    with refused(DataError, "--encoder", "gigatoken") as error:
         self_check(encoder, SentencePieceEncoder(other), texts)
     assert f"'not {ALPHA}{BETA} the same not" in str(error.value)
     assert "--encoder sentencepiece" in error.value.problems[0].remedy

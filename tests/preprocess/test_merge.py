@@ -10,9 +10,8 @@ from llama_mcore.cli import app
 from llama_mcore.data.indexed_dataset import IndexedDataset
 from llama_mcore.data.manifest import build_manifest, read_manifest
 from llama_mcore.errors import DataError, MissingInputError
-from llama_mcore.preprocess import merge, pipeline
+from llama_mcore.preprocess import merge, pipeline, preprocess
 from llama_mcore.preprocess.merge import merge_datasets
-from llama_mcore.preprocess.preprocess import preprocess
 from llama_mcore.tokenizer.train import train_tokenizer
 from tests.support.errors import refused
 
@@ -66,7 +65,9 @@ def test_merged_shards_are_the_single_run(
         assert {each.path for each in merged.manifest.inputs} == {str(path) for path in files}
 
 
-def test_files_of_unknown_length_are_one_shards(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
+def test_a_file_of_unknown_length_is_in_one_shard(
+    corpus: Path, tokenizer_model: Path, tmp_path: Path
+) -> None:
     files = []
     for number in range(5):
         files.append(tmp_path / f"{number}.jsonl.gz")
@@ -87,7 +88,7 @@ def test_a_shard_without_documents_writes_nothing(
     assert sorted(path.name for path in tmp_path.glob("s*")) == [
         f"s_0_of_3_text_document{suffix}" for suffix in (".bin", ".idx", ".json")
     ]
-    assert "s_1_of_3_text_document: not written, as it has no documents" in capsys.readouterr().out
+    assert "s_1_of_3_text_document: not written, because it has no documents" in capsys.readouterr().out
 
 
 def megatrons(prefix: Path, documents: list[list[int]], dtype: type[np.integer] = np.uint16) -> Path:
@@ -107,14 +108,16 @@ def test_megatrons_datasets_are_merged_by_the_tool(tmp_path: Path) -> None:
         ["merge-datasets", "--input", *map(str, prefixes), "--output-prefix", str(tmp_path / "m")],
     )
     assert done.exit_code == 0, done.output
-    assert "5 documents (1 without tokens left out), 2,006 tokens of 3 datasets" in done.stdout
+    assert "5 documents (1 without tokens were left out), 2,006 tokens from 3 datasets" in done.stdout
     megatrons(tmp_path / "expected", [ids for part in parts for ids in part if ids])
     assert same_data(tmp_path / "m", tmp_path / "expected")
     manifest = read_manifest(tmp_path / "m")
     assert manifest == build_manifest(tmp_path / "m")
 
 
-def test_what_does_not_fit_together_is_refused(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
+def test_merging_what_does_not_fit_together_is_refused(
+    corpus: Path, tokenizer_model: Path, tmp_path: Path
+) -> None:
     train_tokenizer([corpus], tmp_path / "other.model", vocab_size=390)
     preprocess([corpus], tokenizer_model, tmp_path / "a")
     preprocess([corpus], tokenizer_model, tmp_path / "eod", append_eod=True)

@@ -25,10 +25,9 @@ from llama_mcore.cli import app
 from llama_mcore.data.indexed_dataset import IndexedDataset
 from llama_mcore.data.manifest import build_manifest
 from llama_mcore.errors import ConfigError, DataError, PreflightError
-from llama_mcore.preprocess import pipeline
+from llama_mcore.preprocess import pipeline, preprocess
 from llama_mcore.preprocess import worker as worker_module
 from llama_mcore.preprocess.inputs import Unit
-from llama_mcore.preprocess.preprocess import preprocess
 from llama_mcore.preprocess.worker import shuffle
 from llama_mcore.tokenizer.tokenizer import Tokenizer
 from tests.support.errors import is_shown, refused
@@ -123,7 +122,7 @@ def test_bytes_are_those_of_megatrons_tool(corpus: Path, tokenizer_model: Path, 
 
 
 @pytest.mark.parametrize(("bos", "eod"), [(False, False), (True, False), (True, True)])
-def test_first_and_last_tokens(
+def test_bos_and_eod_of_each_document(
     bos: bool, eod: bool, corpus: Path, tokenizer_model: Path, tmp_path: Path
 ) -> None:
     preprocess([corpus], tokenizer_model, tmp_path / "d", append_bos=bos, append_eod=eod)
@@ -317,7 +316,7 @@ def spoil(corpus: Path, path: Path) -> tuple[Path, list[int]]:
 
 @pytest.mark.usefixtures("small_units")
 @pytest.mark.parametrize("workers", ONE_AND_TWO_WORKERS)
-def test_skipped_lines_are_listed_counted_and_nothing_else_is_lost(
+def test_quarantine_lists_skipped_lines_and_nothing_else_is_lost(
     workers: int, corpus: Path, tokenizer_model: Path, tmp_path: Path
 ) -> None:
     spoilt, bad = spoil(corpus, tmp_path / "spoilt.jsonl")
@@ -355,7 +354,7 @@ def test_the_number_of_a_bad_line_counts_from_the_start_of_its_file(
             preprocess([tmp_path / name], tokenizer_model, tmp_path / "d", workers=workers, restart=True)
 
 
-def test_too_many_bad_lines_end_the_job(
+def test_too_many_bad_lines_end_the_job_with_a_quarantine(
     corpus: Path, tokenizer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoilt, _ = spoil(corpus, tmp_path / "spoilt.jsonl")
@@ -399,9 +398,7 @@ def test_validation_documents_are_chosen_by_their_text_alone(
         assert [dataset.document(n).tolist() for n in range(dataset.num_documents)] == sides[chosen]
 
 
-def test_nothing_is_for_validation_without_a_ratio(
-    corpus: Path, tokenizer_model: Path, tmp_path: Path
-) -> None:
+def test_no_validation_set_without_a_split(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
     preprocess([corpus], tokenizer_model, tmp_path / "d")
     assert not list(tmp_path.glob("*validation*"))
 
@@ -448,7 +445,7 @@ def test_bad_settings_are_refused_by_name(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_all_that_is_wrong_with_a_job_is_told_before_it_begins(tmp_path: Path) -> None:
+def test_all_problems_of_a_job_are_reported_before_it_begins(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     wrong = {"--input": tmp_path / "no.jsonl", "--tokenizer-model": tmp_path / "no.model"}
     wrong |= {"--output-prefix": tmp_path / "file" / "d", "--shard": "3/3", "--encoder": "fast"}
@@ -458,7 +455,7 @@ def test_all_that_is_wrong_with_a_job_is_told_before_it_begins(tmp_path: Path) -
     assert all(f" {option} = {value}" in done.stderr for option, value in wrong.items())
 
 
-def test_where_inputs_are_missing_and_nothing_else_is_wrong_the_code_says_so(tmp_path: Path) -> None:
+def test_exit_code_where_only_inputs_are_missing(tmp_path: Path) -> None:
     words = ["--input", "no.jsonl", "--tokenizer-model", "no.model", "--output-prefix", str(tmp_path / "d")]
     done = CliRunner().invoke(app, ["preprocess-data", *words])
     assert (done.exit_code, "missing input" in done.stderr) == (66, True)
@@ -474,7 +471,7 @@ def test_text_files_have_one_text_and_streams_one_reader(tokenizer_model: Path, 
         preprocess(["-"], tokenizer_model, tmp_path / "d", shard="0/2")
 
 
-def test_an_encoder_that_differs_is_found_at_the_start(
+def test_self_check_finds_an_encoder_that_differs_at_the_start(
     corpus: Path, tokenizer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Wrong:
@@ -490,7 +487,7 @@ def test_an_encoder_that_differs_is_found_at_the_start(
         "load_encoder",
         lambda name, model: Wrong() if name == "gigatoken" else load(name, model),
     )
-    with refused(DataError, "encoder", "gigatoken"):
+    with refused(DataError, "--encoder", "gigatoken"):
         preprocess([corpus], tokenizer_model, tmp_path / "d")
     assert list(tmp_path.iterdir()) == []
 
@@ -527,7 +524,7 @@ def test_a_killed_worker_is_an_error_and_leaves_nothing(
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    with refused(PreflightError, "workers", 2) as caught:
+    with refused(PreflightError, "--workers", 2) as caught:
         preprocess([long_corpus], tokenizer_model, output / "d", workers=2)
     killer.join()
     assert str(long_corpus) in str(caught.value)
@@ -576,7 +573,7 @@ def test_workers_end_with_a_killed_parent_in_the_middle_of_their_work(
 
 
 @pytest.mark.process
-def test_a_terminal_gets_a_bar(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
+def test_progress_is_a_bar_on_a_terminal(corpus: Path, tokenizer_model: Path, tmp_path: Path) -> None:
     screen, terminal = os.openpty()
     arguments = ["--input", corpus, "--tokenizer-model", tokenizer_model, "--output-prefix", tmp_path / "d"]
     command = [*TOOL, *map(str, arguments)]
@@ -589,7 +586,7 @@ def test_a_terminal_gets_a_bar(corpus: Path, tokenizer_model: Path, tmp_path: Pa
     assert "120 documents in = 117 written" in done.stdout
 
 
-def test_long_work_without_a_terminal_prints_a_line_now_and_then(
+def test_progress_without_a_terminal_is_a_line_now_and_then(
     corpus: Path,
     tokenizer_model: Path,
     tmp_path: Path,

@@ -1,5 +1,6 @@
 import gzip
 import io
+import os
 import random
 import re
 import resource
@@ -15,12 +16,12 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from llama_mcore.errors import DataError, MissingInputError
-from llama_mcore.preprocess.inputs import find_inputs, sources_of
-from llama_mcore.preprocess.readers import lines as lines_module
+from llama_mcore.preprocess.inputs import find_inputs, group_files
+from llama_mcore.preprocess.readers import jsonl as jsonl_reader
 from llama_mcore.preprocess.readers import make_reader, read_jsonl, read_records
 from llama_mcore.preprocess.readers import parquet as parquet_reader
-from llama_mcore.preprocess.readers.blocks import BadLine
-from llama_mcore.preprocess.readers.lines import Lines, lines_before
+from llama_mcore.preprocess.readers.interface import BadLine
+from llama_mcore.preprocess.readers.jsonl import Lines, lines_before
 from llama_mcore.preprocess.readers.parquet import ParquetRows
 from tests.support.errors import refused
 
@@ -38,16 +39,16 @@ def zstd(content: bytes) -> bytes:
 def read(path: Path, unit_bytes: int = 1 << 40) -> tuple[list[str], list[BadLine]]:
     """All that a file or folder gives, unit by unit."""
     texts, bad = [], []
-    for source in sources_of(find_inputs([path]), unit_bytes):
-        reader = make_reader(source, ["text"], unit_bytes)
-        cut = 0
+    for group in group_files(find_inputs([path]), unit_bytes):
+        reader = make_reader(group, ["text"], unit_bytes)
+        index = 0
         while True:
-            for block in reader.read(cut):
-                texts += block.texts[0]
-                bad += block.bad
-            if reader.ended or cut + 1 == source.units:
+            for batch in reader.read(index):
+                texts += batch.texts[0]
+                bad += batch.bad
+            if reader.ended or index + 1 == group.num_units:
                 break
-            cut += 1
+            index += 1
         reader.close()
     return texts, bad
 
@@ -102,7 +103,7 @@ def write_texts(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_format_gives_the_same_texts_however_it_is_cut(name: str, tmp_path: Path) -> None:
+def test_every_format_gives_the_same_texts_however_it_is_divided(name: str, tmp_path: Path) -> None:
     WRITERS[name](tmp_path / name)
     for unit_bytes in (1, 7, 50, 1 << 30):
         assert read(tmp_path / name, unit_bytes) == (TEXTS, [])
@@ -110,18 +111,18 @@ def test_every_format_gives_the_same_texts_however_it_is_cut(name: str, tmp_path
 
 
 @settings(max_examples=200, deadline=None)
-@example(content=[b"a", b"\n"] * 6, unit_bytes=2, cuts=[3, 1, 1, 5], seekable=True)
-@example(content=[b"a", b"\n"] * 6, unit_bytes=2, cuts=[3, 1, 1, 5], seekable=False)
+@example(content=[b"a", b"\n"] * 6, unit_bytes=2, units=[3, 1, 1, 5], seekable=True)
+@example(content=[b"a", b"\n"] * 6, unit_bytes=2, units=[3, 1, 1, 5], seekable=False)
 @given(
     content=st.lists(
         st.sampled_from([b"a", b"bcd", b"\n", b"\r", b"\xef\xbb\xbf", b"0" * 9]), min_size=4, max_size=40
     ),
     unit_bytes=st.integers(1, 25),
-    cuts=st.lists(st.integers(0, 12), min_size=2, max_size=12),
+    units=st.lists(st.integers(0, 12), min_size=2, max_size=12),
     seekable=st.booleans(),
 )
 def test_units_hold_the_lines_that_begin_in_them(
-    content: list[bytes], unit_bytes: int, cuts: list[int], seekable: bool
+    content: list[bytes], unit_bytes: int, units: list[int], seekable: bool
 ) -> None:
     text = b"".join(content)
     begins = [0, *(place + 1 for place, byte in enumerate(text) if byte == 10)]
@@ -132,23 +133,23 @@ def test_units_hold_the_lines_that_begin_in_them(
             return seekable
 
     lines = Lines(lambda: Stream(text), unit_bytes)
-    for cut in cuts:
-        found = [line for batch in lines.read(cut) for line in batch]
+    for unit in units:
+        found = [line for batch in lines.read(unit) for line in batch]
         wanted = [
             line
             for begin, line in zip(begins, expected, strict=False)
-            if cut * unit_bytes <= begin < (cut + 1) * unit_bytes
+            if unit * unit_bytes <= begin < (unit + 1) * unit_bytes
         ]
-        if wanted and cut == 0:
+        if wanted and unit == 0:
             wanted[0] = wanted[0].removeprefix(b"\xef\xbb\xbf")
         assert found == wanted
-        assert not lines.ended or not any((cut + 1) * unit_bytes <= begin < len(text) for begin in begins)
+        assert not lines.ended or not any((unit + 1) * unit_bytes <= begin < len(text) for begin in begins)
 
 
 def test_lines_before_a_unit(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"0\n\n2 long\n3")
-    (source,) = sources_of(find_inputs([tmp_path / "a.jsonl"]), 1)
-    assert [lines_before(source, byte) for byte in range(12)] == [0, 1, 1, 2, 3, 3, 3, 3, 3, 3, 3, 4][:12]
+    (group,) = group_files(find_inputs([tmp_path / "a.jsonl"]), 1)
+    assert [lines_before(group, byte) for byte in range(12)] == [0, 1, 1, 2, 3, 3, 3, 3, 3, 3, 3, 4][:12]
 
 
 # A line, and what the reason has to tell of it.
@@ -204,7 +205,7 @@ def test_a_bad_line_ends_the_reading_of_records(tmp_path: Path) -> None:
         b'{"text": "good", "other": 1, "other": 2}',
     ],
 )
-def test_what_looks_like_a_repeated_key_is_none(line: bytes, tmp_path: Path) -> None:
+def test_a_key_that_only_looks_repeated_is_accepted(line: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(line)
     assert read(tmp_path / "a.jsonl") == (["good"], [])
 
@@ -214,8 +215,8 @@ def test_a_line_too_long_is_bad_and_does_not_stay_in_memory(
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(["a", "b" * 300, "c", "d" * 300]))
-    monkeypatch.setattr(lines_module, "LONGEST_DOCUMENT", 100)
-    monkeypatch.setattr(lines_module, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(jsonl_reader, "LONGEST_DOCUMENT", 100)
+    monkeypatch.setattr(jsonl_reader, "BATCH_BYTES", 64)
     texts, bad = read(path)
     assert texts == ["a", "c"]
     assert [line.line for line in bad] == [1, 3]
@@ -248,7 +249,7 @@ def check_damage(path: Path, byte: int) -> None:
     assert error.value.problems[0].remedy
 
 
-def test_a_bomb_is_read_in_little_memory(tmp_path: Path) -> None:
+def test_a_decompression_bomb_is_read_in_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
     with path.open("wb") as file, zstandard.ZstdCompressor().stream_writer(file) as stream:
         for _ in range(6000):
@@ -305,8 +306,8 @@ def test_rows_of_few_long_words_are_read_a_few_at_a_time(as_words: bool, tmp_pat
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 8000, pa.int32()), pa.array([word]))
     parquet.write_table(pa.table({"text": column}), path, store_schema=as_words)
     before = _peak_rss()
-    blocks = ParquetRows(path, ["text"], 1 << 20).read(0)
-    assert next(blocks).texts[0][0] == word
+    batches = ParquetRows(path, ["text"], 1 << 20).read(0)
+    assert next(batches).texts[0][0] == word
     assert _peak_rss() - before < 1 << 30
 
 
@@ -388,10 +389,10 @@ def test_every_missing_input_is_named(tmp_path: Path) -> None:
         ("a.jsonl", gzip.compress(b"{}", mtime=0), "gzip", ".jsonl.gz"),
         ("a.txt", zstd(b"{}"), "zstd", ".jsonl.zst"),
         ("a.jsonl.gz", zstd(b"{}"), "zstd", ".jsonl.zst"),
-        ("a.jsonl.gz", b'{"text": "a"}\n', "something else", ""),
-        ("a.parquet", b'{"text": "a"}\n', "something else", ""),
-        ("a.jsonl.zst", b"", "something else", ""),
-        ("a.json", b"BZh91AY", "bzip2", ""),
+        ("a.jsonl.gz", b'{"text": "a"}\n', "as its name says", "complete"),
+        ("a.parquet", b'{"text": "a"}\n', "as its name says", "complete"),
+        ("a.jsonl.zst", b"", "as its name says", "complete"),
+        ("a.json", b"BZh91AY", "bzip2", "decompress"),
     ],
 )
 def test_a_name_that_does_not_fit_the_content_is_refused(
@@ -402,6 +403,14 @@ def test_a_name_that_does_not_fit_the_content_is_refused(
         find_inputs([tmp_path / name])
     assert found in error.value.problems[0].reason
     assert remedy in error.value.problems[0].remedy
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(bytes(tmp_path) + b"/\xff.jsonl"))
+    path.write_bytes(jsonl(["a"]))
+    with refused(MissingInputError, "--input", path) as error:
+        find_inputs([tmp_path])
+    assert str(error.value).isascii()
 
 
 def test_folders_and_patterns_are_sorted_and_a_file_is_taken_once(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_mcore.preprocess.preprocess import preprocess
+from llama_mcore.preprocess import preprocess
 from llama_mcore.tokenizer.train import train_tokenizer
 from tests.slurm.cluster import Job, cluster
 from tests.support.text import write_jsonl

@@ -31,7 +31,7 @@ from llama_mcore.errors import (
     OutputError,
     PreflightError,
 )
-from llama_mcore.progress import InputProgress
+from llama_mcore.progress import ByteProgress
 from llama_mcore.tokenizer import train
 from llama_mcore.tokenizer.corpus import find_sources, read_texts
 from llama_mcore.tokenizer.memory import TrainerMemory
@@ -301,7 +301,7 @@ def test_the_model_learns_from_the_sample_alone(tmp_path: Path) -> None:
     """A model trained on the sampled lines themselves has the same bytes."""
     source = write_jsonl(tmp_path / "a.jsonl", documents(words(0, 600)))
     train_tokenizer([source], tmp_path / "budget.model", vocab_size=330, bytes_per_source=6000)
-    from llama_mcore.tokenizer.sampling import Reservoir
+    from llama_mcore.tokenizer.corpus import Reservoir
 
     reservoir = Reservoir(6000, "0 a")
     for line in words(0, 600):
@@ -322,7 +322,7 @@ def test_lines_that_sentencepiece_would_drop_are_counted(tmp_path: Path, corpus:
 # --- memory
 
 
-def test_text_that_cannot_fit_is_refused_before_it_is_read(tmp_path: Path) -> None:
+def test_memory_of_text_that_cannot_fit_is_refused_before_reading(tmp_path: Path) -> None:
     source = tmp_path / "large.jsonl"
     source.write_bytes(b"not JSON\n")
     os.truncate(source, 10**9)
@@ -338,7 +338,7 @@ def test_text_that_cannot_fit_is_refused_before_it_is_read(tmp_path: Path) -> No
         memory.check_ahead(int(1.1 * parse_bytes("", remedy[1])))
 
 
-def test_text_that_turns_out_not_to_fit_is_refused_before_training(tmp_path: Path) -> None:
+def test_memory_of_text_that_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
     """Distinct words make the difference, and only reading shows them."""
     many = write_jsonl(tmp_path / "many.jsonl", documents(words(0, 40_000)))
     few = write_jsonl(tmp_path / "few.jsonl", documents(words(0, 100) * 400))
@@ -353,7 +353,7 @@ def test_text_that_turns_out_not_to_fit_is_refused_before_training(tmp_path: Pat
 
 
 @pytest.mark.process
-def test_the_estimate_covers_what_training_takes(tmp_path: Path) -> None:
+def test_memory_estimate_covers_training(tmp_path: Path) -> None:
     """Measured in a process of its own, on costly text: ideographs without a space, few of them common."""
     draw = random.Random(0)
     lines = ["".join(chr(0x4E00 + int(2000 * draw.random() ** 4)) for _ in range(60)) for _ in range(15_000)]
@@ -456,7 +456,7 @@ def test_output_that_cannot_be_written(corpus: Path, tmp_path: Path) -> None:
 # --- what is said and stored
 
 
-def test_training_speaks_in_lines_of_its_own(
+def test_progress_of_training_is_in_our_own_lines(
     corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "SECONDS_BETWEEN_LINES", 1e6)
@@ -466,7 +466,7 @@ def test_training_speaks_in_lines_of_its_own(
     assert len(out.splitlines()) == len(err.splitlines()) == 1
 
 
-def test_learning_says_that_it_goes_on(
+def test_progress_while_merges_are_learnt(
     corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "SECONDS_BETWEEN_LINES", 0.001)
@@ -526,7 +526,7 @@ def test_progress_counts_the_bytes_on_disk(tmp_path: Path, compress: Callable[[b
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(compress(b"".join(lines)))
     (source,) = find_sources([path])
-    progress = InputProgress("test", path.stat().st_size)
+    progress = ByteProgress("test", path.stat().st_size)
     shares = []
     for _ in read_texts(source.files[0], "text", progress):
         shares.append(progress.bytes / progress.total_bytes)
@@ -541,7 +541,7 @@ def test_progress_never_passes_the_end(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts)))
     (source,) = find_sources([path])
-    progress = InputProgress("test", path.stat().st_size)
+    progress = ByteProgress("test", path.stat().st_size)
     assert all(progress.bytes <= progress.total_bytes for _ in read_texts(source.files[0], "text", progress))
     assert progress.bytes == progress.total_bytes
 

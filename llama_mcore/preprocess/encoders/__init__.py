@@ -1,11 +1,12 @@
-"""Texts to token ids, many at a time: by sentencepiece, which defines the tokens; or by gigatoken, fast.
+"""Encoders of many texts at a time: sentencepiece, which defines the tokens, and gigatoken, which is fast.
 
 Both give the same ids for every str; `gigatoken.py` says why, and for which models.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,27 +15,26 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from llama_mcore.errors import DataError, Problem
 from llama_mcore.preprocess.encoders.gigatoken import GigatokenEncoder, why_not_gigatoken
-from llama_mcore.preprocess.encoders.text_split import PART_CHARACTERS, TextCutter
+from llama_mcore.preprocess.encoders.text_split import CHUNK_CHARACTERS, TextSplitter
+from llama_mcore.preprocess.options import EncoderName
 from llama_mcore.tokenizer.tokenizer import Tokenizer
-
-EncoderName = Literal["gigatoken", "sentencepiece"]
 
 _QUOTED_CHARACTERS = 60
 
 
 class Encoder(Protocol):
-    """Works on the calling thread. gigatoken's releases the GIL, so that several threads can share one."""
+    """Encoder on the calling thread. gigatoken's releases the GIL, so that several threads can share one."""
 
     @property
     def name(self) -> EncoderName:
-        """What does the work; not always what was asked for."""
+        """The encoder in use; not always the one requested."""
 
     @property
     def fallback_reason(self) -> str | None:
-        """Why sentencepiece does the work although gigatoken was asked for."""
+        """The reason why sentencepiece is in use although gigatoken was requested."""
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Ids of all texts one after the other, and how many each text has.
+        """Ids of all texts one after the other, and the number of ids of each text.
 
         Neither BOS nor EOS; no ids for the empty text. Texts hold no lone surrogates. A call costs some
         milliseconds beside the texts: give it a megabyte or more.
@@ -44,7 +44,7 @@ class Encoder(Protocol):
 def load_encoder(name: EncoderName, tokenizer_model: Path) -> Encoder:
     """The encoder of a SentencePiece model: sentencepiece where gigatoken would give other tokens.
 
-    MissingInputError, DataError: there is no such file, or it is no SentencePiece model.
+    Raises MissingInputError where there is no such file, DataError where it is not a SentencePiece model.
     """
     model = ModelProto.FromString(Tokenizer(tokenizer_model).model)
     if name == "sentencepiece":
@@ -55,7 +55,7 @@ def load_encoder(name: EncoderName, tokenizer_model: Path) -> Encoder:
 
 
 def self_check(encoder: Encoder, definition: Encoder, texts: Sequence[str]) -> None:
-    """DataError that names the first of `texts` for which the two give different ids."""
+    """Raise DataError with the first of `texts` for which the two give different ids."""
     ids, lengths = encoder.encode(texts)
     expected_ids, expected_lengths = definition.encode(texts)
     if np.array_equal(lengths, expected_lengths) and np.array_equal(ids, expected_ids):
@@ -65,11 +65,11 @@ def self_check(encoder: Encoder, definition: Encoder, texts: Sequence[str]) -> N
     text = next(text for text, row, expected in rows if not np.array_equal(row, expected))
     start = repr(text[:_QUOTED_CHARACTERS])
     reason = f"gives other tokens than {definition.name} for the text that starts with {start}"
-    raise DataError(Problem("encoder", encoder.name, reason, f"use --encoder {definition.name}"))
+    raise DataError(Problem("--encoder", encoder.name, reason, f"use --encoder {definition.name}"))
 
 
 class SentencePieceEncoder:
-    """Long texts of models that allow it are cut: sentencepiece needs 50 bytes of memory for each of text."""
+    """Encoder by sentencepiece. It splits long texts, since it takes 50 bytes of memory for each of text."""
 
     name: EncoderName = "sentencepiece"
 
@@ -77,12 +77,21 @@ class SentencePieceEncoder:
         self,
         model: ModelProto,
         fallback_reason: str | None = None,
-        part_characters: int = PART_CHARACTERS,
+        chunk_characters: int = CHUNK_CHARACTERS,
     ) -> None:
         self.fallback_reason = fallback_reason
-        self._cutter = None if why_not_gigatoken(model) else TextCutter(model, part_characters)
+        self._model, self._chunk_characters = model, chunk_characters
         self._first = _processor(model, add_dummy_prefix=model.normalizer_spec.add_dummy_prefix)
-        self._later = _processor(model, add_dummy_prefix=False)
+
+    # Needed for long texts alone, and slow to make.
+    @cached_property
+    def _splitter(self) -> TextSplitter | None:
+        """None for a model whose texts cannot be split."""
+        return None if why_not_gigatoken(self._model) else TextSplitter(self._model, self._chunk_characters)
+
+    @cached_property
+    def _later(self) -> SentencePieceProcessor:
+        return _processor(self._model, add_dummy_prefix=False)
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         encoded = [self._encode(text) for text in texts]
@@ -90,9 +99,11 @@ class SentencePieceEncoder:
         return np.concatenate([np.empty(0, dtype=np.int32), *encoded]), lengths
 
     def _encode(self, text: str) -> NDArray[np.int32]:
-        parts = self._cutter.cut(text) if self._cutter else iter([text])
-        encoded = [np.array(self._first.encode(next(parts)), dtype=np.int32)]
-        encoded += [np.array(self._later.encode(part), dtype=np.int32) for part in parts]
+        if len(text) <= self._chunk_characters or self._splitter is None:
+            return np.array(self._first.encode(text), dtype=np.int32)
+        chunks = self._splitter.split(text)
+        encoded = [np.array(self._first.encode(next(chunks)), dtype=np.int32)]
+        encoded += [np.array(self._later.encode(chunk), dtype=np.int32) for chunk in chunks]
         return np.concatenate(encoded)
 
 

@@ -1,4 +1,4 @@
-"""gigatoken with a model of its own making, so that its tokens are sentencepiece's for every text.
+"""gigatoken with a model converted here, so that its tokens are sentencepiece's for every text.
 
 gigatoken's own reader of SentencePiece models is not used: it makes <s> in a text the control token and puts
 a space after it, lets merges end in control and byte tokens, and strips and normalizes in a way of its own.
@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from math import isfinite
-from typing import Literal
 
 import awkward as ak
 import gigatoken
@@ -24,11 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
-from llama_mcore.preprocess.encoders.text_split import PART_CHARACTERS, SPACE_MARK, TextCutter
+from llama_mcore.preprocess.encoders.text_split import CHUNK_CHARACTERS, SPACE_MARK, TextSplitter
+from llama_mcore.preprocess.options import EncoderName
 
 
 def why_not_gigatoken(model: ModelProto) -> str | None:
-    """What of a SentencePiece model gigatoken does otherwise than sentencepiece; None if nothing."""
+    """The property of a SentencePiece model with which gigatoken would give other tokens; None if none."""
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     normal = [piece for piece in model.pieces if piece.type == piece.NORMAL]
     single = {piece.piece for piece in normal if len(piece.piece) == 1}
@@ -50,7 +50,7 @@ def why_not_gigatoken(model: ModelProto) -> str | None:
 
 
 def _scores_give_an_order(scores: dict[str, float]) -> bool:
-    """Whether no two pieces share a score, apart from runs of one character that all share one.
+    """True if no two pieces share a score, apart from runs of one character that all share one.
 
     The released LLaMA tokenizer has such runs, two to sixteen spaces, and ours have those that its text made.
     sentencepiece joins the leftmost pair of equals; `_merges` comes to the same by ranking the pair with the
@@ -69,31 +69,31 @@ def _scores_give_an_order(scores: dict[str, float]) -> bool:
 
 
 def _spells_a_byte(piece: str) -> bool:
-    """gigatoken takes <0xab> for a byte; SentencePiece writes bytes in capitals."""
+    """True for <0xab>, which gigatoken takes for a byte; SentencePiece writes bytes in capitals."""
     return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
 
 
 class GigatokenEncoder:
-    """Keeps nothing between calls: gigatoken's caches live as long as one batch, so they cannot grow."""
+    """Encoder without state between calls: gigatoken's caches last for one batch, so they cannot grow."""
 
-    name: Literal["gigatoken", "sentencepiece"] = "gigatoken"
+    name: EncoderName = "gigatoken"
     fallback_reason: str | None = None
 
-    def __init__(self, model: ModelProto, part_characters: int = PART_CHARACTERS) -> None:
-        self._model, self._part_characters = model, part_characters
+    def __init__(self, model: ModelProto, chunk_characters: int = CHUNK_CHARACTERS) -> None:
+        self._model, self._chunk_characters = model, chunk_characters
         prefix = model.normalizer_spec.add_dummy_prefix
         self._first = gigatoken.Tokenizer.from_json(_tokenizer_json(model, add_dummy_prefix=prefix))
 
     @cached_property
-    def _cutter(self) -> TextCutter:
-        return TextCutter(self._model, self._part_characters)
+    def _splitter(self) -> TextSplitter:
+        return TextSplitter(self._model, self._chunk_characters)
 
     @cached_property
     def _later(self) -> gigatoken.Tokenizer:
         return gigatoken.Tokenizer.from_json(_tokenizer_json(self._model, add_dummy_prefix=False))
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        if sum(map(len, texts)) <= self._part_characters:
+        if sum(map(len, texts)) <= self._chunk_characters:
             return _encode(self._first, list(texts))
         batches = [self._encode_batch(batch) for batch in self._batches(texts)]
         return np.concatenate([ids for ids, _ in batches]), np.concatenate(
@@ -101,11 +101,11 @@ class GigatokenEncoder:
         )
 
     def _batches(self, texts: Sequence[str]) -> Iterator[list[str]]:
-        """Neighbours that together are no longer than a part; a text that is longer comes alone."""
+        """Neighbouring texts that together are no longer than a chunk; a longer text comes alone."""
         batch: list[str] = []
         size = 0
         for text in texts:
-            if batch and size + len(text) > self._part_characters:
+            if batch and size + len(text) > self._chunk_characters:
                 yield batch
                 batch, size = [], 0
             batch.append(text)
@@ -115,9 +115,9 @@ class GigatokenEncoder:
     def _encode_batch(self, texts: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         if len(texts) > 1:
             return _encode(self._first, texts)
-        parts = self._cutter.cut(texts[0])
-        encoded = [_encode(self._first, [next(parts)])[0]]
-        encoded += [_encode(self._later, [part])[0] for part in parts]
+        chunks = self._splitter.split(texts[0])
+        encoded = [_encode(self._first, [next(chunks)])[0]]
+        encoded += [_encode(self._later, [chunk])[0] for chunk in chunks]
         ids = np.concatenate(encoded)
         return ids, np.array([len(ids)], dtype=np.int32)
 
@@ -129,7 +129,7 @@ def _encode(tokenizer: gigatoken.Tokenizer, texts: list[str]) -> tuple[NDArray[n
 
 
 def _tokenizer_json(model: ModelProto, *, add_dummy_prefix: bool) -> str:
-    """Hugging Face's tokenizer.json. Control tokens and the unknown one are left out: no text spells them."""
+    """The model as Hugging Face's tokenizer.json, without control and unknown tokens: no text spells them."""
     ids = {
         piece.piece: number
         for number, piece in enumerate(model.pieces)
@@ -150,7 +150,7 @@ def _tokenizer_json(model: ModelProto, *, add_dummy_prefix: bool) -> str:
 
 
 def _merges(model: ModelProto) -> list[tuple[str, str]]:
-    """Both halves of every piece, wherever it may be parted: best score first, then the longer left half."""
+    """Pairs of halves of every piece, at every split: best score first, then the longer left half."""
     normal = [piece for piece in model.pieces if piece.type == piece.NORMAL]
     names = {piece.piece for piece in normal}
     ranked = [

@@ -1,6 +1,7 @@
 """Decompressed bytes of .gz and .zst files as a stream, in bounded memory.
 
-Python's own readers say neither in which member a file is damaged nor, for zstd, that its end is missing.
+`gzip.open` and `zstandard.open` are not used: they do not say in which member a file is damaged, and
+zstandard's takes a file that was cut off for a complete one.
 """
 
 import io
@@ -12,24 +13,24 @@ import zstandard
 
 from llama_mcore.errors import DataError, Problem
 
-# Compressed bytes taken at a time: zstd gives all that they hold at once, at most 128 KiB for 4 of them.
-_PIECE = 4096
-_AT_MOST = 1 << 20
+# zstd decompresses all that it is given at once: up to 128 KiB for four bytes.
+_COMPRESSED_BYTES = 4096
+_OUTPUT_BYTES = 1 << 20
 _LARGEST_WINDOW = 1 << 27  # what `zstd --long` writes; the decoder holds a window in memory
 
 
 def open_gzip(path: Path) -> io.BufferedReader:
-    """The text of a gzip file, all members of it."""
-    return io.BufferedReader(_Gzip(path), _AT_MOST)
+    """Text of all members of a gzip file."""
+    return io.BufferedReader(_Gzip(path), _OUTPUT_BYTES)
 
 
 def open_zstd(path: Path) -> io.BufferedReader:
-    """The text of a zstd file, all frames of it."""
-    return io.BufferedReader(_Zstd(path), _AT_MOST)
+    """Text of all frames of a zstd file."""
+    return io.BufferedReader(_Zstd(path), _OUTPUT_BYTES)
 
 
 class Decompressed(io.RawIOBase):
-    """A file of members (gzip) or frames (zstd) one after the other; DataError where one is damaged."""
+    """Stream of the members (gzip) or frames (zstd) of a file; DataError where one is damaged."""
 
     member: str
     error: type[Exception]
@@ -44,11 +45,11 @@ class Decompressed(io.RawIOBase):
         self._output = memoryview(b"")
 
     def start_member(self) -> Any:
-        """A decoder of the standard library's form."""
+        """A decoder with the interface of `zlib.decompressobj`."""
         raise NotImplementedError
 
     def decode(self, decoder: Any, data: bytes) -> tuple[bytes, bytes]:
-        """Some output, and what of the input is left for the next call."""
+        """Some output, and the rest of the input for the next call."""
         raise NotImplementedError
 
     def readable(self) -> bool:
@@ -70,7 +71,7 @@ class Decompressed(io.RawIOBase):
     def _advance(self) -> bool:
         """Decompress some more; False at the end of the file."""
         if not self._input:
-            self._input = self._file.read(_PIECE)
+            self._input = self._file.read(_COMPRESSED_BYTES)
             self.position_on_disk += len(self._input)
         if not self._input:
             if self._decoder is None:
@@ -89,7 +90,7 @@ class Decompressed(io.RawIOBase):
         return True
 
     def _begin_member(self) -> bool:
-        """False if there is only padding: tapes and block devices fill up with zeros."""
+        """Start the next member; False if only padding is left, as tapes and block devices write it."""
         self._input = self._input.lstrip(b"\0")
         self._member_start = self.position_on_disk - len(self._input)
         self._decoder = self.start_member() if self._input else None
@@ -97,7 +98,7 @@ class Decompressed(io.RawIOBase):
 
     def _damaged(self, reason: str) -> DataError:
         where = f"{self._path}, {self.member} at byte {self._member_start:,}"
-        return DataError(Problem("--input", where, reason, "fetch the file again or leave it out"))
+        return DataError(Problem("--input", where, reason, "download the file again, or leave it out"))
 
 
 class _Gzip(Decompressed):
@@ -107,7 +108,7 @@ class _Gzip(Decompressed):
         return zlib.decompressobj(wbits=31)
 
     def decode(self, decoder: Any, data: bytes) -> tuple[bytes, bytes]:
-        return decoder.decompress(data, _AT_MOST), decoder.unconsumed_tail
+        return decoder.decompress(data, _OUTPUT_BYTES), decoder.unconsumed_tail
 
 
 class _Zstd(Decompressed):

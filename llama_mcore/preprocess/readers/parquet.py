@@ -1,4 +1,4 @@
-"""Documents from the rows of Parquet files, a few row pages in memory at a time."""
+"""Rows of Parquet files, a few pages in memory at a time."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -9,20 +9,21 @@ import pyarrow as pa
 from pyarrow import compute, parquet
 
 from llama_mcore.errors import DataError, Problem
-from llama_mcore.preprocess.readers.blocks import BLOCK_BYTES, LONGEST_DOCUMENT, BadLine, Block
+from llama_mcore.preprocess.readers.interface import BATCH_BYTES, LONGEST_DOCUMENT, BadLine, Batch
 
 _READ_BUFFER = 1 << 20
 _MOST_ROWS = 8192
-_LARGEST_UNASKED, _MOST_COMPRESSED = 64 << 20, 200
-"""Bytes of a column of a row group, and how many may be one byte on disk: of text it is 2 to 20."""
+# A column of a row group may have this many bytes whatever its size on disk; above that each byte on disk may
+# stand for at most so many. Text has a ratio of 2 to 20.
+_UNCHECKED_COLUMN_BYTES, _LARGEST_RATIO = 64 << 20, 200
 _DICTIONARY_PAGE = re.compile(rb"\x15\x04\x15([\x80-\xff]{0,4}[\0-\x7f])", re.DOTALL)
-"""Begins its header, in Thrift's compact notation: fields 1 and 2, a type and a size."""
+"""Start of its header in Thrift's compact protocol: fields 1 and 2, its type and its size."""
 
 Answer = TypeVar("Answer")
 
 
 class ParquetRows:
-    """Rows by units: as many rows a unit as hold about `unit_bytes` of the file's uncompressed data."""
+    """Reader of a Parquet file. A unit is the rows that hold about `unit_bytes` of uncompressed data."""
 
     def __init__(self, path: Path, keys: Sequence[str], unit_bytes: int) -> None:
         self._path, self._keys = path, list(keys)
@@ -36,11 +37,11 @@ class ParquetRows:
             self._starts.append(self._starts[-1] + metadata.row_group(group).num_rows)
         self._num_rows = self._starts[-1]
         self.size_of_row = path.stat().st_size // max(1, self._num_rows)
-        """Bytes of the file."""
+        """Bytes of the file for each of its rows."""
         self._bytes_per_row = max(1, _uncompressed_bytes(metadata, self._keys) // max(1, self._num_rows))
         # Each row may be a dictionary's longest word.
         self._rows_per_batch = min(
-            _MOST_ROWS, BLOCK_BYTES // self._bytes_per_row, LONGEST_DOCUMENT // max(1, largest_word)
+            _MOST_ROWS, BATCH_BYTES // self._bytes_per_row, LONGEST_DOCUMENT // max(1, largest_word)
         )
         self._rows_per_unit = max(1, unit_bytes // self._bytes_per_row)
         self._rows: Iterator[pa.RecordBatch] = iter(())
@@ -48,24 +49,24 @@ class ParquetRows:
         self._position = self._num_rows
         self._size = path.stat().st_size
         self.ended = False
-        self.taken = 0
+        self.bytes_read = 0
 
-    def read(self, cut: int) -> Iterator[Block]:
-        start = cut * self._rows_per_unit
+    def read(self, index: int) -> Iterator[Batch]:
+        start = index * self._rows_per_unit
         end = min(start + self._rows_per_unit, self._num_rows)
         self.ended = end == self._num_rows
-        self.taken = self._size * max(0, end - start) // max(1, self._num_rows)
+        self.bytes_read = self._size * max(0, end - start) // max(1, self._num_rows)
         if start < end:
             self._go_to(start)
-        while self._position < end and (batch := self._next(end - self._position)) is not None:
-            self._position += batch.num_rows
-            yield self._block(batch, self._position - batch.num_rows)
+        while self._position < end and (rows := self._next(end - self._position)) is not None:
+            self._position += rows.num_rows
+            yield self._batch(rows, self._position - rows.num_rows)
 
     def close(self) -> None:
         self._file.close()
 
     def _go_to(self, row: int) -> None:
-        """Continue where the last unit ended, or start at the row group that holds `row`."""
+        """Go on from the end of the last unit if that is `row`, else from the row group that holds it."""
         if row != self._position:
             group = max(g for g, start in enumerate(self._starts) if start <= row)
             self._rows = self._file.iter_batches(
@@ -75,23 +76,23 @@ class ParquetRows:
                 use_threads=False,
             )
             self._rest, self._position = None, self._starts[group]
-        while self._position < row and (batch := self._next(row - self._position)) is not None:
-            self._position += batch.num_rows
+        while self._position < row and (rows := self._next(row - self._position)) is not None:
+            self._position += rows.num_rows
 
     def _next(self, most: int) -> "pa.RecordBatch | None":
-        """The next rows, at most so many."""
-        batch = self._rest or _checked(self._path, lambda: next(self._rows, None))
-        if batch is None:
+        """The next rows, at most `most`."""
+        rows = self._rest or _checked(self._path, lambda: next(self._rows, None))
+        if rows is None:
             return None
-        self._rest = batch.slice(most) if batch.num_rows > most else None
-        return batch.slice(0, most)
+        self._rest = rows.slice(most) if rows.num_rows > most else None
+        return rows.slice(0, most)
 
-    def _block(self, batch: "pa.RecordBatch", first: int) -> Block:
-        columns = [_values(batch.column(key)) for key in self._keys]
-        block = Block([[] for _ in columns], lines=batch.num_rows, size=batch.nbytes)
+    def _batch(self, rows: "pa.RecordBatch", first: int) -> Batch:
+        columns = [_values(rows.column(key)) for key in self._keys]
+        batch = Batch([[] for _ in columns], lines=rows.num_rows)
         for row, found in enumerate(zip(*columns, strict=True), first):
             if all(type(text) is str for text in found):
-                for texts, text in zip(block.texts, found, strict=True):
+                for texts, text in zip(batch.texts, found, strict=True):
                     texts.append(text)
             else:
                 reasons = [
@@ -99,16 +100,16 @@ class ParquetRows:
                     for key, value in zip(self._keys, found, strict=True)
                     if type(value) is not str
                 ]
-                block.bad.append(BadLine(self._path, row, reasons[0], ""))
-        return block
+                batch.bad.append(BadLine(self._path, row, reasons[0], ""))
+        return batch
 
     def _check_columns(self) -> None:
         schema = self._file.schema_arrow
         problems = []
         for key in self._keys:
             if key not in schema.names:
-                reason = f"has no column {key!r}; columns there: {', '.join(schema.names) or 'none'}"
-                problems.append(Problem("--input", self._path, reason))
+                reason = f"has no column {key!r}; its columns: {', '.join(schema.names) or 'none'}"
+                problems.append(Problem("--input", self._path, reason, "name a column that holds text"))
             elif not _holds_text(schema.field(key).type):
                 reason = f"holds {schema.field(key).type} in column {key!r}, not strings"
                 problems.append(Problem("--input", self._path, reason, "name a column that holds text"))
@@ -117,7 +118,7 @@ class ParquetRows:
 
 
 NOT_TEXT, TOO_LONG = object(), object()
-"""A string that is not UTF-8, and one longer than LONGEST_DOCUMENT."""
+"""Stand-ins for a string that is not UTF-8, and for one longer than LONGEST_DOCUMENT."""
 _WHY_NOT = {NOT_TEXT: "is not UTF-8", TOO_LONG: f"is longer than {LONGEST_DOCUMENT:,} bytes", None: "is null"}
 
 
@@ -131,11 +132,13 @@ def _checked(path: Path, read: Callable[[], Answer]) -> Answer:
         return read()
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(Problem("--input", path, f"is damaged ({reason})", "fetch the file again")) from None
+        raise DataError(
+            Problem("--input", path, f"is damaged ({reason})", "download the file again, or leave it out")
+        ) from None
 
 
 def _columns(metadata: Any, keys: Sequence[str]) -> Iterator[Any]:
-    """What the file says of the columns that are read, of each row group."""
+    """Metadata of the columns that are read, row group by row group."""
     for group in range(metadata.num_row_groups):
         columns = metadata.row_group(group)
         for index in range(columns.num_columns):
@@ -148,34 +151,42 @@ def _uncompressed_bytes(metadata: Any, keys: Sequence[str]) -> int:
 
 
 def _check_sizes(path: Path, metadata: Any, keys: Sequence[str]) -> None:
-    """DataError, before they are decoded, for columns that would fill the memory from a small file."""
+    """Refuse, before it is decoded, a column that would fill the memory from a small file."""
     for column in _columns(metadata, keys):
         size, on_disk = column.total_uncompressed_size, column.total_compressed_size
         reason = f"has {size:,} bytes of {column.path_in_schema!r} in {column.num_values:,} rows"
-        if size > _LARGEST_UNASKED and size > _MOST_COMPRESSED * on_disk:
-            reason += f", packed into {on_disk:,}: no text is so repetitive"
-            raise DataError(Problem("--input", path, reason, "leave it out"))
+        if size > _UNCHECKED_COLUMN_BYTES and size > _LARGEST_RATIO * on_disk:
+            reason += f", compressed to {on_disk:,}: text is never that repetitive"
+            raise DataError(Problem("--input", path, reason, "leave the file out"))
         if size > LONGEST_DOCUMENT * column.num_values:
-            reason += f"; a document may have {LONGEST_DOCUMENT:,}"
-            raise DataError(Problem("--input", path, reason, "cut its documents, or leave it out"))
+            reason += f"; a document may have at most {LONGEST_DOCUMENT:,}"
+            raise DataError(Problem("--input", path, reason, "split its documents, or leave the file out"))
 
 
 def _largest_dictionary(path: Path, metadata: Any, keys: Sequence[str]) -> int:
-    """Bytes, uncompressed: it is decoded as a whole. DataError where it is longer than a document may be."""
+    """Uncompressed bytes of the largest dictionary, which is decoded as a whole.
+
+    DataError where it is larger than a document may be.
+    """
     largest = 0
     with path.open("rb") as stream:
         for column in _columns(metadata, keys):
             largest = max(largest, _dictionary_bytes(stream, column))
     if largest > LONGEST_DOCUMENT:
-        reason = f"has a dictionary of {largest:,} bytes; it may have {LONGEST_DOCUMENT:,}"
+        reason = f"has a dictionary of {largest:,} bytes; it may have at most {LONGEST_DOCUMENT:,}"
         raise DataError(
-            Problem("--input", path, reason, "write it without, cut its documents, or leave it out")
+            Problem(
+                "--input",
+                path,
+                reason,
+                "write it without a dictionary, split its documents, or leave the file out",
+            )
         )
     return largest
 
 
 def _dictionary_bytes(stream: BinaryIO, column: Any) -> int:
-    """Of the dictionary that a column of a row group begins with; 0 without one."""
+    """Bytes of the dictionary that a column of a row group begins with; 0 without one."""
     stream.seek(min(filter(None, (column.dictionary_page_offset, column.data_page_offset)), default=0))
     if not (header := _DICTIONARY_PAGE.match(stream.read(8))):
         return 0
@@ -189,7 +200,7 @@ def _holds_text(kind: "pa.DataType") -> bool:
 
 
 def _values(column: "pa.Array") -> list[object]:
-    """Strings; None for null, NOT_TEXT for bytes that are no text, TOO_LONG."""
+    """The strings of a column; None for null, else NOT_TEXT or TOO_LONG for one that cannot be used."""
     try:
         if not _may_be_long(column):
             return column.to_pylist()
