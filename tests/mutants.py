@@ -141,8 +141,8 @@ MUTANTS = [
     ),
     Mutant(
         name="where one rank fails all end, for the same reason",
-        symbol="together",
-        old="if any_rank(failure is not None, groups):",
+        symbol="run_on_all_ranks",
+        old="if any_rank(groups, failure is not None):",
         new="if failure is not None:\n        raise failure\n    if False:",
         tests=["tests/train/test_refusals.py::test_bad_input_is_one_message"],
     ),
@@ -155,8 +155,8 @@ MUTANTS = [
     ),
     Mutant(
         name="a run lets its updates wait for the copy",
-        symbol="_timed_step",
-        old="job.saver.before_update,",
+        symbol="Trainer.step",
+        old="before_update=self.saver.before_update,",
         new="",
         tests=["tests/checkpoint/test_saver.py"],
     ),
@@ -330,7 +330,7 @@ MUTANTS = [
     ),
     Mutant(
         name="a run that is asked to stop saves",
-        symbol="_train_on",
+        symbol="Trainer.run",
         old="if stopping or due:",
         new="if due:",
         tests=["tests/train/test_elastic.py"],
@@ -351,7 +351,7 @@ MUTANTS = [
     ),
     Mutant(
         name="no run begins in a folder that is not its own",
-        symbol="_way_of",
+        symbol="_plan_in",
         old="raise would_start_from_scratch(run_dir)",
         new="pass",
         tests=["tests/train/test_resume.py"],

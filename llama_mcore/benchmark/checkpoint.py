@@ -119,9 +119,8 @@ class _Bench:
     def __init__(self, run: RunConfig, groups: Groups) -> None:
         self._run, self._groups = run, groups
         self._folder = Path(run.run.dir)
-        self._engine = build_engine(
-            build_model(run.model, run.parallel, groups, dtype_of(run), run.run.seed), run, groups
-        )
+        model = build_model(run.model, run.parallel, groups, dtype_of(run.train), run.run.seed)
+        self._engine = build_engine(model, run.zero, run.train, run.optim, groups)
         self._batch = random_batch(run.model, run.train.micro_batch_size, run.run.seed)
         self._saver = Saver(self._engine, run, groups)
         self._saves = 0
@@ -172,9 +171,8 @@ class _Bench:
         self.seconds[stall].append(saved.stalled_s)
 
     def _train(self) -> None:
-        wait = self._saver.before_update
-        batches, lr = iter([self._batch]), self._run.optim.lr
-        train_step(self._engine, batches, 1, lr, self._groups, before_update=wait)
+        lr, wait = self._run.optim.lr, self._saver.before_update
+        train_step(self._engine, [self._batch], lr, self._groups, before_update=wait)
 
     def _load(self, checkpoint: Path) -> None:
         load_checkpoint(self._engine, CheckpointReader(checkpoint), self._groups)

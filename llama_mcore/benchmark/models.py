@@ -57,19 +57,18 @@ class McoreContender:
         self.workload = workload
         self.run = workload.run.model_copy(update={"model": workload.run.model.model_copy(update=changes)})
         self.module = build_model(
-            self.run.model, self.run.parallel, workload.groups, dtype_of(self.run), self.run.run.seed
+            self.run.model, self.run.parallel, workload.groups, dtype_of(self.run.train), self.run.run.seed
         )
 
     def loss(self) -> Tensor:
         return mean_loss(self.module, self.workload.batch, self.workload.groups)
 
     def add_optimizer(self) -> None:
-        self.engine = build_engine(self.module, self.run, self.workload.groups)
+        run = self.run
+        self.engine = build_engine(self.module, run.zero, run.train, run.optim, self.workload.groups)
 
     def step(self) -> None:
-        train_step(
-            self.engine, iter([self.workload.batch]), 1, self.run.optim.lr, groups=self.workload.groups
-        )
+        train_step(self.engine, [self.workload.batch], self.run.optim.lr, self.workload.groups)
 
     def close(self) -> None:
         if hasattr(self, "engine"):
@@ -83,7 +82,9 @@ class HuggingFaceContender:
         self.optim = workload.run.optim
         self.tokens = workload.batch.tokens.to(workload.groups.device)
         config = huggingface_config(workload.run.model)
-        self.module = LlamaForCausalLM(config).to(workload.groups.device, dtype_of(workload.run)).train()
+        self.module = (
+            LlamaForCausalLM(config).to(workload.groups.device, dtype_of(workload.run.train)).train()
+        )
 
     def loss(self) -> Tensor:
         # It shifts the labels by itself.

@@ -27,8 +27,9 @@ FOLDER = "deepspeed"
 def save_deepspeed_folder(engine: DeepSpeedEngine, run: RunConfig, state: TrainState, groups: Groups) -> Path:
     """Write RUN_DIR/deepspeed/step-N with `engine.save_checkpoint`, and keep `checkpoint.keep` of them.
 
-    All ranks call it together. `ds_to_universal.py` reads what stages 1 and 2 write, at any tensor-parallel
-    size, `zero_to_fp32.py` what is written without tensor parallelism.
+    `ds_to_universal.py` reads what stages 1 and 2 write, at any tensor-parallel size, `zero_to_fp32.py` what
+    is written without tensor parallelism.
+    Collective: all ranks call it.
     """
     folder = Path(run.run.dir) / FOLDER
     tag = f"step-{state.step:08d}"

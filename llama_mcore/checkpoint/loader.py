@@ -19,19 +19,19 @@ from llama_mcore.checkpoint.optimizer_shards import (
 from llama_mcore.checkpoint.paths import WEIGHT
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.checkpoint.same_model import model_differences
-from llama_mcore.config.run import RunConfig
 from llama_mcore.distributed.device import CopyStream, host_block
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.errors import ConfigError
+from llama_mcore.model.config import ModelConfig
 from llama_mcore.observe.phases import Phases
 
 SLOT = 16 << 20
 """Elements that are read ahead while as many are copied to the device: 64 MiB."""
 
 
-def check_same_model(reader: CheckpointReader, run: RunConfig) -> None:
+def check_same_model(reader: CheckpointReader, model: ModelConfig) -> None:
     """Refuse to resume with another model. Raises ConfigError with every field that differs."""
-    problems = model_differences(reader.path, reader.model, run.model)
+    problems = model_differences(reader.path, reader.model, model)
     if problems:
         raise ConfigError(problems)
 
@@ -47,8 +47,8 @@ def load_checkpoint(
     """Fill weights, masters and Adam moments of this rank; of `weights_alone` the moments are zero and count
     no steps.
 
-    The job may be new or have trained before. All ranks call it together: at stages 1 and 2 the weights are
-    gathered over the data-parallel group. `phases` are told of every piece that was read, and beat once.
+    The job may be new or have trained before. `phases` are told of every piece that was read, and beat once.
+    Collective: all ranks call it, since stages 1 and 2 gather weights over the data-parallel group.
     """
     phases = phases or Phases()
     fragments = owned_fragments(engine, groups.dp_rank)

@@ -1,24 +1,24 @@
-"""Write a checkpoint: every rank its own fragments, published by rename when all are on the disk.
+"""Saving of a checkpoint: ranks write their own fragments, and a rename publishes them when all are on disk.
 
-    copy        the fragments to host memory, in the background; the next update, which changes them, waits
-                for that, and training for nothing else
-    write       this rank's file, in the background
-    publish     when all ranks have: rank 0 writes the manifest, renames the folder and removes old
+    writing     in the background each rank copies its fragments to host memory and writes them to its file;
+                the next update, which changes them, waits for the copy, and training for nothing else
+    publishing  when all ranks have written: rank 0 writes the manifest, renames the folder and removes old
                 checkpoints, in the background
 
-A crash at any moment leaves the checkpoints that were there, and the new one whole or not at all.
+A crash at any moment leaves the existing checkpoints as they are, and the new one complete or absent.
 """
 
 import errno
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
-import torch
-import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
 from llama_mcore.checkpoint.durable_io import (
@@ -44,15 +44,17 @@ from llama_mcore.checkpoint.paths import (
     step_folders,
     unfinished,
 )
-from llama_mcore.checkpoint.phase import agree, in_background
 from llama_mcore.checkpoint.run_lock import Lease
 from llama_mcore.checkpoint.snapshot import SLOTS, Copying, check_finite, host_copy, not_finite, saved_tensors
 from llama_mcore.checkpoint.tensor_file import write_tensors
 from llama_mcore.checkpoint.train_state import TrainState
 from llama_mcore.config.run import RunConfig
+from llama_mcore.distributed.collectives import any_rank, gather_results
 from llama_mcore.distributed.groups import Groups
-from llama_mcore.errors import shown
+from llama_mcore.errors import Problem, shown
 from llama_mcore.observe.log import get_logger
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,77 +66,147 @@ class SavedCheckpoint:
     stalled_s: float
     """Seconds that training waited."""
     seconds: float
-    """From `begin` to the last rename."""
+    """Seconds from `begin` to the last rename."""
+
+
+class Stage(Enum):
+    """Stages of a save in flight; all ranks enter each together."""
+
+    WRITING = auto()
+    """Every rank copies its fragments and writes its file."""
+    PUBLISHING = auto()
+    """Rank 0 writes the manifest and renames the folder; the others wait for it."""
+
+
+@dataclass
+class _Save:
+    """A save in flight."""
+
+    final: Path
+    state: TrainState
+    lr: float
+    copying: Copying
+    work: Future[Any]
+    """This rank's part of the stage: size and SHA-256 of its file, then nothing."""
+    timeout_s: float
+    started: float
+    stage: Stage = Stage.WRITING
+    stalled_s: float = 0.0
+
+    def is_over(self) -> bool:
+        """True once this rank's part of the stage is done, or too late."""
+        return self.work.done() or self._time_left() <= 0
+
+    def wait(self) -> None:
+        """Wait for this rank's part of the stage, at most until it is too late."""
+        try:
+            self.work.exception(timeout=self._time_left())
+        except TimeoutError:
+            return  # `result` raises it, on all ranks
+
+    def wait_for_copy(self) -> None:
+        """Wait until the fragments are copied. Raises TimeoutError where that is too late."""
+        if not self.copying.copied.wait(self._time_left()):
+            raise self._late()
+
+    def result(self) -> Any:
+        """Result of this rank's part. Raises what that raised, or TimeoutError if it is not done."""
+        if not self.work.done():
+            raise self._late()
+        return self.work.result()
+
+    def _time_left(self) -> float:
+        return max(0.0, self.timeout_s - (time.perf_counter() - self.started))
+
+    def _late(self) -> TimeoutError:
+        return TimeoutError(0, f"not written within checkpoint.timeout_s = {self.timeout_s}")
 
 
 class Saver:
-    """Saves of one run, one at a time. Every method is called by all ranks together.
+    """Saves of one run, one at a time.
 
-    All raise OutputError on every rank if any rank could not write, or has not within `checkpoint.timeout_s`.
+    All methods raise OutputError on every rank if any rank could not write, or has not within
+    `checkpoint.timeout_s`.
+    Collective: all ranks call every method; only `before_update` waits for no other rank.
     """
 
     def __init__(
         self, engine: DeepSpeedEngine, run: RunConfig, groups: Groups, lease: Lease | None = None
     ) -> None:
-        """`lease`: rank 0's; nothing is published without it."""
+        """`run`: recorded in every manifest. `lease`: rank 0's; nothing is published without it."""
         self._engine, self._run, self._groups, self._lease = engine, run, groups, lease
+        self._run_dir = Path(run.run.dir)
         self._host_copy, self.memory = host_copy(engine, groups, run.checkpoint)
-        self._writing: _Writing | None = None
+        self._save: _Save | None = None
 
     def begin(self, state: TrainState, lr: float) -> SavedCheckpoint | None:
-        """Start to write the state of now. Waits for the save before, if that is not done, and returns it.
+        """Begin to save the present state; waits for the save before, if that is in flight, and returns it.
 
         From here on `before_update` has to be called before every update. Raises NumericalError, and writes
         nothing, where the state is not finite.
         """
-        if self._writing:
-            what = f"the checkpoint of step {self._writing.state.step:,}, still being written"
-            get_logger().info("step %s: waiting for %s", f"{state.step:,}", what)
-        before, started = self.finish(), time.perf_counter()
-        final = step_dir(Path(self._run.run.dir), state.step)
-        check_finite(agree(lambda: not_finite(self._engine, self._groups), final), state.step)
+        if self._save:
+            before = f"the checkpoint of step {self._save.state.step:,}, still being written"
+            get_logger().info("step %s: waiting for %s", f"{state.step:,}", before)
+        previous, started = self.finish(), time.perf_counter()
+        final = step_dir(self._run_dir, state.step)
+        check_finite(self._on_all_ranks(lambda: not_finite(self._engine, self._groups), final), state.step)
         temporary = final.with_suffix(TEMPORARY)
-        agree(lambda: self._prepare(temporary), final)
+        self._on_all_ranks(lambda: self._prepare(temporary), final)
         copying, path = self._copying, temporary / rank_file(self._groups.rank)
         metadata = {"run_id": state.run_id, "step": str(state.step), "rank": str(self._groups.rank)}
-        work = in_background(lambda: self._write(path, copying, metadata))
-        writing = _Writing(work, copying, final, state, lr, started)
+        work = _in_background(lambda: self._write(path, copying, metadata))
+        save = _Save(final, state, lr, copying, work, self._run.checkpoint.timeout_s, started)
         if self._host_copy.is_ring:
-            agree(lambda: writing.wait_for_copy(self._run), final)
-        writing.stalled_s = time.perf_counter() - started
-        self._writing = writing
-        return before
+            self._on_all_ranks(save.wait_for_copy, final)
+        save.stalled_s = time.perf_counter() - started
+        self._save = save
+        return previous
 
     def before_update(self) -> None:
-        """Wait until the state that is being saved is copied: an update changes it. Not a collective."""
-        if self._writing:
+        """Wait until the state that is being saved is copied: an update changes it."""
+        if self._save:
             started = time.perf_counter()
-            self._writing.copying.copied.wait()
-            self._writing.stalled_s += time.perf_counter() - started
+            self._save.copying.copied.wait()
+            self._save.stalled_s += time.perf_counter() - started
 
     def poll(self) -> SavedCheckpoint | None:
-        """Go on with the save in flight if every rank has done its part; return it if it is done. Does not
-        wait."""
-        if self._writing is None:
+        """Enter the next stage if all ranks are done with this one; returns the save if that was the last.
+
+        Does not wait for any rank's part.
+        """
+        if self._save is None:
             return None
         started = time.perf_counter()
-        waiting = torch.tensor(int(not self._writing.is_over(self._run)), device=self._groups.device)
-        dist.all_reduce(waiting, dist.ReduceOp.MAX)
-        return None if waiting.item() else self._advance(self._writing, started)
+        if any_rank(self._groups, not self._save.is_over()):
+            return None
+        return self._enter_next_stage(self._save, started)
 
     def finish(self) -> SavedCheckpoint | None:
         """Wait until the save in flight is published."""
         saved = None
-        while self._writing:
+        while self._save:
             started = time.perf_counter()
-            self._writing.wait(self._run)
-            saved = self._advance(self._writing, started)
+            self._save.wait()
+            saved = self._enter_next_stage(self._save, started)
         return saved
 
     def close(self) -> None:
-        """Leave a save in flight unfinished: its folder keeps the temporary name. What it copies may go."""
-        self.before_update()
-        self._writing = None
+        """Leave a save in flight unfinished: its folder keeps the temporary name."""
+        self.before_update()  # the engine, which is being copied, may go after this
+        self._save = None
+
+    def _on_all_ranks(self, action: Callable[[], T], final: Path) -> list[T]:
+        """Results of `action` on all ranks. Collective: all ranks call it."""
+
+        def problem_of(error: Exception) -> Problem:
+            rank = f"rank {self._groups.rank}"
+            if not isinstance(error, OSError):
+                return Problem("checkpoint", final, f"{rank}: {type(error).__name__}: {error}")
+            remedy = "free space or change run.dir" if error.errno else ""
+            return Problem("checkpoint", final, f"{rank}: {error.strerror or error}", remedy)
+
+        return gather_results(self._groups, action, problem_of)
 
     def _prepare(self, temporary: Path) -> None:
         if self._groups.rank == 0:
@@ -144,55 +216,53 @@ class Saver:
         self._copying = self._host_copy.begin(saved_tensors(self._engine, self._groups))
 
     def _write(self, path: Path, copying: Copying, metadata: dict[str, str]) -> tuple[int, str]:
-        """Copy and write, in the writer's thread."""
+        """Copy and write, in the writer's thread; size and SHA-256 of the file."""
         held = SLOTS - 1 if self._host_copy.is_ring else None
         try:
             return write_tensors(path, self._host_copy.sizes, copying.pieces(), metadata, held)
-        finally:  # nobody shall wait for a copy that failed; `result` says why it did
+        finally:  # nobody may wait for a copy that failed; `result` raises why it did
             copying.copied.set()
 
-    def _advance(self, writing: "_Writing", started: float) -> SavedCheckpoint | None:
-        """From written to publishing, from publishing to published."""
-        self._writing = None  # also if it failed
-        results = agree(lambda: writing.result(self._run), writing.final)
-        if not writing.publishing:
-            self._begin_to_publish(writing, results)
-            self._writing = writing
+    def _enter_next_stage(self, save: _Save, started: float) -> SavedCheckpoint | None:
+        self._save = None  # also if this stage failed
+        results = self._on_all_ranks(save.result, save.final)
+        if save.stage is Stage.WRITING:
+            save.stage, save.work = Stage.PUBLISHING, self._begin_to_publish(save, results)
+            self._save = save
         now = time.perf_counter()
-        writing.stalled_s += now - started
-        if self._writing:
+        save.stalled_s += now - started
+        if self._save:
             return None
-        return SavedCheckpoint(writing.final, writing.state, writing.stalled_s, now - writing.started)
+        return SavedCheckpoint(save.final, save.state, save.stalled_s, now - save.started)
 
-    def _begin_to_publish(self, writing: "_Writing", written: list[tuple[int, str]]) -> None:
-        writing.publishing = True
+    def _begin_to_publish(self, save: _Save, written: list[tuple[int, str]]) -> Future[None]:
         if self._groups.rank > 0:
-            writing.work = Future()
-            writing.work.set_result(None)
-            return
+            done: Future[None] = Future()
+            done.set_result(None)
+            return done
         # ranks of a tensor-parallel group are consecutive
         files = tuple(
             RankFile(name=rank_file(rank), tp_rank=rank % self._groups.tp_size, bytes=size, sha256=sha256)
             for rank, (size, sha256) in enumerate(written)
         )
-        manifest = self._manifest(writing, files)
+        manifest = self._manifest(save, files)
 
         def publish() -> None:
-            _publish(writing.final, manifest, self._lease)
-            anchor = step_dir(Path(self._run.run.dir), writing.state.health.anchor)
-            _tidy(writing.final, self._run.checkpoint.keep, anchor, manifest.run_id)
+            _publish(save.final, manifest, self._lease)
+            anchor = step_dir(self._run_dir, save.state.health.anchor)
+            _tidy(save.final, self._run.checkpoint.keep, anchor, manifest.run_id)
 
-        writing.work = in_background(publish)
+        return _in_background(publish)
 
-    def _manifest(self, writing: "_Writing", files: tuple[RankFile, ...]) -> Manifest:
-        state, groups = writing.state, self._groups
+    def _manifest(self, save: _Save, files: tuple[RankFile, ...]) -> Manifest:
+        state, groups = save.state, self._groups
         return Manifest(
             run_id=state.run_id,
             attempt=self._lease.number if self._lease else 0,
             began_from=state.began_from,
             step=state.step,
             consumed_samples=state.consumed_samples,
-            lr=writing.lr,
+            lr=save.lr,
             segments=state.segments,
             windows_read=state.segments[-1].used(state.consumed_samples) if state.segments else {},
             config=self._run.model_dump(mode="json"),
@@ -205,50 +275,11 @@ class Saver:
         )
 
 
-@dataclass
-class _Writing:
-    """A save between its beginning and its publication."""
-
-    work: Future[Any]
-    """This rank's part of the phase at hand: size and SHA-256 of its file, then nothing."""
-    copying: Copying
-    final: Path
-    state: TrainState
-    lr: float
-    started: float
-    stalled_s: float = 0.0
-    publishing: bool = False
-
-    def is_over(self, run: RunConfig) -> bool:
-        return self.work.done() or self._time_left(run) <= 0
-
-    def wait(self, run: RunConfig) -> None:
-        try:
-            self.work.exception(timeout=self._time_left(run))
-        except TimeoutError:
-            return  # `result` says so, to all ranks
-
-    def wait_for_copy(self, run: RunConfig) -> None:
-        """Raises TimeoutError if it is not done."""
-        if not self.copying.copied.wait(self._time_left(run)):
-            raise _late(run)
-
-    def result(self, run: RunConfig) -> Any:
-        """Raises what the work raised, and TimeoutError if it is not done."""
-        if not self.work.done():
-            raise _late(run)
-        return self.work.result()
-
-    def _time_left(self, run: RunConfig) -> float:
-        return max(0.0, run.checkpoint.timeout_s - (time.perf_counter() - self.started))
-
-
-def _late(run: RunConfig) -> TimeoutError:
-    return TimeoutError(0, f"not written within checkpoint.timeout_s = {run.checkpoint.timeout_s}")
-
-
 def save_checkpoint(engine: DeepSpeedEngine, run: RunConfig, state: TrainState, groups: Groups) -> Path:
-    """Save and wait for it. All ranks call it together."""
+    """Path of a checkpoint of the present state, which is on the disk when this returns.
+
+    Collective: all ranks call it.
+    """
     saver = Saver(engine, run, groups)
     saver.begin(state, lr=0.0)
     saved = saver.finish()
@@ -257,15 +288,31 @@ def save_checkpoint(engine: DeepSpeedEngine, run: RunConfig, state: TrainState, 
     return saved.path
 
 
+def _in_background(work: Callable[[], T]) -> Future[T]:
+    """Future result of `work`, which runs in a thread of its own."""
+    # Not an executor: Python joins the threads of those when it exits, and would wait for ever for a disk
+    # that hangs.
+    future: Future[T] = Future()
+
+    def carry_out() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=carry_out, name="checkpoint-writer", daemon=True).start()
+    return future
+
+
 def _make_room(temporary: Path, needed: int) -> None:
-    """An empty folder to write to, on a disk with enough room for what all ranks are about to write."""
-    for path in unfinished(temporary.parents[1]):  # which may be what fills the disk
+    """Make an empty folder to write to, on a disk with enough room for what all ranks are about to write."""
+    for path in unfinished(temporary.parents[1]):  # they may be what fills the disk
         remove_folder(path)
     make_folder(temporary)
     free = shutil.disk_usage(temporary).free
     if free < needed:
         temporary.rmdir()
-        raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed and {free:,} are free")
+        raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, {free:,} are free")
 
 
 def _publish(final: Path, manifest: Manifest, lease: Lease | None) -> None:
@@ -280,21 +327,22 @@ def _publish(final: Path, manifest: Manifest, lease: Lease | None) -> None:
 
 
 def _make_way(final: Path, run_id: str) -> None:
-    """Free the name of a checkpoint, which has one where a step is saved again after a resume.
+    """Free the name of a checkpoint, for a step that is saved again after a resume.
 
-    That may be the only checkpoint: it goes when the new one is there. What the run has not written is not
-    removed: what cannot be read is put aside, and for a checkpoint of another run OSError is raised.
+    What the run has not written is not removed: an unreadable checkpoint gets another name, and for one of
+    another run OSError is raised.
     """
     if not final.exists():
         return
+    # It may be the only checkpoint, so it goes when the new one is published, by `_tidy`.
     replaced = final.with_suffix(REPLACED)
     for path in (replaced, final):
         found = run_id_of(path)
         if found not in (None, run_id):
-            raise OSError(0, f"{path} is a checkpoint of another run ({shown(found)}): move it elsewhere")
+            raise OSError(0, f"{path} belongs to another run ({shown(found)}): move it elsewhere")
         if found is None and path.exists():
             aside = given_up_dir(path)
-            get_logger().warning("%s cannot be read and is put aside as %s", path, aside.name)
+            get_logger().warning("%s cannot be read and is renamed to %s", path, aside.name)
             rename(path, aside)
     if replaced.exists():
         _remove(replaced)
@@ -303,11 +351,10 @@ def _make_way(final: Path, run_id: str) -> None:
 
 
 def _tidy(final: Path, keep: int, anchor: Path, run_id: str) -> None:
-    """Update the hint and remove old checkpoints of the run: the new one is on the disk, whatever becomes of
-    these.
+    """Point the hint to the new checkpoint and remove the run's old ones, except `anchor`.
 
-    Those of later steps neither count nor go: they are damaged, or of a future that was given up. `anchor`
-    stays: a rollback returns to it.
+    A rollback returns to `anchor`. Checkpoints of later steps neither count nor go: they are damaged, or of
+    abandoned steps. A failure is logged alone: the new checkpoint is on the disk.
     """
     try:
         replace_hint(final.parent / LATEST, f"{final.name}\n")
@@ -322,7 +369,7 @@ def _tidy(final: Path, keep: int, anchor: Path, run_id: str) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Rename first: a half-removed folder must not look complete."""
+    # Renamed first: a half-removed folder must not look complete.
     doomed = path.with_suffix(f".removed{TEMPORARY}")
     rename(path, doomed)
     remove_folder(doomed)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from threading import Event
 
 import torch
-import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from llama_mcore.checkpoint.optimizer_shards import (
 )
 from llama_mcore.checkpoint.paths import KINDS, fragment_key
 from llama_mcore.distributed.cgroup import available_memory
+from llama_mcore.distributed.collectives import gather_on_all_ranks
 from llama_mcore.distributed.device import CopyStream, host_block, on_gpu
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.errors import NumericalError, Problem
@@ -104,16 +104,17 @@ def _cut(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
 
 
 def host_copy(engine: DeepSpeedEngine, groups: Groups, config: CheckpointConfig) -> tuple[HostCopy, str]:
-    """The memory of this rank's saves, and what that is in words: the same kind on all ranks.
+    """Host memory of this rank's saves, of the same kind on all ranks, and its description.
 
-    All ranks call it together: each tells the others what it needs, before any takes it.
+    Collective: all ranks call it, and tell the others what they need before any takes it.
     """
     sizes = {
         fragment_key(kind, fragment.name, fragment.start): fragment.numel
         for fragment in _saved_fragments(engine, groups)
         for kind in KINDS
     }
-    needs = _gathered(Need(socket.gethostname(), _FP32 * sum(sizes.values()), available_memory()))
+    need = Need(socket.gethostname(), _FP32 * sum(sizes.values()), available_memory())
+    needs = gather_on_all_ranks(groups, need)
     short = why_too_little(needs, config)
     copy = HostCopy(sizes, config.ring_bytes if short else None)
     memory = f"{'pinned ' if on_gpu() else ''}host memory on each rank"
@@ -143,12 +144,6 @@ def why_too_little(needs: Sequence[Need], config: CheckpointConfig) -> str:
             needed = f"{format_bytes(need.bytes)} are needed for all of it"
             return f"{needed}, and {format_bytes(limit)} are what a rank on {need.host} may take"
     return ""
-
-
-def _gathered(need: Need) -> list[Need]:
-    needs: list[Need | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(needs, need)
-    return [need for need in needs if need]
 
 
 def saved_tensors(engine: DeepSpeedEngine, groups: Groups) -> list[Tensor]:

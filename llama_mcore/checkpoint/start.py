@@ -1,8 +1,7 @@
-"""Where a start of a run begins: at a checkpoint of its own, with the weights of another's, or anew. Loads no
-torch.
+"""Plan of a run's start: from one of its checkpoints, with another run's weights, or from scratch.
 
-Two doors: --resume names a checkpoint of this run, to go back to; --init-from names any checkpoint, whose
-weights a run begins with in a folder that has no steps. Given again, --init-from goes on with that run.
+--resume names a checkpoint of this run, to return to. --init-from names any checkpoint, whose weights a run
+begins with in a folder that has no steps; given again, it continues that run. Imports no torch.
 """
 
 from contextlib import suppress
@@ -44,135 +43,135 @@ from llama_mcore.observe.goodput.attempts import ATTEMPTS_FILE
 
 @dataclass(frozen=True)
 class Start:
-    """Options of a start: in a job of Slurm, of its first one. Raises ConfigError for what excludes
-    each other."""
+    """Options of a start; a job that Slurm requeues takes them for its first start alone.
+
+    Raises ConfigError for options that exclude each other.
+    """
 
     resume: str = "auto"
     """auto: from the newest valid checkpoint of the run's folder, if it has any; never; or the folder of a
-    checkpoint of this run, to go back to."""
+    checkpoint of this run, to return to."""
     init_from: str = ""
-    """Folder of a checkpoint, or of a run, whose weights a new run begins with."""
+    """Folder of the checkpoint, or of the run, whose weights a new run begins with."""
     fresh: bool = False
-    """Move what the run's folder holds aside and start from scratch."""
+    """Move the content of the run's folder aside and start from scratch."""
     accept_data_change: bool = False
-    """Resume with other data than before, and record that."""
+    """Resume with other data than before, and record the change."""
 
     def __post_init__(self) -> None:
         both = {"--init-from": self.init_from, "--fresh": "given" if self.fresh else ""}
-        named = {name: value for name, value in both.items() if value}
+        given = {name: value for name, value in both.items() if value}
         if self.resume == "never":
-            named.pop("--fresh", None)
-        if self.resume == "auto" or not named:
+            given.pop("--fresh", None)
+        if self.resume == "auto" or not given:
             return
-        remedy = "leave one of them off: --resume is for a run that is there, the other for one that begins"
-        raise ConfigError(
-            [
-                Problem(name, value, f"excludes --resume {self.resume}", remedy)
-                for name, value in named.items()
-            ]
-        )
+        reason = f"cannot be combined with --resume {self.resume}"
+        remedy = "leave one of them off: --resume continues an existing run, the other begins a new one"
+        raise ConfigError([Problem(name, value, reason, remedy) for name, value in given.items()])
 
     @property
-    def to_go_on(self) -> str:
-        """The command that goes on once this start has stopped: --resume and --fresh would count again."""
+    def command_to_continue(self) -> str:
+        """Description of the command that continues the run once this start has stopped."""
+        # --resume and --fresh would count again.
         given = {"--resume": self.resume != "auto", "--fresh": self.fresh}
         counted = " and ".join(name for name in given if given[name])
         return f"the same command without {counted}" if counted else "the same command"
 
 
 @dataclass(frozen=True)
-class Way:
-    """Plan of a start, as far as names and manifests decide it, so that all ranks can be told."""
+class StartPlan:
+    """Plan of a start as far as names and manifests decide it; rank 0 makes it for all ranks."""
 
     lineage: Lineage
-    """Lineage of the run; where none is there, of the one that begins."""
+    """Lineage of the run in the folder, or of the one that begins."""
     folders: list[Path] = field(default_factory=list)
-    """Checkpoints to go on from, oldest first; without any the run begins."""
+    """Checkpoints to continue from, oldest first; empty where the run begins."""
     init_from: Path | None = None
-    """The checkpoint whose weights it begins with."""
+    """Checkpoint whose weights it begins with."""
     fresh: bool = False
-    """Move aside what is there."""
+    """Move the content of the run's folder aside."""
     goes_back: bool = False
-    """Give up what comes after the checkpoint."""
+    """Abandon the steps after the checkpoint."""
     adopted: bool = False
-    """The checkpoints alone say which run it is."""
+    """The run was recognised by its checkpoints alone: there is no run.json."""
     not_read: list[str] = field(default_factory=list)
-    """Names that look like those of checkpoints."""
+    """Folders that look like checkpoints and have another name."""
 
     def newest_first(self) -> list[Path]:
         """Checkpoints to try until one is valid."""
-        begins_with = [self.init_from] if self.init_from else []
-        return self.folders[::-1] or begins_with
+        return self.folders[::-1] or ([self.init_from] if self.init_from else [])
 
     def remarks(self) -> list[str]:
-        """Remarks that a start makes once, for people."""
-        said = []
+        """Remarks for the log."""
+        remarks = []
         if self.adopted:
             run_id = shown(self.lineage.run_id)
-            said.append(f"no {RUN_FILE}, but the checkpoints are all of run {run_id}: it goes on")
+            remarks.append(f"no {RUN_FILE}, but all checkpoints belong to run {run_id}, which continues")
         if self.not_read:
             names = ", ".join(shown(name) for name in self.not_read)
-            said.append(f"not read: {names}: a checkpoint's name is step- and eight digits")
-        return said
+            remarks.append(f"not read: {names}: a checkpoint's name is step- and eight digits")
+        return remarks
 
 
-def way_of(run: RunConfig, start: Start) -> Way:
-    """What a start of the run tries. Changes nothing, and reads no tensor.
+def plan_start(run: RunConfig, start: Start) -> StartPlan:
+    """Plan of a start of the run. Changes nothing, and reads no tensor.
 
-    Raises MissingInputError for a checkpoint that was named and is not there, and for a folder that cannot be
-    looked into; ConfigError for a folder or a checkpoint that is not the run's, CheckpointError where it
-    cannot be known whose it is, OutputError for what is no folder.
+    Raises MissingInputError for a named checkpoint that does not exist and a folder that cannot be read,
+    ConfigError for a folder or checkpoint of another run, CheckpointError where its run is unknown,
+    OutputError where the run's folder is not a folder.
     """
     run_dir = Path(run.run.dir)
     try:
-        not_read = _looked_into(run_dir)
+        not_read = _lookalikes_in(run_dir)
         if start.fresh:
-            return _beginning(Way(new_lineage(), fresh=True), _outside(run_dir, start.init_from))
-        return replace(_way_of(run, run_dir, start), not_read=not_read)
+            plan = StartPlan(new_lineage(), fresh=True)
+            return _beginning_with(_init_from_outside(run_dir, start.init_from), plan)
+        return replace(_plan_in(run_dir, run, start), not_read=not_read)
     except OSError as error:
         raise unreadable(error) from None
 
 
-def _looked_into(run_dir: Path) -> list[str]:
-    """The names there that look like those of checkpoints."""
+def _lookalikes_in(run_dir: Path) -> list[str]:
+    """Names in the run's folder that look like those of checkpoints."""
     try:
         if run_dir.exists() and not run_dir.is_dir():
             raise OutputError(Problem("run.dir", run_dir, "is not a folder", "choose another"))
         return lookalikes(run_dir)
-    except ValueError:  # half of a character, or a zero
+    except ValueError:  # a lone surrogate, or a null byte
         reason = "cannot be the name of a folder"
         raise ConfigError(Problem("run.dir", ascii(str(run_dir)), reason, "choose another")) from None
 
 
-def _way_of(run: RunConfig, run_dir: Path, start: Start) -> Way:
+def _plan_in(run_dir: Path, run: RunConfig, start: Start) -> StartPlan:
     held = held_in(run_dir)
     if held.foreign:
-        raise _not_of_the_run(run_dir, held)
-    way = Way(held.lineage or new_lineage(), held.own, adopted=held.adopted)
+        raise _foreign_checkpoints(run_dir, held)
+    plan = StartPlan(held.lineage or new_lineage(), held.own, adopted=held.adopted)
     if start.resume not in ("auto", "never"):
         if Path(start.resume).resolve() == run_dir.resolve() and held.own:
-            return way
-        return replace(way, folders=_named(run_dir, held, Path(start.resume)), goes_back=True)
+            return plan
+        return replace(plan, folders=_named(run_dir, held, Path(start.resume)), goes_back=True)
     if start.init_from and held.lineage:
         _check_began_from(run_dir, held.lineage, start.init_from)
     if held.own and start.resume == "auto":
-        return way
+        return plan
     if not _may_begin(run_dir, run, start):
         raise would_start_from_scratch(run_dir)
     if start.init_from:
-        return _beginning(way, find_checkpoint(Path(start.init_from)))
-    began_from = way.lineage.began_from
-    return _beginning(way, _unchanged(run_dir, began_from) if began_from else None)
+        return _beginning_with(find_checkpoint(Path(start.init_from)), plan)
+    began_from = plan.lineage.began_from
+    return _beginning_with(_unchanged(run_dir, began_from) if began_from else None, plan)
 
 
-def _beginning(way: Way, source: Path | None) -> Way:
+def _beginning_with(source: Path | None, plan: StartPlan) -> StartPlan:
+    """The plan for a run that begins with the weights of `source`."""
     origin = origin_of(source) if source else None
-    lineage = way.lineage.model_copy(update={"began_from": origin})
-    return replace(way, lineage=lineage, init_from=source)
+    lineage = plan.lineage.model_copy(update={"began_from": origin})
+    return replace(plan, lineage=lineage, init_from=source)
 
 
-def _outside(run_dir: Path, init_from: str) -> Path | None:
-    """The checkpoint to begin from, which may not be moved aside."""
+def _init_from_outside(run_dir: Path, init_from: str) -> Path | None:
+    """Checkpoint to begin from, which must not lie in what --fresh moves aside."""
     if not init_from:
         return None
     source = find_checkpoint(Path(init_from))
@@ -183,15 +182,15 @@ def _outside(run_dir: Path, init_from: str) -> Path | None:
 
 
 def _may_begin(run_dir: Path, run: RunConfig, start: Start) -> bool:
-    """Nothing is overwritten; a run that died before its first checkpoint may begin again."""
-    there = [path.name for path in run_dir.iterdir() if path.name != LEASE] if run_dir.is_dir() else []
-    if there in ([], [ATTEMPTS_FILE]):
+    """True where a run overwrites nothing, or died before its first checkpoint and begins again."""
+    present = [path.name for path in run_dir.iterdir() if path.name != LEASE] if run_dir.is_dir() else []
+    if present in ([], [ATTEMPTS_FILE]):
         return True
     return start.resume == "auto" and is_same_run(run_dir, run)
 
 
 def _named(run_dir: Path, held: Held, path: Path) -> list[Path]:
-    """The checkpoint that --resume names; of a folder of the same run elsewhere, such as a backup, all."""
+    """Checkpoint that --resume names, or all checkpoints of a copy of the run elsewhere, such as a backup."""
     if not path.is_dir():
         remedy = "name a checkpoint of the run, or auto or never"
         raise MissingInputError(input_problem("--resume", path, remedy))
@@ -201,118 +200,122 @@ def _named(run_dir: Path, held: Held, path: Path) -> list[Path]:
         run_id = run_id_of(folder)
         if run_id not in (None, own):  # what cannot be read is found to be damaged
             holds = f"holds run {shown(own)}" if own is not None else "holds no run"
-            reason = f"is of run {shown(run_id)}, and run.dir = {run_dir} {holds}"
-            raise ConfigError(Problem("--resume", path, reason, _ways_out(folder)))
+            reason = f"belongs to run {shown(run_id)}, and run.dir = {run_dir} {holds}"
+            raise ConfigError(Problem("--resume", path, reason, _alternatives(folder)))
     return folders
 
 
-def _ways_out(folder: Path) -> str:
-    """How to begin with a checkpoint's weights, and how to go on with its run."""
-    begins = f"--init-from {folder} begins a run with its weights, in an empty run.dir"
+def _alternatives(folder: Path) -> str:
+    """Ways to begin with another run's checkpoint, and to continue that run."""
+    begin = f"--init-from {folder} begins a run with its weights, in an empty run.dir"
     if folder.parent.name == checkpoints_dir(Path()).name:
-        return f"{begins}; run.dir={folder.parents[1]} goes on with its run"
+        return f"{begin}; run.dir={folder.parents[1]} continues its run"
     with suppress(CheckpointError):
         place = step_dir(Path("RUN_DIR"), read_manifest(folder).step)
-        return f"{begins}; to go on with its run, copy it to {place} of that run or of an empty run.dir"
-    return begins
+        return f"{begin}; to continue its run, copy it to {place} of that run or of an empty run.dir"
+    return begin
 
 
-def _not_of_the_run(run_dir: Path, held: Held) -> ConfigError:
+def _foreign_checkpoints(run_dir: Path, held: Held) -> ConfigError:
     assert held.lineage is not None
-    remedy = f"move it out of {checkpoints_dir(run_dir)}, e.g. to a run.dir of its own, which goes on with it"
+    remedy = f"move it out of {checkpoints_dir(run_dir)}, e.g. to a run.dir of its own, where it continues"
     own = shown(held.lineage.run_id)
     return ConfigError(
         [
-            Problem("checkpoint", folder, f"is of run {shown(run_id)}, and run.dir holds run {own}", remedy)
+            Problem(
+                "checkpoint",
+                folder,
+                f"belongs to run {shown(run_id)}, not to run {own}, which run.dir holds",
+                remedy,
+            )
             for folder, run_id in held.foreign.items()
         ]
     )
 
 
 def _check_began_from(run_dir: Path, lineage: Lineage, init_from: str) -> None:
-    """--init-from in a folder that has a run: the same command goes on, and nothing else does."""
-    origin, asked = lineage.began_from, Path(init_from)
+    """Raise ConfigError where a run in the folder did not begin with the weights that --init-from names."""
+    origin, requested = lineage.began_from, Path(init_from)
     if origin:
-        if Path(origin.path) in (asked.resolve(), step_dir(asked.resolve(), origin.step)):
+        if Path(origin.path) in (requested.resolve(), step_dir(requested.resolve(), origin.step)):
             return
         with suppress(LlamaMcoreError, OSError):  # it may be gone by now
-            if origin_of(find_checkpoint(asked)).manifest_sha256 == origin.manifest_sha256:
+            if origin_of(find_checkpoint(requested)).manifest_sha256 == origin.manifest_sha256:
                 return
-    began = f"with the weights of {origin.path}" if origin else "with weights that were drawn"
+    began = f"with the weights of {origin.path}" if origin else "with random weights"
     reason = f"the run in {run_dir} began {began}"
     remedy = (
-        "leave --init-from off to go on with that run, choose another run.dir, or move it aside by --fresh"
+        "leave --init-from off to continue that run, choose another run.dir, or move it aside with --fresh"
     )
     raise ConfigError(Problem("--init-from", init_from, reason, remedy))
 
 
 def _unchanged(run_dir: Path, origin: Origin) -> Path:
-    """Where a run that has no checkpoint yet began, to begin there again."""
+    """Checkpoint with which a run that has none of its own yet began, to begin with it again."""
     folder = Path(origin.path)
     what = f"whose weights the run in {run_dir} began with,"
-    remedy = "restore it, name where it is now by --init-from, or begin another run by --fresh"
+    remedy = "restore it, give its new place with --init-from, or begin another run with --fresh"
     if not folder.exists():
-        raise MissingInputError(Problem("checkpoint", folder, f"{what} is gone", remedy))
+        raise MissingInputError(Problem("checkpoint", folder, f"{what} does not exist", remedy))
     with suppress(CheckpointError):
         if origin_of(folder).manifest_sha256 == origin.manifest_sha256:
             return folder
-    raise CheckpointError(Problem("checkpoint", folder, f"{what} is another one now, or damaged", remedy))
+    raise CheckpointError(Problem("checkpoint", folder, f"{what} has changed since, or is damaged", remedy))
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a start would do."""
+    """Outcome of a start that was not made."""
 
-    way: Way
+    plan: StartPlan
     checkpoint: Path | None
-    """That it would read."""
+    """Checkpoint that it would read."""
     manifest: Manifest | None
     passed_over: list[Problem] = field(default_factory=list)
-    """Of newer checkpoints that are damaged."""
+    """Problems of newer checkpoints, which are damaged."""
 
     def __str__(self) -> str:
-        aside = " and moves what is there aside" if self.way.fresh else ""
+        aside = " and moves the content of run.dir aside" if self.plan.fresh else ""
         if self.manifest is None:
             return f"starts from scratch{aside}"
-        if not self.way.folders:
+        if not self.plan.folders:
             return f"begins with the weights of {self.checkpoint}{aside}"
-        does = "goes back to" if self.way.goes_back else "continues at"
+        does = "returns to" if self.plan.goes_back else "continues at"
         return f"{does} step {self.manifest.step:,} from {self.checkpoint}"
 
 
 def outlook(run: RunConfig, start: Start = Start()) -> Outlook:
-    """What a start of the run would do in its folder, as far as manifests and sizes of files show: no tensor
-    is read, and nothing changed.
+    """Outcome that a start of the run would have, as far as manifests and file sizes show.
 
-    Raises what the start would: what `way_of` does, CheckpointError where no checkpoint is valid, ConfigError
-    for one of another model.
+    Reads no tensor and changes nothing. Raises what the start would: what `plan_start` does, CheckpointError
+    where no checkpoint is valid, ConfigError for one of another model.
     """
-    way, damaged = way_of(run, start), []
-    for folder in way.newest_first():
+    plan, damaged = plan_start(run, start), []
+    for folder in plan.newest_first():
         try:
-            manifest, model = _looked_at(folder)
+            manifest, model = _manifest_and_model(folder)
         except CheckpointError as error:
             damaged += error.problems
             continue
         if differences := model_differences(folder, model, run.model):
             raise ConfigError(differences)
-        return Outlook(way, folder, manifest, damaged)
+        return Outlook(plan, folder, manifest, damaged)
     if damaged:
-        raise none_valid(run, start, damaged)
-    return Outlook(way, None, None)
+        raise none_valid(start, damaged)
+    return Outlook(plan, None, None)
 
 
-def none_valid(run: RunConfig, start: Start, damaged: list[Problem]) -> CheckpointError:
-    """Of a start whose checkpoints are all damaged."""
+def none_valid(start: Start, damaged: list[Problem]) -> CheckpointError:
+    """Error for a start whose checkpoints are all damaged."""
     if start.init_from:
-        named, remedy = ("--init-from", start.init_from), "restore it, or begin from another"
+        option, remedy = ("--init-from", start.init_from), "restore it, or begin with another"
     else:
-        named, remedy = ("--resume", start.resume), "restore one, or start from scratch with --fresh"
-    return CheckpointError([*damaged, Problem(*named, "found no valid checkpoint", remedy)])
+        option, remedy = ("--resume", start.resume), "restore one, or start from scratch with --fresh"
+    return CheckpointError([*damaged, Problem(*option, "found no valid checkpoint", remedy)])
 
 
-def _looked_at(folder: Path) -> tuple[Manifest, ModelConfig]:
-    """The manifest and its model. Raises CheckpointError where a file is missing or of another size."""
+def _manifest_and_model(folder: Path) -> tuple[Manifest, ModelConfig]:
+    """Manifest of a checkpoint and its model; CheckpointError where a file is missing or of another size."""
     manifest = read_manifest(folder)
     if problems := missing_files(folder, manifest):
         raise CheckpointError(problems)

@@ -328,7 +328,7 @@ def train(
             leave(start_run.train_watched(run, start))
         from llama_mcore.train.ds_config import deepspeed_config
 
-        deepspeed_config(run, ranks)
+        deepspeed_config(run.zero, run.train, run.optim, run.data_parallel_size(ranks))
         if place.is_single_process or world_size:
             start_run.print_plan(run, ranks, start)
         else:
@@ -364,7 +364,7 @@ def preflight(
 
         run = load_run(config, context.args)
         check_run(run, place.world_size)
-        deepspeed_config(run, place.world_size)
+        deepspeed_config(run.zero, run.train, run.optim, run.data_parallel_size(place.world_size))
         start_run.preflight_run(run, place, Start(init_from=init_from), json=json)
 
 

@@ -68,7 +68,7 @@ def train_watched(run: RunConfig, start: Start) -> int:
             compute_deterministically()
         silence_libraries(cpu=not on_gpu())
         from llama_mcore.observe.phases import Phases
-        from llama_mcore.train.trainer import train
+        from llama_mcore.train.setup import train
 
         # Modules stay to the end: DeepSpeed looks for garbage six times while it starts, a third of a second
         # each with them.

@@ -75,9 +75,7 @@ class RunConfig(Section):
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches that one rank runs per optimizer step."""
-        return self.train.global_batch_size // (
-            self.train.micro_batch_size * self.data_parallel_size(world_size)
-        )
+        return self.train.accumulation_steps(self.data_parallel_size(world_size))
 
     @property
     def tokens_per_step(self) -> int:

@@ -51,7 +51,7 @@ def unusable_files(
     with gathering(failures):
         _check_writable(Path(run.run.dir))
         found = outlook(run, asked)
-        for remark in (f"start: {found}", *found.way.remarks()):
+        for remark in (f"start: {found}", *found.plan.remarks()):
             say(remark)
     with gathering(failures):
         space = free_space(run, fresh=asked.fresh)
@@ -146,7 +146,7 @@ def _refusals(check: Callable[[], None]) -> list[Finding]:
 
 
 def _ahead(found: Outlook) -> Finding:
-    remarks = found.way.remarks()
+    remarks = found.plan.remarks()
     if found.passed_over:
         remarks.insert(0, f"what is newer is damaged and passed over: {found.passed_over[0]}")
     return Finding(

@@ -1,36 +1,100 @@
-"""What all ranks of a job decide together."""
+"""Agreement among the ranks of a job: what one of them finds, all of them act on.
 
-from collections.abc import Callable
-from typing import TypeVar, cast
+A rank that leaves alone, or decides by a number that others do not have, breaks the next collective of all
+the others. So whatever ranks decide goes through one of these functions.
+
+A function that calls a collective has to be called by all ranks itself, and the last line of its docstring,
+or of its class's, says so: "Collective: ...".
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from llama_mcore.distributed.groups import Groups
-from llama_mcore.errors import LlamaMcoreError
+from llama_mcore.errors import LlamaMcoreError, OutputError, Problem
 
 T = TypeVar("T")
 
 
-def together(groups: Groups, action: Callable[[], T]) -> T:
-    """Run `action` on every rank; if it fails on any for a reason of the user's, raise that on all.
+def run_on_all_ranks(groups: Groups, action: Callable[[], T]) -> T:
+    """Result of `action` on this rank; what a user can fix is raised on all ranks if it fails on any.
 
     A rank that left alone would break the others' next collective and hide its reason behind theirs.
+    Collective: all ranks call it.
     """
     result, failure = None, None
     try:
         result = action()
     except LlamaMcoreError as error:
         failure = error
-    if any_rank(failure is not None, groups):
-        failures: list[LlamaMcoreError | None] = [None] * groups.world_size
-        dist.all_gather_object(failures, failure)
-        raise next(error for error in failures if error)
+    if any_rank(groups, failure is not None):
+        raise next(error for error in gather_on_all_ranks(groups, failure) if error)
     return cast(T, result)
 
 
-def any_rank(flag: bool, groups: Groups) -> bool:
-    """Whether the flag is up on any rank; all ranks get the same answer."""
+def broadcast_from_rank0(groups: Groups, action: Callable[[], T]) -> T:
+    """Result of `action`, which rank 0 alone runs, on all ranks; so is what a user can fix raised on all.
+
+    For what depends on a folder: on a network file system others may see a file sooner or later.
+    Collective: all ranks call it.
+    """
+    found = [run_on_all_ranks(groups, lambda: action() if groups.rank == 0 else None)]
+    dist.broadcast_object_list(found, src=0)
+    return cast(T, found[0])
+
+
+def gather_on_all_ranks(groups: Groups, value: T) -> list[T]:
+    """Values of all ranks, in rank order.
+
+    Collective: all ranks call it.
+    """
+    gathered: list[Any] = [None] * groups.world_size
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def gather_results(
+    groups: Groups, action: Callable[[], T], problem_of: Callable[[Exception], Problem]
+) -> list[T]:
+    """Results of `action` on all ranks, in rank order; also a barrier.
+
+    Raises OutputError on all ranks with what failed on any, whatever it was: for threads and disks, which may
+    fail in any way, and whose failure is no reason to leave the others waiting.
+    Collective: all ranks call it.
+    """
+    result, problem, cause = None, None, None
+    try:
+        result = action()
+    except Exception as error:
+        problem, cause = problem_of(error), error
+    gathered = gather_on_all_ranks(groups, (result, problem))
+    if problems := [problem for _, problem in gathered if problem]:
+        raise OutputError(problems) from cause
+    return [cast(T, result) for result, _ in gathered]
+
+
+def any_rank(groups: Groups, flag: bool) -> bool:
+    """True on all ranks if the flag is set on any.
+
+    Collective: all ranks call it.
+    """
     flags = torch.tensor(int(flag), device=groups.device)
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags.item())
+
+
+def agree_on_numbers(groups: Groups, numbers: Sequence[float], flag: bool) -> tuple[list[float], bool]:
+    """Rank 0's numbers, and True if the flag is set on any rank: in one exchange, the same on all ranks.
+
+    A number that is not finite on some rank is not finite on any.
+    Collective: all ranks call it.
+    """
+    values = torch.tensor([*numbers, float(flag)], dtype=torch.float64, device=groups.device)
+    if groups.rank:
+        values[:-1] *= 0  # what is not finite becomes NaN
+    dist.all_reduce(values)
+    *agreed, flags = values.tolist()
+    return agreed, flags > 0

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llama_mcore.distributed.collectives import gather_on_all_ranks
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.errors import NumericalError, Problem
 
@@ -38,8 +39,8 @@ class _Copies:
 def check_replicas(model: nn.Module, groups: Groups, step: int) -> None:
     """Raise NumericalError on all ranks where a copy differs on any; it names those that are in the minority.
 
-    All ranks call it together. One element that differs is always found; several are missed once in
-    2^64.
+    One element that differs is always found; several are missed once in 2^64.
+    Collective: all ranks call it.
     """
     kinds = _copies(model, groups)
     hashes = [_hashes(copies.tensors.values(), groups.device) for copies in kinds]
@@ -55,7 +56,7 @@ def check_replicas(model: nn.Module, groups: Groups, step: int) -> None:
             for copies, mine in zip(kinds, hashes, strict=True)
             for problem in _differing(copies, mine, groups.rank)
         ]
-        raise NumericalError(_of_all_ranks(problems, groups.world_size, step))
+        raise NumericalError(_of_all_ranks(problems, groups, step))
 
 
 def bit_hash(values: Tensor) -> Tensor:
@@ -95,7 +96,10 @@ def _hashes(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
 
 
 def _differing(copies: _Copies, mine: Tensor, rank: int) -> Iterator[Problem]:
-    """What this rank holds differently from most of its group; where no value has a majority, all differ."""
+    """Problems of the copies that differ from most of the group; where no value has a majority, all do.
+
+    Collective: all ranks of the group call it.
+    """
     gathered = [torch.empty_like(mine) for _ in range(copies.group.size())]
     dist.all_gather(gathered, mine, group=copies.group)
     for number, name in enumerate(copies.tensors):
@@ -110,14 +114,15 @@ def _differing(copies: _Copies, mine: Tensor, rank: int) -> Iterator[Problem]:
             yield Problem(name, where, f"differs from {most} of its {copies.group_name} group")
 
 
-def _of_all_ranks(problems: Sequence[Problem], world_size: int, step: int) -> list[Problem]:
-    """The first few of each rank, with what to do."""
-    gathered: list[list[Problem]] = [[]] * world_size
+def _of_all_ranks(problems: Sequence[Problem], groups: Groups, step: int) -> list[Problem]:
+    """The first problems of each rank, with a remedy.
+
+    Collective: all ranks call it.
+    """
     shown = list(problems[:_SHOWN])
     if len(problems) > _SHOWN:
         shown.append(Problem(f"{len(problems) - _SHOWN} more weights", shown[0].value, "differ"))
-    dist.all_gather_object(gathered, shown)
-    found = [problem for of_rank in gathered for problem in of_rank]
+    found = [problem for of_rank in gather_on_all_ranks(groups, shown) for problem in of_rank]
     remedy = (
         f"found after step {step:,}, which is not saved; check that machine, then start the same command "
         "again: it goes on from the newest checkpoint"

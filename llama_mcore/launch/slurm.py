@@ -161,7 +161,7 @@ def _check_run(run: RunConfig, job: SlurmJob) -> list[Problem]:
         return []  # said of the nodes
     try:
         check_run(run, ranks)
-        deepspeed_config(run, ranks)
+        deepspeed_config(run.zero, run.train, run.optim, run.data_parallel_size(ranks))
     except LlamaMcoreError as error:
         return error.problems
     return []

@@ -17,9 +17,9 @@ def warm_up(model: LlamaModel, micro_batch_size: int, *, is_first: bool, barrier
     there: on a GPU what Triton compiled, since Inductor's own entries name the GPU. Nobody compiles while
     the rest wait in a collective.
 
-    All ranks call it together, before DeepSpeed takes the weights; `is_first`: of its node; `barrier` waits
-    for all ranks. Nothing where nothing is compiled. Under recompute=none the rotations alone are compiled,
-    and when they are first called.
+    `is_first`: of its node; `barrier` waits for all ranks. Nothing where nothing is compiled. Under
+    recompute=none the rotations alone are compiled, and when they are first called.
+    Collective: all ranks call it, before DeepSpeed takes the weights.
     """
     layer = model.decoder.layers[0]
     if not isinstance(layer, LlamaLayer) or not layer.manual_backward or layer.kernels.swiglu is PLAIN.swiglu:

@@ -1,4 +1,4 @@
-"""How long, how large, how precisely and with which optimizer a run trains. Imports no torch."""
+"""Configuration of training: steps and batch, optimizer, evaluation, health. Imports no torch."""
 
 from typing import Literal
 
@@ -19,6 +19,10 @@ class TrainConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: bf16 weights with fp32 master weights, fp32 gradient accumulation and fp32 Adam states."""
 
+    def accumulation_steps(self, dp: int) -> int:
+        """Micro-batches that one rank runs per optimizer step, of `dp` data-parallel ranks."""
+        return self.global_batch_size // (self.micro_batch_size * dp)
+
 
 class OptimConfig(Section):
     """AdamW with linear warm-up and cosine decay (LLaMA paper, section 2.3)."""
@@ -30,8 +34,8 @@ class OptimConfig(Section):
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """Final learning rate as a share of the peak."""
     warmup_steps: int = Field(default=PAPER_WARMUP, ge=0)
-    """Optimizer steps in which the learning rate rises from 0: Adam's averages need some to settle. A file
-    that gives none gets the paper's 2,000, or a tenth of a run of fewer than 20,000 steps."""
+    """Optimizer steps in which the learning rate rises from 0: Adam's averages need some to settle. Not set:
+    the paper's 2,000, or a tenth of a run of fewer than 20,000 steps."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Share of the past in Adam's average of the gradient."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -47,7 +51,7 @@ class OptimConfig(Section):
 
 
 def short_warmup(steps: int) -> int:
-    """Warm-up steps of a run of so many: the paper's, or a tenth where that is less."""
+    """Warm-up steps of a run of `steps`: the paper's, or a tenth where that is less."""
     return min(PAPER_WARMUP, steps // 10)
 
 
@@ -55,34 +59,34 @@ class EvalConfig(Section):
     interval: int = Field(default=0, ge=0)
     """Steps between evaluations on `data.valid`; 0 means only at the end."""
     batches: int = Field(default=16, ge=0)
-    """Global batches in one evaluation, of windows drawn from the whole validation set, each time the same;
-    0, or where it has fewer: all of it."""
+    """Global batches in one evaluation, drawn from the whole validation set, the same each time; all of the
+    set if it has fewer, or with 0."""
     final_batches: int = Field(default=0, ge=0)
-    """The same for the evaluation after the last step: all of the set unless told otherwise."""
+    """Global batches in the evaluation after the last step; 0: all of the set."""
 
 
 class HealthConfig(Section):
-    """When a run is not well, and what is done. docs/operations.md tells what happens in which order."""
+    """Limits of a healthy run, and what is done beyond them; docs/operations.md has the order of events."""
 
     skipped_in_a_row: int = Field(default=5, ge=1)
-    """Updates skipped one after the other, because loss or gradient was not finite, until more is done. One
-    skipped update costs a batch; bf16 has fp32's range, so that several in a row are no accident."""
+    """Updates skipped in a row, because loss or gradient was not finite, before the run acts. One skipped
+    update costs a batch; bf16 has fp32's range, so that several in a row are no accident."""
     spike_window: int = Field(default=128, ge=0)
-    """Losses that a loss is compared with; none is a spike before there are so many. 0 looks for no spikes.
+    """Losses that a loss is compared with; none is a spike before there are this many. 0 detects no spikes.
     Long enough for a stable median, short enough for the slope of the curve not to count."""
     spike_threshold: float = Field(default=8.0, gt=0)
-    """Standard deviations above the median, estimated by the median absolute deviation, that are a spike."""
+    """Standard deviations above the median, estimated by the median absolute deviation, that make a spike."""
     spikes_in_a_row: int = Field(default=10, ge=1)
-    """Spikes one after the other until more is done: most are over after a few steps, without help."""
+    """Spikes in a row before the run acts: most are over after a few steps, without help."""
     lower_lr_factor: float = Field(default=0.5, gt=0, le=1)
-    """What the learning rate is multiplied with while it is lowered."""
+    """Factor of the learning rate while it is lowered."""
     lower_lr_steps: int = Field(default=200, ge=0)
-    """Steps for which it is lowered; what goes wrong in them leads to a rollback. 0 rolls back at once."""
+    """Steps for which it is lowered; trouble within them leads to a rollback. 0 rolls back at once."""
     max_rollbacks: int = Field(default=2, ge=0)
-    """Rollbacks within `rollback_window`; where one more is due, the run stops with exit code 70. Each gives
-    up what was read since the last scheduled checkpoint."""
+    """Rollbacks within `rollback_window`; where one more is due, the run stops with exit code 70. Each
+    abandons the steps since the last scheduled checkpoint."""
     rollback_window: int = Field(default=5000, ge=1)
     """Steps."""
     replica_interval: int = Field(default=100, ge=0)
-    """Steps between comparisons of what must be equal on several ranks; it is also compared before each save.
-    0 switches both off. A comparison reads all weights once, on the device."""
+    """Steps between comparisons of weights that must be equal on several ranks; they are also compared before
+    each save. 0 switches both off. A comparison reads all weights once, on the device."""

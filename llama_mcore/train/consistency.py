@@ -1,7 +1,7 @@
-"""What all ranks of a run must have alike: its settings and the content of its data.
+"""Check that all ranks of a run have the same settings and the same data.
 
 A node with an older copy of a YAML file or of a dataset would train something else, and nothing else would
-say so.
+notice.
 """
 
 import socket
@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-
 from llama_mcore.config.run import RunConfig
 from llama_mcore.data.sources import OpenSource
-from llama_mcore.distributed.collectives import together
+from llama_mcore.distributed.collectives import (
+    broadcast_from_rank0,
+    gather_on_all_ranks,
+    run_on_all_ranks,
+)
 from llama_mcore.distributed.ds_file import read_ds_file
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.errors import ConfigError, Problem
@@ -26,7 +28,7 @@ _NOT_SET = "not set"
 
 @dataclass(frozen=True)
 class Difference:
-    """Of some ranks to rank 0."""
+    """Difference of some ranks from rank 0."""
 
     name: str
     value: str
@@ -36,13 +38,13 @@ class Difference:
 
 
 def settings_of(run: RunConfig) -> dict[str, str]:
-    """Every setting, those of DeepSpeed's file too, and its value. Raises what `read_ds_file` raises."""
+    """Values of all settings, those in DeepSpeed's file too, by name. Raises what `read_ds_file` raises."""
     _, of_deepspeed = read_ds_file(run.zero)
     return dict([*_flat(run.model_dump(mode="json")), *_flat(of_deepspeed, "zero.config: ")])
 
 
 def contents_of(sources: Sequence[OpenSource]) -> dict[str, str]:
-    """Dataset -> what names its tokens and their order. Reads indexes at most."""
+    """Identity of the tokens of each dataset and of their order, by name. Reads indexes at most."""
     datasets = {
         f"source {source.name}: {split}": dataset
         for source in sources
@@ -52,8 +54,11 @@ def contents_of(sources: Sequence[OpenSource]) -> dict[str, str]:
 
 
 def check_ranks_agree(run: RunConfig, sources: Sequence[OpenSource], groups: Groups) -> None:
-    """Raise ConfigError on all ranks where one has other settings or data than rank 0. All call it."""
-    settings, contents = together(groups, lambda: (settings_of(run), contents_of(sources)))
+    """Raise ConfigError on all ranks where one has other settings or data than rank 0.
+
+    Collective: all ranks call it.
+    """
+    settings, contents = run_on_all_ranks(groups, lambda: (settings_of(run), contents_of(sources)))
     problems = [
         Problem(one.name, one.value, f"{one.where}, but {one.expected} on rank 0", REMEDY)
         for one in differences(settings, contents, groups)
@@ -63,22 +68,24 @@ def check_ranks_agree(run: RunConfig, sources: Sequence[OpenSource], groups: Gro
 
 
 def differences(settings: Mapping[str, str], contents: Mapping[str, str], groups: Groups) -> list[Difference]:
-    """The first few, the same on every rank; all ranks call it. A dataset that could not be opened here or on
-    rank 0 is not compared."""
-    of_rank_0 = [(dict(settings), dict(contents))]
-    dist.broadcast_object_list(of_rank_0, src=0)
-    settings_0, contents_0 = of_rank_0[0]
+    """The first differences from rank 0, the same list on every rank.
+
+    A dataset that could not be opened here or on rank 0 is not compared.
+    Collective: all ranks call it.
+    """
+    settings_0, contents_0 = broadcast_from_rank0(groups, lambda: (dict(settings), dict(contents)))
     both = [name for name in contents_0 if name in contents]
     mine = {**settings, **{name: contents[name] for name in both}}
     expected = {**settings_0, **{name: contents_0[name] for name in both}}
-    everyone: list[Any] = [None] * groups.world_size
-    dist.all_gather_object(everyone, (socket.gethostname(), _unlike(mine, expected)))
+    everyone = gather_on_all_ranks(groups, (socket.gethostname(), _unlike(mine, expected)))
     ranks_of: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for rank, (_, found) in enumerate(everyone):
-        for what in found:
-            ranks_of[what].append(rank)
+        for difference in found:
+            ranks_of[difference].append(rank)
     hosts = [host for host, _ in everyone]
-    return [Difference(*what, where(ranks, hosts)) for what, ranks in list(ranks_of.items())[:SHOWN]]
+    return [
+        Difference(*difference, where(ranks, hosts)) for difference, ranks in list(ranks_of.items())[:SHOWN]
+    ]
 
 
 def _unlike(mine: Mapping[str, str], expected: Mapping[str, str]) -> list[tuple[str, str, str]]:
@@ -87,7 +94,7 @@ def _unlike(mine: Mapping[str, str], expected: Mapping[str, str]) -> list[tuple[
 
 
 def where(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """Some of the ranks, for people; `hosts`: of every rank."""
+    """Description of some of the ranks; `hosts`: those of all ranks."""
     if len(ranks) == len(hosts):
         return "on every rank"
     names = list(dict.fromkeys(hosts[rank] for rank in ranks))

@@ -1,12 +1,13 @@
-"""Is the run still healthy? Judges each step by its loss and decides what is done. Pure: no tensor, no clock.
+"""Judgement of each step by its loss, and the decision what to do. Pure: no tensor, no clock.
 
-    an update with a gradient that is not finite is skipped (step.py); so many in a row, or so many losses
-    in a row that stand out, and
-        the learning rate is lowered for a while; if that does not end it,
-        the run rolls back to its last scheduled checkpoint and jumps over what it has read since;
-        where that was done too often, it stops.
+An update whose gradient is not finite is skipped (step.py). After several in a row, or several losses in a
+row that are spikes:
 
-All that a judgement depends on is the configuration and the state, which is in every checkpoint. So a run
+    the learning rate is lowered for a while; if that does not help,
+    the run rolls back to its last scheduled checkpoint and skips the data that it has read since;
+    where that has happened too often, it stops.
+
+A judgement depends on the configuration and the state alone, and the state is in every checkpoint. So a run
 that was killed and resumes comes to the same judgements.
 """
 
@@ -21,7 +22,7 @@ from llama_mcore.train.config import HealthConfig
 _SIGMAS_PER_MAD = 1.4826
 """Standard deviation of a normal distribution over its median absolute deviation."""
 _SMALLEST_SIGMA = 1e-3
-"""Relative to the median loss: where losses hardly scatter, rounding is no spike."""
+"""Least standard deviation relative to the median: where losses hardly scatter, rounding is no spike."""
 
 
 class Action(StrEnum):
@@ -34,15 +35,15 @@ class Action(StrEnum):
 @dataclass(frozen=True)
 class Judgement:
     state: HealthState
-    """After the step."""
+    """State after the step."""
     action: Action = Action.GO_ON
     reason: str = ""
 
 
 def judge(before: HealthState, config: HealthConfig, step: int, loss: float, skipped: bool) -> Judgement:
-    """What to do after step `step`, counted from 1."""
+    """State after step `step`, counted from 1, and the action to take."""
     state = _with_step(before, config, loss, skipped)
-    rounds, reason = _complaint(state, config)
+    rounds, reason = _diagnosis(state, config)
     if not rounds:
         return Judgement(state)
     if config.lower_lr_steps and step > state.lowered_until and rounds == 1:
@@ -56,15 +57,14 @@ def judge(before: HealthState, config: HealthConfig, step: int, loss: float, ski
 
 
 def lr_scale(state: HealthState, step: int) -> float:
-    """What the learning rate of step `step` is multiplied with."""
+    """Factor of the learning rate of step `step`."""
     return state.lr_scale if step <= state.lowered_until else 1.0
 
 
 def rolled_back(now: TrainState, checkpoint: TrainState, reason: str) -> TrainState:
-    """The state of a run that returns to `checkpoint` and goes on with the data that comes after `now`.
+    """State of a run that returns to `checkpoint` and continues with the data after `now`.
 
-    The learning rate and what was known of the losses are those of the checkpoint: what was read since is
-    taken for the cause, and is gone.
+    Learning rate and known losses are the checkpoint's: what was read since is taken for the cause.
     """
     rollback = Rollback(
         at_step=now.step,
@@ -85,8 +85,8 @@ def rolled_back(now: TrainState, checkpoint: TrainState, reason: str) -> TrainSt
 
 
 def spike_score(losses: tuple[float, ...], loss: float) -> float:
-    """How many standard deviations `loss` lies above the median of `losses`, by their median absolute
-    deviation, which a spike among them hardly moves."""
+    """Standard deviations that `loss` lies above the median of `losses`."""
+    # Estimated by the median absolute deviation, which a spike among the losses hardly moves.
     middle = median(losses)
     sigma = _SIGMAS_PER_MAD * median(abs(past - middle) for past in losses)
     return (loss - middle) / max(sigma, _SMALLEST_SIGMA * abs(middle))
@@ -106,13 +106,13 @@ def _with_step(before: HealthState, config: HealthConfig, loss: float, skipped: 
     return before.model_copy(update={"skipped_in_a_row": 0, "spikes_in_a_row": 0, "losses": kept})
 
 
-def _complaint(state: HealthState, config: HealthConfig) -> tuple[int, str]:
-    """How often action was called for since the run was last quiet, and by what; 0 if nothing does now."""
+def _diagnosis(state: HealthState, config: HealthConfig) -> tuple[int, str]:
+    """Number of times that action was due since the run was last stable, and the reason; 0 if none is due."""
     skipped, spikes = state.skipped_in_a_row, state.spikes_in_a_row
     if skipped and skipped % config.skipped_in_a_row == 0:
         reason = f"{skipped} updates in a row were skipped: loss or gradient was not finite"
         return skipped // config.skipped_in_a_row, reason
     if not skipped and spikes and spikes % config.spikes_in_a_row == 0:
-        reason = f"{spikes} losses in a row stand out from the {len(state.losses)} before"
+        reason = f"{spikes} losses in a row are spikes above the {len(state.losses)} before"
         return spikes // config.spikes_in_a_row, reason
     return 0, ""

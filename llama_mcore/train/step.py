@@ -1,16 +1,16 @@
-"""One optimizer step, and one evaluation."""
+"""One optimizer step, and the loss on batches that are not trained on."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from llama_mcore.data.loader import MicroBatch
+from llama_mcore.distributed.collectives import agree_on_numbers
 from llama_mcore.distributed.device import Stopwatch
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.model.attention import documents_of
@@ -19,38 +19,39 @@ from llama_mcore.train.engine import DeepSpeedEngine
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss` is the mean over all tokens of the step, `grad_norm` the global norm before clipping. The same
-    on all ranks; not finite where it is not finite on any."""
+    """Numbers of a step, the same on all ranks; not finite where they are not finite on any."""
 
     loss: float
+    """Mean over all tokens of the step, in nats."""
     grad_norm: float
+    """Global norm before clipping."""
     skipped: bool
     """Loss or gradient was not finite on some rank, so no weight changed on any."""
 
 
 def train_step(
     engine: DeepSpeedEngine,
-    batches: Iterator[MicroBatch],
-    accumulation_steps: int,
+    micro_batches: Sequence[MicroBatch],
     lr: float,
     groups: Groups,
+    *,
     eod: int | None = None,
     beat: Callable[[], None] = lambda: None,
-    forward: Stopwatch | None = None,
     before_update: Callable[[], None] = lambda: None,
+    forward: Stopwatch | None = None,
 ) -> StepResult:
-    """Run the micro-batches of one step and update the weights. All ranks call it together.
+    """Run the micro-batches of one step forward and backward, and update the weights.
 
-    `beat` is called after each micro-batch's backward, and once it is added up; `forward` runs in forwards;
-    `before_update` is called when all backwards are queued and neither weights nor moments have changed yet.
+    `beat` is called after the backward of each micro-batch and again when its gradient is accumulated;
+    `before_update` when all backwards are queued and neither weights nor moments have changed yet; `forward`
+    measures the forwards.
+    Collective: all ranks call it.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     forward = forward or Stopwatch()
-    chosen = list(islice(batches, accumulation_steps))
-    weights = _batch_weights(chosen, groups)
     total = torch.zeros((), device=groups.device)
-    for batch, weight in zip(chosen, weights, strict=True):
+    for batch, weight in zip(micro_batches, _batch_weights(micro_batches, groups), strict=True):
         with forward.running():
             loss = mean_loss(engine, batch, groups, eod) * weight
         engine.backward(_nan_gradient_if_loss_not_finite(loss))
@@ -62,16 +63,19 @@ def train_step(
             engine.step()
         total += loss.detach().float()
         beat()
+    mean = _mean_over_dp(total / len(micro_batches), groups)
     norm = float(engine.get_global_grad_norm() or 0.0) if unsharded_norm is None else unsharded_norm
     skipped = not (engine.was_step_applied() and math.isfinite(norm))
-    return _agreed(_mean_over(total / accumulation_steps, groups.dp_group), norm, skipped, groups)
+    (mean, norm), skipped = agree_on_numbers(groups, (mean, norm), skipped)
+    return StepResult(mean, norm, skipped)
 
 
 def _batch_weights(batches: Sequence[MicroBatch], groups: Groups) -> list[float]:
-    """What each micro-batch's mean loss counts relative to the others of the step, over all ranks.
+    """Weight of each micro-batch's mean loss among those of the step, over all ranks.
 
-    1 where all have equally many tokens that count. Else the mean of means is not the mean over all tokens,
-    and would depend on which rank reads what.
+    1 where every token counts. With a loss mask the mean of means is not the mean over all tokens, and would
+    depend on which rank reads what.
+    Collective: all ranks of a data-parallel group call it.
     """
     if all(batch.loss_mask is None for batch in batches):
         return [1.0] * len(batches)
@@ -83,7 +87,7 @@ def _batch_weights(batches: Sequence[MicroBatch], groups: Groups) -> list[float]
 
 
 def _num_counting(batch: MicroBatch) -> Tensor:
-    """Tokens that count in the loss; a float64 scalar on the CPU."""
+    """Number of tokens that count in the loss; a float64 scalar on the CPU."""
     if batch.loss_mask is None:
         return torch.tensor(batch.labels.numel(), dtype=torch.float64)
     return batch.loss_mask.sum(dtype=torch.float64)
@@ -96,8 +100,12 @@ def evaluate(
     eod: int | None = None,
     go_on: Callable[[], bool] = lambda: True,
 ) -> tuple[float, int] | None:
-    """Mean loss per token over `batches`, of which every data-parallel rank has equally many, and how many
-    tokens these are. Before each batch all ranks ask `go_on`, to the same answer; None if it says no."""
+    """Mean loss per token over `batches`, and the number of these tokens; None once `go_on` says no.
+
+    Every data-parallel rank has equally many batches. `go_on` is called before each, and answers alike on all
+    ranks.
+    Collective: all ranks call it.
+    """
     engine.eval()
     sums = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
@@ -116,8 +124,10 @@ def evaluate(
 
 
 def mean_loss(engine: DeepSpeedEngine, batch: MicroBatch, groups: Groups, eod: int | None = None) -> Tensor:
-    """Mean cross-entropy of one micro-batch, in nats per token. With `eod`, attention stays inside the
-    documents that this token closes."""
+    """Mean cross-entropy of one micro-batch, in nats per token.
+
+    With `eod`, the token that closes a document, attention stays inside documents.
+    """
     tokens = batch.tokens.to(groups.device, non_blocking=True)
     labels = batch.labels.to(groups.device, non_blocking=True)
     mask = None if batch.loss_mask is None else batch.loss_mask.to(groups.device, non_blocking=True)
@@ -126,17 +136,19 @@ def mean_loss(engine: DeepSpeedEngine, batch: MicroBatch, groups: Groups, eod: i
 
 
 def _nan_gradient_if_loss_not_finite(loss: Tensor) -> Tensor:
-    """The loss, whose gradient is NaN throughout if it is not finite itself.
+    """The same loss, whose gradient is NaN throughout if the loss is not finite.
 
-    A loss may be NaN and its gradient not. So the one check of the gradient, which DeepSpeed makes before the
-    update and over all ranks, finds both.
+    A NaN loss may have a finite gradient. This way DeepSpeed's check of the gradient, which it makes before
+    the update and over all ranks, finds both.
     """
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 def _update(engine: DeepSpeedEngine, unsharded_norm: float | None) -> AbstractContextManager[None]:
-    """Within the context `engine.step` changes nothing if the gradient is not finite: DeepSpeed sees to that
-    at stages 1 to 3, and at stage 0 does not look."""
+    """Context in which `engine.step` changes nothing if the gradient is not finite.
+
+    At stages 1 to 3 DeepSpeed sees to that by itself; at stage 0 it does not check.
+    """
     if unsharded_norm is None or math.isfinite(unsharded_norm):
         return nullcontext()
     return _without_gradients(engine)
@@ -144,8 +156,10 @@ def _update(engine: DeepSpeedEngine, unsharded_norm: float | None) -> AbstractCo
 
 @contextmanager
 def _without_gradients(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Take the gradients away when DeepSpeed has clipped them, which it cannot without any: an optimizer
-    leaves parameters without a gradient alone."""
+    """Drop the gradients just before the optimizer's step, which skips parameters without one.
+
+    Not earlier: DeepSpeed clips them first, and fails without any.
+    """
     hook = engine.optimizer.register_step_pre_hook(lambda *_: engine.zero_grad())
     try:
         yield
@@ -153,27 +167,20 @@ def _without_gradients(engine: DeepSpeedEngine) -> Iterator[None]:
         hook.remove()
 
 
-def _agreed(loss: float, grad_norm: float, skipped: bool, groups: Groups) -> StepResult:
-    """Rank 0's numbers on all ranks, not finite where they are not on any: what is decided by them must not
-    differ."""
-    numbers = torch.tensor([loss, grad_norm, float(skipped)], dtype=torch.float64, device=groups.device)
-    if groups.rank:
-        numbers[:2] *= 0  # NaN and infinity stay
-    dist.all_reduce(numbers)
-    loss, grad_norm, skips = numbers.tolist()
-    return StepResult(loss, grad_norm, skipped=skips > 0)
+def _mean_over_dp(value: Tensor, groups: Groups) -> float:
+    """Mean over the data-parallel group.
 
-
-def _mean_over(value: Tensor, group: dist.ProcessGroup) -> float:
-    dist.all_reduce(value, group=group)
-    return value.item() / group.size()
+    Collective: all ranks of a data-parallel group call it.
+    """
+    dist.all_reduce(value, group=groups.dp_group)
+    return value.item() / groups.dp_size
 
 
 def _unsharded_grad_norm(engine: DeepSpeedEngine, groups: Groups) -> float | None:
-    """Global gradient norm at ZeRO stage 0, where DeepSpeed clips by it but does not tell it; else None.
+    """Global gradient norm at ZeRO stage 0, where DeepSpeed clips by it but does not report it; else None.
 
-    Every rank holds the replicated parameters: the first tensor-parallel rank's count, and what is not finite
-    on any.
+    Parameters that are replicated count on the first tensor-parallel rank, and wherever they are not finite.
+    Collective: all ranks of a tensor-parallel group call it.
     """
     if engine.zero_optimization_stage() > 0 or not engine.is_gradient_accumulation_boundary():
         return None
@@ -181,6 +188,6 @@ def _unsharded_grad_norm(engine: DeepSpeedEngine, groups: Groups) -> float | Non
     for parameter in engine.module.parameters():
         squares[int(parameter.tensor_model_parallel)] += parameter.grad.square().sum()
     if groups.tp_rank:
-        squares[0] *= 0  # NaN and infinity stay
+        squares[0] *= 0  # what is not finite becomes NaN
     dist.all_reduce(squares, group=groups.tp_group)
     return squares.sum().sqrt().item()

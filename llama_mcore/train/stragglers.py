@@ -1,9 +1,8 @@
-"""Ranks that are slower than the others, who then wait for them in every step.
+"""Detection of stragglers: ranks that are slower than the others, who wait for them in every step.
 
-What differs between ranks is the time that they do not spend waiting: to read their micro-batches and to run
-them forward, in which a rank waits for none but those of its own tensor-parallel group (with ZeRO-3 for all,
-who gather parameters). So a slow GPU may show as a slow group. The backward is left out: it reduces gradients
-of all.
+Ranks differ in the time in which they do not wait: reading their micro-batches, and their forwards, in which
+a rank waits only for its tensor-parallel group (with ZeRO-3 for all, who gather parameters). So a slow GPU
+may show as a slow group. The backward is left out: it reduces gradients of all.
 """
 
 import socket
@@ -14,12 +13,13 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+from llama_mcore.distributed.collectives import gather_on_all_ranks
 from llama_mcore.distributed.device import Stopwatch
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.observe.log import get_logger
 
 SLOWER = 1.3
-"""Relative to the median of all ranks."""
+"""Least time of a straggler, relative to the median of all ranks."""
 
 
 @dataclass(frozen=True)
@@ -27,22 +27,24 @@ class Straggler:
     rank: int
     host: str
     times_median: float
-    """Its own time of a step over the median of all ranks'."""
+    """Time of a step on this rank over the median of all ranks."""
 
 
 class Stragglers:
-    """Every method is called by all ranks together."""
+    """Comparison of the ranks' times over windows of steps.
+
+    Collective: all ranks call every method.
+    """
 
     def __init__(self, window: int, groups: Groups) -> None:
-        """`window`: steps between two looks; 0: none."""
+        """`window`: steps between two comparisons; 0: none."""
         self._window, self._groups = window, groups
         self._steps: list[float] = []
         self._hosts: list[str] = []
         self.forward = Stopwatch()
 
     def add(self, reading_s: float) -> list[dict[str, object]]:
-        """Note a step whose data took so long to read; at the end of a window return who was slow in it, for
-        the report of the step."""
+        """Add a step whose data took `reading_s` to read; at the end of a window returns the stragglers."""
         seconds = reading_s + self.forward.take()
         if not self._window:
             return []
@@ -50,27 +52,24 @@ class Stragglers:
         if len(self._steps) < self._window:
             return []
         own, self._steps = median(self._steps), []
-        found = slow_ranks(self._of_all(own), self._hosts_of_all())
-        if found:
-            names = ", ".join(f"rank {s.rank} on {s.host} ({s.times_median:.1f} x)" for s in found)
+        if not self._hosts:
+            self._hosts = gather_on_all_ranks(self._groups, socket.gethostname())
+        stragglers = slow_ranks(self._gather(own), self._hosts)
+        if stragglers:
+            names = ", ".join(f"rank {s.rank} on {s.host} ({s.times_median:.1f} x)" for s in stragglers)
             get_logger().warning("slower than the median of %d steps: %s", self._window, names)
-        return [asdict(straggler) for straggler in found]
+        return [asdict(straggler) for straggler in stragglers]
 
-    def _of_all(self, own: float) -> list[float]:
-        mine = torch.tensor([own], device=self._groups.device)
+    def _gather(self, seconds: float) -> list[float]:
+        # On the device, without the pickle of `gather_on_all_ranks`.
+        mine = torch.tensor([seconds], device=self._groups.device)
         every = torch.empty(self._groups.world_size, device=self._groups.device)
         dist.all_gather_into_tensor(every, mine)
         return every.tolist()
 
-    def _hosts_of_all(self) -> list[str]:
-        if not self._hosts:
-            self._hosts = [""] * self._groups.world_size
-            dist.all_gather_object(self._hosts, socket.gethostname())
-        return self._hosts
-
 
 def slow_ranks(seconds: Sequence[float], hosts: Sequence[str]) -> list[Straggler]:
-    """Those whose `seconds` are more than `SLOWER` times the median, the slowest first."""
+    """Ranks whose `seconds` are more than `SLOWER` times the median, the slowest first."""
     usual = median(seconds)
     found = [
         Straggler(rank, host, round(own / usual, 2))

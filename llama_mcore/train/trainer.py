@@ -1,265 +1,322 @@
-"""The story of a run: step, report, evaluate, recover, save, stop."""
+"""The training loop of a run: step, evaluate, save, recover, stop.
+
+Begin with `Trainer.run`; setup.py opens what a Trainer is made of.
+"""
 
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from itertools import islice
-from typing import TypeVar
+from pathlib import Path
 
 from llama_mcore.checkpoint.deepspeed_export import save_deepspeed_folder
-from llama_mcore.checkpoint.saver import SavedCheckpoint
+from llama_mcore.checkpoint.saver import SavedCheckpoint, Saver
+from llama_mcore.checkpoint.train_state import TrainState
 from llama_mcore.config.run import RunConfig
-from llama_mcore.data.loader import MicroBatch
-from llama_mcore.distributed.collectives import together
+from llama_mcore.data.loader import MicroBatch, MicroBatches, eval_batches, validation_windows
+from llama_mcore.data.sources import OpenSource
+from llama_mcore.data.windows import WindowDataset
+from llama_mcore.distributed.collectives import any_rank, run_on_all_ranks
 from llama_mcore.distributed.device import device_name, peak_memory_bytes, synchronize
-from llama_mcore.distributed.groups import TIMEOUT, process_groups
+from llama_mcore.distributed.groups import Groups
 from llama_mcore.distributed.replicas import check_replicas
 from llama_mcore.errors import EXIT_SAVED, NumericalError, Problem
-from llama_mcore.observe.log import get_logger, setup_logging
+from llama_mcore.observe.goodput.timeline import Timeline
+from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.metrics import StepReport, ValidationLoss
 from llama_mcore.observe.mfu import step_mfu
 from llama_mcore.observe.phases import Phase, Phases
-from llama_mcore.train.evaluation import evaluate_sources, evaluation_is_due
+from llama_mcore.observe.sinks import MetricSinks
+from llama_mcore.train.engine import DeepSpeedEngine
 from llama_mcore.train.health import Action, Judgement, judge, lr_scale
-from llama_mcore.train.resume import Start
+from llama_mcore.train.optim import learning_rate
+from llama_mcore.train.resume import archive_checkpoints_after
 from llama_mcore.train.rollback import roll_back
-from llama_mcore.train.schedule import learning_rate
-from llama_mcore.train.setup import Job, open_job
-from llama_mcore.train.step import StepResult, train_step
-from llama_mcore.watchdog.signals import StoppedEarly, StopRequest
+from llama_mcore.train.step import StepResult, evaluate, train_step
+from llama_mcore.train.stragglers import Stragglers
+from llama_mcore.watchdog.signals import StopRequest
 
-T = TypeVar("T")
-MARGIN = timedelta(minutes=10)
-
-
-def train(
-    run: RunConfig,
-    stop: StopRequest,
-    start: Start = Start(),  # noqa: B008  frozen
-    phases: Phases | None = None,
-) -> int:
-    """Train to the last step and return 0, or to a request to stop and return 75. All ranks call it."""
-    phases = phases or Phases()
-    with process_groups(run.parallel, run.run.seed, _collectives_timeout(run)) as groups:
-        setup_logging(groups.rank)
-        try:
-            with ExitStack() as stack:
-                job = open_job(run, groups, stop, start, phases, stack)
-                first = job.state.step
-                _train_on(job)
-                return _finish(job, first, start.to_go_on)
-        except StoppedEarly:
-            phases.enter(Phase.END, 0)
-            get_logger().info("stopped before the first step; the same command starts again")
-            return StoppedEarly.exit_code
+_BATCHES_AT_ONCE = 16
+"""Micro-batches that an evaluation reads between two exchanges with the other ranks."""
 
 
-def _collectives_timeout(run: RunConfig) -> timedelta:
-    """Longer than the watchdog waits, which names the rank that all wait for; a collective that times out
-    names none."""
-    longest = run.watchdog.longest_s + run.checkpoint.timeout_s
-    return max(TIMEOUT, timedelta(seconds=longest) + MARGIN)
+@dataclass(kw_only=True)
+class Trainer:
+    """One rank's part of a run.
 
-
-def _train_on(job: Job) -> None:
-    stopping = job.is_asked_to_stop()  # while all was opened
-    while job.state.step < job.run.train.steps and not stopping:
-        job.phases.enter(Phase.TRAIN, job.state.step + 1)
-        judgement = _step(job)
-        _announce_saved(job, job.saver.poll())
-        if judgement.action in (Action.ROLL_BACK, Action.STOP):
-            _return_or_stop(job, judgement)
-        stopping = job.is_asked_to_stop()
-        due = _save_is_due(job)
-        if _replica_check_is_due(job, stopping or due):
-            check_replicas(job.engine.module, job.groups, job.state.step)
-        if stopping or due:
-            _save(job, due)
-            stopping = stopping or job.is_asked_to_stop()
-    job.phases.enter(Phase.SAVE, job.state.step)
-    _announce_saved(job, job.saver.finish())
-
-
-def _step(job: Job) -> Judgement:
-    """Train one step, advance the state, judge it, evaluate if that is due, and report."""
-    lr, done = _lr(job, job.state.step + 1), _timed_step(job)
-    judgement = judge(job.state.health, job.run.health, job.state.step + 1, done.loss, done.skipped)
-    job.state = replace(
-        job.state,
-        step=job.state.step + 1,
-        consumed_samples=job.state.consumed_samples + job.run.train.global_batch_size,
-        health=judgement.state,
-    )
-    valid = evaluate_sources(job) if evaluation_is_due(job) else {}
-    _write(job, _report(job, done, judgement, lr, valid))
-    return judgement
-
-
-@dataclass(frozen=True)
-class TimedStep(StepResult):
-    """A step and what it took."""
-
-    seconds: float
-    stragglers: list[dict[str, object]]
-
-
-def _timed_step(job: Job) -> TimedStep:
-    accumulation = job.run.accumulation_steps(job.groups.world_size)
-    started, read_at = time.perf_counter(), 0.0
-
-    def read() -> list[MicroBatch]:
-        nonlocal read_at
-        chosen = list(islice(job.batches, accumulation))
-        read_at = time.perf_counter()
-        job.phases.beat()  # what this rank waits for now is the others
-        return chosen
-
-    result = train_step(
-        job.engine,
-        iter(together(job.groups, read)),
-        accumulation,
-        _lr(job, job.state.step + 1),
-        job.groups,
-        job.run.data.attention_boundary,
-        job.phases.beat,
-        job.stragglers.forward,
-        job.saver.before_update,
-    )
-    synchronize()
-    seconds = time.perf_counter() - started
-    return TimedStep(**vars(result), seconds=seconds, stragglers=job.stragglers.add(read_at - started))
-
-
-def _lr(job: Job, step: int) -> float:
-    """The schedule's, or less while the run's health asks for that."""
-    scheduled = learning_rate(step, job.run.train.steps, job.run.optim)
-    return scheduled * lr_scale(job.state.health, step)
-
-
-def _report(
-    job: Job, done: TimedStep, judgement: Judgement, lr: float, valid: dict[str, ValidationLoss] | None
-) -> StepReport:
-    """`valid`: None where the evaluation was stopped."""
-    run, rollbacks = job.run, job.state.health.rollbacks
-    acted = judgement.action is not Action.GO_ON
-    tokens_per_s = run.tokens_per_step / done.seconds
-    mfu_causal, mfu_full = step_mfu(run, tokens_per_s / job.groups.world_size, device_name())
-    return StepReport(
-        step=job.state.step,
-        loss=done.loss,
-        grad_norm=done.grad_norm,
-        lr=lr,
-        tokens=job.state.consumed_samples * run.model.seq_length,
-        tokens_per_s=tokens_per_s,
-        mfu_causal=mfu_causal,
-        mfu_full=mfu_full,
-        step_time_s=done.seconds,
-        memory_bytes=peak_memory_bytes(),
-        device=device_name(),
-        attention=job.computed_by.attention.name,
-        kernels=job.computed_by.kernels.name,
-        windows=job.state.segments[-1].used(job.state.consumed_samples),
-        valid=valid or {},
-        evaluation_stopped=valid is None,
-        skipped=done.skipped,
-        decision=f"{judgement.action}: {judgement.reason}" if acted else "",
-        rolled_back=[past.model_dump() for past in rollbacks if past.to_step == job.state.step - 1],
-        stragglers=done.stragglers,
-        damaged_checkpoints=job.passed_over,
-    )
-
-
-def _write(job: Job, report: StepReport) -> None:
-    """Report a step on rank 0; if that fails, stop all ranks."""
-
-    def write() -> None:
-        if job.sinks:
-            job.sinks.write(report)
-        job.phases.beat()
-
-    together(job.groups, write)
-    job.passed_over = []
-
-
-def _return_or_stop(job: Job, judgement: Judgement) -> None:
-    """Go back to the last good checkpoint and on with the data after this step, and save that; or end the
-    run."""
-    job.phases.enter(Phase.SAVE, job.state.step)
-    _announce_saved(job, job.saver.finish())
-    if judgement.action is Action.STOP:
-        remedy = (
-            "the checkpoints are as they were: look at metrics.jsonl, then lower optim.lr or fix the data"
-        )
-        raise NumericalError(Problem("step", job.state.step, judgement.reason, remedy))
-    groups, reason, sinks = job.groups, judgement.reason, job.sinks
-
-    def as_holder(action: Callable[[], T]) -> T:
-        """Together, where the run is still this job's: a checkpoint to go back to takes minutes to read."""
-
-        def act() -> T:
-            if sinks:
-                sinks.check()
-            return action()
-
-        return together(groups, act)
-
-    job.state = roll_back(job.engine, job.run, groups, job.state, reason, as_holder, job.phases)
-    together(groups, lambda: sinks.go_back(job.state.step) if sinks else None)
-    job.batches.seek(job.state.consumed_samples)
-    _save(job)
-
-
-def _save(job: Job, due: bool = True) -> None:
-    """Begin a checkpoint of the current step unless there is one, and wait for it where that is wanted.
-
-    `due`: by the schedule, so that a rollback may return to it.
+    Collective: all ranks call every method.
     """
-    if job.saved == job.state:
-        return
-    job.phases.enter(Phase.SAVE, job.state.step)
-    together(job.groups, lambda: job.sinks.sync() if job.sinks else None)
-    if due and job.state.health.is_stable:
-        health = job.state.health.model_copy(update={"anchor": job.state.step})
-        job.state = replace(job.state, health=health)
-    _announce_saved(job, job.saver.begin(job.state, _lr(job, job.state.step)))
-    job.saved = job.state
-    if job.run.checkpoint.also_deepspeed:
-        save_deepspeed_folder(job.engine, job.run, job.state, job.groups)
-    if not job.run.checkpoint.asynchronous:
-        _announce_saved(job, job.saver.finish())
 
+    config: RunConfig
+    groups: Groups
+    stop: StopRequest
+    command_to_continue: str
+    """Description of the command that continues the run once it has stopped."""
+    attention: str
+    kernels: str
+    """Names of what computes the run, for its reports."""
+    phases: Phases
+    timeline: Timeline | None
+    """Rank 0's."""
+    engine: DeepSpeedEngine
+    sources: Sequence[OpenSource]
+    batches: MicroBatches
+    sinks: MetricSinks | None
+    """Rank 0's: the others have nothing to report."""
+    saver: Saver
+    stragglers: Stragglers
+    state: TrainState
+    """Replaced after each step; never changed."""
+    saved: TrainState
+    """State in the newest checkpoint, or in the one being written."""
+    damaged: list[str]
+    """Damaged checkpoints that the run did not resume from; empty once they are reported."""
 
-def _announce_saved(job: Job, saved: SavedCheckpoint | None) -> None:
-    if saved:
-        job.phases.saved(saved.state.step)
-        times = f"{saved.seconds:.1f} s, training waited {saved.stalled_s:.2f} s"
-        get_logger().info("saved %s in %s", saved.path, times)
+    def run(self) -> int:
+        """Train to the last step, or until any rank is asked to stop, and save; returns the exit code."""
+        first = self.state.step
+        stopping = self.is_asked_to_stop()  # while all was opened
+        while self.state.step < self.config.train.steps and not stopping:
+            self.phases.enter(Phase.TRAIN, self.state.step + 1)
+            judgement = self.step()
+            self._announce(self.saver.poll())
+            if judgement.action in (Action.ROLL_BACK, Action.STOP):
+                self.recover(judgement)
+            stopping = self.is_asked_to_stop()
+            due = self._save_is_due()
+            if self._replica_check_is_due(stopping or due):
+                check_replicas(self.engine.module, self.groups, self.state.step)
+            if stopping or due:
+                self.save(due)
+                stopping = stopping or self.is_asked_to_stop()
+        self.phases.enter(Phase.SAVE, self.state.step)
+        self._announce(self.saver.finish())
+        return self._finish(first)
 
+    def step(self) -> Judgement:
+        """Train one step, judge it, evaluate if that is due, and report."""
+        step, lr, started = self.state.step + 1, self._lr(self.state.step + 1), time.perf_counter()
+        micro_batches, read_s = run_on_all_ranks(self.groups, self._read)
+        result = train_step(
+            self.engine,
+            micro_batches,
+            lr,
+            self.groups,
+            eod=self.config.data.attention_boundary,
+            beat=self.phases.beat,
+            before_update=self.saver.before_update,
+            forward=self.stragglers.forward,
+        )
+        synchronize()
+        seconds = time.perf_counter() - started
+        slow = self.stragglers.add(read_s)
+        judgement = judge(self.state.health, self.config.health, step, result.loss, result.skipped)
+        self.state = replace(
+            self.state,
+            step=step,
+            consumed_samples=self.state.consumed_samples + self.config.train.global_batch_size,
+            health=judgement.state,
+        )
+        valid = self.evaluate() if self._evaluation_is_due() else {}
+        report = self._report(result, lr, seconds, judgement, valid)
+        self._write(replace(report, stragglers=slow))
+        return judgement
 
-def _save_is_due(job: Job) -> bool:
-    """At the end, and at the first quiet step of each interval."""
-    step, health, interval = job.state.step, job.state.health, job.run.checkpoint.interval
-    return step == job.run.train.steps or (health.is_stable and step // interval > health.anchor // interval)
+    def evaluate(self) -> dict[str, ValidationLoss] | None:
+        """Losses on the validation text by source; None if the run was asked to stop meanwhile."""
+        self.phases.enter(Phase.EVALUATE, self.state.step)
+        losses = {}
+        for source in self.sources:
+            if source.valid is None:
+                continue
+            loss = self._evaluate_on(source.valid)
+            if loss is None:
+                return None
+            losses[source.name] = loss
+        return losses
 
+    def save(self, due: bool = True) -> None:
+        """Begin a checkpoint of the current step, unless there is one; wait for it where that is configured.
 
-def _replica_check_is_due(job: Job, saving: bool) -> bool:
-    interval = job.run.health.replica_interval
-    return interval > 0 and (saving or job.state.step % interval == 0)
+        `due`: by the schedule, so that a rollback may return to it.
+        """
+        if self.saved == self.state:
+            return
+        self.phases.enter(Phase.SAVE, self.state.step)
+        run_on_all_ranks(self.groups, lambda: self.sinks.sync() if self.sinks else None)
+        if due and self.state.health.is_stable:
+            health = self.state.health.model_copy(update={"anchor": self.state.step})
+            self.state = replace(self.state, health=health)
+        self._announce(self.saver.begin(self.state, self._lr(self.state.step)))
+        self.saved = self.state
+        if self.config.checkpoint.also_deepspeed:
+            save_deepspeed_folder(self.engine, self.config, self.state, self.groups)
+        if not self.config.checkpoint.asynchronous:
+            self._announce(self.saver.finish())
 
+    def recover(self, judgement: Judgement) -> None:
+        """Return to the last good checkpoint, go on with the data after this step, and save that.
 
-def _finish(job: Job, first: int, to_go_on: str) -> int:
-    """`first`: the step that this start went on from. `to_go_on`: the command that goes on from here."""
-    step, steps = job.state.step, job.run.train.steps
-    job.phases.enter(Phase.END, step)
-    exit_code = 0 if step >= steps else EXIT_SAVED
-    if first >= steps:
-        get_logger().info("nothing to do: the run has done %d steps, of train.steps = %d", step, steps)
-    elif exit_code == 0:
-        get_logger().info("finished %d steps", step)
-    else:
-        get_logger().info("stopped at step %d of %d; %s goes on", step, steps, to_go_on)
-    if job.timeline:
-        job.timeline.exit_code = exit_code
-    return exit_code
+        Raises NumericalError where the judgement is to stop, or there is nothing to return to.
+        """
+        self.phases.enter(Phase.SAVE, self.state.step)
+        self._announce(self.saver.finish())
+        if judgement.action is Action.STOP:
+            remedy = (
+                "the checkpoints are unchanged: see metrics.jsonl, then lower optim.lr or fix the data and "
+                "start again"
+            )
+            raise NumericalError(Problem("step", self.state.step, judgement.reason, remedy))
+        self.state = roll_back(
+            self.engine,
+            self.groups,
+            Path(self.config.run.dir),
+            self.config.train,
+            self.state,
+            judgement.reason,
+            self.phases,
+        )
+        run_on_all_ranks(self.groups, self._archive_abandoned_steps)
+        self.batches.seek(self.state.consumed_samples)
+        self.save()
+
+    def is_asked_to_stop(self) -> bool:
+        """True on all ranks if any rank was asked."""
+        return any_rank(self.groups, self.stop.received is not None)
+
+    def _read(self) -> tuple[list[MicroBatch], float]:
+        """This rank's micro-batches of the next step, and the seconds that they took."""
+        started = time.perf_counter()
+        accumulation = self.config.accumulation_steps(self.groups.world_size)
+        micro_batches = list(islice(self.batches, accumulation))
+        seconds = time.perf_counter() - started
+        self.phases.beat()  # what this rank waits for now is the others
+        return micro_batches, seconds
+
+    def _lr(self, step: int) -> float:
+        """Scheduled learning rate, lowered while the run's health asks for that."""
+        scheduled = learning_rate(step, self.config.train.steps, self.config.optim)
+        return scheduled * lr_scale(self.state.health, step)
+
+    def _report(
+        self,
+        result: StepResult,
+        lr: float,
+        seconds: float,
+        judgement: Judgement,
+        valid: dict[str, ValidationLoss] | None,
+    ) -> StepReport:
+        state, model = self.state, self.config.model
+        acted = judgement.action is not Action.GO_ON
+        tokens_per_s = self.config.tokens_per_step / seconds
+        device, precision = device_name(), self.config.train.precision
+        mfu_causal, mfu_full = step_mfu(model, precision, tokens_per_s / self.groups.world_size, device)
+        return StepReport(
+            step=state.step,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=lr,
+            tokens=state.consumed_samples * model.seq_length,
+            tokens_per_s=tokens_per_s,
+            mfu_causal=mfu_causal,
+            mfu_full=mfu_full,
+            step_time_s=seconds,
+            memory_bytes=peak_memory_bytes(),
+            device=device,
+            attention=self.attention,
+            kernels=self.kernels,
+            windows=state.segments[-1].used(state.consumed_samples),
+            valid=valid or {},
+            evaluation_stopped=valid is None,
+            skipped=result.skipped,
+            decision=f"{judgement.action}: {judgement.reason}" if acted else "",
+            rolled_back=[
+                past.model_dump() for past in state.health.rollbacks if past.to_step == state.step - 1
+            ],
+            damaged_checkpoints=self.damaged,
+        )
+
+    def _write(self, report: StepReport) -> None:
+        """Write the report on rank 0; if that fails, all ranks stop."""
+
+        def write() -> None:
+            if self.sinks:
+                self.sinks.write(report)
+            self.phases.beat()
+
+        run_on_all_ranks(self.groups, write)
+        self.damaged = []
+
+    def _evaluation_is_due(self) -> bool:
+        interval, step = self.config.eval.interval, self.state.step
+        return step == self.config.train.steps or (interval > 0 and step % interval == 0)
+
+    def _evaluate_on(self, dataset: WindowDataset) -> ValidationLoss | None:
+        train, data, groups = self.config.train, self.config.data, self.groups
+        is_last = self.state.step == train.steps
+        global_batches = self.config.eval.final_batches if is_last else self.config.eval.batches
+        windows = validation_windows(global_batches * train.global_batch_size or None, dataset.num_windows)
+        batches = eval_batches(
+            dataset,
+            windows,
+            micro_batch_size=train.micro_batch_size,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dp_size,
+            masked_token=data.masked_token,
+        )
+
+        def go_on() -> bool:
+            self.phases.beat()
+            return not self.is_asked_to_stop()
+
+        evaluated = evaluate(self.engine, self._in_groups(batches), groups, data.attention_boundary, go_on)
+        if evaluated is None:
+            return None
+        loss, tokens = evaluated
+        return ValidationLoss(loss, tokens, dataset.bytes_per_token, len(windows), dataset.num_windows)
+
+    def _in_groups(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        """The same batches, some read at a time: a large set is never held, and a failure stops all ranks."""
+        while some := run_on_all_ranks(self.groups, lambda: list(islice(batches, _BATCHES_AT_ONCE))):
+            self.phases.beat()
+            yield from some
+
+    def _archive_abandoned_steps(self) -> None:
+        """Move checkpoints and metrics of the steps after a rollback's out of the way, on rank 0."""
+        if self.sinks:
+            # To read the checkpoint took minutes, in which another job may have taken the run over.
+            self.sinks.check()
+            archive_checkpoints_after(Path(self.config.run.dir), self.state)
+            self.sinks.go_back(self.state.step)
+
+    def _announce(self, saved: SavedCheckpoint | None) -> None:
+        if saved:
+            self.phases.saved(saved.state.step)
+            times = f"{saved.seconds:.1f} s, training waited {saved.stalled_s:.2f} s"
+            get_logger().info("saved %s in %s", saved.path, times)
+
+    def _save_is_due(self) -> bool:
+        """True at the end, and at the first stable step of each interval."""
+        step, health, interval = self.state.step, self.state.health, self.config.checkpoint.interval
+        is_new_interval = step // interval > health.anchor // interval
+        return step == self.config.train.steps or (health.is_stable and is_new_interval)
+
+    def _replica_check_is_due(self, saving: bool) -> bool:
+        interval = self.config.health.replica_interval
+        return interval > 0 and (saving or self.state.step % interval == 0)
+
+    def _finish(self, first: int) -> int:
+        """Say how the run ended, for a start that went on from step `first`; returns the exit code."""
+        step, steps = self.state.step, self.config.train.steps
+        self.phases.enter(Phase.END, step)
+        exit_code = 0 if step >= steps else EXIT_SAVED
+        if first >= steps:
+            get_logger().info("nothing to do: the run has done %d steps, of train.steps = %d", step, steps)
+        elif exit_code == 0:
+            get_logger().info("finished %d steps", step)
+        else:
+            command = self.command_to_continue
+            get_logger().info("stopped at step %d of %d; run %s to continue", step, steps, command)
+        if self.timeline:
+            self.timeline.exit_code = exit_code
+        return exit_code

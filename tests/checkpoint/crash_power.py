@@ -22,12 +22,13 @@ from typing import Any
 
 from llama_mcore.checkpoint.manifest import MANIFEST
 from llama_mcore.checkpoint.paths import LATEST, REPLACED, TEMPORARY, checkpoints_dir, rank_file, step_dir
+from llama_mcore.checkpoint.start import Start
 from llama_mcore.distributed.config import ParallelConfig
 from llama_mcore.distributed.groups import Groups, process_groups
 from llama_mcore.errors import LlamaMcoreError
 from llama_mcore.observe.log import NAME
 from llama_mcore.observe.phases import Phases
-from llama_mcore.train.resume import Start, find_start
+from llama_mcore.train.resume import find_start
 from tests.checkpoint.crash_run import RANKS, SAVES, Rank, Save, joined, run_config, version_of, watched
 from tests.checkpoint.damage import edit_manifest
 from tests.support.world import run_ranks
@@ -350,7 +351,7 @@ class Checker:
 
     def version_at(self, run_dir: Path) -> int:
         try:
-            found = find_start(run_config(run_dir), Start(), self._groups, lambda action: action(), Phases())
+            found = find_start(run_config(run_dir), Start(), self._groups, Phases())
             return version_of(found.reader) if found.reader else NO_CHECKPOINT
         except LlamaMcoreError:
             return REFUSED

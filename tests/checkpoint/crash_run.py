@@ -8,7 +8,7 @@ and its optimizer.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,13 +21,13 @@ from llama_mcore.checkpoint import durable_io
 from llama_mcore.checkpoint.paths import KINDS, checkpoints_dir
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.checkpoint.saver import Saver
+from llama_mcore.checkpoint.start import Start
 from llama_mcore.checkpoint.train_state import TrainState
 from llama_mcore.config.run import RunConfig
-from llama_mcore.distributed.collectives import together as all_together
 from llama_mcore.distributed.groups import Groups, model_parallel_groups
 from llama_mcore.model.sharding import parameter_shapes, shard, split_of
 from llama_mcore.observe.phases import Phases
-from llama_mcore.train.resume import Start, find_start
+from llama_mcore.train.resume import find_start
 from tests.support import models
 
 RANKS = 2
@@ -132,8 +132,7 @@ class Rank:
 
         Raises what the run would, and AssertionError for a mixture.
         """
-        together = partial(all_together, self.groups)
-        found = find_start(run_config(self.run_dir, self.keep), Start(), self.groups, together, Phases())
+        found = find_start(run_config(self.run_dir, self.keep), Start(), self.groups, Phases())
         return version_of(found.reader) if found.reader else 0
 
 

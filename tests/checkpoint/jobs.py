@@ -6,7 +6,7 @@ FOLDER/SAVED--LOADED. Both then take two steps more, and write their losses and 
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -172,8 +172,8 @@ def refuse(folder: Path, job: Job, groups: Groups) -> None:
 
 
 def new_engine(run: RunConfig, groups: Groups) -> DeepSpeedEngine:
-    model = build_model(run.model, run.parallel, groups, dtype_of(run), run.run.seed)
-    return build_engine(model, run, groups)
+    model = build_model(run.model, run.parallel, groups, dtype_of(run.train), run.run.seed)
+    return build_engine(model, run.zero, run.train, run.optim, groups)
 
 
 def take_steps(
@@ -185,14 +185,14 @@ def take_steps(
 ) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step."""
     found = [
-        train_step(engine, batches(step, dp, groups.dp_rank), 1, 1e-2, groups, before_update=before_update)
+        train_step(engine, [batch(step, dp, groups.dp_rank)], 1e-2, groups, before_update=before_update)
         for step in steps
     ]
     return [(result.loss, result.grad_norm) for result in found]
 
 
-def batches(step: int, dp: int, dp_rank: int) -> Iterator[MicroBatch]:
+def batch(step: int, dp: int, dp_rank: int) -> MicroBatch:
     """This rank's part of the sequences of a step, which are the same under every layout."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(VOCAB, (SEQUENCES, SEQ_LENGTH + 1), generator=generator).chunk(dp)[dp_rank]
-    yield MicroBatch(tokens[:, :-1], tokens[:, 1:])
+    return MicroBatch(tokens[:, :-1], tokens[:, 1:])

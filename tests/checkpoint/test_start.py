@@ -24,11 +24,11 @@ from llama_mcore.checkpoint.paths import (
     not_foreign,
     step_dir,
 )
-from llama_mcore.checkpoint.start import Outlook, Start, Way, outlook, way_of
+from llama_mcore.checkpoint.start import Outlook, Start, StartPlan, outlook, plan_start
 from llama_mcore.checkpoint.train_state import TrainState
 from llama_mcore.config.run import RunConfig, dump_run
 from llama_mcore.errors import CheckpointError, ConfigError, LlamaMcoreError, MissingInputError
-from llama_mcore.train.resume import put_aside
+from llama_mcore.train.resume import archive_checkpoints_after
 from tests.checkpoint.damage import edit_manifest
 from tests.checkpoint.tiny import RUN_ID, write_checkpoint
 from tests.support import models
@@ -100,7 +100,7 @@ def test_a_damaged_run_file_is_refused(run: RunConfig, run_dir: Path, spoil: Cal
     begun(run_dir)
     write_checkpoint(run_dir)
     spoil(run_dir / RUN_FILE)
-    for look in (lambda: way_of(run, Start()), lambda: find_checkpoint(run_dir)):
+    for look in (lambda: plan_start(run, Start()), lambda: find_checkpoint(run_dir)):
         with refused(CheckpointError, RUN_FILE, run_dir / RUN_FILE):
             look()
 
@@ -110,15 +110,15 @@ def test_checkpoints_of_one_run_say_which_it_is(run: RunConfig, run_dir: Path) -
         write_checkpoint(run_dir, step)
     found = outlook(run)
     assert str(found) == f"continues at step 8 from {step_dir(run_dir, 8)}"
-    assert found.way.lineage.run_id == RUN_ID
-    assert [RUN_ID in remark and RUN_FILE in remark for remark in found.way.remarks()] == [True]
+    assert found.plan.lineage.run_id == RUN_ID
+    assert [RUN_ID in remark and RUN_FILE in remark for remark in found.plan.remarks()] == [True]
     begun(run_dir)
-    assert outlook(run).way.remarks() == []
+    assert outlook(run).plan.remarks() == []
 
 
 def test_checkpoints_of_several_runs_are_refused(run: RunConfig, run_dir: Path) -> None:
     mine, other = write_checkpoint(run_dir, 4), write_checkpoint(run_dir, 8, run_id=OTHER)
-    for look in (lambda: way_of(run, Start()), lambda: find_checkpoint(run_dir)):
+    for look in (lambda: plan_start(run, Start()), lambda: find_checkpoint(run_dir)):
         for path in (mine, other):
             with refused(ConfigError, "checkpoint", path):
                 look()
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_never_taken(run: RunConfig, 
     begun(run_dir)
     mine, other = write_checkpoint(run_dir, 4), write_checkpoint(run_dir, 8, run_id=OTHER)
     with refused(ConfigError, "checkpoint", other) as caught:
-        way_of(run, Start())
+        plan_start(run, Start())
     assert OTHER in str(caught.value)
     assert str(checkpoints_dir(run_dir)) in str(caught.value)
     assert find_checkpoint(run_dir) == mine
@@ -140,15 +140,15 @@ def test_what_cannot_be_read_is_nobody_elses(run: RunConfig, run_dir: Path) -> N
     begun(run_dir)
     mine, damaged = write_checkpoint(run_dir, 4), write_checkpoint(run_dir, 8, run_id=OTHER)
     (damaged / MANIFEST).write_text("{")
-    assert way_of(run, Start()).folders == [mine, damaged]
+    assert plan_start(run, Start()).folders == [mine, damaged]
     assert outlook(run).checkpoint == mine
 
 
-def test_what_is_put_aside_is_the_runs_own(run_dir: Path) -> None:
+def test_archived_checkpoints_are_the_runs_own(run_dir: Path) -> None:
     for step, run_id in ((4, RUN_ID), (6, OTHER), (8, RUN_ID), (10, OTHER)):
         write_checkpoint(run_dir, step, run_id=run_id)
     (step_dir(run_dir, 10) / MANIFEST).write_text("{")
-    aside = put_aside(run_dir, TrainState(step=4, run_id=RUN_ID))
+    aside = archive_checkpoints_after(run_dir, TrainState(step=4, run_id=RUN_ID))
     names = ["step-00000004", "step-00000006", "given-up-step-00000008", "given-up-step-00000010"]
     assert sorted(path.name for path in checkpoints_dir(run_dir).iterdir()) == sorted(names)
     assert [path.name for path in aside] == names[2:]
@@ -161,7 +161,7 @@ def test_names_that_are_not_read_are_said(run: RunConfig, run_dir: Path) -> None
         shutil.copytree(newest, checkpoints_dir(run_dir) / name)
     found = outlook(run)
     assert found.checkpoint == newest
-    assert [("step-55, step-best" in remark) for remark in found.way.remarks()] == [False, True]
+    assert [("step-55, step-best" in remark) for remark in found.plan.remarks()] == [False, True]
 
 
 # --resume PATH: the run's own.
@@ -173,16 +173,16 @@ def test_an_own_checkpoint_is_gone_back_to(run: RunConfig, run_dir: Path, tmp_pa
         write_checkpoint(run_dir, step)
     copy = Path(shutil.copytree(step_dir(run_dir, 4), tmp_path / "kept"))
     for path in (step_dir(run_dir, 4), copy):
-        way = way_of(run, Start(str(path)))
-        assert (way.folders, way.goes_back) == ([path], True)
-    assert str(outlook(run, Start(str(copy)))) == f"goes back to step 4 from {copy}"
-    assert not way_of(run, Start(str(run_dir))).goes_back
+        plan = plan_start(run, Start(str(path)))
+        assert (plan.folders, plan.goes_back) == ([path], True)
+    assert str(outlook(run, Start(str(copy)))) == f"returns to step 4 from {copy}"
+    assert not plan_start(run, Start(str(run_dir))).goes_back
 
 
 def test_a_backup_of_the_run_is_its_own(run: RunConfig, run_dir: Path, tmp_path: Path) -> None:
     begun(run_dir)
     write_checkpoint(tmp_path / "backup", 8)
-    assert way_of(run, Start(str(tmp_path / "backup"))).folders == [step_dir(tmp_path / "backup", 8)]
+    assert plan_start(run, Start(str(tmp_path / "backup"))).folders == [step_dir(tmp_path / "backup", 8)]
 
 
 @pytest.mark.parametrize("has_run", [True, False])
@@ -193,7 +193,7 @@ def test_another_runs_checkpoint_is_refused_with_both_ways_out(
         begun(run_dir)
     for path in (source, source.parents[1]):
         with refused(ConfigError, "--resume", path) as caught:
-            way_of(run, Start(str(path)))
+            plan_start(run, Start(str(path)))
         assert f"--init-from {source}" in str(caught.value)
         assert f"run.dir={source.parents[1]}" in str(caught.value)
 
@@ -205,7 +205,7 @@ def test_behind_a_damaged_checkpoint_no_other_run_is_taken(
     newest = write_checkpoint(source.parents[1], 5, run_id=OTHER)
     (newest / MANIFEST).write_text("{")
     with refused(ConfigError, "--resume", source.parents[1]):
-        way_of(run, Start(str(source.parents[1])))
+        plan_start(run, Start(str(source.parents[1])))
     with refused(CheckpointError, "--resume", newest):
         outlook(run, Start(str(newest)))
 
@@ -213,14 +213,14 @@ def test_behind_a_damaged_checkpoint_no_other_run_is_taken(
 def test_a_converted_state_is_told_its_place(run: RunConfig, source: Path, tmp_path: Path) -> None:
     converted = source.rename(tmp_path / "converted")
     with refused(ConfigError, "--resume", converted) as caught:
-        way_of(run, Start(str(converted)))
+        plan_start(run, Start(str(converted)))
     assert "checkpoints/step-00000003" in str(caught.value)
 
 
 def test_a_checkpoint_that_is_not_there_is_missing(run: RunConfig, tmp_path: Path) -> None:
     for start in (Start(str(tmp_path / "nowhere")), Start(str(tmp_path))):
         with pytest.raises(MissingInputError):
-            way_of(run, start)
+            plan_start(run, start)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_a_checkpoint_that_is_not_there_is_missing(run: RunConfig, tmp_path: Pat
         ({"resume": "x", "fresh": True}, "--fresh"),
     ],
 )
-def test_doors_that_exclude_each_other_are_both_named(given: dict, field: str) -> None:
+def test_options_that_exclude_each_other_are_both_named(given: dict, field: str) -> None:
     with refused(ConfigError, field) as caught:
         Start(**given)
     assert f"--resume {given['resume']}" in str(caught.value)
@@ -242,34 +242,34 @@ def test_doors_that_exclude_each_other_are_both_named(given: dict, field: str) -
 # --init-from PATH: somebody's weights.
 
 
-def begins_with(way: Way) -> tuple[Path | None, str]:
-    origin = way.lineage.began_from
-    return way.init_from, origin.path if origin else ""
+def begins_with(plan: StartPlan) -> tuple[Path | None, str]:
+    origin = plan.lineage.began_from
+    return plan.init_from, origin.path if origin else ""
 
 
 def test_a_run_begins_with_anothers_weights(run: RunConfig, source: Path) -> None:
     for path in (source, source.parents[1]):
         start = Start(init_from=str(path))
-        way = way_of(run, start)
-        assert begins_with(way) == (source, str(source))
-        assert way.lineage.run_id != OTHER
+        plan = plan_start(run, start)
+        assert begins_with(plan) == (source, str(source))
+        assert plan.lineage.run_id != OTHER
         assert str(outlook(run, start)) == f"begins with the weights of {source}"
 
 
 def test_a_folder_with_any_name_can_be_begun_from(run: RunConfig, source: Path, tmp_path: Path) -> None:
     odd = source.rename(tmp_path / os.fsdecode(b"\xff"))
-    assert begins_with(way_of(run, Start(init_from=str(odd)))) == (odd, f"{tmp_path}/\\xff")
+    assert begins_with(plan_start(run, Start(init_from=str(odd)))) == (odd, f"{tmp_path}/\\xff")
 
 
 def test_the_same_command_goes_on(run: RunConfig, run_dir: Path, source: Path, tmp_path: Path) -> None:
     lineage = begun(run_dir, source)
     newest = write_checkpoint(run_dir)
     for path in (source, source.parents[1]):
-        way = way_of(run, Start(init_from=str(path)))
-        assert (way.lineage, way.folders, way.init_from) == (lineage, [newest], None)
+        plan = plan_start(run, Start(init_from=str(path)))
+        assert (plan.lineage, plan.folders, plan.init_from) == (lineage, [newest], None)
     moved = source.rename(tmp_path / "moved")
     for path in (source, source.parents[1], moved):
-        assert way_of(run, Start(init_from=str(path))).folders == [newest]
+        assert plan_start(run, Start(init_from=str(path))).folders == [newest]
 
 
 @pytest.mark.parametrize("has_steps", [True, False])
@@ -283,7 +283,7 @@ def test_a_run_that_began_from_something_else_is_refused(
     another = write_checkpoint(tmp_path / "another", 3, run_id=OTHER, seed=1)
     for path in (another, tmp_path / "nowhere"):
         with refused(ConfigError, "--init-from", path) as caught:
-            way_of(run, Start(init_from=str(path)))
+            plan_start(run, Start(init_from=str(path)))
         assert all(
             way in str(caught.value) for way in ("leave --init-from off", "another run.dir", "--fresh")
         )
@@ -294,13 +294,13 @@ def test_a_missing_or_foreign_source_is_missing(run: RunConfig, tmp_path: Path) 
     (tmp_path / "hf/config.json").write_text("{}")
     for path in (tmp_path / "nowhere", tmp_path / "hf"):
         with pytest.raises(MissingInputError):
-            way_of(run, Start(init_from=str(path)))
+            plan_start(run, Start(init_from=str(path)))
 
 
 def test_somebody_elses_folder_is_not_begun_in(run: RunConfig, run_dir: Path, source: Path) -> None:
     (run_dir / "thesis.txt").touch()
     with refused(ConfigError, "run.dir", run_dir):
-        way_of(run, Start(init_from=str(source)))
+        plan_start(run, Start(init_from=str(source)))
 
 
 def test_a_damaged_source_is_named(run: RunConfig, source: Path) -> None:
@@ -312,13 +312,13 @@ def test_a_damaged_source_is_named(run: RunConfig, source: Path) -> None:
 def test_fresh_begins_from_what_it_does_not_move(run: RunConfig, run_dir: Path, source: Path) -> None:
     begun(run_dir)
     own = write_checkpoint(run_dir)
-    way = way_of(run, Start(init_from=str(source), fresh=True))
-    assert way.fresh
-    assert begins_with(way) == (source, str(source))
-    assert way.lineage.run_id != RUN_ID
-    assert way_of(run, Start(fresh=True)).newest_first() == []
+    plan = plan_start(run, Start(init_from=str(source), fresh=True))
+    assert plan.fresh
+    assert begins_with(plan) == (source, str(source))
+    assert plan.lineage.run_id != RUN_ID
+    assert plan_start(run, Start(fresh=True)).newest_first() == []
     with refused(ConfigError, "--init-from", own):
-        way_of(run, Start(init_from=str(own), fresh=True))
+        plan_start(run, Start(init_from=str(own), fresh=True))
 
 
 # A run that ended before its first checkpoint.
@@ -330,15 +330,15 @@ def test_a_plain_start_begins_again_with_the_same_weights(
     lineage = begun(run_dir, source)
     (run_dir / "config.yaml").write_text(dump_run(run))
     for start in (Start(), Start(init_from=str(source))):
-        way = way_of(run, start)
-        assert way.lineage == lineage
-        assert way.newest_first() == [source]
+        plan = plan_start(run, start)
+        assert plan.lineage == lineage
+        assert plan.newest_first() == [source]
 
 
 def test_a_plain_start_of_a_drawn_run_draws_again(run: RunConfig, run_dir: Path) -> None:
     lineage = begun(run_dir)
-    way = way_of(run, Start())
-    assert (way.lineage, way.newest_first()) == (lineage, [])
+    plan = plan_start(run, Start())
+    assert (plan.lineage, plan.newest_first()) == (lineage, [])
 
 
 def changed(source: Path) -> None:
@@ -360,12 +360,12 @@ def test_a_plain_start_never_begins_with_other_weights(
     begun(run_dir, source)
     spoil(source)
     with refused(kind, "checkpoint", source) as caught:
-        way_of(run, Start())
+        plan_start(run, Start())
     assert "--init-from" in str(caught.value)
     assert "--fresh" in str(caught.value)
 
 
-def test_an_outlook_names_what_is_moved_aside(run: RunConfig, run_dir: Path) -> None:
+def test_outlook_names_what_is_moved_aside(run: RunConfig, run_dir: Path) -> None:
     write_checkpoint(run_dir)
     found: Outlook = outlook(run, Start(fresh=True))
     assert (found.checkpoint, "aside" in str(found)) == (None, True)
@@ -380,5 +380,5 @@ def test_an_outlook_names_what_is_moved_aside(run: RunConfig, run_dir: Path) -> 
         (Start(resume="never", fresh=True), "the same command without --resume and --fresh"),
     ],
 )
-def test_which_command_goes_on(asked: Start, command: str) -> None:
-    assert asked.to_go_on == command
+def test_command_to_continue(asked: Start, command: str) -> None:
+    assert asked.command_to_continue == command

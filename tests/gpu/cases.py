@@ -30,7 +30,7 @@ from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of, fu
 from llama_mcore.train.step import train_step
 from tests.model.building import fill, random_weights
 from tests.support.models import GROUPED, Shape, model_config, run_config
-from tests.train.layouts import LR, SEQUENCES, STEPS, Layout, batches, train_reference
+from tests.train.layouts import LR, SEQUENCES, STEPS, Layout, steps_of, train_reference
 
 PARITY: Shape = {
     "num_layers": 2,
@@ -119,32 +119,22 @@ def trained(layout: Layout, **changes: dict[str, Any]) -> Numbers:
     """Five steps under a layout; `changes` of the run's sections."""
     run = layout.run_config().changed(**changes)
     with process_groups(run.parallel, seed=0) as groups, engine_of(run, groups) as engine:
-        return _steps(engine, layout, groups, STEPS)
+        return _steps(engine, layout, groups)
 
 
 @contextmanager
 def engine_of(run: RunConfig, groups: Groups) -> Iterator[DeepSpeedEngine]:
-    model = build_model(run.model, run.parallel, groups, dtype_of(run), run.run.seed)
-    engine = build_engine(model, run, groups)
+    model = build_model(run.model, run.parallel, groups, dtype_of(run.train), run.run.seed)
+    engine = build_engine(model, run.zero, run.train, run.optim, groups)
     yield engine
     engine.destroy()
 
 
 def _steps(
-    engine: DeepSpeedEngine,
-    layout: Layout,
-    groups: Groups,
-    count: int,
-    skip: int = 0,
-    before_update: Callable[[], None] = lambda: None,
+    engine: DeepSpeedEngine, layout: Layout, groups: Groups, first: int = 0, end: int = STEPS
 ) -> Numbers:
-    data = batches(layout, groups.dp_rank)
-    for _ in range(skip * layout.accumulation):
-        next(data)
-    results = [
-        train_step(engine, data, layout.accumulation, LR, groups, before_update=before_update)
-        for _ in range(count)
-    ]
+    steps = steps_of(layout, groups.dp_rank, first, end)
+    results = [train_step(engine, micro_batches, LR, groups) for micro_batches in steps]
     return [(result.loss, result.grad_norm) for result in results]
 
 
@@ -152,13 +142,13 @@ def resumed(folder: Path, first: Layout, then: Layout, split: int = 3) -> Number
     """`split` of the five steps under one layout, the others under another one, by way of a checkpoint."""
     run = first.run_config().changed(run={"dir": str(folder)})
     with process_groups(run.parallel, seed=0) as groups, engine_of(run, groups) as engine:
-        numbers = _steps(engine, first, groups, split)
+        numbers = _steps(engine, first, groups, end=split)
         state = TrainState(split, split * SEQUENCES, run_id="r")
         path = save_checkpoint(engine, run, state, groups)
     run = then.run_config()
     with process_groups(run.parallel, seed=0) as groups, engine_of(run, groups) as engine:
         load_checkpoint(engine, CheckpointReader(path), groups)
-        return numbers + _steps(engine, then, groups, STEPS - split, skip=split)
+        return numbers + _steps(engine, then, groups, first=split)
 
 
 def saved_under_load(folder: Path, shape: Shape) -> tuple[list[Path], list[float]]:
@@ -221,4 +211,4 @@ def _train(
     shape = (run.train.micro_batch_size, run.model.seq_length + 1)
     tokens = torch.randint(run.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     batch = MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-    return train_step(engine, iter([batch]), 1, LR, groups, before_update=before_update)
+    return train_step(engine, [batch], LR, groups, before_update=before_update)

@@ -52,7 +52,7 @@ def test_a_signal_to_one_rank_saves_and_its_75_comes_through(small: Small, tmp_p
         rank_1(job).send_signal(signal.SIGUSR1)
         assert job.result() == [75], job.output
     assert "on 2 ranks: tp 2, dp 1" in job.output
-    assert "the same command goes on" in job.output
+    assert "run the same command to continue" in job.output
     assert "Traceback" not in job.output
 
 

@@ -73,7 +73,7 @@ def test_a_signal_to_srun_saves_and_its_75_comes_through(
     step.process.send_signal(signal.SIGUSR1)
     code, said = step.ended()
     assert code == 75, said
-    assert "the same command goes on" in said
+    assert "run the same command to continue" in said
 
 
 def test_a_wrong_setting_comes_through_srun(slurm: dict[str, str], small: Small, tmp_path: Path) -> None:

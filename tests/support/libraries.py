@@ -17,7 +17,7 @@ import torch.utils.tensorboard
 
 import llama_mcore.cli
 import llama_mcore.diagnose.preflight
-import llama_mcore.train.trainer
+import llama_mcore.train.setup
 
 # Each engine asks, and the first answer starts a compiler twice.
 deepspeed.ops.__compatible_ops__

@@ -225,16 +225,16 @@ def _prepare(fault: Callable[[], object], phase: str, step: int) -> None:
 
 def _fail_in_read(fault: Callable[[], object], step: int) -> None:
     """`step`: counted from the first of this attempt."""
-    from llama_mcore.train import trainer
+    from llama_mcore.train.trainer import Trainer
 
-    read, steps = trainer.islice, count(1)
+    read, steps = Trainer._read, count(1)
 
-    def islice(*arguments: Any) -> Any:
+    def read_or_fail(trainer: Trainer) -> Any:
         if next(steps) == step:
             fault()
-        return read(*arguments)
+        return read(trainer)
 
-    trainer.islice = islice  # type: ignore[assignment,misc]
+    Trainer._read = read_or_fail  # type: ignore[method-assign]
 
 
 def _fail_in_phase(fault: Callable[[], object], where: Phase, at: int) -> None:

@@ -56,8 +56,8 @@ def config(run_dir: Path, precision: str, stage: int, tp: int) -> RunConfig:
 def examine(run: RunConfig) -> dict[str, Any]:
     """What this rank found."""
     with process_groups(run.parallel, seed=1) as groups:
-        model = build_model(run.model, run.parallel, groups, dtype_of(run), run.run.seed)
-        engine = build_engine(model, run, groups)
+        model = build_model(run.model, run.parallel, groups, dtype_of(run.train), run.run.seed)
+        engine = build_engine(model, run.zero, run.train, run.optim, groups)
         return {
             "nan_in_the_first_step": take_step(engine, run, groups, nan_loss),
             "unfinished_state": saved_and_loaded(
@@ -115,7 +115,7 @@ def take_step(engine: DeepSpeedEngine, run: RunConfig, groups: Groups, fault: Fa
     before = weights(engine)
     accumulation = run.accumulation_steps(groups.world_size)
     with fault(engine, groups):
-        result = train_step(engine, batches(accumulation, groups), accumulation, 1e-2, groups)
+        result = train_step(engine, batches(accumulation, groups), 1e-2, groups)
     after = weights(engine)
     return {
         "skipped": result.skipped,
@@ -194,8 +194,7 @@ def same(left: list[Tensor], right: list[Tensor]) -> bool:
     return all(torch.equal(*pair) for pair in zip(left, right, strict=True))
 
 
-def batches(count: int, groups: Groups) -> Iterator[MicroBatch]:
+def batches(count: int, groups: Groups) -> list[MicroBatch]:
     generator = torch.Generator().manual_seed(groups.dp_rank)
-    for _ in range(count):
-        tokens = torch.randint(64, (2, 9), generator=generator)
-        yield MicroBatch(tokens[:, :-1], tokens[:, 1:])
+    tokens = torch.randint(64, (count, 2, 9), generator=generator)
+    return [MicroBatch(part[:, :-1], part[:, 1:]) for part in tokens]

@@ -19,7 +19,7 @@ from llama_mcore.model import rmsnorm
 from llama_mcore.model.build import build_model
 from llama_mcore.model.sharding import split_of, unshard
 from llama_mcore.train.engine import build_engine, full_fp32_weight
-from llama_mcore.train.optimizer import build_optimizer
+from llama_mcore.train.optim import build_optimizer
 from llama_mcore.train.step import train_step
 from tests.support.models import GROUPED, run_config
 
@@ -111,9 +111,8 @@ def train_without_norm_sum(layout: Layout) -> Trained:
 def train_layout(layout: Layout, groups: Groups) -> Trained:
     run = layout.run_config()
     model = build_model(run.model, run.parallel, groups, torch.float32, run.run.seed)
-    engine = build_engine(model, run, groups)
-    data = batches(layout, groups.dp_rank)
-    results = [train_step(engine, data, layout.accumulation, LR, groups) for _ in range(STEPS)]
+    engine = build_engine(model, run.zero, run.train, run.optim, groups)
+    results = [train_step(engine, batches, LR, groups) for batches in steps_of(layout, groups.dp_rank)]
     return trained([r.loss for r in results], [r.grad_norm for r in results], model, groups)
 
 
@@ -125,7 +124,7 @@ def train_reference() -> Trained:
     with process_groups(run.parallel, seed=0) as groups:
         model = build_model(run.model, run.parallel, groups, torch.float32, run.run.seed)
         optimizer = build_optimizer(model, run.optim)
-        for batch in batches(layout, 0):
+        for (batch,) in steps_of(layout, 0):
             loss = model(batch.tokens, labels=batch.labels)
             loss.backward()
             norms.append(nn.utils.clip_grad_norm_(model.parameters(), run.optim.clip_grad).item())
@@ -135,15 +134,12 @@ def train_reference() -> Trained:
         return trained(losses, norms, model, groups)
 
 
-def batches(layout: Layout, dp_rank: int) -> Iterator[MicroBatch]:
-    """The same sequences at every step of every layout; here those of one data-parallel rank."""
-    size = SEQUENCES // (layout.dp * layout.accumulation)
-    for step in range(STEPS):
+def steps_of(layout: Layout, dp_rank: int, first: int = 0, end: int = STEPS) -> Iterator[list[MicroBatch]]:
+    """Micro-batches of each step on one data-parallel rank; a step has the same sequences in every layout."""
+    for step in range(first, end):
         tokens = torch.randint(512, (SEQUENCES, 33), generator=torch.Generator().manual_seed(step))
-        for part in range(layout.accumulation):
-            start = (part * layout.dp + dp_rank) * size
-            chosen = tokens[start : start + size]
-            yield MicroBatch(chosen[:, :-1], chosen[:, 1:])
+        parts = tokens.chunk(layout.dp * layout.accumulation)[dp_rank :: layout.dp]
+        yield [MicroBatch(part[:, :-1], part[:, 1:]) for part in parts]
 
 
 def trained(losses: list[float], norms: list[float], model: nn.Module, groups: Groups) -> Trained:

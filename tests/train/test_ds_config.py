@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
@@ -20,6 +21,10 @@ SHIPPED = sorted((CHECKOUT / "ds_configs").glob("*.json"))
 WORLD_SIZE = 4  # tp 2 x dp 2
 
 
+def filled(run: RunConfig) -> dict[str, Any]:
+    return deepspeed_config(run.zero, run.train, run.optim, run.data_parallel_size(WORLD_SIZE))
+
+
 def tiny(*overrides: str) -> RunConfig:
     return load_run("tiny", ["train.micro_batch_size=2", "train.global_batch_size=16", *overrides])
 
@@ -36,7 +41,7 @@ def values(run: RunConfig) -> list[tuple[str, object]]:
             )
         ]
 
-    return walk(deepspeed_config(run, WORLD_SIZE), "")
+    return walk(filled(run), "")
 
 
 def stages_of(path: Path) -> list[int]:
@@ -68,14 +73,14 @@ def test_a_shipped_file_is_filled(path: Path, stage: int) -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_file_of_a_stage_is_found_by_its_stage(stage: int) -> None:
     own = json.loads((CHECKOUT / f"ds_configs/zero{stage}.json").read_text())["zero_optimization"]
-    filled = deepspeed_config(tiny(f"zero.stage={stage}"), WORLD_SIZE)["zero_optimization"]
-    assert filled == own | {"stage": stage}
+    found = filled(tiny(f"zero.stage={stage}"))["zero_optimization"]
+    assert found == own | {"stage": stage}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_deepspeed_knows_every_key_of_a_shipped_file(path: Path) -> None:
     """Its sections are pydantic models that refuse unknown keys."""
-    config = deepspeed_config(tiny(f"zero.stage={stages_of(path)[-1]}", f"zero.config={path}"), WORLD_SIZE)
+    config = filled(tiny(f"zero.stage={stages_of(path)[-1]}", f"zero.config={path}"))
     config["train_batch_size"] = config["gradient_accumulation_steps"] * 2  # of one process, as here
     parsed = DeepSpeedConfig(config)
     assert parsed.zero_optimization_stage == stages_of(path)[-1]
@@ -91,7 +96,7 @@ def problems_of(content: str, folder: Path) -> list[Problem]:
     path = folder / "ds.json"
     path.write_text(content)
     with pytest.raises(ConfigError) as error:
-        deepspeed_config(tiny(f"zero.config={path}"), WORLD_SIZE)
+        filled(tiny(f"zero.config={path}"))
     assert all(str(path) in str(problem) for problem in error.value.problems)
     return error.value.problems
 
@@ -164,7 +169,7 @@ def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, content: str) 
 
 def test_a_missing_file_is_refused() -> None:
     with refused(MissingInputError, "zero.config", "no-such.json"):
-        deepspeed_config(tiny("zero.config=no-such.json"), WORLD_SIZE)
+        filled(tiny("zero.config=no-such.json"))
 
 
 @pytest.mark.parametrize(
@@ -189,6 +194,6 @@ def test_values_of_another_type_are_refused_by_training_and_plan(
 ) -> None:
     (path := tmp_path / "own.json").write_text(json.dumps(content))
     run = tiny("zero.stage=1", f"zero.config={path}")
-    for look in (lambda: deepspeed_config(run, WORLD_SIZE), lambda: memory_of(run, WORLD_SIZE)):
+    for look in (lambda: filled(run), lambda: memory_of(run, WORLD_SIZE)):
         with refused(ConfigError, field, value):
             look()

@@ -16,9 +16,9 @@ from llama_mcore.checkpoint.manifest import read_manifest
 from llama_mcore.checkpoint.paths import step_dir
 from llama_mcore.checkpoint.start import Start
 from llama_mcore.observe.goodput.attempts import AttemptStarted, add_attempt
-from llama_mcore.train.resume import still_asked
+from llama_mcore.train.resume import after_requeue
 from tests.support.errors import ANY, is_shown
-from tests.support.models import Small, run_config
+from tests.support.models import Small
 from tests.support.product import Finished, checkpoints, llama_mcore, metrics, numbers, train
 from tests.train.attempts import Attempt, ask, be_killed, first_steps, live
 
@@ -222,7 +222,7 @@ def test_what_a_run_did_after_the_step_it_goes_back_to_is_kept(started: Callable
     ]
     kept = (found.run_dir / "metrics-given-up.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in kept] == metrics(found.finished)[2:]
-    (said,) = [line for line in found.ended.lines if "GONE BACK to step 2" in line]
+    (said,) = [line for line in found.ended.lines if "RETURNED to step 2" in line]
     assert all(name in said for name in ("given-up-step-00000004", "metrics-given-up.jsonl", "--resume off"))
 
 
@@ -281,13 +281,12 @@ def test_a_run_that_was_killed_before_its_first_save_begins_with_the_same_weight
 def test_what_counted_when_a_job_began_does_not_when_slurm_puts_it_back(
     asked: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = run_config(tmp_path)
     add_attempt(tmp_path, AttemptStarted(began=1.0, job="7", host="n", ranks=1, saved=True, step=1))
     for name, value in (("SLURM_JOB_ID", "7"), ("SLURM_RESTART_COUNT", "0")):
         monkeypatch.setenv(name, value)
-    assert still_asked(run, asked) == asked
+    assert after_requeue(tmp_path, asked) == asked
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert still_asked(run, asked) == Start(accept_data_change=asked.accept_data_change)
+    assert after_requeue(tmp_path, asked) == Start(accept_data_change=asked.accept_data_change)
 
 
 def test_checkpoints_say_whose_run_it_is(started: Callable[[str], Started]) -> None:

@@ -17,7 +17,7 @@ from llama_mcore.checkpoint.manifest import read_manifest
 from llama_mcore.config.run import load_run
 from llama_mcore.data.windows import WindowDataset
 from llama_mcore.errors import DataError
-from llama_mcore.train.schedule import learning_rate
+from llama_mcore.train.optim import learning_rate
 from tests.conftest import Once
 from tests.support.errors import is_shown, refused
 from tests.support.models import Small

@@ -37,8 +37,8 @@ def config(precision: str, stage: int) -> RunConfig:
 
 def steps(run: RunConfig, groups: Groups) -> dict[str, Any]:
     """Three, the second of which has a gradient that is not finite, and an evaluation."""
-    model = build_model(run.model, run.parallel, groups, dtype_of(run), run.run.seed)
-    engine = build_engine(model, run, groups)
+    model = build_model(run.model, run.parallel, groups, dtype_of(run.train), run.run.seed)
+    engine = build_engine(model, run.zero, run.train, run.optim, groups)
     results = [take_step(engine, groups)]
     with_nan = model.output_layer.weight.register_hook(lambda gradient: gradient * float("nan"))
     results.append(take_step(engine, groups))
@@ -50,7 +50,7 @@ def steps(run: RunConfig, groups: Groups) -> dict[str, Any]:
 
 def take_step(engine: DeepSpeedEngine, groups: Groups) -> dict[str, Any]:
     before = state(engine)
-    result = train_step(engine, iter(batches(2)), 2, 1e-2, groups)
+    result = train_step(engine, batches(2), 1e-2, groups)
     after = state(engine)
     return {
         "changed": not all(torch.equal(*pair) for pair in zip(before, after, strict=True)),
@@ -69,7 +69,7 @@ def calls_of_a_step(engine: DeepSpeedEngine, groups: Groups) -> list[str]:
         seen.append(name if same else f"{name}, weights changed")
 
     beat, before_update = (lambda name=name: called(name) for name in ("beat", "before update"))
-    train_step(engine, iter(batches(2)), 2, 1e-2, groups, beat=beat, before_update=before_update)
+    train_step(engine, batches(2), 1e-2, groups, beat=beat, before_update=before_update)
     return seen
 
 

@@ -15,7 +15,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llama_mcore.checkpoint import durable_io
-from llama_mcore.train import trainer
+from llama_mcore.train.health import Judgement
+from llama_mcore.train.trainer import Trainer
 from tests.support.models import Small
 from tests.support.product import Finished, llama_mcore, metrics, run_command, train
 from tests.support.world import Call, exit_codes_of
@@ -57,14 +58,14 @@ def run(small: Small, tmp_path_factory: pytest.TempPathFactory) -> TakenOver:
 def train_and_be_stopped(words: list[str]) -> None:
     """The lines are then those that the checkpoint has, and whoever goes on from it leaves the file as it is:
     a late line would come into the same."""
-    step = trainer._step
+    step = Trainer.step
 
-    def step_or_stop(job: trainer.Job) -> trainer.Judgement:
-        if job.sinks and job.state.step == SAVED:
+    def step_or_stop(trainer: Trainer) -> Judgement:
+        if trainer.sinks and trainer.state.step == SAVED:
             os.kill(os.getpid(), signal.SIGSTOP)
-        return step(job)
+        return step(trainer)
 
-    trainer._step = step_or_stop
+    Trainer.step = step_or_stop  # type: ignore[method-assign]
     run_command(words)
 
 

@@ -1,22 +1,25 @@
-"""llama_mcore.train.trainer: what it settles before there is a job. Whole runs are in test_run.py."""
+"""llama_mcore.train.trainer and setup: what needs no job of several ranks. Whole runs are in test_run.py."""
 
+import dataclasses
 import logging
+from collections.abc import Callable
 from datetime import timedelta
 from types import SimpleNamespace
-from typing import Any, NoReturn, cast
+from typing import NoReturn
 from unittest.mock import patch
 
 import pytest
 
-from llama_mcore.checkpoint.train_state import HealthState
+from llama_mcore.checkpoint.train_state import HealthState, TrainState
 from llama_mcore.config.run import RunConfig, load_run
 from llama_mcore.distributed.config import ParallelConfig
 from llama_mcore.distributed.groups import TIMEOUT
 from llama_mcore.errors import OutputError, Problem
 from llama_mcore.observe.phases import Phases
-from llama_mcore.train import trainer
+from llama_mcore.train import setup
+from llama_mcore.train import trainer as trainer_module
 from llama_mcore.train.health import Action, Judgement
-from llama_mcore.train.setup import Job
+from llama_mcore.train.trainer import Trainer
 from llama_mcore.watchdog.signals import StopRequest
 
 LIMITS = ("first_step_s", "start_s", "setup_s", "save_s", "evaluate_s", "end_s", "min_step_s")
@@ -32,8 +35,8 @@ def timeout_of_collectives(run: RunConfig) -> timedelta:
     def join(parallel: ParallelConfig, seed: int, timeout: timedelta) -> NoReturn:
         raise Joining(timeout)
 
-    with patch.object(trainer, "process_groups", join), pytest.raises(Joining) as joining:
-        trainer.train(run, StopRequest())
+    with patch.object(setup, "process_groups", join), pytest.raises(Joining) as joining:
+        setup.train(run, StopRequest())
     (timeout,) = joining.value.args
     return timeout
 
@@ -51,29 +54,35 @@ def test_short_limits_leave_the_usual_timeout() -> None:
     assert timeout_of_collectives(load_run("7b", [*short, "checkpoint.timeout_s=1"])) == TIMEOUT
 
 
-def test_a_job_that_loses_its_run_while_it_rolls_back_puts_nothing_aside(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """When it has read the checkpoint to go back to, which takes minutes."""
+def trainer(monkeypatch: pytest.MonkeyPatch, **parts: object) -> Trainer:
+    """A Trainer of one rank that is made of these parts, and of nothing else."""
+    monkeypatch.setattr(trainer_module, "run_on_all_ranks", lambda groups, action: action())
+    fields = {field.name: None for field in dataclasses.fields(Trainer)}
+    return Trainer(**fields | {"phases": Phases()} | parts)  # type: ignore[arg-type]
+
+
+def test_a_job_that_loses_its_run_in_a_rollback_archives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it reads the checkpoint to return to, which takes minutes."""
     done: list[str] = []
 
-    def lost() -> None:
-        if done:
-            raise OutputError(Problem("run.dir", "run", "the run was taken over"))
+    def check() -> None:
+        assert done == ["read"]
+        raise OutputError(Problem("run.dir", "run", "the run was taken over"))
 
-    def roll_back(*arguments: Any) -> None:
-        *_, together, _ = arguments
-        together(lambda: done.append("read"))
-        together(lambda: done.append("put aside"))
+    def noted(what: str) -> Callable[..., None]:
+        return lambda *_: done.append(what)
 
-    monkeypatch.setattr(trainer, "roll_back", roll_back)
-    monkeypatch.setattr(trainer, "together", lambda groups, action: action())
-    saver, sinks = SimpleNamespace(finish=lambda: None), SimpleNamespace(check=lost)
-    state = SimpleNamespace(step=5)
-    parts = {"run": None, "groups": None, "engine": None}
-    job = SimpleNamespace(state=state, phases=Phases(), saver=saver, sinks=sinks, **parts)
+    for name, what in (("roll_back", "read"), ("archive_checkpoints_after", "archived")):
+        monkeypatch.setattr(trainer_module, name, noted(what))
+    job = trainer(
+        monkeypatch,
+        config=load_run("tiny", ["run.dir=run", "data.train=unused"]),
+        state=TrainState(step=5),
+        saver=SimpleNamespace(finish=lambda: None),
+        sinks=SimpleNamespace(check=check, go_back=noted("metrics")),
+    )
     with pytest.raises(OutputError):
-        trainer._return_or_stop(cast(Job, job), Judgement(HealthState(), Action.ROLL_BACK, "too bad"))
+        job.recover(Judgement(HealthState(), Action.ROLL_BACK, "too bad"))
     assert done == ["read"]
 
 
@@ -81,16 +90,22 @@ def test_a_job_that_loses_its_run_while_it_rolls_back_puts_nothing_aside(
     ("first", "step", "said", "exit_code"),
     [
         (0, 5, "finished 5 steps", 0),
-        (2, 4, "stopped at step 4 of 5", 75),
+        (2, 4, "stopped at step 4 of 5; run the same command to continue", 75),
         (5, 5, "nothing to do: the run has done 5 steps", 0),
         (7, 7, "nothing to do: the run has done 7 steps", 0),
     ],
 )
 def test_the_last_line_says_whether_anything_was_done(
-    first: int, step: int, said: str, exit_code: int, caplog: pytest.LogCaptureFixture
+    first: int,
+    step: int,
+    said: str,
+    exit_code: int,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run, state = SimpleNamespace(train=SimpleNamespace(steps=5)), SimpleNamespace(step=step)
-    job = SimpleNamespace(run=run, state=state, phases=Phases(), timeline=None)
+    config = SimpleNamespace(train=SimpleNamespace(steps=5))
+    command = "the same command"
+    job = trainer(monkeypatch, config=config, state=TrainState(step=step), command_to_continue=command)
     with caplog.at_level(logging.INFO):
-        assert trainer._finish(cast(Job, job), first, "the same command") == exit_code
+        assert job._finish(first) == exit_code
     assert caplog.messages[-1].startswith(said)

@@ -21,12 +21,14 @@ from llama_mcore.data.sources import open_sources, plan_run
 from llama_mcore.errors import report_errors
 from llama_mcore.observe.phases import Phase, PhaseListener, Phases
 from llama_mcore.train import trainer
+from llama_mcore.train.setup import train
 from llama_mcore.train.step import StepResult
+from llama_mcore.train.trainer import Trainer
 from llama_mcore.watchdog.signals import StopRequest
 from tests.support.world import exit_codes_of, write_output_to
 
 train_step = trainer.train_step
-roll_back = trainer.roll_back
+archive = Trainer._archive_abandoned_steps
 KILLED = 9
 
 
@@ -84,10 +86,10 @@ def live(folder: Path, run: RunConfig, asked: Run, kill: int | str | None, stop_
     stop = StopRequest()
     trainer.train_step = faulty_step(bad_windows(run, asked.bad), asked, kill, stop, stop_in)
     if kill == "rollback":
-        trainer.roll_back = lambda *arguments: (roll_back(*arguments), os._exit(KILLED))
+        Trainer._archive_abandoned_steps = lambda self: (archive(self), os._exit(KILLED))  # type: ignore[method-assign, assignment, func-returns-value]
     told = Told()
     with report_errors():
-        exit_code = trainer.train(run, stop, phases=Phases([told]))
+        exit_code = train(run, stop, phases=Phases([told]))
         (folder / f"phases-{os.environ['RANK']}.json").write_text(json.dumps(told.entries))
         sys.exit(exit_code)
 
@@ -113,7 +115,7 @@ def faulty_step(
 ) -> Callable[..., StepResult]:
     calls = 0
 
-    def step(engine: Any, batches: Iterator[Any], *arguments: Any) -> StepResult:
+    def step(engine: Any, *arguments: Any, **options: Any) -> StepResult:
         nonlocal calls
         calls += 1
         if calls == kill:
@@ -123,7 +125,7 @@ def faulty_step(
         if calls == asked.left_out:
             return StepResult(float("nan"), float("nan"), skipped=True)
         with wrong_loss(engine.module, bad, asked.add):
-            result = train_step(engine, batches, *arguments)
+            result = train_step(engine, *arguments, **options)
         if calls == asked.flip_after and os.environ["RANK"] == "1":
             norm = engine.module.get_parameter("decoder.final_layernorm.weight")
             norm.detach().view(torch.int16)[0] ^= 1

@@ -76,8 +76,8 @@ def state(name: str, groups: Groups) -> list[int]:
     """[weights, gradients, masters, moments] in bytes, after the first backward of the second step: the
     optimizer has its moments, and gradients of one micro-batch wait for those of the next."""
     run = run_of(name, groups.tp_size)
-    model = build_model(run.model, run.parallel, groups, dtype_of(run), run.run.seed)
-    engine = build_engine(model, run, groups)
+    model = build_model(run.model, run.parallel, groups, dtype_of(run.train), run.run.seed)
+    engine = build_engine(model, run.zero, run.train, run.optim, groups)
     tokens = torch.randint(run.model.vocab_size, (1, run.model.seq_length + 1))
     for _ in range(2):
         _backward(engine, tokens, groups)

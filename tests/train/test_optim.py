@@ -1,6 +1,7 @@
-"""llama_mcore.train.optimizer: which parameters decay, and how Adam is set."""
+"""llama_mcore.train.optim: which parameters decay, how Adam is set, and how the learning rate runs."""
 
 import importlib.util
+import itertools
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from llama_mcore.errors import ConfigError
 from llama_mcore.train.config import OptimConfig
-from llama_mcore.train.optimizer import build_optimizer
+from llama_mcore.train.optim import build_optimizer, learning_rate
 from tests.support.errors import refused
 
 NAMES = {
@@ -20,6 +21,7 @@ NAMES = {
     "decoder.final_layernorm.weight": False,
     "output_layer.weight": True,
 }  # name -> is a matrix
+PEAK, STEPS = 3e-4, 1000
 
 
 class Model(nn.Module):
@@ -62,3 +64,47 @@ def test_the_defaults_are_the_papers() -> None:
 def test_apex_is_refused_where_it_is_not_installed() -> None:
     with refused(ConfigError, "optim.implementation", "apex"):
         build_optimizer(Model(), OptimConfig(lr=1e-3, implementation="apex"))
+
+
+def rate(step: int, warmup_steps: int = 100, min_lr_ratio: float = 0.1, steps: int = STEPS) -> float:
+    optim = OptimConfig(lr=PEAK, warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio)
+    return learning_rate(step, steps, optim)
+
+
+def test_warm_up_is_linear_and_ends_at_the_peak() -> None:
+    assert rate(1) == pytest.approx(PEAK / 100)
+    assert rate(50) == pytest.approx(PEAK / 2)
+    assert rate(100) == PEAK
+
+
+def test_half_of_the_decay_is_half_way_between_peak_and_end() -> None:
+    assert rate(550) == pytest.approx(PEAK * (1 + 0.1) / 2)
+
+
+def test_a_quarter_of_the_decay_is_on_the_cosine() -> None:
+    assert rate(325) == pytest.approx(PEAK * (0.1 + 0.9 * (1 + 0.5**0.5) / 2))
+
+
+def test_the_last_step_has_the_smallest_rate_and_it_stays_there() -> None:
+    assert rate(STEPS) == pytest.approx(0.1 * PEAK)
+    assert rate(STEPS, min_lr_ratio=0.0) == pytest.approx(0.0)
+    assert rate(STEPS + 500) == pytest.approx(0.1 * PEAK)
+
+
+def test_it_never_rises_after_the_warm_up() -> None:
+    rates = [rate(step) for step in range(100, STEPS + 1)]
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates))
+
+
+def test_no_warm_up_starts_on_the_cosine() -> None:
+    assert rate(1, warmup_steps=0) == pytest.approx(PEAK, rel=1e-5)
+    assert rate(STEPS, warmup_steps=0) == pytest.approx(0.1 * PEAK)
+
+
+def test_a_run_that_is_all_warm_up_ends_at_the_peak() -> None:
+    assert rate(100, steps=100) == PEAK
+
+
+def test_it_depends_on_the_step_alone() -> None:
+    forwards = [rate(step) for step in range(1, STEPS + 1)]
+    assert [rate(step) for step in range(STEPS, 0, -1)] == forwards[::-1]
