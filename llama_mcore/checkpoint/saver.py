@@ -46,8 +46,8 @@ from llama_mcore.checkpoint.paths import (
 )
 from llama_mcore.checkpoint.phase import agree, in_background
 from llama_mcore.checkpoint.run_lock import Lease
+from llama_mcore.checkpoint.safetensors_io import write_tensors
 from llama_mcore.checkpoint.snapshot import SLOTS, Copying, check_finite, host_copy, not_finite, saved_tensors
-from llama_mcore.checkpoint.tensor_file import write_tensors
 from llama_mcore.checkpoint.train_state import TrainState
 from llama_mcore.config.run import RunConfig
 from llama_mcore.distributed.groups import Groups

@@ -19,6 +19,7 @@ from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from torch import Tensor
 
 from llama_mcore.checkpoint.paths import WEIGHT
+from llama_mcore.checkpoint.safetensors_io import bytes_of
 from llama_mcore.convert.model_weights import Rounded, Weights, loaded_model
 from llama_mcore.convert.registry import NOT_CARRIED, Format, WriteOptions
 from llama_mcore.errors import CheckpointError, Problem, shown
@@ -128,7 +129,7 @@ def _check_tensors(weights: Weights, found: Weights, options: WriteOptions, resu
 def digest(tensor: Tensor) -> str:
     """SHA-256 of dtype, shape and bytes: 0.0 is not -0.0, and a nan equals itself."""
     sha256 = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    sha256.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    sha256.update(bytes_of(tensor))
     return sha256.hexdigest()
 
 

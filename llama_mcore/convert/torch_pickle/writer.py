@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
-from llama_mcore.convert.safetensors_stream import Spec
+from llama_mcore.checkpoint.safetensors_io import TensorSpec, bytes_of, check_is_next
 
 _ALIGNMENT = 64
 _ZIP64_FROM = 1 << 30  # bytes of an entry; zipfile wants to know before it writes one over 2 GiB
@@ -36,21 +36,17 @@ class TorchFile:
     Raises OSError where the disk refuses, and ValueError for a tensor that is not the next one.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
         self._expected = iter(specs.items())
         self._entries = iter(_skeleton(path, specs))
         self._file = path.open("xb")
         self._archive = zipfile.ZipFile(self._file, "w")
 
     def add(self, name: str, tensor: Tensor) -> None:
-        expected, (dtype, shape) = next(self._expected)
-        if (name, tensor.dtype, tensor.shape) != (expected, dtype, shape):
-            raise ValueError(
-                f"{name} {tensor.dtype} {list(tensor.shape)} where {expected} {dtype} {list(shape)}"
-            )
+        check_is_next(self._expected, name, tensor)
         entry = self._copy_to_next_tensor()
         assert entry, "as many entries as specs"
-        self._write(entry, tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._write(entry, bytes_of(tensor))
 
     def __enter__(self) -> "TorchFile":
         return self
@@ -86,7 +82,7 @@ class TorchFile:
             entry.write(content)
 
 
-def _skeleton(path: Path, specs: Mapping[str, Spec]) -> Iterator[tuple[str, bytes | None]]:
+def _skeleton(path: Path, specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, bytes | None]]:
     """Entries of the file in their order; None for the content of a tensor."""
     with FakeTensorMode():
         fakes = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in specs.items()}

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from llama_mcore.checkpoint.durable_io import write_file
 from llama_mcore.checkpoint.paths import WEIGHT
-from llama_mcore.checkpoint.safetensors_io import StoredTensor, read_safetensors
+from llama_mcore.checkpoint.safetensors_io import StoredTensor, TensorStream, read_safetensors
 from llama_mcore.convert.formats.huggingface.tokenizer import TOKENIZER_MODEL, pad_id, tokenizer_files
 from llama_mcore.convert.fused_weights import join, split
 from llama_mcore.convert.json_object import read_json_object
 from llama_mcore.convert.model_weights import Weights
 from llama_mcore.convert.names import HUGGING_FACE
 from llama_mcore.convert.registry import Advance, Format, WriteOptions, check_named
-from llama_mcore.convert.safetensors_stream import TensorStream
 from llama_mcore.errors import CheckpointError, ConfigError, Problem, shown
 from llama_mcore.model.config import ModelConfig, RopeScaling
 from llama_mcore.model.sharding import parameter_shapes
