@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from llama_mcore.checkpoint.manifest import read_manifest
-from llama_mcore.checkpoint.paths import find_checkpoint
+from llama_mcore.checkpoint.run_dir import find_checkpoint
 from llama_mcore.checkpoint.train_state import Rollback
 from llama_mcore.data.audit import FIX_LINES, check_ledger, check_uses, count_uses, use_table
 from llama_mcore.errors import DataError, Problem

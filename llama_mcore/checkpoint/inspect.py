@@ -7,15 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from llama_mcore.checkpoint.diff import Comparison, TensorDifference, compare
-from llama_mcore.checkpoint.manifest import MANIFEST, Manifest, damaged_files, missing_files, read_manifest
-from llama_mcore.checkpoint.paths import (
-    TEMPORARY,
-    find_checkpoint,
-    step_folders,
-    unfinished,
-    unreadable,
-)
+from llama_mcore.checkpoint.manifest import Manifest, damaged_files, missing_files, read_manifest
+from llama_mcore.checkpoint.paths import MANIFEST, TEMPORARY, step_folders, unfinished, unreadable
 from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.run_dir import find_checkpoint
 from llama_mcore.data.data_plan import format_table
 from llama_mcore.errors import CheckpointError, MissingInputError, Problem, input_problem, shown
 from llama_mcore.model.parameters import pattern_of

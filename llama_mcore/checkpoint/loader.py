@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
+from llama_mcore.checkpoint.manifest import model_differences
 from llama_mcore.checkpoint.optimizer_shards import (
     Fragment,
     create_optimizer_state,
@@ -18,20 +19,19 @@ from llama_mcore.checkpoint.optimizer_shards import (
 )
 from llama_mcore.checkpoint.paths import WEIGHT
 from llama_mcore.checkpoint.reader import CheckpointReader
-from llama_mcore.checkpoint.same_model import model_differences
-from llama_mcore.config.run import RunConfig
 from llama_mcore.distributed.device import CopyStream, host_block
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.errors import ConfigError
+from llama_mcore.model.config import ModelConfig
 from llama_mcore.observe.phases import Phases
 
 SLOT = 16 << 20
 """Elements that are read ahead while as many are copied to the device: 64 MiB."""
 
 
-def check_same_model(reader: CheckpointReader, run: RunConfig) -> None:
+def check_same_model(reader: CheckpointReader, model: ModelConfig) -> None:
     """Refuse to resume with another model. Raises ConfigError with every field that differs."""
-    problems = model_differences(reader.path, reader.model, run.model)
+    problems = model_differences(reader.path, reader.model, model)
     if problems:
         raise ConfigError(problems)
 

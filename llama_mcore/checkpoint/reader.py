@@ -10,11 +10,10 @@ from operator import itemgetter
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from llama_mcore.checkpoint.manifest import MANIFEST, RankFile, damaged_files, missing_files, read_manifest
-from llama_mcore.checkpoint.paths import WEIGHT, parse_fragment_key
+from llama_mcore.checkpoint.manifest import RankFile, damaged_files, missing_files, model_of, read_manifest
+from llama_mcore.checkpoint.paths import MANIFEST, WEIGHT, parse_fragment_key
 from llama_mcore.checkpoint.safetensors_io import DTYPE_NAMES, StoredTensor, read_safetensors
 from llama_mcore.checkpoint.train_state import HealthState, TrainState
 from llama_mcore.errors import CheckpointError, Problem, shown
@@ -143,16 +142,11 @@ class CheckpointReader:
 
     def _checked_model(self, opened: list[dict[str, StoredTensor]]) -> ModelConfig:
         """The model of the manifest, once it is clear that it is not larger than the files."""
-        path, found = self.path / MANIFEST, self.manifest
-        try:
-            model = ModelConfig.model_validate(found.config.get("model"))
-        except ValidationError as error:
-            reason = f"does not describe a model ({shown(' '.join(str(error).split()))})"
-            raise CheckpointError(Problem("manifest", path, reason)) from None
+        found, model = self.manifest, model_of(self.path, self.manifest)
         fragments, size = sum(map(len, opened)), sum(f.bytes for f in found.files)
         if model.num_layers > fragments or _FP32_BYTES * len(self.kinds) * model.num_params() > size:
             reason = f"describes a model that its {size:,} bytes in {fragments:,} fragments cannot hold"
-            raise CheckpointError(Problem("manifest", path, reason))
+            raise CheckpointError(Problem("manifest", self.path / MANIFEST, reason))
         return model
 
     def _index(self, file: RankFile, tensors: dict[str, StoredTensor]) -> None:

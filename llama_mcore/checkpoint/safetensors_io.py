@@ -4,9 +4,9 @@
     header      JSON: {"__metadata__": {...}, NAME: {"dtype": ..., "shape": ..., "data_offsets": ...}, ...}
     tensors     side by side to the end of the file; offsets count from the end of the header
 
-The `safetensors` package is not used. Its reader maps files, so that one that is truncated while it is read
-kills the process (SIGBUS) instead of raising an error. Its writer needs all tensors of a file at once and gives
-no hash, which a checkpoint computes while the bytes are still in memory.
+The `safetensors` package is not used. Its reader maps files, so that a file that is truncated while it is
+read kills the process (SIGBUS) instead of raising an error. Its writer needs all tensors of a file at once
+and gives no hash, which a checkpoint computes while the bytes are still in memory.
 """
 
 import hashlib

@@ -30,16 +30,15 @@ from llama_mcore.checkpoint.durable_io import (
     sync_names,
     write_file,
 )
-from llama_mcore.checkpoint.manifest import MANIFEST, Layout, Manifest, RankFile, manifest_bytes
+from llama_mcore.checkpoint.manifest import Layout, Manifest, RankFile, manifest_bytes, problems_of, run_id_of
 from llama_mcore.checkpoint.paths import (
     LATEST,
+    MANIFEST,
     REPLACED,
     TEMPORARY,
     given_up_dir,
-    problems_of,
     rank_file,
     room_for,
-    run_id_of,
     step_dir,
     step_folders,
     unfinished,

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama_mcore.checkpoint.manifest import changed_fields
 from llama_mcore.checkpoint.paths import WEIGHT
 from llama_mcore.convert.fused_weights import interleaved, is_vocabulary, join_qkv, split, split_qkv
 from llama_mcore.convert.model_weights import Weights
 from llama_mcore.convert.named_model import named_model
 from llama_mcore.convert.progress import byte_progress
-from llama_mcore.convert.registry import check_there, detect, get_format, same_model
+from llama_mcore.convert.registry import check_there, detect, get_format
 from llama_mcore.data.data_plan import format_table
 from llama_mcore.errors import shown
 from llama_mcore.model.config import ModelConfig
@@ -93,7 +94,7 @@ def compare_checkpoints(
 def diagnose(left: Weights, right: Weights, advance: Callable[[int], None] = lambda size: None) -> Diagnosis:
     """Compare two `Weights`, a tensor of each in memory at a time, in the narrower of their dtypes."""
     found = Diagnosis("", "")
-    for name in same_model(left.model, right.model):
+    for name in changed_fields(left.model, right.model):
         values = f"{getattr(left.model, name)} and {getattr(right.model, name)}"
         found.fields[name] = f"{values}: {_FIELDS.get(name, 'another model')}"
     narrow = min((left.dtype, right.dtype), key=lambda dtype: (dtype.itemsize, dtype == torch.bfloat16))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from llama_mcore.checkpoint.manifest import changed_fields
 from llama_mcore.checkpoint.paths import unreadable
 from llama_mcore.convert.model_weights import Weights
 from llama_mcore.errors import ConfigError, MissingInputError, Problem, input_problem
@@ -85,19 +86,9 @@ def detect(path: Path, flag: str = "--from") -> Format:
     raise ConfigError(Problem(flag, "(not given)", f"{path} {looks}", f"give one of {', '.join(NAMES)}"))
 
 
-# How a model is computed, and how it was once drawn, is no part of what it is.
-NOT_CARRIED = frozenset({"layer", "attention", "kernels", "recompute", "init_std"})
-
-
-def same_model(one: ModelConfig, other: ModelConfig) -> list[str]:
-    """Fields in which two models are not the same one; empty if they are."""
-    left, right = one.model_dump(), other.model_dump()
-    return [field for field in left if field not in NOT_CARRIED and left[field] != right[field]]
-
-
 def check_named(named: ModelConfig | None, found: ModelConfig, place: Path) -> None:
     """ConfigError where the model that the user names is not the one that a folder says it holds."""
-    fields = same_model(named, found) if named else []
+    fields = changed_fields(named, found) if named else []
     if fields:
         raise ConfigError(
             [

@@ -18,10 +18,11 @@ import torch
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from torch import Tensor
 
+from llama_mcore.checkpoint.manifest import changed_fields
 from llama_mcore.checkpoint.paths import WEIGHT
 from llama_mcore.checkpoint.safetensors_io import bytes_of
 from llama_mcore.convert.model_weights import Rounded, Weights, loaded_model
-from llama_mcore.convert.registry import NOT_CARRIED, Format, WriteOptions
+from llama_mcore.convert.registry import Format, WriteOptions
 from llama_mcore.errors import CheckpointError, Problem, shown
 from llama_mcore.tokenizer.tokenizer import Tokenizer
 
@@ -100,11 +101,13 @@ def verify(weights: Rounded, source: Place, target: Place, options: WriteOptions
 
 
 def _check_config(weights: Weights, found: Weights, result: Verification) -> None:
-    expected, read = (each.model.model_dump(exclude=set(NOT_CARRIED)) for each in (weights, found))
     result.problems += [
-        Problem(f"configuration: {name}", read[name], f"must be {expected[name]}, as in the source")
-        for name in expected
-        if read[name] != expected[name]
+        Problem(
+            f"configuration: {name}",
+            getattr(found.model, name),
+            f"must be {getattr(weights.model, name)}, as in the source",
+        )
+        for name in changed_fields(weights.model, found.model)
     ]
     result.compared.append("configuration")
 

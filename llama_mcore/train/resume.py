@@ -9,10 +9,10 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from llama_mcore.checkpoint.diff import changed_settings
-from llama_mcore.checkpoint.lineage import read_lineage, write_lineage
 from llama_mcore.checkpoint.loader import check_same_model
-from llama_mcore.checkpoint.paths import given_up_dir, not_foreign, step_of
+from llama_mcore.checkpoint.paths import given_up_dir, step_of
 from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.run_dir import not_foreign, read_lineage, write_lineage
 from llama_mcore.checkpoint.run_lock import FOLDER as LEASE
 from llama_mcore.checkpoint.start import Start, Way, none_valid, way_of
 from llama_mcore.checkpoint.train_state import TrainState
@@ -72,7 +72,7 @@ def find_start(
             passed_over.append(error.message())
             get_logger().warning("%s IS DAMAGED and passed over: %s", folder, error.message())
             continue
-        together(lambda reader=reader: check_same_model(reader, run))  # type: ignore[misc]
+        together(lambda reader=reader: check_same_model(reader, run.model))  # type: ignore[misc]
         found = ResumePoint(way, reader, passed_over)
         if found.resumes:
             for change in changed_settings(reader.manifest.config, run.model_dump(mode="json"), of_both=True):

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from llama_mcore.checkpoint.loader import load_checkpoint
-from llama_mcore.checkpoint.paths import not_foreign, step_of, unreadable
+from llama_mcore.checkpoint.paths import step_of, unreadable
 from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.run_dir import not_foreign
 from llama_mcore.checkpoint.train_state import TrainState
 from llama_mcore.config.run import RunConfig
 from llama_mcore.data.data_plan import check_caps

@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 
 from llama_mcore.checkpoint import diff as compare_module
 from llama_mcore.checkpoint.diff import Comparison, compare
-from llama_mcore.checkpoint.manifest import MANIFEST
-from llama_mcore.checkpoint.paths import KINDS, checkpoints_dir
+from llama_mcore.checkpoint.paths import KINDS, MANIFEST, checkpoints_dir
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.cli import app
 from llama_mcore.convert.registry import NAMES, WriteOptions, get_format

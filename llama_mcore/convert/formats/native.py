@@ -9,16 +9,10 @@ import torch
 from torch import Tensor
 
 from llama_mcore.checkpoint.durable_io import sync_folder, write_file
-from llama_mcore.checkpoint.manifest import MANIFEST, Layout, Manifest, RankFile, manifest_bytes
-from llama_mcore.checkpoint.paths import (
-    KINDS,
-    WEIGHT,
-    find_checkpoint,
-    fragment_key,
-    rank_file,
-    step_folders,
-)
+from llama_mcore.checkpoint.manifest import Layout, Manifest, RankFile, manifest_bytes
+from llama_mcore.checkpoint.paths import KINDS, MANIFEST, WEIGHT, fragment_key, rank_file, step_folders
 from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.run_dir import find_checkpoint
 from llama_mcore.checkpoint.safetensors_io import TensorStream
 from llama_mcore.convert.fused_weights import is_vocabulary, padded
 from llama_mcore.convert.model_weights import Rounded, Weights

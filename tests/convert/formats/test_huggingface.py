@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from llama_mcore.checkpoint.manifest import read_manifest
-from llama_mcore.checkpoint.paths import WEIGHT, find_checkpoint, step_dir
+from llama_mcore.checkpoint.paths import WEIGHT, step_dir
 from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.run_dir import find_checkpoint
 from llama_mcore.cli import app
 from llama_mcore.convert import verify as verify_module
 from llama_mcore.convert.convert import RECEIPT
