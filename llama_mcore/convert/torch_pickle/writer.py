@@ -1,7 +1,7 @@
-"""Write a file of torch.save a tensor at a time, for tensors whose shapes are known before.
+"""Writer of torch.save files, one tensor at a time, for tensors whose shapes are known beforehand.
 
 torch.save takes all tensors at once. Given tensors without content it writes a file of the full size that
-takes no room on the disk; all but the content of the tensors is taken from that one.
+takes up no space on the disk; everything but the content of the tensors is copied from that file.
 """
 
 import os
@@ -25,7 +25,7 @@ _ZIP64_FROM = 1 << 30  # bytes of an entry; zipfile wants to know before it writ
 _LOCAL_HEADER, _ZIP64_EXTRA = 30, 20  # bytes
 _EXTRA_HEADER = struct.Struct("<2sH")
 _TENSOR = re.compile(r"[^/]+/data/\d+")
-# They promise the layout of torch's own zip writer, from which torch then computes where tensors lie.
+# They promise the layout of torch's own zip writer, from which torch would compute the places of tensors.
 _LEFT_OUT = re.compile(r"[^/]+/\.(format_version|storage_alignment)")
 
 
@@ -56,7 +56,7 @@ class TorchFile:
     ) -> None:
         with self._file:
             if error is not None:
-                with suppress(OSError, ValueError):  # what it would do when it is forgotten
+                with suppress(OSError, ValueError):  # or its destructor would try, and print what failed
                     self._archive.close()
             else:
                 if left := self._copy_to_next_tensor():
@@ -83,7 +83,7 @@ class TorchFile:
 
 
 def _skeleton(path: Path, specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, bytes | None]]:
-    """Entries of the file in their order; None for the content of a tensor."""
+    """Entries of the file in their order, with their content; None for that of a tensor."""
     with FakeTensorMode():
         fakes = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in specs.items()}
     empty = path.with_suffix(".skeleton")
@@ -95,3 +95,8 @@ def _skeleton(path: Path, specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str
             return iter([(name, None if _TENSOR.fullmatch(name) else archive.read(name)) for name in names])
     finally:
         empty.unlink(missing_ok=True)
+
+
+def with_own_storage(tensor: Tensor) -> Tensor:
+    """`tensor`, copied if it is a part of a larger one: torch.save would write all of that."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
