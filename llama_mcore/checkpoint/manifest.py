@@ -43,7 +43,7 @@ class RankFile(_Record):
 
 
 class Layout(_Record):
-    """How the run that saved was laid out. A run that loads may differ."""
+    """Layout of the run that saved; a run that loads may have another."""
 
     tp: Annotated[int, Field(ge=1)]
     dp: Annotated[int, Field(ge=1)]

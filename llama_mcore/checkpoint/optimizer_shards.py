@@ -36,7 +36,7 @@ class Fragment:
 
 
 def owned_fragments(engine: DeepSpeedEngine, dp_rank: int) -> list[Fragment]:
-    """This rank's fragments; at stage 0 every data-parallel rank has all of them."""
+    """Fragments of this rank; at stage 0 every data-parallel rank has all of them."""
     stage = engine.zero_optimization_stage()
     named = list(engine.module.named_parameters())
     if stage == 0:

@@ -207,7 +207,7 @@ def state_of(run_dir: Path) -> str:
 
 
 def is_same_run(run_dir: Path, run: RunConfig) -> bool:
-    """Whether everything in the folder comes from a start of the same configuration."""
+    """True if everything in the folder comes from starts with the same configuration."""
     if foreign(run_dir):
         return False
     try:

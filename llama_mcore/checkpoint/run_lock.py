@@ -87,7 +87,7 @@ class Lease:
 
 
 def was_taken_over(run_dir: Path, pid: int) -> bool:
-    """Whether another job has held the run since process `pid` of this machine did."""
+    """True if another job has held the run since process `pid` of this machine did."""
     newest, me = _newest(run_dir / FOLDER), _myself()
     if newest is None:
         return False
@@ -166,7 +166,7 @@ def _wait_until_dead(path: Path) -> None:
 
 
 def _is_alive(path: Path, holder: Holder | None) -> bool | None:
-    """Whether the holder lives; None where that cannot be known from here."""
+    """True if the holder lives; None where that cannot be known from here."""
     if _is_locked(path):
         return True
     if holder is None:
@@ -180,8 +180,7 @@ def _is_alive(path: Path, holder: Holder | None) -> bool | None:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether the holder's lock is held. If not, it may be that the file system has no locks, or none across
-    hosts."""
+    """True if the holder's lock is held. If not, the file system may have no locks, or none across hosts."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:

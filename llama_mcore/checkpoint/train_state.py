@@ -56,7 +56,7 @@ class HealthState(Section):
 
     @property
     def is_stable(self) -> bool:
-        """Whether the last step was neither skipped nor a spike."""
+        """True if the last step was neither skipped nor a spike."""
         return self.skipped_in_a_row == self.spikes_in_a_row == 0
 
 

@@ -19,7 +19,7 @@ _LARGEST_JSON = 16 << 20
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Raises MissingInputError where there is no such file, CheckpointError where it holds no JSON object."""
+    """The JSON object in a file. Raises MissingInputError, or CheckpointError for any other content."""
     try:
         content = read_json(path, _LARGEST_JSON, follow=True)
     except FileNotFoundError:

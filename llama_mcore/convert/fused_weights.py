@@ -112,7 +112,7 @@ def padded(weight: Tensor, rows: int) -> Tensor:
 
 
 def is_vocabulary(name: str) -> bool:
-    """Whether the rows of the parameter with this canonical name are tokens."""
+    """True if the rows of the parameter with this canonical name are tokens."""
     return parameter_of(name).is_vocabulary
 
 

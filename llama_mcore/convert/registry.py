@@ -94,7 +94,7 @@ def open_weights(
 
 
 def check_there(path: Path, field: str = "--input") -> None:
-    """Raises MissingInputError under `field`."""
+    """Raise MissingInputError under `field` where `path` does not exist."""
     if not path.exists():
         raise MissingInputError(input_problem(field, path))
 

@@ -271,8 +271,9 @@ def _reason(error: Exception) -> str:
         return f"needs {found[1]}, which would run code: only tensors and plain values are allowed"
     if _ADVICE.search(text):
         found = _OF_THE_UNPICKLER.search(text)
-        is_told = found and not _ADVICE.search(found[1])
-        text = found[1] if found and is_told else "is not a file of tensors that torch.save wrote"
+        text = found[1] if found else ""
+        if not text or _ADVICE.search(text):
+            text = "is not a file of tensors that torch.save wrote"
     return text[:500] or type(error).__name__
 
 

@@ -163,7 +163,7 @@ class DeepSpeedWeights:
         ]
 
     def _fits(self, name: str, found: torch.Size, shape: torch.Size) -> bool:
-        """Whether a shard is part of a parameter of this shape, apart from padding of a vocabulary."""
+        """True if shards of shape `found` make a parameter of `shape`, apart from a vocabulary's padding."""
         tp = self._index.tp
         if len(found) != len(shape):
             return False

@@ -194,7 +194,7 @@ def _groups_of(content: Any, path: Path, module: ModuleStates, dp_rank: int) -> 
 
 
 def _equal_parts(shapes: dict[str, list[int]], dp: int, dp_rank: int) -> dict[str, Fragment]:
-    """This rank's part of each parameter, without padding at its end (`partition` of stage 3)."""
+    """Fragments of this rank in each parameter, without padding at its end (`partition` of stage 3)."""
     mapping, start = {}, 0
     for name, shape in shapes.items():
         numel = math.prod(shape)

@@ -122,7 +122,7 @@ class HfWeights:
             raise CheckpointError(problems)
 
     def _repeats_embedding(self, name: str) -> bool:
-        """Whether it is the output layer of a tied model, which some exporters write too."""
+        """True for the output layer of a tied model, which some exporters write too."""
         return self.model.tie_embeddings and name == "lm_head.weight"
 
 

@@ -124,7 +124,7 @@ class MetaWeights:
         ]
 
     def _embedding_split(self, dim: int) -> TpSplit:
-        """In rows if the files have all `dim` columns; with one rank either is right."""
+        """Split of the embedding: rows if files have all `dim` columns; with one rank, either."""
         embedding = self._ranks[0].get(EMBEDDING_PART)
         if not isinstance(embedding, StoredTensor) or len(embedding.shape) != 2:
             reason = f"must be a matrix in {self.folder}"

@@ -133,7 +133,7 @@ def params_of(model: ModelConfig) -> dict[str, Any]:
 
 
 def is_llama3(model: ModelConfig) -> bool:
-    """Whether only Llama 3's code can compute it: LLaMA's has a single rotation."""
+    """True if only Llama 3's code can compute the model: LLaMA's has a single rotation."""
     return model.rope_theta != LLAMA_THETA or model.rope_scaling is not None
 
 
