@@ -295,7 +295,7 @@ def _verify(request: Conversion, written: Path, output: Path) -> str:
         with _output_errors(unverified):
             _publish(written, unverified)
         reason = f"has the result, which failed verification; {output} was not written"
-        kept = Problem("--output", unverified, reason)
+        kept = Problem("--output", unverified, reason, "compare-checkpoints names the likely cause")
         raise CheckpointError([*result.problems, kept])
     return f"verified: {result}"
 

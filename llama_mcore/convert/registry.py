@@ -134,7 +134,12 @@ def check_named(named: ModelConfig | None, found: ModelConfig, place: Path) -> N
     if fields := changed_fields(named, found) if named else []:
         raise ConfigError(
             [
-                Problem(f"--model: {name}", getattr(named, name), f"is {getattr(found, name)} in {place}")
+                Problem(
+                    f"--model: {name}",
+                    getattr(named, name),
+                    f"is {getattr(found, name)} in {place}",
+                    "leave --model out",
+                )
                 for name in fields
             ]
         )

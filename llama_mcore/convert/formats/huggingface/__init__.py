@@ -114,7 +114,11 @@ class HfWeights:
             expected, [name for name in found if not self._repeats_embedding(name)], self.folder
         )
         problems += [
-            Problem("tensor", name, f"has shape {list(found[name].shape)}, and {list(shape)} is needed")
+            Problem(
+                "tensor",
+                name,
+                f"has shape {list(found[name].shape)} in {self.folder}, and {list(shape)} is needed",
+            )
             for name, shape in expected.items()
             if name in found and found[name].shape != shape
         ]

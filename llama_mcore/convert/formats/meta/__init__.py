@@ -143,7 +143,7 @@ class MetaWeights:
         if self.model.tie_embeddings and OUTPUT_PART not in self._ranks[0]:
             del expected[OUTPUT_PART]
         indivisible = [
-            Problem("tensor", name, f"of shape {list(shape)} cannot be split for {tp} files")
+            Problem("tensor", name, f"has shape {list(shape)}, which cannot be split for {tp} files")
             for name, shape in expected.items()
             if (tp_split := self._split(name)) and shape[tp_split.dim] % tp
         ]
