@@ -1,9 +1,11 @@
 """Hugging Face's LlamaForCausalLM: safetensors and config.json, read and written as a stream.
 
-config.json                        the model (config.py)
-model.safetensors                  its tensors, or model-00001-of-00002.safetensors, ...
-model.safetensors.index.json       with several files: which tensor is in which
-tokenizer.model, tokenizer.json    the tokenizer (tokenizer.py)
+    config.json                        the model (config.py)
+    model.safetensors                  its tensors, or model-00001-of-00002.safetensors, ...
+    model.safetensors.index.json       with several files: which tensor is in which
+    tokenizer.model, tokenizer.json    the tokenizer (tokenizer.py)
+
+One parameter at a time is in memory.
 """
 
 import json
