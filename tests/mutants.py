@@ -242,7 +242,7 @@ MUTANTS = [
         symbol="Lease.check",
         old=" or any(self.path.with_name(name).exists() for name in names)",
         new="",
-        tests=["tests/checkpoint/test_run_lock.py::test_a_holder_that_was_thought_dead_may_not_publish"],
+        tests=["tests/checkpoint/test_run_lock.py::test_a_holder_that_lost_its_lease_may_not_publish"],
     ),
     Mutant(
         name="SHA-256 of the files of a checkpoint",

@@ -19,9 +19,9 @@ from llama_mcore.benchmark.step import QUIET
 from llama_mcore.checkpoint.loader import load_checkpoint
 from llama_mcore.checkpoint.paths import step_dir
 from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.safetensors_io import write_tensors
 from llama_mcore.checkpoint.saver import Saver
 from llama_mcore.checkpoint.snapshot import saved_tensors
-from llama_mcore.checkpoint.tensor_file import write_tensors
 from llama_mcore.checkpoint.train_state import TrainState
 from llama_mcore.config.run import RunConfig
 from llama_mcore.distributed.device import seconds_of

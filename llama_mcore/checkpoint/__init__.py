@@ -1,8 +1,13 @@
 """Checkpoints: saved by every rank, published at once or not at all, read back on any layout.
 
-`saver.py` copies (`snapshot.py`), writes in the background and publishes; `manifest.py` is the record that
-makes a folder a checkpoint; `reader.py` gives any stretch of any tensor, `loader.py` fills an engine with
-them. `run_lock.py` keeps other runs out of a run's folder, `start.py` says what a start would go on from.
-Nothing is unpickled. May import `model`, `data`, `observe`, `distributed` and `config`. Begin with
-manifest.py, then saver.py and reader.py.
+    parameter   1. optimizer_shards.py   the fragments of each parameter that this rank owns under ZeRO
+                2. snapshot.py           copies them to host memory, while training goes on
+    file        3. safetensors_io.py     writes a file per rank, under the keys of paths.py
+                4. saver.py              gathers the hashes, writes manifest.json (manifest.py), renames
+    back        5. reader.py             opens a folder and reads any stretch of any parameter
+                6. loader.py             fills the fragments of a rank, whatever layout wrote them
+
+A run's folder: run_dir.py says whose it is, run_lock.py keeps other jobs out, start.py decides what a start
+goes on from. Nothing is unpickled. May import `model`, `data`, `observe`, `distributed` and `config`. Begin
+with paths.py and manifest.py.
 """

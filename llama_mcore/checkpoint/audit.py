@@ -1,4 +1,4 @@
-"""What `audit-data` does with the folder of a run: its newest checkpoint and its metrics against its plan."""
+"""`llama-mcore audit-data`: a run's newest checkpoint and metrics compared with its data plan."""
 
 import sys
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from llama_mcore.checkpoint.manifest import read_manifest
-from llama_mcore.checkpoint.paths import find_checkpoint
+from llama_mcore.checkpoint.run_dir import find_checkpoint
 from llama_mcore.checkpoint.train_state import Rollback
 from llama_mcore.data.audit import FIX_LINES, check_ledger, check_uses, count_uses, use_table
 from llama_mcore.errors import DataError, Problem
@@ -34,10 +34,10 @@ class Ledger(Row):
 
 
 def audit_run(run_dir: Path) -> str:
-    """Count from the plan how often every window was read up to the newest checkpoint, and compare every
-    line of metrics.jsonl with it: each step has one.
+    """Count from the data plan how often every window was read up to the newest checkpoint, and compare the
+    lines of metrics.jsonl with that.
 
-    Returns a table of plan against use and a conclusion. Raises DataError with what does not agree, and the
+    Returns a table of plan against use and a conclusion. Raises DataError with every disagreement and the
     same table.
     """
     path = find_checkpoint(run_dir)
@@ -55,7 +55,7 @@ def audit_run(run_dir: Path) -> str:
         try:
             uses = count_uses(segments, position, lambda windows: progress.advance(task, windows))
         except MemoryError:
-            reason, remedy = "need more memory to be counted than there is", "audit it on a larger machine"
+            reason, remedy = "need more memory than is available", "audit the run on a larger machine"
             raise DataError(
                 Problem("windows", f"{path}: of {len(expected)} sources", reason, remedy)
             ) from None
@@ -67,7 +67,8 @@ def audit_run(run_dir: Path) -> str:
         *_check_jumps(rollbacks, rows, segments[-1].seq_length),
     ]
     if manifest.windows_read != expected:
-        reason, remedy = f"the plan gives {expected}", "the checkpoint was changed: take an older one"
+        reason = f"must be {expected} by the data plan"
+        remedy = "the checkpoint was changed: use an older one"
         problems.append(Problem(f"{path}: windows_read", manifest.windows_read, reason, remedy))
     table = use_table(segments, uses)
     if problems:
@@ -85,33 +86,33 @@ def audit_run(run_dir: Path) -> str:
     ]
     return (
         f"{table}\n{''.join(jumped)}{''.join(elsewhere)}{position:,} samples and {len(rows):,} lines of "
-        f"{METRICS_FILE}{changed}: no window was read more often than planned, and the ledger says what the "
-        "plan gives."
+        f"{METRICS_FILE}{changed}: no window was read more often than planned, and the recorded counts "
+        "agree with the plan."
     )
 
 
 def _check_steps(metrics: Path, lines: list[Ledger], rows: list[Ledger], last: int) -> list[Problem]:
-    """Steps up to the checkpoint's, `last`, without a line, and steps with more than the line that counts."""
+    """Problems of steps up to `last`, the checkpoint's, that have no line or more than one that counts."""
     problems = []
     if missing := missing_steps([key_of(row) for row in rows], last):
         first, _ = missing[0]
-        remedy = f"restore the file, or do them again: --resume a checkpoint before step {first:,}"
-        reason = "have no line, and every step of the run must have one"
+        remedy = f"restore the file, or repeat the steps: --resume a checkpoint before step {first:,}"
+        reason = "have no line, and every step must have one"
         problems.append(Problem(f"{metrics}: steps", describe_steps(missing), reason, remedy))
     counted = {id(row) for row in rows}
     if repeated := as_ranges(line.step for line in lines if id(line) not in counted):
-        reason = "have more lines than the one that counts, of the last attempt"
-        remedy = "the next start of the run drops the others: give its command again"
+        reason = "have several lines, and only that of the last attempt counts"
+        remedy = "start the run again: it drops the others"
         problems.append(Problem(f"{metrics}: steps", describe_steps(repeated), reason, remedy))
     return problems
 
 
 def _check_jumps(rollbacks: Sequence[Rollback], rows: list[Ledger], seq_length: int) -> list[Problem]:
-    """The first step after each rollback that is said to have read what it gave up."""
+    """Problems of steps after a rollback whose position lies in the samples that it abandoned."""
     problems = []
     for number, past in enumerate(rollbacks):
         if any(later.to_step < past.to_step for later in rollbacks[number:]):
-            continue  # given up itself
+            continue  # itself abandoned by a later rollback
         for row in rows:
             consumed = row.tokens // seq_length
             if row.step > past.to_step and consumed <= past.end_sample:

@@ -1,4 +1,5 @@
-"""When checkpoints are written, how many stay, and what memory that takes. Imports no torch."""
+"""Section `checkpoint` of a configuration: when to save, how many to keep, how much memory to use. Imports no
+torch."""
 
 from typing import Annotated
 
@@ -10,7 +11,7 @@ from llama_mcore.errors import ConfigError
 from llama_mcore.units import parse_bytes
 
 RING_BYTES = 256 << 20
-"""Of the ring through which a rank copies that may not hold all of its state."""
+"""Size of the ring of a rank that may not hold a whole save."""
 _LEAST = 64 << 10
 
 
@@ -22,7 +23,7 @@ def _size(value: object) -> int | None:
     except ConfigError:
         size = 0
     if size < _LEAST:
-        raise PydanticCustomError("size", "must be a size like 500MB, 8GB or 2GiB, from 64KiB")
+        raise PydanticCustomError("size", "must be a size such as 500MB, 8GB or 2GiB, at least 64KiB")
     return size
 
 
@@ -30,22 +31,23 @@ class CheckpointConfig(Section):
     interval: int = Field(default=1000, ge=1)
     """Steps between checkpoints; one is also written at the end and when a run is asked to stop."""
     keep: int = Field(default=2, ge=1)
-    """The newest so many stay."""
+    """Number of newest checkpoints that are kept."""
     asynchronous: bool = True
-    """Training goes on while a checkpoint is copied to host memory and written; its next update waits for the
-    copy."""
+    """Training goes on while a checkpoint is copied to host memory and written; only the next update waits,
+    for the copy."""
     host_memory: Annotated[int | None, BeforeValidator(_size)] = None
-    """Most host memory, as 8GB, that each rank takes for the copy: 12 bytes a parameter that it owns. Where
-    that is too little ranks copy through a ring of 256 MiB each, and training waits until all is written.
-    null: half of what a node has available when the run starts, divided among its ranks."""
+    """Most host memory, such as 8GB, that each rank may use for the copy, which takes 12 bytes per parameter
+    that it owns. Where that is too little, ranks copy through a ring of 256 MiB each, and training waits
+    until all is written. null: half of what is available on a node when the run starts, divided among its
+    ranks."""
     timeout_s: float = Field(default=1800.0, gt=0, le=1e9)
-    """A checkpoint that is not written after so many seconds has failed, and the run ends. Collectives wait
-    longer than that, and hold no such time beyond thirty years."""
+    """Seconds after which a checkpoint that is not written has failed, and the run ends. Collectives wait
+    longer than that, and cannot wait for more than thirty years."""
     also_deepspeed: bool = False
-    """Also write DeepSpeed's own checkpoint to RUN_DIR/deepspeed, for its tools. Training waits for that."""
+    """Also write DeepSpeed's own checkpoint to RUN_DIR/deepspeed, for its tools. Training waits for it."""
 
     def copy_limit(self, available: int) -> int:
-        """Bytes that a rank may take whose part of its node's memory is `available`."""
+        """Bytes that a rank may use, with `available` bytes as its part of the node's memory."""
         return available // 2 if self.host_memory is None else self.host_memory
 
     @property

@@ -1,6 +1,6 @@
-"""DeepSpeed's own checkpoint folder, written beside ours on request, so that its tools keep working.
+"""DeepSpeed's own checkpoint folder, written beside ours on request for its tools.
 
-It is not what a run resumes from: it is not atomic, holds pickles and depends on the layout.
+No run resumes from it: it is not atomic, holds pickles and depends on the layout.
 """
 
 import re
@@ -19,6 +19,7 @@ from llama_mcore.checkpoint.paths import LATEST
 from llama_mcore.checkpoint.train_state import TrainState
 from llama_mcore.config.run import RunConfig
 from llama_mcore.distributed.groups import Groups
+from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.parameters import COLUMNS, PARAMETERS, Parameter
 
 FOLDER = "deepspeed"
@@ -27,8 +28,8 @@ FOLDER = "deepspeed"
 def save_deepspeed_folder(engine: DeepSpeedEngine, run: RunConfig, state: TrainState, groups: Groups) -> Path:
     """Write RUN_DIR/deepspeed/step-N with `engine.save_checkpoint`, and keep `checkpoint.keep` of them.
 
-    `ds_to_universal.py` reads what stages 1 and 2 write, at any tensor-parallel size, `zero_to_fp32.py` what
-    is written without tensor parallelism.
+    `ds_to_universal.py` reads folders of stages 1 and 2 at any tensor-parallel size, `zero_to_fp32.py` those
+    without tensor parallelism.
     Collective: all ranks call it.
     """
     folder = Path(run.run.dir) / FOLDER
@@ -37,9 +38,9 @@ def save_deepspeed_folder(engine: DeepSpeedEngine, run: RunConfig, state: TrainS
         "step": state.step,
         "consumed_samples": state.consumed_samples,
         "model": run.model.model_dump(mode="json"),
-        **universal_info(run),
+        **universal_info(run.model),
     }
-    with _as_deepspeed_wants_it(engine.module, run):
+    with _prepared_for_deepspeed(engine.module, run.model):
         engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
     if groups.rank == 0:
         replace_hint(folder / LATEST, tag)
@@ -48,9 +49,9 @@ def save_deepspeed_folder(engine: DeepSpeedEngine, run: RunConfig, state: TrainS
     return folder / tag
 
 
-def universal_info(run: RunConfig) -> dict[str, Any]:
-    """How tensor parallelism splits our parameters, in DeepSpeed's words (its `ds_to_universal.py`); what no
-    pattern matches is split in rows. What it calls row parallelism splits the columns of a weight."""
+def universal_info(model: ModelConfig) -> dict[str, Any]:
+    """Tensor-parallel split of our parameters for DeepSpeed's `ds_to_universal.py`: parameters that no
+    pattern matches are split in rows. Its "row parallelism" splits the columns of a weight."""
     return {
         constants.UNIVERSAL_CHECKPOINT_INFO: {
             constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE,
@@ -58,7 +59,7 @@ def universal_info(run: RunConfig) -> dict[str, Any]:
             constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS: _patterns(lambda each: each.split == COLUMNS),
             constants.PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0: _patterns(lambda each: each.fused == "gate_up"),
             constants.VOCABULARY_PARAMETER_PATTERNS: _patterns(lambda each: each.is_vocabulary),
-            constants.ORIGINAL_VOCAB_SIZE: run.model.vocab_size,
+            constants.ORIGINAL_VOCAB_SIZE: model.vocab_size,
         }
     }
 
@@ -70,16 +71,16 @@ def _patterns(wanted: Callable[[Parameter], bool]) -> list[str]:
 
 
 @contextmanager
-def _as_deepspeed_wants_it(module: nn.Module, run: RunConfig) -> Iterator[None]:
-    """Its converter stops at megatron-core's `_extra_state`, which is None, and looks for the layout of the
-    parameters on the module."""
+def _prepared_for_deepspeed(module: nn.Module, model: ModelConfig) -> Iterator[None]:
+    # DeepSpeed's converter fails on megatron-core's `_extra_state`, which is None, and expects the split of
+    # the parameters in an attribute of the module
 
     def without_extra_state(_: nn.Module, state: dict[str, Any], *others: Any) -> None:
         for key in [key for key in state if key.endswith("_extra_state")]:
             del state[key]
 
     handle = module._register_state_dict_hook(without_extra_state)
-    module.universal_checkpoint_info = universal_info(run)[constants.UNIVERSAL_CHECKPOINT_INFO]
+    module.universal_checkpoint_info = universal_info(model)[constants.UNIVERSAL_CHECKPOINT_INFO]
     try:
         yield
     finally:

@@ -1,4 +1,7 @@
-"""How two checkpoints differ: settings and state by name, tensors bit by bit, whatever layouts wrote them."""
+"""Differences between two checkpoints of any layouts: settings and state by name, tensors bit by bit.
+
+For two checkpoints of runs, masters and moments. Weights in any formats: convert/diagnose.py.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.model.sharding import parameter_shapes
 
 CHUNK = 1 << 22
-"""Elements of a tensor that are compared at a time."""
+"""Elements of a tensor that are compared at once."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class TensorDifference:
     parameter: str
     kind: str
     elements: int
-    """Whose bits differ, of `numel`; 0.0 and -0.0 do, and a NaN equals itself."""
+    """Number whose bits differ, of `numel`: 0.0 and -0.0 differ, a NaN equals itself."""
     numel: int
     largest: float | None
     """Largest absolute difference over the largest absolute value of both; None where one is not finite."""
@@ -32,12 +35,12 @@ class Comparison:
     left: str
     right: str
     fields: list[str]
-    """As `changed_settings` gives them."""
+    """Settings and state that differ, from `changed_settings`."""
     only_in_one: list[str]
-    """Parameters that one of the two lacks, or has in another shape."""
+    """Parameters that one of the two lacks or has in another shape."""
     tensors: list[TensorDifference]
     compared: int
-    """Tensors: masters and moments."""
+    """Number of tensors, masters and moments."""
 
     @property
     def same(self) -> bool:
@@ -49,7 +52,7 @@ def compare(
     right: CheckpointReader,
     advance: Callable[[int], None] = lambda size: None,
 ) -> Comparison:
-    """Read both, a few megabytes at a time; `advance` is told how many bytes of one."""
+    """Compare two checkpoints, a few megabytes at a time; `advance` is called with the bytes read of one."""
     before, now = (
         reader.manifest.model_dump(mode="json", exclude={"files", "attempt"}) for reader in (left, right)
     )
@@ -74,8 +77,8 @@ def compare(
 
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any], *, of_both: bool = False) -> list[str]:
-    """Differences between two nested mappings, as `section.key: old -> new`; with `of_both` of those keys
-    alone that both have."""
+    """Differences between two nested mappings, as `section.key: old -> new`; with `of_both`, only of keys
+    that both have."""
     old, new = dict(_flat(before)), dict(_flat(now))
     return [
         f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}"
@@ -118,4 +121,4 @@ def _largest(values: Tensor) -> Tensor:
 
 
 def _listed(shape: torch.Size | None) -> str:
-    return "not there" if shape is None else str(list(shape))
+    return "missing" if shape is None else str(list(shape))

@@ -1,7 +1,7 @@
-"""Every change that a save makes on the disk, and what makes it durable.
+"""Durable file operations: every change that a save makes on the disk.
 
-A file is on the disk when it was fsynced, its name when its folder was. Saves go through these functions
-alone, so that tests can count, record and fail each operation (`observer`).
+The content of a file is on the disk after an fsync of the file, its name after an fsync of its folder. Saves
+use these functions alone, so that tests can count, record and fail each operation (`observer`).
 """
 
 import hashlib
@@ -16,19 +16,18 @@ from pathlib import Path
 Buffer = bytes | memoryview
 
 observer: Callable[[str, Path], None] = lambda operation, path: None  # noqa: E731
-"""Told of each operation and its path before it happens."""
+"""Called with each operation and its path before it happens."""
 
 
 def write_file(path: Path, chunks: Iterable[Buffer], held: int | None = None) -> tuple[int, str]:
     """Write a new file, wait until its content is on the disk, and return its size and SHA-256.
 
     `chunks`: bytes, so that their length is their size. `held`: how many of them stay as they are while the
-    next is made; None: all.
-
-    The hash is that of the bytes in memory, computed beside the writing and the wait for the disk: a core
-    hashes about as fast as a good disk writes. Raises OSError, FileExistsError included: a writer that was
-    given up for dead must not mix with its successor.
+    next is made; None: all. Raises OSError, including FileExistsError: the file of a writer that is thought
+    dead must not mix with that of its successor.
     """
+    # The bytes in memory are hashed while they are written: a core hashes about as fast as a good disk
+    # writes.
     size, sha256, hashing = 0, hashlib.sha256(), deque[Future[None]]()
     observer("create", path)
     with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
@@ -63,7 +62,7 @@ def rename(path: Path, to: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
+    """Wait until the names of the files in a folder are on the disk."""
     observer("fsync", path)
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -73,22 +72,22 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_names(path: Path) -> None:
-    """Wait until the name of a folder is on the disk, and those of the folders above it, which may be new."""
+    """Wait until the names of a folder and of those above it, which may be new, are on the disk."""
     for folder in path.resolve().parents:
-        with suppress(PermissionError):  # who may not read it has not made what is in it
+        with suppress(PermissionError):  # whoever may not read it has not created anything in it
             sync_folder(folder)
         if folder.is_mount():
             return
 
 
 def remove_folder(path: Path) -> None:
-    """Remove what carries a temporary name; what cannot be removed now stays for the next time."""
+    """Remove a folder with a temporary name; what cannot be removed now stays for the next time."""
     observer("remove", path)
     shutil.rmtree(path, ignore_errors=True)
 
 
 def replace_hint(path: Path, text: str) -> None:
-    """Write a small file that nothing depends on; its name holds the old text or the new."""
+    """Replace a small text file; under its name there is either the old text or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
     write_file(temporary, [text.encode()])

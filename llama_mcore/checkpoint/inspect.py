@@ -1,4 +1,4 @@
-"""What a run folder or a checkpoint holds, and whether its bytes are those that were written."""
+"""`llama-mcore inspect-checkpoint`: the content of checkpoints, their damage, their differences."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -7,15 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from llama_mcore.checkpoint.diff import Comparison, TensorDifference, compare
-from llama_mcore.checkpoint.manifest import MANIFEST, Manifest, damaged_files, missing_files, read_manifest
-from llama_mcore.checkpoint.paths import (
-    TEMPORARY,
-    find_checkpoint,
-    step_folders,
-    unfinished,
-    unreadable,
-)
+from llama_mcore.checkpoint.manifest import Manifest, damaged_files, missing_files, read_manifest
+from llama_mcore.checkpoint.paths import MANIFEST, TEMPORARY, step_folders, unfinished, unreadable
 from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.run_dir import find_checkpoint
 from llama_mcore.data.data_plan import format_table
 from llama_mcore.errors import CheckpointError, MissingInputError, Problem, input_problem, shown
 from llama_mcore.model.parameters import pattern_of
@@ -30,25 +25,23 @@ class Inspection:
 
     path: str
     state: str
-    """complete, damaged, or unfinished: what an interrupted save or removal left."""
+    """complete, damaged, or unfinished, if an interrupted save or removal left it."""
     verified: bool
-    """Every byte was read."""
+    """Whether every byte was read."""
     manifest: Manifest | None
     tokens: int | None
-    """Consumed since the start of the run."""
+    """Tokens consumed since the start of the run."""
     parameters: int | None
     bytes: int
-    """Of its files together."""
+    """Total bytes of its files."""
     extra_files: list[str]
-    """In the folder, but not of the checkpoint: nothing reads them."""
+    """Files in the folder that are not part of the checkpoint; nothing reads them."""
     problems: list[str]
 
 
 def inspect_checkpoint(path: Path, *, verify: bool = False, as_json: bool = False) -> None:
-    """Print what is there; with `verify` read every byte. CheckpointError, after printing, names all damage.
-
-    Raises MissingInputError where there is neither a checkpoint nor a run with one.
-    """
+    """Print a checkpoint, or all of a run; with `verify` read every byte. Raises CheckpointError with all
+    damage after printing, MissingInputError where `path` is neither a checkpoint nor a run with one."""
     folders, is_run = _folders(path)
     total = sum(_size(folder) for folder in folders if verify and folder.suffix != TEMPORARY)
     with ByteProgress("verify", total) as progress:
@@ -65,7 +58,7 @@ def inspect_checkpoint(path: Path, *, verify: bool = False, as_json: bool = Fals
 
 
 def diff_checkpoints(left: Path, right: Path, *, verify: bool = False, as_json: bool = False) -> bool:
-    """Print how two checkpoints, or the newest ones of two runs, differ. Whether they are the same."""
+    """Print how two checkpoints, or the newest ones of two runs, differ; True if they are the same."""
     one, other = (CheckpointReader(find_checkpoint(path)) for path in (left, right))
     if verify:
         one.check_content()
@@ -77,7 +70,7 @@ def diff_checkpoints(left: Path, right: Path, *, verify: bool = False, as_json: 
 
 
 def _folders(path: Path) -> tuple[list[Path], bool]:
-    """The checkpoints to look at, and whether `path` is the folder of a run."""
+    """Folders of the checkpoints to inspect, and whether `path` is the folder of a run."""
     remedy = "give RUN_DIR or RUN_DIR/checkpoints/step-*"
     try:
         if path.is_dir() and (path.name.startswith("step-") or (path / MANIFEST).exists()):
@@ -94,16 +87,16 @@ def _folders(path: Path) -> tuple[list[Path], bool]:
 
 
 def _inspect(folder: Path, advance: Callable[[int], None] | None) -> tuple[Inspection, list[Problem]]:
-    """`advance` is told of every byte that is hashed; where it is None nothing is."""
+    """`advance`: called with the number of bytes that were hashed; None: hash nothing."""
     manifest, model, problems = None, None, []
     leftover = folder.suffix == TEMPORARY
     try:
         manifest = read_manifest(folder)
         problems = missing_files(folder, manifest)
         if advance and not leftover:
-            amiss = {problem.value for problem in problems}
-            there = tuple(file for file in manifest.files if folder / file.name not in amiss)
-            problems += damaged_files(folder, there, advance)
+            unusable = {problem.value for problem in problems}
+            usable = tuple(file for file in manifest.files if folder / file.name not in unusable)
+            problems += damaged_files(folder, usable, advance)
         if not problems:
             model = CheckpointReader(folder).model
     except CheckpointError as error:
@@ -141,7 +134,7 @@ def _to_json(inspection: Inspection) -> dict[str, Any]:
 
 
 def _table(found: list[Inspection]) -> Iterator[str]:
-    """A run's checkpoints, a line each."""
+    """Table of a run's checkpoints."""
     rows = [("checkpoint", "step", "tokens", "bytes", "layout", "state")]
     for each in found:
         manifest = each.manifest
@@ -176,7 +169,7 @@ def _as_text(found: Inspection) -> Iterator[str]:
         lines |= _facts(found.manifest, found)
     lines["size"] = f"{found.bytes:,} bytes"
     if found.extra_files:
-        lines["not of it"] = _listed(found.extra_files)
+        lines["other files"] = _listed(found.extra_files)
     yield from (f"{name:<12}{value}" for name, value in lines.items())
     if found.manifest:
         yield f"\n{_sources(found.manifest)}"
@@ -196,7 +189,7 @@ def _facts(manifest: Manifest, found: Inspection) -> dict[str, str]:
 
 
 def _sources(manifest: Manifest) -> str:
-    """The ledger beside the plan."""
+    """Table of the windows read of each source, beside the data plan."""
     plans = {source.name: source for segment in manifest.segments for source in segment.sources}
     rows = [("source", "windows read", "of", "at most", "content")]
     for name, read in manifest.windows_read.items():
@@ -220,7 +213,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _summed(group: list[TensorDifference]) -> tuple[str, ...]:
-    """Row of a table for tensors that all layers have alike."""
+    """Row of a table for one parameter of all layers."""
     elements, numel = (sum(getattr(each, field) for each in group) for field in ("elements", "numel"))
     largest = [each.largest for each in group if each.largest is not None]
     is_finite = len(largest) == len(group)

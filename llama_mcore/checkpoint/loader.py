@@ -1,7 +1,7 @@
-"""Fill a job from a checkpoint: any layout's fragments into any layout's ranks.
+"""Loader of an engine from a checkpoint: any layout's fragments into any layout's ranks.
 
-A rank reads the stretches that it owns. What it computes with follows from them as after an optimizer step,
-so tensor parallelism, data parallelism and ZeRO stage may all differ from those of the run that wrote it.
+A rank reads the stretches that it owns. The weights that it computes with follow from them as after an
+optimizer step, so tensor parallelism, data parallelism and ZeRO stage may all differ from the run that saved.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
+from llama_mcore.checkpoint.manifest import model_differences
 from llama_mcore.checkpoint.optimizer_shards import (
     Fragment,
     create_optimizer_state,
@@ -18,7 +19,6 @@ from llama_mcore.checkpoint.optimizer_shards import (
 )
 from llama_mcore.checkpoint.paths import WEIGHT
 from llama_mcore.checkpoint.reader import CheckpointReader
-from llama_mcore.checkpoint.same_model import model_differences
 from llama_mcore.distributed.device import CopyStream, host_block
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.errors import ConfigError
@@ -26,7 +26,7 @@ from llama_mcore.model.config import ModelConfig
 from llama_mcore.observe.phases import Phases
 
 SLOT = 16 << 20
-"""Elements that are read ahead while as many are copied to the device: 64 MiB."""
+"""Elements that are read ahead while as many are copied to the device; 64 MiB."""
 
 
 def check_same_model(reader: CheckpointReader, model: ModelConfig) -> None:
@@ -44,10 +44,10 @@ def load_checkpoint(
     *,
     weights_alone: bool = False,
 ) -> None:
-    """Fill weights, masters and Adam moments of this rank; of `weights_alone` the moments are zero and count
+    """Fill weights, masters and Adam moments of this rank; with `weights_alone`, moments are zero and count
     no steps.
 
-    The job may be new or have trained before. `phases` are told of every piece that was read, and beat once.
+    The engine may be new or have trained. `phases` report every piece that was read, and beat once.
     Collective: all ranks call it, since stages 1 and 2 gather weights over the data-parallel group.
     """
     phases = phases or Phases()
@@ -70,11 +70,11 @@ def _fill(
     groups: Groups,
     phases: Phases,
 ) -> None:
-    """Read a piece into one slot of host memory while the one before is copied out of the other."""
+    """Fill the fragments: a piece is read into one slot of host memory while the other is copied out."""
     pieces = [
         (fragment, kind, *stretch)
         for fragment in fragments
-        for kind in kinds  # moments that are not there begin at zero
+        for kind in kinds  # missing moments stay zero
         for stretch in _stretches(fragment.numel)
     ]
     if not pieces:
@@ -100,5 +100,5 @@ def _fill(
 
 
 def _stretches(numel: int) -> Iterator[tuple[int, int]]:
-    """(start, length) of the pieces that a fragment is read in."""
+    """(start, length) of each piece that a fragment is read in."""
     return ((start, min(SLOT, numel - start)) for start in range(0, numel, SLOT))

@@ -1,7 +1,7 @@
-"""The part of each parameter whose fp32 master weight and Adam moments this rank owns, under any ZeRO stage.
+"""Fragments: the part of each parameter whose fp32 master weight and Adam moments this rank owns.
 
-ZeRO keeps both in flat fp32 buffers that know nothing of parameters. This is the one place that looks into
-DeepSpeed 0.19.8's optimizers to find, for a parameter, its stretch of its buffer.
+ZeRO keeps both in flat fp32 buffers without names. This is the only place that looks into DeepSpeed 0.19.8's
+optimizers, to find the stretch of a buffer that belongs to a parameter, at any stage.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ class Fragment:
     buffer: Tensor
     """The fp32 buffer that the optimizer updates; also the key of its state."""
     offset: int
-    """Where in `buffer` the fragment starts."""
+    """Element of `buffer` at which the fragment starts."""
     optimizer: torch.optim.Optimizer
 
     def view(self, kind: str) -> Tensor:
@@ -36,7 +36,7 @@ class Fragment:
 
 
 def owned_fragments(engine: DeepSpeedEngine, dp_rank: int) -> list[Fragment]:
-    """This rank's fragments; at stage 0 every data-parallel rank has all of them."""
+    """Fragments of this rank; at stage 0 every data-parallel rank has all of them."""
     stage = engine.zero_optimization_stage()
     named = list(engine.module.named_parameters())
     if stage == 0:
@@ -51,9 +51,9 @@ def has_optimizer_state(fragment: Fragment) -> bool:
 
 
 def create_optimizer_state(fragments: list[Fragment], step: int) -> None:
-    """Give the optimizer the state that it otherwise makes at its first step, with `step` steps done.
+    """Create the state that the optimizer would create at its first step, with `step` steps done.
 
-    Moments that are there already become zero where they are: DeepSpeed holds on to them.
+    Existing moments are zeroed in place, since DeepSpeed keeps references to them.
     """
     optimizer_of = {fragment.buffer: fragment.optimizer for fragment in fragments}
     for buffer, optimizer in optimizer_of.items():
@@ -73,8 +73,8 @@ def create_optimizer_state(fragments: list[Fragment], step: int) -> None:
 def set_model_weights(engine: DeepSpeedEngine, dp_rank: int, full: Callable[[str], Tensor]) -> None:
     """Set the weights that the model computes with, once the masters are filled.
 
-    `full` reads the whole tensor-parallel shard of a parameter, flat; it is asked where this rank keeps that:
-    at stage 0, and for the small parameters that stage 3 leaves gathered.
+    `full` reads the whole tensor-parallel shard of a parameter, flat. It is called where this rank keeps all
+    of that: at stage 0, and for the small parameters that stage 3 leaves gathered.
     """
     stage = engine.zero_optimization_stage()
     if stage in (1, 2):
@@ -103,8 +103,8 @@ def _whole_parameters(engine: DeepSpeedEngine, named: list[tuple[str, Any]]) -> 
 
 
 def _stage12_fragments(engine: DeepSpeedEngine, named: list[tuple[str, Any]]) -> Iterator[Fragment]:
-    """`_hp_mapping` is DeepSpeed's own link from a parameter to its stretch of the fp32 buffer of its group
-    (deepspeed/utils/tensor_fragment.py); None where another rank owns all of it."""
+    # `_hp_mapping` links a parameter to its stretch of the fp32 buffer of its group
+    # (deepspeed/utils/tensor_fragment.py); None where another rank owns all of it
     optimizer = engine.optimizer.optimizer
     for name, parameter in named:
         mapping = parameter._hp_mapping
@@ -115,8 +115,8 @@ def _stage12_fragments(engine: DeepSpeedEngine, named: list[tuple[str, Any]]) ->
 
 
 def _stage3_fragments(named: list[tuple[str, Any]], dp_rank: int) -> Iterator[Fragment]:
-    """Stage 3 cuts each parameter into dp equal parts, padding the last, and lines a rank's parts up in
-    sub-groups (deepspeed/runtime/zero/stage3.py, `_get_fp32_opt_state_partition`)."""
+    # Stage 3 splits each parameter into dp equal parts, padding the last, and lines a rank's parts up in
+    # sub-groups (deepspeed/runtime/zero/stage3.py, `_get_fp32_opt_state_partition`).
     for name, parameter in named:
         zero = parameter._z3_optimizer
         sub_group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
@@ -127,7 +127,7 @@ def _stage3_fragments(named: list[tuple[str, Any]], dp_rank: int) -> Iterator[Fr
 
 
 def _stage3_range(parameter: Any, dp_rank: int) -> tuple[int, int]:
-    """(start, numel) of this rank's part without its padding."""
+    """(start, numel) of this rank's part, without padding."""
     size = parameter.ds_tensor.ds_numel
     start = size * dp_rank
     return start, max(0, min(size, parameter.ds_numel - start))

@@ -1,6 +1,6 @@
-"""Parameters out of a checkpoint folder, whatever layout wrote it. Needs neither a job nor DeepSpeed.
+"""Reader of parameters from a checkpoint, whatever layout wrote it. Needs no process group and no DeepSpeed.
 
-Files are read as far as they are needed: a rank of any other layout reads its own stretch.
+Only what is needed is read from the files: a rank of any other layout reads its own stretches.
 """
 
 from collections import defaultdict
@@ -10,11 +10,10 @@ from operator import itemgetter
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from llama_mcore.checkpoint.manifest import MANIFEST, RankFile, damaged_files, missing_files, read_manifest
-from llama_mcore.checkpoint.paths import WEIGHT, parse_fragment_key
+from llama_mcore.checkpoint.manifest import RankFile, damaged_files, missing_files, model_of, read_manifest
+from llama_mcore.checkpoint.paths import MANIFEST, WEIGHT, parse_fragment_key
 from llama_mcore.checkpoint.safetensors_io import DTYPE_NAMES, StoredTensor, read_safetensors
 from llama_mcore.checkpoint.train_state import HealthState, TrainState
 from llama_mcore.errors import CheckpointError, Problem, shown
@@ -33,7 +32,7 @@ class CheckpointReader:
     """
 
     def __init__(self, path: Path, working: Callable[[], None] = lambda: None) -> None:
-        """`working` is called after each file that was opened."""
+        """`working`: called after each file that was opened."""
         self.path = path
         self.manifest = read_manifest(path)
         problems = missing_files(path, self.manifest)
@@ -65,19 +64,19 @@ class CheckpointReader:
     def check_content(
         self, rank: int = 0, world_size: int = 1, working: Callable[[], None] = lambda: None
     ) -> None:
-        """Read every byte of this rank's share of the files, and call `working` now and then. Raises
-        CheckpointError with those that are not what was written."""
+        """Compare every byte of this rank's share of the files with the hashes, and call `working` now and
+        then. Raises CheckpointError with the files that are damaged."""
         share = self.manifest.files[rank::world_size]
         problems = damaged_files(self.path, share, lambda size: working())
         if problems:
             raise CheckpointError(problems)
 
     def names(self) -> list[str]:
-        """Parameters of the model, in its order."""
+        """Parameters in the order of the model."""
         return list(self._shapes)
 
     def full(self, name: str, kind: str = WEIGHT) -> Tensor:
-        """The full fp32 tensor: master weight or Adam moment."""
+        """A whole fp32 tensor: master weight or Adam moment."""
         split, tp_size = split_of(name), self._tp_size
         shape = list(self._shapes[name])
         if split is not None:
@@ -90,7 +89,7 @@ class CheckpointReader:
     ) -> Tensor:
         """Elements [start, start + numel) of the flattened fp32 shard that one rank of `tp_size` holds.
 
-        Reads these elements alone; where columns are cut into more parts than they were saved in, their rows.
+        Reads no others, except where columns are split into more parts than they were saved in: whole rows.
         """
         split = split_of(name)
         end = self._numel(name, tp_size) if numel is None else start + numel
@@ -103,7 +102,8 @@ class CheckpointReader:
     def _rows(
         self, kind: str, name: str, split: TpSplit, tp_rank: int, tp_size: int, start: int, end: int
     ) -> Tensor:
-        """Runs of rows that lie together in a saved shard, each as one stretch."""
+        """Elements of a shard split in rows: each run of rows that are adjacent in a saved shard in one
+        read."""
         rows, width = self._shapes[name][0], self._shapes[name][1:].numel()
         here, there = rows // split.stride // tp_size, rows // split.stride // self._tp_size
         parts = []
@@ -112,14 +112,14 @@ class CheckpointReader:
             part, offset = divmod(row, here)
             source, source_offset = divmod(tp_rank * here + offset, there)
             count = min(here - offset, there - source_offset, last - row)
-            shift = (part * there + source_offset - row) * width  # from our flat index to theirs
+            shift = (part * there + source_offset - row) * width  # from our flat index to the saved one
             first, stop = max(start, row * width), min(end, (row + count) * width)
             parts.append(self._read(kind, name, source, first + shift, stop + shift))
             row += count
         return _joined(parts)
 
     def _columns(self, kind: str, name: str, tp_rank: int, tp_size: int, start: int, end: int) -> Tensor:
-        """Rows [first, last) of every saved shard that holds some of the columns."""
+        """Elements of a shard split in columns: rows [first, last) of every saved shard with some of them."""
         columns = self._shapes[name][1]
         here, there = columns // tp_size, columns // self._tp_size
         first, last = start // here, -(-end // here)
@@ -132,27 +132,22 @@ class CheckpointReader:
         return flat[start - first * here : end - first * here]
 
     def _open(self, file: RankFile, rank: int) -> dict[str, StoredTensor]:
-        """The tensors of one file, still on the disk."""
+        """Tensors of one file, not read yet."""
         path, found = self.path / file.name, self.manifest
         tensors, metadata = read_safetensors(path)
         expected = {"run_id": found.run_id, "step": str(found.step), "rank": str(rank)}
         if metadata != expected:
-            reason = f"is of {shown(metadata)}, the manifest of {shown(expected)}"
+            reason = f"belongs to {shown(metadata)}, and the manifest to {shown(expected)}"
             raise CheckpointError(Problem("file", path, reason))
         return tensors
 
     def _checked_model(self, opened: list[dict[str, StoredTensor]]) -> ModelConfig:
-        """The model of the manifest, once it is clear that it is not larger than the files."""
-        path, found = self.path / MANIFEST, self.manifest
-        try:
-            model = ModelConfig.model_validate(found.config.get("model"))
-        except ValidationError as error:
-            reason = f"does not describe a model ({shown(' '.join(str(error).split()))})"
-            raise CheckpointError(Problem("manifest", path, reason)) from None
+        """The model of the manifest, which must fit into the files."""
+        found, model = self.manifest, model_of(self.path, self.manifest)
         fragments, size = sum(map(len, opened)), sum(f.bytes for f in found.files)
         if model.num_layers > fragments or _FP32_BYTES * len(self.kinds) * model.num_params() > size:
-            reason = f"describes a model that its {size:,} bytes in {fragments:,} fragments cannot hold"
-            raise CheckpointError(Problem("manifest", path, reason))
+            reason = f"describes a model that does not fit into {fragments:,} fragments of {size:,} bytes"
+            raise CheckpointError(Problem("manifest", self.path / MANIFEST, reason))
         return model
 
     def _index(self, file: RankFile, tensors: dict[str, StoredTensor]) -> None:
@@ -165,17 +160,17 @@ class CheckpointReader:
             except ValueError:
                 fits = False
             if not fits:
-                what = f"{shown(key)} {DTYPE_NAMES[stored.dtype]} {list(stored.shape)}"
-                reason = f"holds {what}, which is no fragment of the model"
+                entry = f"{shown(key)} {DTYPE_NAMES[stored.dtype]} {list(stored.shape)}"
+                reason = f"holds {entry}, which is not a fragment of the model"
                 raise CheckpointError(Problem("file", self.path / file.name, reason))
             self._pieces[kind, name, file.tp_rank].append((start, start + numel, stored))
 
     def _check_complete(self) -> None:
-        """Every element of every parameter and moment is there, once."""
+        """Check that every element of every parameter and moment is stored once."""
         for name, shape in self._shapes.items():
             split = split_of(name)
             if split and shape[split.dim] % (split.stride * self._tp_size):
-                reason = f"does not divide {name} {list(shape)} of the model in {self.path}"
+                reason = f"must divide {name} {list(shape)} of the model in {self.path}"
                 raise CheckpointError(Problem("layout.tp", self._tp_size, reason))
             size = self._numel(name, self._tp_size)
             for kind, tp_rank in product(self.kinds, range(self._tp_size if split else 1)):
@@ -183,17 +178,18 @@ class CheckpointReader:
                 pieces.sort(key=itemgetter(0, 1))
                 starts, ends = [piece[0] for piece in pieces], [piece[1] for piece in pieces]
                 if [*starts, size] != [0, *ends]:
-                    reason = f"elements of rank {tp_rank} in {self.path} where {size} are needed, each once"
+                    where = f"on tensor-parallel rank {tp_rank} of {self.path}"
+                    reason = f"elements are stored {where}, and {size} are needed, each once"
                     raise CheckpointError(Problem(f"{kind} of {name}", sum(ends) - sum(starts), reason))
 
     def _read(self, kind: str, name: str, tp_rank: int, start: int = 0, end: int | None = None) -> Tensor:
-        """Elements [start, end) of the flat fp32 shard of one saved rank, from its fragments."""
+        """Elements [start, end) of the flat fp32 shard of one rank that saved, from its fragments."""
         size = self._numel(name, self._tp_size)
         end = size if end is None else end
         return _joined(list(self._parts(kind, name, tp_rank, start, end)))
 
     def _parts(self, kind: str, name: str, tp_rank: int, start: int, end: int) -> Iterator[Tensor]:
-        """Stretches of the fragments from `start` on, as far as they follow each other."""
+        """Consecutive stretches of the fragments from `start` on."""
         for first, last, stored in self._pieces[kind, name, tp_rank]:
             if first <= start < min(last, end):
                 stop = min(last, end)
@@ -205,7 +201,7 @@ class CheckpointReader:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Flat stretches one after the other; a single one as it is."""
+    """Flat stretches concatenated; a single one without a copy."""
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts) if parts else torch.empty(0)

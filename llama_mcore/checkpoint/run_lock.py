@@ -1,11 +1,11 @@
-"""One job at a time writes a run: a lease with a fencing number.
+"""Run lock: a lease with a fencing number, so that one job at a time writes to a run's folder.
 
     RUN_DIR/lease/00000003.json             held: its file is touched every few seconds
-    RUN_DIR/lease/00000002.released.json    given back, or taken over as its holder had died
+    RUN_DIR/lease/00000002.released.json    released, or taken over because its holder had died
 
-The highest number holds the run, and is that of the attempt. A job takes it over by creating the next file,
-which only one of several can do, also on a network file system. A holder that was thought dead finds the
-higher number before it adds a line or publishes a checkpoint, and stops.
+The highest number holds the run, and is the number of the attempt. A job takes over by creating the next
+file, which only one of several can do, even on a network file system. A holder that was wrongly thought dead
+finds the higher number before it adds a line or publishes a checkpoint, and stops.
 """
 
 import fcntl
@@ -27,25 +27,25 @@ from llama_mcore.small_file import read_json
 FOLDER = "lease"
 BEAT_S = 10.0
 STALE_S = 60.0
-"""A holder on another host that has not touched its file for so long is dead."""
+"""Seconds without a touch of its file after which a holder on another host is dead."""
 _RELEASED = ".released.json"
 _LARGEST = 4096
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Named so that no clock that is set and no number that is given again makes it another."""
+    """Identity of a process that holds a lease, safe against changed clocks and reused pids."""
 
     host: str
     pid: int
     boot: str
-    """Of its kernel: hosts share names, and a machine that was started again has none of its processes."""
+    """Boot id of its kernel: host names may be shared, and a reboot ends all processes."""
     namespace: str
-    """In which the pid counts: a container has numbers of its own."""
+    """Namespace of the pid: a container has its own."""
     ticks: int
-    """When its process began, in clock ticks since the boot."""
+    """Start time of its process, in clock ticks since the boot."""
     job: str
-    """SLURM_JOB_ID, if any: a job that runs again is the only one of that number."""
+    """SLURM_JOB_ID, if any; a job that was requeued is the only one with that id."""
 
 
 def _myself() -> Holder:
@@ -60,7 +60,7 @@ def _myself() -> Holder:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """When a process began (proc(5), stat, field 22); None if it is gone, or has only not been waited for."""
+    """Start time of a process (proc(5), stat, field 22); None if it has ended, also as a zombie."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -73,21 +73,21 @@ class Lease:
     path: Path
     number: int
     lock: int
-    """File descriptor of the lock that the kernel holds on the file while this process lives."""
+    """File descriptor whose lock the kernel holds while this process lives."""
 
     def check(self) -> None:
-        """Raise OSError if another job has taken the run over, which it did with the next number. Cheap
-        enough for every step, however many attempts there were."""
+        """Raise OSError if another job has taken the run over. Cheap enough for every step."""
+        # only the next number is looked for, however many attempts there were
         following = f"{self.number + 1:08d}"
         names = (f"{following}.json", f"{following}{_RELEASED}")
         if not self.path.exists() or any(self.path.with_name(name).exists() for name in names):
             newest = _newest(self.path.parent)
             holder = f" by {_describe(_holder(newest[1]))}" if newest else ""
-            raise OSError(0, f"the run was taken over{holder}, and this job may not write to it any more")
+            raise OSError(0, f"the run was taken over{holder}, and this job must no longer write to it")
 
 
 def was_taken_over(run_dir: Path, pid: int) -> bool:
-    """Whether another job has held the run since that process of this machine did."""
+    """True if another job has held the run since process `pid` of this machine did."""
     newest, me = _newest(run_dir / FOLDER), _myself()
     if newest is None:
         return False
@@ -100,12 +100,12 @@ def was_taken_over(run_dir: Path, pid: int) -> bool:
 def held_lease(run_dir: Path) -> Iterator[Lease]:
     """Hold the run in `run_dir` while the block runs.
 
-    Raises PreflightError where another job holds it; waits up to `STALE_S` to see whether a holder on another
-    host is alive. A folder that held nothing but the lease is removed again. Raises OSError where the folder
-    cannot be written.
+    Raises PreflightError where another job holds it, after a wait of up to `STALE_S` to see whether a holder
+    on another host is alive; OSError where the folder cannot be written. A new folder is removed at the end
+    if it holds nothing but the lease.
     """
     folder = run_dir / FOLDER
-    # Where somebody deleted the leases, the lines of earlier attempts still have their numbers.
+    # If the leases were deleted, the metrics of earlier attempts still have their numbers.
     before = 0 if _newest(folder) else last_attempt(run_dir / METRICS_FILE)
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,14 +139,14 @@ def _acquire(folder: Path, before: int) -> Lease:
 
 
 def check_free(run_dir: Path) -> None:
-    """Raise PreflightError where another job holds the run now. Takes no lease, and does not wait: a holder
-    on another host counts as alive until it has not touched its file for `STALE_S`."""
+    """Raise PreflightError where another job holds the run now. Takes no lease and does not wait: a holder on
+    another host counts as alive until it has not touched its file for `STALE_S`."""
     newest = _newest(run_dir / FOLDER)
     if newest is None or newest[1].name.endswith(_RELEASED):
         return
     path, holder = newest[1], _holder(newest[1])
     alive = _is_alive(path, holder)
-    with suppress(OSError):  # where nothing can be written, which every rank finds
+    with suppress(OSError):  # the folder cannot be written, which other checks report
         if alive or (alive is None and _silent_s(path) < STALE_S):
             raise _refusal(path, holder)
 
@@ -166,7 +166,7 @@ def _wait_until_dead(path: Path) -> None:
 
 
 def _is_alive(path: Path, holder: Holder | None) -> bool | None:
-    """None where that cannot be known from here."""
+    """True if the holder lives; None where that cannot be known from here."""
     if _is_locked(path):
         return True
     if holder is None:
@@ -174,20 +174,19 @@ def _is_alive(path: Path, holder: Holder | None) -> bool | None:
     me = _myself()
     if (holder.boot, holder.namespace) == (me.boot, me.namespace):
         return _start_ticks(holder.pid) == holder.ticks
-    # A job that was put back into the queue, and began on another node, is dead where it was.
+    # a job that was requeued and began on another node is dead on the first
     moved = holder.job and holder.job == me.job and holder.host != me.host
     return False if moved else None
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether the holder's lock is held. Where it is not, the file system may have none, or not between
-    hosts."""
+    """True if the holder's lock is held. If not, the file system may have no locks, or none across hosts."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return False
     try:
-        # shared, so that two that look do not take each other for it
+        # shared, so that two processes that check do not take each other for the holder
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -217,7 +216,7 @@ def _describe(holder: Holder | None) -> str:
 
 
 def _holder(path: Path) -> Holder | None:
-    """Who wrote a lease; None if it died while it did."""
+    """The process that wrote a lease; None if it died before that was done."""
     try:
         return Holder(**read_json(path, _LARGEST))
     except (OSError, ValueError, TypeError):
@@ -239,8 +238,8 @@ def _touched(path: Path) -> float:
 
 
 def _silent_s(path: Path) -> float:
-    """Seconds since a holder touched its file, by the file server's clock, which a file touched now tells: by
-    that of a node that is minutes off, a live holder would look dead. Raises OSError."""
+    """Seconds since a holder touched its file. Raises OSError."""
+    # by the file server's clock, which a new file tells: a node's clock may be minutes off
     with TemporaryFile(dir=path.parent) as probe:
         os.utime(probe.fileno())
         return max(0.0, os.fstat(probe.fileno()).st_mtime - _touched(path))

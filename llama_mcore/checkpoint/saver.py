@@ -30,23 +30,22 @@ from llama_mcore.checkpoint.durable_io import (
     sync_names,
     write_file,
 )
-from llama_mcore.checkpoint.manifest import MANIFEST, Layout, Manifest, RankFile, manifest_bytes
+from llama_mcore.checkpoint.manifest import Layout, Manifest, RankFile, manifest_bytes, problems_of, run_id_of
 from llama_mcore.checkpoint.paths import (
     LATEST,
+    MANIFEST,
     REPLACED,
     TEMPORARY,
     given_up_dir,
-    problems_of,
     rank_file,
     room_for,
-    run_id_of,
     step_dir,
     step_folders,
     unfinished,
 )
 from llama_mcore.checkpoint.run_lock import Lease
+from llama_mcore.checkpoint.safetensors_io import write_tensors
 from llama_mcore.checkpoint.snapshot import SLOTS, Copying, check_finite, host_copy, not_finite, saved_tensors
-from llama_mcore.checkpoint.tensor_file import write_tensors
 from llama_mcore.checkpoint.train_state import TrainState
 from llama_mcore.config.run import RunConfig
 from llama_mcore.distributed.collectives import any_rank, gather_results

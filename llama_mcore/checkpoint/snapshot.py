@@ -1,4 +1,4 @@
-"""The state of one moment on its way to host memory, beside the training that goes on."""
+"""Copy of a run's state to host memory, while training goes on."""
 
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,20 +26,20 @@ from llama_mcore.model.sharding import split_of
 from llama_mcore.units import format_bytes
 
 SLOTS = 16
-"""Of a ring: one is filled, one written and hashed, and hashing may be behind by all others."""
+"""Slots of a ring: one is filled, one is written and hashed, and hashing may lag behind by all others."""
 _FP32 = 4
 
 
 class HostCopy:
-    """Host memory of this rank's saves, allocated once and in one block when this is made.
+    """Host memory for this rank's saves, allocated once and in one block.
 
-    All of a save at a time; or, as a ring, as much as is being written, so that training waits until all is.
+    It holds a whole save; or, as a ring, the part that is being written, and training waits for all of it.
     """
 
     def __init__(self, sizes: Mapping[str, int], ring_bytes: int | None = None) -> None:
-        """`sizes`: elements of each tensor that is saved, by its key in the file and in its order there.
+        """`sizes`: elements of each tensor that is saved, by its key and in its order in the file.
 
-        Raises PreflightError where the memory is not to be had.
+        Raises PreflightError where the memory cannot be allocated.
         """
         self.sizes = dict(sizes)
         self.is_ring = ring_bytes is not None
@@ -53,9 +53,10 @@ class HostCopy:
         return self._slots.nbytes
 
     def begin(self, tensors: Sequence[Tensor]) -> "Copying":
-        """Copy `tensors`, flat and in the order of `sizes`, as what this thread has queued leaves them.
+        """A copy of `tensors`, flat and in the order of `sizes`, after everything that this thread has
+        queued.
 
-        Nothing may change them until they are `copied`, and the copy before must be written.
+        Nothing may change them until `copied` is set, and the previous copy must have been written.
         """
         if [len(tensor) for tensor in tensors] != [*self.sizes.values()]:
             raise RuntimeError("this rank owns other fragments than when its memory was allocated")
@@ -65,7 +66,7 @@ class HostCopy:
 
 @dataclass(frozen=True)
 class Copying:
-    """One copy, which whoever writes it carries out in a thread of its own."""
+    """One copy, carried out in the thread that writes it."""
 
     tensors: list[Tensor]
     slots: Tensor
@@ -74,11 +75,11 @@ class Copying:
     """Set when the tensors are copied, or never will be."""
 
     def pieces(self) -> Iterator[Tensor]:
-        """All tensors one after the other, in fp32 pieces [n] that stay until the ring comes round."""
+        """The tensors one after the other, in fp32 pieces [n] that stay valid until the ring wraps around."""
         left = sum(map(len, self.tensors))
         if not left:
             self.copied.set()
-        for number, parts in enumerate(_cut(self.tensors, self.slots.shape[1])):
+        for number, parts in enumerate(_stretches(self.tensors, self.slots.shape[1])):
             sizes = [len(part) for part in parts]
             piece = self.slots[number % len(self.slots), : sum(sizes)]
             self.stream.copy(zip(piece.split(sizes), parts, strict=True))
@@ -88,8 +89,8 @@ class Copying:
             yield piece
 
 
-def _cut(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """The tensors cut into lists of `size` elements together; the last may have fewer."""
+def _stretches(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Lists of stretches of the tensors, with `size` elements each; the last may have fewer."""
     parts: list[Tensor] = []
     room = size
     for tensor in tensors:
@@ -104,9 +105,9 @@ def _cut(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
 
 
 def host_copy(engine: DeepSpeedEngine, groups: Groups, config: CheckpointConfig) -> tuple[HostCopy, str]:
-    """Host memory of this rank's saves, of the same kind on all ranks, and its description.
+    """Memory for this rank's saves, of the same kind on all ranks, and its description.
 
-    Collective: all ranks call it, and tell the others what they need before any takes it.
+    Collective: all ranks call it; each tells the others how much it needs before any allocates it.
     """
     sizes = {
         fragment_key(kind, fragment.name, fragment.start): fragment.numel
@@ -127,53 +128,53 @@ def host_copy(engine: DeepSpeedEngine, groups: Groups, config: CheckpointConfig)
 
 @dataclass(frozen=True)
 class Need:
-    """What one rank needs to hold all of a save."""
+    """Memory that one rank needs for a whole save."""
 
     host: str
     bytes: int
     available: int
-    """Bytes on its node, for all ranks there."""
+    """Bytes available on its node, for all ranks there."""
 
 
 def why_too_little(needs: Sequence[Need], config: CheckpointConfig) -> str:
-    """Where a rank may not hold all of its state; empty if all may."""
+    """Reason why a rank may not hold a whole save, for a log line; empty if all may."""
     for need in needs:
         there = [other for other in needs if other.host == need.host]
         limit = config.copy_limit(min(other.available for other in there) // len(there))
         if need.bytes > limit:
-            needed = f"{format_bytes(need.bytes)} are needed for all of it"
-            return f"{needed}, and {format_bytes(limit)} are what a rank on {need.host} may take"
+            needed = f"a whole save takes {format_bytes(need.bytes)}"
+            return f"{needed}, and a rank on {need.host} may use {format_bytes(limit)}"
     return ""
 
 
 def saved_tensors(engine: DeepSpeedEngine, groups: Groups) -> list[Tensor]:
-    """What this rank saves, fp32, flat, on its device or in host memory: the run's own, nothing is copied."""
-    _have_state(engine, groups)
+    """Tensors that this rank saves, fp32, flat, on its device or in host memory; views, not copies."""
+    _ensure_state(engine, groups)
     return [fragment.view(kind) for fragment in _saved_fragments(engine, groups) for kind in KINDS]
 
 
 def not_finite(engine: DeepSpeedEngine, groups: Groups) -> list[str]:
-    """What of this rank's state holds a NaN or an infinity, by name. Looks at every element."""
-    _have_state(engine, groups)
+    """Names of this rank's tensors with a NaN or an infinity. Reads every element."""
+    _ensure_state(engine, groups)
     found = [(f, kind) for f in _distinct_fragments(engine, groups) if f.numel for kind in KINDS]
     if not found:
         return []
-    # smallest and largest need no copy, and are NaN if one value is; a norm takes a CPU ten times as long
+    # aminmax makes no copy, and gives NaN if one value is; a norm takes a CPU ten times as long
     extremes = [torch.stack(torch.aminmax(f.view(kind))).to(groups.device) for f, kind in found]
-    finite = torch.stack(extremes).isfinite().all(dim=1).tolist()  # the device is waited for once
+    finite = torch.stack(extremes).isfinite().all(dim=1).tolist()  # one synchronisation with the device
     return [
         f"{kind} of {f.name}" for (f, kind), is_finite in zip(found, finite, strict=True) if not is_finite
     ]
 
 
 def check_finite(found: Sequence[list[str]], step: int) -> None:
-    """Raise NumericalError where any rank has something; `found`: what `not_finite` gave, by rank."""
-    remedy = "start the same command again: it goes on from the newest checkpoint, which is valid"
+    """Raise NumericalError if any rank has found a tensor; `found`: results of `not_finite` by rank."""
+    remedy = "start the same command again: it resumes from the newest checkpoint, which is valid"
     problems = [
         Problem(
             f"{len(names)} tensors of the state",
             f"{names[0]} on rank {rank}, ...",
-            f"are not finite after step {step:,}, so that it is not saved",
+            f"are not finite after step {step:,}, which is therefore not saved",
             remedy,
         )
         for rank, names in enumerate(found)
@@ -184,20 +185,20 @@ def check_finite(found: Sequence[list[str]], step: int) -> None:
 
 
 def _saved_fragments(engine: DeepSpeedEngine, groups: Groups) -> list[Fragment]:
-    """This rank's. Every element of the run is saved by one rank only: at stage 0, where all data-parallel
-    ranks have it, by the first."""
+    """Fragments that this rank saves. Each element is saved by one rank alone: at stage 0, where all
+    data-parallel ranks have it, by the first."""
     if engine.zero_optimization_stage() == 0 and groups.dp_rank > 0:
         return []
     return _distinct_fragments(engine, groups)
 
 
 def _distinct_fragments(engine: DeepSpeedEngine, groups: Groups) -> list[Fragment]:
-    """This rank's, without those of parameters that the first tensor-parallel rank has too."""
+    """Fragments of this rank, except of parameters that the first tensor-parallel rank has too."""
     owned = owned_fragments(engine, groups.dp_rank)
     return [fragment for fragment in owned if groups.tp_rank == 0 or split_of(fragment.name) is not None]
 
 
-def _have_state(engine: DeepSpeedEngine, groups: Groups) -> None:
+def _ensure_state(engine: DeepSpeedEngine, groups: Groups) -> None:
     owned = owned_fragments(engine, groups.dp_rank)
     if not all(map(has_optimizer_state, owned)):  # no update was applied yet
         create_optimizer_state(owned, 0)

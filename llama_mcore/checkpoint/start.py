@@ -10,21 +10,26 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from llama_mcore.checkpoint.lineage import RUN_FILE, Lineage, new_lineage, origin_of
-from llama_mcore.checkpoint.manifest import MANIFEST, Manifest, missing_files, read_manifest
-from llama_mcore.checkpoint.paths import (
+from llama_mcore.checkpoint.manifest import (
+    Manifest,
+    missing_files,
+    model_differences,
+    read_manifest,
+    run_id_of,
+)
+from llama_mcore.checkpoint.paths import MANIFEST, checkpoints_dir, lookalikes, step_dir, unreadable
+from llama_mcore.checkpoint.run_dir import (
+    RUN_FILE,
     Held,
-    checkpoints_dir,
+    Lineage,
     find_checkpoint,
     held_in,
-    lookalikes,
-    run_id_of,
-    step_dir,
-    unreadable,
+    is_same_run,
+    new_lineage,
+    origin_of,
+    would_start_from_scratch,
 )
-from llama_mcore.checkpoint.run_dir import is_same_run, would_start_from_scratch
 from llama_mcore.checkpoint.run_lock import FOLDER as LEASE
-from llama_mcore.checkpoint.same_model import model_differences
 from llama_mcore.checkpoint.train_state import Origin
 from llama_mcore.config.run import RunConfig
 from llama_mcore.errors import (

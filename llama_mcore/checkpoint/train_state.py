@@ -1,4 +1,4 @@
-"""What a run must remember to go on exactly where it stopped, besides weights and optimizer states."""
+"""State of a run besides weights and optimizer: all that it needs to go on exactly where it stopped."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -16,17 +16,17 @@ class Origin(Section):
 
     path: str
     run_id: str
-    """Of the run that wrote it."""
+    """Id of the run that wrote it."""
     step: Count
     manifest_sha256: str
-    """Of the file manifest.json, which names the hashes of all others."""
+    """SHA-256 of manifest.json, which has the hashes of all other files."""
 
 
 class Rollback(Section):
-    """A return to a checkpoint, and the samples that were read since then and given up."""
+    """A return to a checkpoint, and the samples that were read since then and abandoned."""
 
     at_step: Count
-    """The last step that was given up."""
+    """The last step that was abandoned."""
     to_step: Count
     """The step of the checkpoint."""
     first_sample: Count
@@ -36,46 +36,47 @@ class Rollback(Section):
 
 
 class HealthState(Section):
-    """What train/health.py remembers of the steps so far. A function of the run's steps, so that a run that
-    resumes decides as it would have."""
+    """Memory of train/health.py. It depends on the run's steps alone, so that a run that resumes makes the
+    same decisions as one that was not interrupted."""
 
     skipped: Count = 0
-    """Updates that were not applied, of those that led here: Adam has counted so many steps less."""
+    """Updates that were not applied, among those that led here; Adam has counted that many steps less."""
     skipped_in_a_row: Count = 0
     spikes_in_a_row: Count = 0
     losses: tuple[float, ...] = ()
-    """Of the last steps without a spike, oldest first."""
+    """Losses of the last steps without a spike, oldest first."""
     lr_scale: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """What the schedule's learning rate is multiplied with, up to the step `lowered_until`."""
+    """Factor of the schedule's learning rate, up to the step `lowered_until`."""
     lowered_until: Count = 0
     rollbacks: tuple[Rollback, ...] = ()
-    """All of the run, oldest first."""
+    """All rollbacks of the run, oldest first."""
     anchor: Count = 0
-    """Step of the newest checkpoint that was written because it was due: where a rollback returns to. What is
-    written because of a signal differs from attempt to attempt, so that it decides nothing."""
+    """Step of the newest scheduled checkpoint, to which a rollback returns. Checkpoints on a signal do not
+    count: they differ from attempt to attempt."""
 
     @property
     def is_stable(self) -> bool:
-        """Nothing speaks against the weights of now."""
+        """True if the last step was neither skipped nor a spike."""
         return self.skipped_in_a_row == self.spikes_in_a_row == 0
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Learning rate and data order are functions of these; no generator is drawn from in a step."""
+    """Position of a run. Learning rate and data order are functions of it, and a step draws no random
+    numbers."""
 
     step: int = 0
     """Optimizer steps done."""
     consumed_samples: int = 0
-    """Training sequences consumed: the next one's position in the data order."""
+    """Training samples consumed; also the position of the next one in the data order."""
     segments: tuple[Segment, ...] = ()
-    """What the run has read and goes on reading; the last one is at work."""
+    """The data plan; the last segment is the current one."""
     run_id: str = ""
     """Drawn when the run began."""
     began_from: Origin | None = None
-    """None: from weights that were drawn."""
+    """None: the initial weights were drawn at random."""
     health: HealthState = field(default_factory=HealthState)
-    """What was noticed of the steps so far."""
+    """Skipped updates, spikes and rollbacks so far."""
 
     @property
     def updates(self) -> int:

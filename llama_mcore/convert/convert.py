@@ -1,4 +1,4 @@
-"""`llama-mcore convert`: check what was asked for, write, verify, publish."""
+"""`llama-mcore convert`: check the request, write, verify, publish."""
 
 import json
 import os
@@ -14,10 +14,9 @@ import torch
 from llama_mcore import __version__
 from llama_mcore.checkpoint.durable_io import sync_folder
 from llama_mcore.checkpoint.paths import KINDS, WEIGHT
-from llama_mcore.convert.formats.huggingface.tokenizer import TOKENIZER_MODEL
+from llama_mcore.convert.folder import RECEIPT, TOKENIZER_MODEL
 from llama_mcore.convert.model_weights import Rounded, Weights
-from llama_mcore.convert.named_model import named_model
-from llama_mcore.convert.registry import Format, WriteOptions, check_there, detect, get_format
+from llama_mcore.convert.registry import Format, WriteOptions, check_there, detect, get_format, named_model
 from llama_mcore.data.finished import cannot_replace
 from llama_mcore.distributed.device import choose_device, on_gpu
 from llama_mcore.errors import (
@@ -38,11 +37,8 @@ from llama_mcore.units import parse_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_SHARD_SIZE = "5GB"
-RECEIPT = "conversion.json"
-"""Says what a folder was made from and which files are its own; `convert` replaces no folder without it, and
-none with other files."""
 REPORT = ".report.json"
-"""Beside the output: OUTPUT.report.json has all that verification found."""
+"""Suffix of the file beside the output that holds the result of verification."""
 # torch.save has no error of its own for a disk that refuses.
 _TORCH_CANNOT_WRITE = re.compile("iostream error|inline_container|PytorchStreamWriter")
 _LARGEST_RECEIPT = 16 << 20
@@ -53,16 +49,16 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_m
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was asked for, once it is clear that it can be done."""
+    """A request that was checked and can be carried out."""
 
     input: Path
     source: Format
     target: Format
     weights: Rounded
-    """As they are to be written."""
+    """In the dtype that is written."""
     options: WriteOptions
     tokenizer_files: dict[str, bytes]
-    """Name -> content, of a source in the target's own format."""
+    """Name -> content, where source and target have the same format."""
 
     @property
     def bytes(self) -> int:
@@ -88,35 +84,36 @@ def convert(
 ) -> None:
     """Write the checkpoint at `input` to the folder `output`, which appears when it is complete and verified.
 
-    `force`: one that `convert` wrote makes room, unless somebody has put files of their own into it.
-
-    The proof runs the model in fp32 on the CPU unless `device` asks for cuda: it needs no free GPU and says
-    the same everywhere.
-    Where verification fails the result stays as OUTPUT.unverified and CheckpointError says what differs.
+    `force`: replace an output that `convert` wrote, unless it holds other files too. Where verification fails
+    the result stays as OUTPUT.unverified, and CheckpointError has the differences.
     """
+    # verification runs the model in fp32 on the CPU unless cuda is requested: it then needs no free GPU and
+    # has the same result everywhere
     choose_device(device, otherwise="cpu", field="--device")
     silence_libraries(cpu=not on_gpu())
-    job = _prepare(input, output, source, target, tp, dtype, max_shard_size, optimizer, model, force)
+    request = _checked_request(
+        input, output, source, target, tp, dtype, max_shard_size, optimizer, model, force
+    )
     temporary = _beside(output, ".tmp")
     try:
         with _output_errors(output):
-            _start(temporary, job)
-            with ByteProgress(f"convert to {job.target.name}", job.bytes) as progress:
-                job.target.write(job.weights, temporary, job.options, progress.advance)
-            for name, content in job.tokenizer_files.items():
+            _start(temporary, request)
+            with ByteProgress(f"convert to {request.target.name}", request.bytes) as progress:
+                request.target.write(request.weights, temporary, request.options, progress.advance)
+            for name, content in request.tokenizer_files.items():
                 if not (temporary / name).exists():
                     (temporary / name).write_bytes(content)
-            _write_receipt(temporary, job, files=_files_in(temporary))
+            _write_receipt(temporary, request, files=_files_in(temporary))
             sync_folder(temporary)
-        line = _verify(job, temporary, output) if verify else "not verified"
+        line = _verify(request, temporary, output) if verify else "not verified"
         with _output_errors(output):
             _publish(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{output}: {_what(job)}; {line}", flush=True)
+    print(f"{output}: {_summary(request)}; {line}", flush=True)
 
 
-def _prepare(
+def _checked_request(
     input: Path,
     output: Path,
     source: str | None,
@@ -128,7 +125,7 @@ def _prepare(
     model: str | None,
     force: bool,
 ) -> Conversion:
-    """Raises all that is wrong with the choices and the places, then what is wrong with the source."""
+    """The checked request. Raises all problems of options and paths together, then those of the source."""
     errors: list[LlamaMcoreError] = []
     with gathering(errors):
         check_there(input)
@@ -149,7 +146,9 @@ def _prepare(
     reads = reads or detect(input)
     weights = reads.open(input, named)
     if optimizer and weights.kinds != KINDS:
-        raise ConfigError(Problem("--optimizer", "", f"{input} holds no optimizer state", "leave it out"))
+        raise ConfigError(
+            Problem("--optimizer", "", f"needs an optimizer state, and {input} holds none", "leave it out")
+        )
     kinds = KINDS if optimizer else (WEIGHT,)
     to = _dtype(reads, writes, dtype, weights)
     options = WriteOptions(to, kinds, tp or 1, max_shard_bytes)
@@ -171,13 +170,15 @@ def _check_numbers(tp: int | None, dtype: str | None) -> None:
 
 
 def _check_fit(writes: Format, tp: int | None, dtype: str | None, optimizer: bool) -> None:
-    """ConfigError with all that the target cannot hold or has no use for."""
+    """Raise ConfigError with every option that the target format cannot express or does not use."""
     problems = []
     if tp is not None and not writes.is_cut:
-        reason = f"means nothing to {writes.name}, whose files serve every number of ranks"
+        reason = f"has no effect on {writes.name}, whose files serve any number of ranks"
         problems.append(Problem("--tp", tp, reason, "leave it out"))
     if optimizer and not writes.has_optimizer:
-        problems.append(Problem("--optimizer", "", f"cannot be held by {writes.name}", "leave it out"))
+        problems.append(
+            Problem("--optimizer", "", f"{writes.name} cannot hold an optimizer state", "leave it out")
+        )
     if writes.fp32_only and dtype not in (None, "fp32"):
         problems.append(Problem("--dtype", dtype, f"{writes.name} holds fp32 master weights", "leave it out"))
     if problems:
@@ -185,7 +186,8 @@ def _check_fit(writes: Format, tp: int | None, dtype: str | None, optimizer: boo
 
 
 def _dtype(reads: Format, writes: Format, dtype: str | None, weights: Weights) -> torch.dtype:
-    """As asked for; fp32 where that is all there is; bf16 for the masters of a run; else as it is."""
+    """The dtype to write: fp32 where a format has no other, else the requested one; by default bf16 for
+    master weights, else the source's."""
     if writes.fp32_only:
         return torch.float32
     if dtype:
@@ -194,22 +196,21 @@ def _dtype(reads: Format, writes: Format, dtype: str | None, weights: Weights) -
 
 
 def _check_output(input: Path, output: Path, force: bool) -> None:
-    """Nothing that `convert` did not write is ever replaced, what it wrote only with `force`, and the input
-    never."""
+    """Raise OutputError where files would be replaced that `convert` did not write, or without `force`."""
     if output.resolve() == input.resolve() or input.resolve() in output.resolve().parents:
-        raise OutputError(Problem("--output", output, "is, or lies in, the input", "choose another folder"))
+        raise OutputError(Problem("--output", output, "is the input or lies in it", "choose another folder"))
     if output.resolve() in input.resolve().parents:
-        raise OutputError(Problem("--output", output, "holds the input", "choose another folder"))
+        raise OutputError(Problem("--output", output, "contains the input", "choose another folder"))
     for path in (_beside(output, suffix) for suffix in _SUFFIXES):
         if path.exists() and (foreign := _not_ours(path)):
-            reason = f"is there already, and convert did not write {foreign}"
+            reason = f"exists, and convert did not write {foreign}"
             raise OutputError(Problem("--output", path, reason, "move that away, or choose another folder"))
     if not force and output.exists() and any(output.iterdir()):
         raise cannot_replace("--output", output, "written by convert")
 
 
 def _not_ours(path: Path) -> str:
-    """What of it `convert` did not write, as a message says it; nothing if it wrote all."""
+    """Names in `path` that `convert` did not write, for a message; empty if it wrote all."""
     if not path.is_dir():
         return "it"
     there = _files_in(path)
@@ -217,7 +218,7 @@ def _not_ours(path: Path) -> str:
         receipt = read_json(path / RECEIPT, _LARGEST_RECEIPT)
     except (OSError, ValueError):
         return "it" if there else ""
-    written = receipt.get("files", there) if isinstance(receipt, dict) else []  # without: it was killed
+    written = receipt.get("files", there) if isinstance(receipt, dict) else []  # no list yet: it was killed
     foreign = [name for name in there if name not in (*written, RECEIPT)]
     more = "" if len(foreign) <= _MOST_NAMED else f" and {len(foreign) - _MOST_NAMED} more"
     return shown(", ".join(foreign[:_MOST_NAMED])) + more
@@ -229,12 +230,12 @@ def _files_in(folder: Path) -> list[str]:
 
 
 def _read_beside(path: Path) -> bytes:
-    """A file of the tokenizer. CheckpointError for one that is there and cannot be read."""
+    """A file of the tokenizer. Raises CheckpointError for one that exists and cannot be read."""
     try:
         return read_small_file(path, LARGEST_MODEL, follow=True)
     except (OSError, ValueError) as error:
         reason = f"cannot be read ({getattr(error, 'strerror', None) or shown(error)})"
-        raise CheckpointError(Problem("tokenizer", path, reason, "put it right, or remove it")) from None
+        raise CheckpointError(Problem("tokenizer", path, reason, "fix or remove it")) from None
 
 
 def _check_tokenizer(weights: Weights, input: Path) -> None:
@@ -246,28 +247,33 @@ def _check_tokenizer(weights: Weights, input: Path) -> None:
     if found > weights.model.vocab_size:
         reason = f"has {found} tokens, the model only {weights.model.vocab_size}"
         raise CheckpointError(
-            Problem("tokenizer", weights.tokenizer, reason, "put the right one in its place")
+            Problem(
+                "tokenizer",
+                weights.tokenizer,
+                reason,
+                "replace it by the one that the model was trained with",
+            )
         )
 
 
-def _start(temporary: Path, job: Conversion) -> None:
-    """The receipt comes first, so that what a kill leaves behind is known as ours."""
+def _start(temporary: Path, request: Conversion) -> None:
+    # the receipt comes first, so that a later call recognises what a kill leaves behind
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    _write_receipt(temporary, job)
+    _write_receipt(temporary, request)
 
 
-def _write_receipt(temporary: Path, job: Conversion, **known: object) -> None:
+def _write_receipt(temporary: Path, request: Conversion, **known: object) -> None:
     receipt = {
         "written_by": f"llama_mcore {__version__}",
-        "from": job.source.name,
-        "to": job.target.name,
-        "input": job.input.resolve().name,
-        "dtype": str(job.options.dtype).removeprefix("torch."),
-        "kinds": job.options.kinds,
-        "tp": job.options.tp,
-        "step": job.weights.step,
-        "model": job.weights.model.model_dump(mode="json"),
+        "from": request.source.name,
+        "to": request.target.name,
+        "input": request.input.resolve().name,
+        "dtype": str(request.options.dtype).removeprefix("torch."),
+        "kinds": request.options.kinds,
+        "tp": request.options.tp,
+        "step": request.weights.step,
+        "model": request.weights.model.model_dump(mode="json"),
         **known,
     }
     replacement = temporary / f"{RECEIPT}.new"
@@ -275,11 +281,11 @@ def _write_receipt(temporary: Path, job: Conversion, **known: object) -> None:
     replacement.replace(temporary / RECEIPT)
 
 
-def _verify(job: Conversion, written: Path, output: Path) -> str:
+def _verify(request: Conversion, written: Path, output: Path) -> str:
     from llama_mcore.convert.verify import Place, verify
 
-    source, target = Place(job.source, job.input), Place(job.target, written)
-    result = verify(job.weights, source, target, job.options)
+    source, target = Place(request.source, request.input), Place(request.target, written)
+    result = verify(request.weights, source, target, request.options)
     report = _beside(output, REPORT)
     with _output_errors(report):
         report.parent.mkdir(parents=True, exist_ok=True)
@@ -288,13 +294,14 @@ def _verify(job: Conversion, written: Path, output: Path) -> str:
         unverified = _beside(output, ".unverified")
         with _output_errors(unverified):
             _publish(written, unverified)
-        kept = Problem("--output", unverified, f"is the result; {output} was not written")
+        reason = f"has the result, which failed verification; {output} was not written"
+        kept = Problem("--output", unverified, reason, "compare-checkpoints names the likely cause")
         raise CheckpointError([*result.problems, kept])
     return f"verified: {result}"
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Rename; a folder of that name, which is ours, makes room first."""
+    """Rename; a folder of that name, which an earlier call wrote, is replaced."""
     old = _beside(final, ".old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -308,13 +315,13 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def _what(job: Conversion) -> str:
-    options, model = job.options, job.weights.model
+def _summary(request: Conversion) -> str:
+    options, model = request.options, request.weights.model
     dtype = next(name for name, dtype in DTYPES.items() if dtype == options.dtype)
-    cut = f", for {options.tp} tensor-parallel ranks" if options.tp > 1 else ""
+    ranks = f", for {options.tp} tensor-parallel ranks" if options.tp > 1 else ""
     state = " with optimizer state" if options.kinds == KINDS else ""
-    what = f"{model.num_params():,} parameters of step {job.weights.step}"
-    return f"{what} as {job.target.name} in {dtype}{state}{cut}"
+    content = f"{model.num_params():,} parameters of step {request.weights.step}"
+    return f"{content} as {request.target.name} in {dtype}{state}{ranks}"
 
 
 @contextmanager
@@ -324,6 +331,6 @@ def _output_errors(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _TORCH_CANNOT_WRITE.search(str(error)):
             raise
-        reason = error if isinstance(error, OSError) else "torch.save: the disk refuses, or is full"
-        remedy = "free some space or choose another place"
+        reason = error if isinstance(error, OSError) else "torch.save: the disk failed or is full"
+        remedy = "free some space or choose another folder"
         raise OutputError(Problem("--output", path, f"cannot be written ({reason})", remedy)) from error

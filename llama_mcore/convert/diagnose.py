@@ -1,8 +1,8 @@
-"""Where two checkpoints of any formats part, and what most likely made them: `compare_checkpoints.py A B`.
+"""`llama-mcore compare-checkpoints`: where two checkpoints of any formats differ, and the likely cause.
 
-Tensors are compared in the form that all formats meet in (model_weights.py), in the order of the model, so
-that the first one that differs is where the two models begin to compute different things. For each that
-differs the known mistakes of conversion are tried on one side: the one that makes both equal is the cause.
+Tensors are compared as `Weights` (model_weights.py), in the order of the model, so that the first one that
+differs is where the two models begin to compute different things. For each that differs the known mistakes of
+conversion are tried on one side: the one that makes both equal is the cause.
 """
 
 import json
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama_mcore.checkpoint.manifest import changed_fields
 from llama_mcore.checkpoint.paths import WEIGHT
 from llama_mcore.convert.fused_weights import interleaved, is_vocabulary, join_qkv, split, split_qkv
 from llama_mcore.convert.model_weights import Weights
-from llama_mcore.convert.named_model import named_model
-from llama_mcore.convert.registry import check_there, detect, get_format, same_model
+from llama_mcore.convert.registry import check_there, open_weights
 from llama_mcore.data.data_plan import format_table
 from llama_mcore.errors import shown
 from llama_mcore.model.config import ModelConfig
@@ -29,12 +29,12 @@ from llama_mcore.progress import ByteProgress
 
 _PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up"), None: ("",)}
 _SHOWN = 20
-# What a wrong value of a field does, for those that conversions lose.
+# Field that conversions lose -> the effect of a wrong value.
 _FIELDS = {
     "rope_theta": "the rotary frequencies differ: one side fell back to a default theta",
     "norm_eps": "RMSNorm's epsilon differs: it fell back to a default",
-    "rope_scaling": "one side stretches its rotary frequencies as Llama 3.1 does, the other not so",
-    "vocab_size": "the vocabulary differs: one side counts rows that only pad it for tensor parallelism",
+    "rope_scaling": "only one side scales its rotary frequencies as Llama 3.1 does",
+    "vocab_size": "the vocabulary differs: one side counts rows of padding for tensor parallelism",
     "tie_embeddings": "one side has an output layer of its own",
 }
 
@@ -43,11 +43,11 @@ _FIELDS = {
 class Difference:
     tensor: str
     part: str
-    """q, k, v, gate or up, where the tensor is fused of such."""
+    """q, k, v, gate or up, where the tensor is fused from these."""
     largest: float
-    """Largest absolute difference over the largest absolute value; nan where one is not finite."""
+    """Largest absolute difference over the largest absolute value; NaN where one is not finite."""
     cause: str
-    """Empty if none is known that explains it wholly."""
+    """Empty if no known mistake explains all of it."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Diagnosis:
     left: str
     right: str
     fields: dict[str, str] = field(default_factory=dict)
-    """Settings that differ: both values, and what that does."""
+    """Settings that differ -> both values and the effect."""
     tensors: list[Difference] = field(default_factory=list)
     compared: int = 0
     rounded_to: str = ""
@@ -67,22 +67,20 @@ class Diagnosis:
 
     @property
     def cause(self) -> str:
-        """The likeliest: that of most tensors, else that of a setting."""
+        """The likeliest cause: that of most tensors, else that of a setting."""
         causes = Counter(each.cause for each in self.tensors if each.cause)
         if causes:
             return causes.most_common(1)[0][0]
-        return next(iter(self.fields.values()), "" if self.same else "none that is known")
+        return next(iter(self.fields.values()), "" if self.same else "unknown")
 
 
 def compare_checkpoints(
     left: Path, right: Path, *, model: str | None = None, source: str | None = None, as_json: bool = False
 ) -> bool:
-    """Print how two checkpoints differ; whether they are the same. `source`: the format of the first."""
-    for field_name, path in (("LEFT", left), ("RIGHT", right)):
-        check_there(path, field_name)
-    named = named_model(model) if model else None
-    one = (get_format(source, "--from") if source else detect(left)).open(left, named)
-    other = detect(right).open(right, named)
+    """Print how two checkpoints differ; True if they are the same. `source`: the format of the first."""
+    check_there(left, "LEFT")
+    check_there(right, "RIGHT")
+    one, other = open_weights(left, source, model), open_weights(right, None, model)
     with ByteProgress("compare", 4 * one.model.num_params()) as progress:
         found = diagnose(one, other, progress.advance)
     found.left, found.right = str(left), str(right)
@@ -91,9 +89,9 @@ def compare_checkpoints(
 
 
 def diagnose(left: Weights, right: Weights, advance: Callable[[int], None] = lambda size: None) -> Diagnosis:
-    """Compare two `Weights`, a tensor of each in memory at a time, in the narrower of their dtypes."""
+    """Compare two `Weights` in the narrower of their dtypes, with one tensor of each in memory at a time."""
     found = Diagnosis("", "")
-    for name in same_model(left.model, right.model):
+    for name in changed_fields(left.model, right.model):
         values = f"{getattr(left.model, name)} and {getattr(right.model, name)}"
         found.fields[name] = f"{values}: {_FIELDS.get(name, 'another model')}"
     narrow = min((left.dtype, right.dtype), key=lambda dtype: (dtype.itemsize, dtype == torch.bfloat16))
@@ -112,7 +110,7 @@ def _differences(name: str, left: Tensor, right: Tensor, model: ModelConfig) -> 
     fused = parameter_of(name).fused
     if is_vocabulary(name):
         rows = min(len(left), len(right))
-        left, right = left[:rows], right[:rows]  # how many rows there are is the configuration's matter
+        left, right = left[:rows], right[:rows]  # the number of rows is compared with the configuration
     if left.shape != right.shape:
         yield Difference(name, "", nan, f"shapes {list(left.shape)} and {list(right.shape)}")
     elif _equal(left, right):
@@ -127,10 +125,10 @@ def _differences(name: str, left: Tensor, right: Tensor, model: ModelConfig) -> 
 
 
 def _cause(what: str, left: Tensor, right: Tensor, model: ModelConfig) -> str:
-    """The mistake that makes one of the two from the other. `what`: qkv or gate_up, or the name of a part."""
+    """The mistake that turns one tensor into the other. `what`: qkv or gate_up, or the name of a part."""
     for cause, mistake in _MISTAKES.items():
-        made = ((mistake(what, one, model), other) for one, other in ((left, right), (right, left)))
-        if any(found is not None and _equal(found, other) for found, other in made):
+        results = ((mistake(what, one, model), other) for one, other in ((left, right), (right, left)))
+        if any(result is not None and _equal(result, other) for result, other in results):
             return cause
     return ""
 
@@ -144,7 +142,7 @@ def _ungrouped(what: str, weight: Tensor, model: ModelConfig) -> Tensor | None:
 
 
 def _unpermuted(what: str, weight: Tensor, model: ModelConfig) -> Tensor | None:
-    """Of q or k alone, or of both in the fused weight."""
+    """q or k alone, or the fused weight with both, in the rows of interleaved rope."""
     if what in ("q", "k"):
         return interleaved(weight, weight.size(0) // model.head_dim)
     if what != "qkv":
@@ -161,7 +159,7 @@ def _transposed(what: str, weight: Tensor, model: ModelConfig) -> Tensor | None:
 _MISTAKES: dict[str, Callable[[str, Tensor, ModelConfig], Tensor | None]] = {
     "the permutation is missing: q and k have the rows of interleaved rope on one side": _unpermuted,
     "gate and up are exchanged on one side": _exchanged,
-    "q, k and v lie one after the other on one side, by key/value group on the other": _ungrouped,
+    "q, k and v are stored one after the other on one side, by key/value group on the other": _ungrouped,
     "transposed on one side": _transposed,
     "one side went through bf16": lambda what, weight, model: weight.bfloat16().to(weight.dtype),
     "one side is all zeros: it was never filled": lambda what, weight, model: torch.zeros_like(weight),
@@ -179,11 +177,11 @@ def _largest(left: Tensor, right: Tensor) -> float:
 
 
 def _rows(found: list[Difference]) -> list[tuple[str, ...]]:
-    """A line for all tensors of one cause; where none is known, for those of all layers that are alike."""
+    """A row for all tensors with the same cause; where none is known, for each parameter of all layers."""
     groups: dict[tuple[str, ...], list[Difference]] = {}
     for each in found:
-        alike = (pattern_of(each.tensor)[0], each.part)
-        groups.setdefault((each.cause,) if each.cause else ("", *alike), []).append(each)
+        parameter = (pattern_of(each.tensor)[0], each.part)
+        groups.setdefault((each.cause,) if each.cause else ("", *parameter), []).append(each)
     return [
         (
             f"{len(group):,}",
@@ -212,8 +210,8 @@ def _as_text(found: Diagnosis) -> Iterator[str]:
     first = found.tensors[0].tensor if found.tensors else "none: all tensors are equal"
     yield f"first difference: {first}"
     yield f"likely cause:     {found.cause}"
-    for name, what in found.fields.items():
-        yield f"  {name} = {shown(what, 500)}"
+    for name, values in found.fields.items():
+        yield f"  {name} = {shown(values, 500)}"
     if found.tensors:
         rows = _rows(found.tensors)
         yield format_table([("number", "tensor", "part", "largest difference", "cause"), *rows[:_SHOWN]])

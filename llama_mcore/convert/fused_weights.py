@@ -1,17 +1,58 @@
-"""How megatron-core's fused weights come apart, and go together again. Pure functions on full tensors.
+"""Parameters as other formats name and split them. Pure functions on full tensors.
+
+The canonical name of a parameter is megatron-core's. What megatron-core fuses, qkv and gate|up, has several
+names elsewhere, one for each of its parts.
 
 h hidden, n query heads, g key/value groups, d head width, f ffn
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.model.parameters import parameter_of
+from llama_mcore.model.parameters import PARAMETERS, parameter_of, pattern_of
+from llama_mcore.model.sharding import parameter_shapes
+
+
+class NameTable:
+    """Names of a format by canonical name, and the other way round. Raises KeyError for an unknown name."""
+
+    def __init__(self, table: dict[str, tuple[str, ...]]) -> None:
+        """`{}` in names stands for the number of the layer."""
+        self._names = table
+        self._canonical = {part: canonical for canonical, parts in table.items() for part in parts}
+
+    def parts(self, canonical: str) -> tuple[str, ...]:
+        """The format's names of the parts of a canonical parameter."""
+        pattern, layer = pattern_of(canonical)
+        return tuple(part.format(layer) for part in self._names[pattern])
+
+    def canonical(self, part: str) -> str:
+        """The canonical parameter that a name of the format is a part of."""
+        pattern, layer = pattern_of(part)
+        return self._canonical[pattern].format(layer)
+
+    def split(self, canonical: str, weight: Tensor, model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+        """The parts of a weight under the format's names."""
+        return zip(self.parts(canonical), split(canonical, weight, model), strict=True)
+
+    def shapes(self, model: ModelConfig) -> dict[str, torch.Size]:
+        """Full shape of every tensor under the format's name, in the order of the model."""
+        return {
+            part: tensor.shape
+            for name, shape in parameter_shapes(model).items()
+            for part, tensor in self.split(name, torch.empty(shape, device="meta"), model)
+        }
+
+
+HUGGING_FACE = NameTable({parameter.name: parameter.hugging_face for parameter in PARAMETERS})
+META = NameTable({parameter.name: parameter.meta for parameter in PARAMETERS})
 
 
 def split(name: str, weight: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
-    """The parts of the parameter with this canonical name; itself if it is not fused."""
+    """The parts of the parameter with this canonical name; the parameter itself if it is not fused."""
     fused = parameter_of(name).fused
     if fused == "qkv":
         return split_qkv(weight, model)
@@ -64,21 +105,21 @@ def join_gate_up(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def padded(weight: Tensor, rows: int) -> Tensor:
-    """With rows of zeros up to `rows`, as tensor parallelism needs of a vocabulary."""
+    """`weight` with rows of zeros up to `rows`, so that tensor parallelism can split a vocabulary."""
     if weight.size(0) == rows:
         return weight
     return torch.cat((weight, weight.new_zeros(rows - weight.size(0), *weight.shape[1:])))
 
 
 def is_vocabulary(name: str) -> bool:
-    """Whether the rows of the parameter with this canonical name are tokens."""
+    """True if the rows of the parameter with this canonical name are tokens."""
     return parameter_of(name).is_vocabulary
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Rows of a q or k projection [heads * d, h] as the original release has them, from half-split ones.
+    """Rows of a q or k projection [heads * d, h] in the order of the original release, from half-split ones.
 
-    Rotary embedding turns two channels of a head together: channel i and i + d/2 here, 2i and 2i + 1 there.
+    Rotary embedding rotates two channels of a head together: i and i + d/2 here, 2i and 2i + 1 there.
     """
     halves = weight.view(heads, 2, -1, weight.size(1))  # [heads, 2, d/2, h]
     return halves.transpose(1, 2).reshape(weight.shape)

@@ -1,4 +1,4 @@
-"""What every format's reader offers, and what follows from it: rounded weights, a model that computes."""
+"""Weights, the form that all formats meet in; rounded weights, and a model with them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,35 +17,36 @@ from llama_mcore.model.config import ModelConfig
 class Weights(Protocol):
     """Full tensors by megatron-core's names (model/parameters.py), read one at a time.
 
-    This is the form that all formats meet in: qkv and gate|up fused as in one megatron-core rank, rotary
-    embedding half-split, without the rows that tensor parallelism pads a vocabulary with.
+    qkv and gate|up are fused as in one megatron-core rank, rotary embedding is half-split, and the vocabulary
+    has no rows of padding for tensor parallelism.
     """
 
     model: ModelConfig
-    """`vocab_size` is the true one: the tokenizer's, where that is known."""
+    """`vocab_size` is the tokenizer's, where that is known."""
     kinds: tuple[str, ...]
-    """Those of layout.KINDS that are there: the weight, or the fp32 master weight and both Adam moments."""
+    """The weight alone, or all of paths.KINDS: the fp32 master weight and both Adam moments."""
     dtype: torch.dtype
-    """Of the weights. Moments are fp32."""
+    """Dtype of the weights; moments are fp32."""
     step: int
     """Optimizer steps done; 0 where the format does not say."""
     tokenizer: Path | None
-    """The SentencePiece model that goes with them."""
+    """The SentencePiece model that the weights were trained with."""
 
     def names(self) -> list[str]:
-        """In the order of the model."""
+        """Parameters in the order of the model."""
         ...
 
     def full(self, name: str, kind: str = WEIGHT) -> Tensor:
-        """Contiguous; not to be written to. Raises CheckpointError for a file that cannot be read."""
+        """A whole tensor, contiguous, not to be written to. Raises CheckpointError for a file that cannot be
+        read."""
         ...
 
 
 class Rounded:
-    """Weights in another dtype. Raises CheckpointError for a value that the dtype cannot hold."""
+    """`Weights` in another dtype. Raises CheckpointError for a value that the dtype cannot hold."""
 
     def __init__(self, weights: Weights, dtype: torch.dtype, kinds: tuple[str, ...] = (WEIGHT,)) -> None:
-        """`kinds`: those of `weights` to offer."""
+        """`kinds`: a choice of those in `weights`."""
         self.model, self.step, self.tokenizer = weights.model, weights.step, weights.tokenizer
         self.dtype, self.kinds = dtype, kinds
         self.unrounded = weights
@@ -68,13 +69,13 @@ class Rounded:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """A nan is both bounds; isfinite() of all takes thirty times as long."""
+    # if one value is NaN, both bounds are; isfinite() of every element takes thirty times as long
     return not tensor.numel() or all(bound.isfinite() for bound in torch.aminmax(tensor))
 
 
 @contextmanager
 def loaded_model(weights: Weights) -> Iterator[nn.Module]:
-    """Our GPTModel in fp32 with these weights, in this process alone, for as long as the context lasts."""
+    """Our GPTModel in fp32 with these weights, on a single process, while the block runs."""
     from llama_mcore.distributed.groups import process_groups
     from llama_mcore.model.build import build_model
 

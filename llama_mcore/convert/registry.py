@@ -1,4 +1,4 @@
-"""The formats, a module each: what a module offers, and which of them a folder is in."""
+"""Formats by name: the four functions that each offers, and the format that a folder is in."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,31 +6,35 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
+from llama_mcore.checkpoint.manifest import changed_fields
 from llama_mcore.checkpoint.paths import unreadable
+from llama_mcore.config.run import LARGEST_CONFIG, load_run
 from llama_mcore.convert.model_weights import Weights
-from llama_mcore.errors import ConfigError, MissingInputError, Problem, input_problem
-from llama_mcore.model.config import ModelConfig
+from llama_mcore.errors import ConfigError, MissingInputError, Problem, input_problem, shown
+from llama_mcore.model.config import PRESETS, ModelConfig
+from llama_mcore.small_file import read_json
 
 NAMES = ("native", "hf", "meta", "megatron", "deepspeed")
-"""Each is the FORMAT of a module in formats/."""
+"""Each names the FORMAT of a module in formats/."""
 _MODULES = {"hf": "huggingface"}
 
 
 @dataclass(frozen=True)
 class WriteOptions:
     dtype: torch.dtype
-    """Of the weights in the files. `Weights` are in it already, unless masters are to be written too: then
-    they are fp32, and files that have both take the weights rounded from them."""
+    """Dtype of the weights in the files. `Weights` have it already, unless masters are written too: then they
+    are fp32, and formats that keep both round the weights."""
     kinds: tuple[str, ...]
-    """What to write: the weights, or masters and moments too."""
+    """The weights alone, or masters and moments too."""
     tp: int = 1
-    """Tensor-parallel ranks to cut the files for, where a format is cut at all."""
+    """Tensor-parallel ranks to split the files for, in formats with a file per rank."""
     max_shard_bytes: int = 5_000_000_000
 
 
 Advance = Callable[[int], None]
-"""Told the bytes of each tensor that was written."""
+"""Called with the bytes of each tensor that was written."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Format:
     """Reads indices and checks that every tensor of the model is there, in its shape, and no other.
 
     The ModelConfig is the one that the user names, for folders that do not say what model they hold; where
-    both do they must agree. Raises CheckpointError with all that is wrong, MissingInputError.
+    both do they must agree. Raises CheckpointError with everything that is wrong, MissingInputError.
     """
     write: Callable[[Weights, Path, WriteOptions, Advance], None]
     """Fills an existing empty folder, a tensor at a time, and waits until all of it is on the disk.
@@ -50,7 +54,7 @@ class Format:
     Raises ConfigError for a model or options that the format cannot express, before it writes; OSError.
     """
     is_cut: bool
-    """Whether WriteOptions.tp says something to it."""
+    """Whether it has a file per tensor-parallel rank, so that WriteOptions.tp matters."""
     has_optimizer: bool
     """Whether it can hold masters and moments."""
     fp32_only: bool = False
@@ -58,61 +62,84 @@ class Format:
 
 
 def get_format(name: str, flag: str) -> Format:
-    """Raises ConfigError for a name that is none, under the flag that gave it."""
+    """The format called `name`. Raises ConfigError for an unknown name that `flag` gave."""
     if name not in NAMES:
         raise ConfigError(Problem(flag, name, "is not a known format", f"known: {', '.join(NAMES)}"))
     found: Format = import_module(f"{__package__}.formats.{_MODULES.get(name, name)}").FORMAT
     return found
 
 
-def check_there(path: Path, field: str = "--input") -> None:
-    """Raises MissingInputError that names `field`."""
-    if not path.exists():
-        raise MissingInputError(input_problem(field, path))
-
-
 def looks_like(path: Path) -> list[Format]:
-    """Every format that a folder could be of."""
+    """Every format that a folder could be in."""
     return [each for each in (get_format(name, "--from") for name in NAMES) if each.found_in(path)]
 
 
 def detect(path: Path, flag: str = "--from") -> Format:
-    """The format of what is at `path`. Raises ConfigError if it is none or several."""
+    """The format of the folder `path`. Raises ConfigError if it looks like none or several."""
     found = looks_like(path)
     if len(found) == 1:
         return found[0]
-    looks = f"looks like {' and '.join(each.name for each in found)}" if found else "is of no known format"
+    looks = f"looks like {' and '.join(each.name for each in found)}" if found else "is in no known format"
     raise ConfigError(Problem(flag, "(not given)", f"{path} {looks}", f"give one of {', '.join(NAMES)}"))
 
 
-# How a model is computed, and how it was once drawn, is no part of what it is.
-NOT_CARRIED = frozenset({"layer", "attention", "kernels", "recompute", "init_std"})
+def open_weights(
+    path: Path, source: str | None = None, model: str | None = None, field: str = "--checkpoint"
+) -> Weights:
+    """Weights of a checkpoint, or of a run's newest; in the format `source`, if given, and of the model that
+    the user names, if needed. Raises MissingInputError under `field` where there is none."""
+    check_there(path, field)
+    found = get_format(source, "--from") if source else detect(path)
+    return found.open(path, named_model(model) if model else None)
 
 
-def same_model(one: ModelConfig, other: ModelConfig) -> list[str]:
-    """Fields in which two models are not the same one; empty if they are."""
-    left, right = one.model_dump(), other.model_dump()
-    return [field for field in left if field not in NOT_CARRIED and left[field] != right[field]]
-
-
-def check_named(named: ModelConfig | None, found: ModelConfig, place: Path) -> None:
-    """ConfigError where the model that the user names is not the one that a folder says it holds."""
-    fields = same_model(named, found) if named else []
-    if fields:
-        raise ConfigError(
-            [
-                Problem(f"--model: {field}", getattr(named, field), f"is {getattr(found, field)} in {place}")
-                for field in fields
-            ]
-        )
+def check_there(path: Path, field: str = "--input") -> None:
+    """Raise MissingInputError under `field` where `path` does not exist."""
+    if not path.exists():
+        raise MissingInputError(input_problem(field, path))
 
 
 def check_native(path: Path, remedy: str) -> None:
-    """MissingInputError for a checkpoint of another format; what is of none is for others to tell."""
+    """Raise MissingInputError for a checkpoint of another format; a folder of no format passes, for its
+    reader to refuse."""
     try:
         names = [each.name for each in looks_like(path)] if path.is_dir() else []
     except OSError as error:
         raise unreadable(error) from None
     if names and "native" not in names:
-        reason = f"is no checkpoint of a run here, but one of another format: {' or '.join(names)}"
+        reason = f"is a checkpoint in the format {' or '.join(names)}, not one of a run"
         raise MissingInputError(Problem("folder", path, reason, remedy))
+
+
+def named_model(name: str) -> ModelConfig:
+    """A preset, the model of a run's YAML file, or of a Hugging Face config.json. Raises ConfigError."""
+    if name in PRESETS:
+        return ModelConfig(**PRESETS[name])
+    path = Path(name)
+    remedy = f"give one of {', '.join(PRESETS)}, a run's YAML file, or a config.json of Hugging Face"
+    if not path.is_file():
+        raise ConfigError(Problem("--model", name, "is neither a preset nor a file", remedy))
+    if path.suffix == ".json":
+        from llama_mcore.convert.formats.huggingface.config import model_of
+
+        try:
+            return model_of(read_json(path, LARGEST_CONFIG, follow=True))
+        except (OSError, ValueError, ValidationError, AttributeError) as error:
+            raise ConfigError(Problem("--model", name, f"cannot be read ({shown(error)})", remedy)) from None
+    return load_run(name).model
+
+
+def check_named(named: ModelConfig | None, found: ModelConfig, place: Path) -> None:
+    """Raise ConfigError where the model that the user names is not the one in the folder."""
+    if fields := changed_fields(named, found) if named else []:
+        raise ConfigError(
+            [
+                Problem(
+                    f"--model: {name}",
+                    getattr(named, name),
+                    f"is {getattr(found, name)} in {place}",
+                    "leave --model out",
+                )
+                for name in fields
+            ]
+        )

@@ -1,8 +1,8 @@
-"""Proof that what was written is what was read, whatever the two formats.
+"""Verification of a conversion: the output is read again and compared with the source, whatever the formats.
 
-The output is opened as any user of it would: each tensor's bytes are hashed and compared, the configuration,
-the tokenizer on texts that tell implementations apart and on texts made of its own pieces, and what the two
-models compute. Where Hugging Face is one of the two, its model is run by `transformers`, else by our own.
+Compared are the configuration, the hash of each tensor, the tokenizer on texts that tell implementations
+apart and on texts made of its own pieces, and the logits of the two models. A model in Hugging Face's format
+is run by `transformers`, others by our own code.
 """
 
 import hashlib
@@ -18,18 +18,20 @@ import torch
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from torch import Tensor
 
+from llama_mcore.checkpoint.manifest import changed_fields
 from llama_mcore.checkpoint.paths import WEIGHT
+from llama_mcore.checkpoint.safetensors_io import bytes_of
 from llama_mcore.convert.model_weights import Rounded, Weights, loaded_model
-from llama_mcore.convert.registry import NOT_CARRIED, Format, WriteOptions
+from llama_mcore.convert.registry import Format, WriteOptions
 from llama_mcore.errors import CheckpointError, Problem, shown
 from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 LOGITS_TOLERANCE = 1e-5
-"""Largest difference of two logits, as a share of the largest logit."""
+"""Largest difference of two logits, relative to the largest logit."""
 PROMPT_TOKENS = 32
 NEW_TOKENS = 16
 _GROUP = 8  # pieces in a text
-_MOST_NAMED = 5
+_MOST_LISTED = 5
 _FP32_BYTES = 4
 _OURS, _THEIRS = "our model", "transformers"
 # Digits, runs of spaces, both line ends, a leading space, control tokens spelled out, rare characters
@@ -45,13 +47,13 @@ _TEXTS = (
 
 @dataclass
 class Verification:
-    """What was compared, what could not be and why, and what differs."""
+    """Result: what was compared, what could not be and why, and the differences."""
 
     compared: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     tensors: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of the canonical bytes of each tensor of the output."""
+    """SHA-256 of the canonical bytes of each tensor in the output."""
 
     def __str__(self) -> str:
         skipped = f"; not compared: {'; '.join(self.skipped)}" if self.skipped else ""
@@ -69,7 +71,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says to the fixed prompt."""
+    """Output of a model for the fixed prompt."""
 
     logits: Tensor  # [1, tokens of the prompt, vocab]
     continuation: list[int]
@@ -77,14 +79,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Place:
-    """A folder and the format that it is in."""
+    """A folder and its format."""
 
     format: Format
     folder: Path
 
 
 def verify(weights: Rounded, source: Place, target: Place, options: WriteOptions) -> Verification:
-    """Compare the target with `weights`, those of the source rounded. A model that differs is not run."""
+    """Compare the target with `weights`, the rounded source. A model whose tensors differ is not run."""
     result = Verification()
     try:
         found = target.format.open(target.folder, None)
@@ -99,19 +101,21 @@ def verify(weights: Rounded, source: Place, target: Place, options: WriteOptions
 
 
 def _check_config(weights: Weights, found: Weights, result: Verification) -> None:
-    expected, read = (each.model.model_dump(exclude=set(NOT_CARRIED)) for each in (weights, found))
     result.problems += [
-        Problem(f"configuration: {name}", read[name], f"must be {expected[name]}, as in the source")
-        for name in expected
-        if read[name] != expected[name]
+        Problem(
+            f"configuration: {name}",
+            getattr(found.model, name),
+            f"must be {getattr(weights.model, name)}, as in the source",
+        )
+        for name in changed_fields(weights.model, found.model)
     ]
     result.compared.append("configuration")
 
 
 def _check_tensors(weights: Weights, found: Weights, options: WriteOptions, result: Verification) -> None:
-    """By the hashes of their bytes, in the dtype that was to be written."""
+    """Compare the hashes of all tensors in the dtype that was written."""
     if found.names() != weights.names() or found.model.vocab_size != weights.model.vocab_size:
-        return  # the configuration says why
+        return  # which the configuration already shows
     for kind in options.kinds:
         for name in weights.names():
             read, expected = found.full(name, kind), weights.full(name, kind)
@@ -126,9 +130,9 @@ def _check_tensors(weights: Weights, found: Weights, options: WriteOptions, resu
 
 
 def digest(tensor: Tensor) -> str:
-    """SHA-256 of dtype, shape and bytes: 0.0 is not -0.0, and a nan equals itself."""
+    """SHA-256 of dtype, shape and bytes: 0.0 is not -0.0, and a NaN equals itself."""
     sha256 = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    sha256.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    sha256.update(bytes_of(tensor))
     return sha256.hexdigest()
 
 
@@ -136,12 +140,12 @@ def _check_tokenizer(weights: Weights, found: Weights, target: Place, result: Ve
     if weights.tokenizer is None:
         return
     if found.tokenizer is None:
-        reason = f"is not carried by {target.format.name}"
+        reason = f"is missing from the output in the format {target.format.name}"
         result.problems.append(Problem("tokenizer", weights.tokenizer, reason))
         return
     expected = Tokenizer(weights.tokenizer)
     if Tokenizer(found.tokenizer).sha256 != expected.sha256:
-        result.problems.append(Problem("tokenizer", found.tokenizer, "is not that of the source"))
+        result.problems.append(Problem("tokenizer", found.tokenizer, "differs from the source's"))
     if target.format.name != "hf":
         result.compared.append("tokenizer")
     elif _has_transformers(result):
@@ -151,8 +155,8 @@ def _check_tokenizer(weights: Weights, found: Weights, target: Place, result: Ve
 
 
 def texts_of_pieces(model: bytes) -> list[str]:
-    """Texts in which each piece of a tokenizer stands alone, among others, and beside each that the user has
-    defined: what its own rules, and no English sentence, would show."""
+    """Texts in which each piece of a tokenizer stands alone, among others and beside each user-defined piece:
+    they show differences in rules that English sentences do not."""
     pieces = model_pb2.ModelProto.FromString(model).pieces
     texts = [piece.piece.replace("\u2581", " ") for piece in pieces]
     defined = [text for text, piece in zip(texts, pieces, strict=True) if piece.type == piece.USER_DEFINED]
@@ -170,8 +174,8 @@ def texts_of_pieces(model: bytes) -> list[str]:
 
 
 def _tokenizer_problems(folder: Path, expected: Tokenizer, texts: list[str]) -> list[Problem]:
-    """Where transformers encodes or decodes otherwise. A control token that a text spells is compared as the
-    characters that it is to SentencePiece, and as the token between two texts."""
+    """Texts that transformers encodes or decodes otherwise. A control token that is spelled out is compared
+    both as the characters that SentencePiece takes it for and as the token between two texts."""
     from transformers import AutoTokenizer
 
     theirs = _loaded(AutoTokenizer, folder)
@@ -183,18 +187,18 @@ def _tokenizer_problems(folder: Path, expected: Tokenizer, texts: list[str]) -> 
         for text in texts
         for ids in (expected.encode(text),)
         if theirs.encode(text, split_special_tokens=True) != ids
-        # the unknown token has no text to come back
+        # the unknown token does not decode to the text that it stands for
         or (theirs.unk_token_id not in ids and theirs.decode(ids) != expected.decode(ids))
     ]
     reason = "is encoded or decoded differently by transformers"
-    problems = [Problem("tokenizer", repr(text), reason) for text in differing[:_MOST_NAMED]]
+    problems = [Problem("tokenizer", repr(text), reason) for text in differing[:_MOST_LISTED]]
     if left := len(differing) - len(problems):
         problems.append(Problem("tokenizer", f"{left:,} more of {len(texts):,} texts", reason))
     return problems
 
 
 def _has_transformers(result: Verification) -> bool:
-    missing = "what transformers computes, since it is missing: pip install 'llama-mcore[hf]'"
+    missing = "the output of transformers, which is not installed: pip install 'llama-mcore[hf]'"
     if find_spec("transformers") is None and missing not in result.skipped:
         result.skipped.append(missing)
     return missing not in result.skipped
@@ -203,7 +207,7 @@ def _has_transformers(result: Verification) -> bool:
 def _check_logits(
     weights: Rounded, found: Weights, source: Place, target: Place, result: Verification
 ) -> None:
-    """Both sides compute in fp32 from the same numbers: those of the source, rounded as they were written."""
+    """Compare the logits of both sides, computed in fp32 from the weights as they were written."""
     needed, available = _FP32_BYTES * weights.model.num_params(), psutil.virtual_memory().available
     if needed > available:
         result.skipped.append(f"logits, since the model needs {needed / 1e9:.0f} GB of memory in fp32")
@@ -212,19 +216,20 @@ def _check_logits(
     before = _answer_of(weights, source, result) if unrounded else (_OURS, our_answer(weights))
     now = _answer_of(found, target, result)
     error = relative_error(now[1].logits, before[1].logits)
-    # written so that a nan fails too
+    # this way round, a NaN fails too
     if not error <= LOGITS_TOLERANCE:
-        reason = f"is over {LOGITS_TOLERANCE:g} between {before[0]} on the source and {now[0]} on the output"
+        models = f"{before[0]} on the source and {now[0]} on the output"
+        reason = f"must be at most {LOGITS_TOLERANCE:g} between {models}"
         result.problems.append(Problem("relative error of the logits", f"{error:.1e}", reason))
     if now[1].continuation != before[1].continuation:
-        reason = f"is what {now[0]} gives where {before[0]} gave {before[1].continuation} for the source"
+        reason = f"is the output of {now[0]}, but {before[0]} gave {before[1].continuation} for the source"
         result.problems.append(Problem("greedy continuation", now[1].continuation, reason))
     who = before[0] if before[0] == now[0] else f"{before[0]} and {now[0]}"
     result.compared.append(f"logits by {who} (relative error {error:.1e}), {NEW_TOKENS} greedy tokens")
 
 
 def _answer_of(weights: Weights, place: Place, result: Verification) -> tuple[str, Answer]:
-    """Who was asked, and the answer."""
+    """The name of the model that was run, and its answer."""
     if place.format.name == "hf" and _has_transformers(result):
         return _THEIRS, their_answer(place.folder)
     return _OURS, our_answer(weights)
@@ -254,12 +259,12 @@ def their_answer(folder: Path) -> Answer:
 
 
 def _loaded(kind: Any, folder: Path, **options: Any) -> Any:
-    """Raises CheckpointError with whatever transformers has against a folder."""
+    """The model or tokenizer that transformers loads. Raises CheckpointError with whatever it raises."""
     try:
         return kind.from_pretrained(folder, local_files_only=True, **options)
-    except Exception as error:  # it has no common kind
+    except Exception as error:  # transformers has no common base class of errors
         reason = shown(" ".join(f"{type(error).__name__}: {error}".split()), 500)
-        raise CheckpointError(Problem("transformers", folder, f"cannot load it ({reason})")) from None
+        raise CheckpointError(Problem("transformers", folder, f"could not load it ({reason})")) from None
 
 
 @torch.no_grad()

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from llama_mcore.convert.model_weights import Weights
-from llama_mcore.convert.named_model import named_model
-from llama_mcore.convert.registry import check_there, detect, get_format
+from llama_mcore.convert.registry import open_weights
 from llama_mcore.distributed.device import choose_device, local_device, on_gpu
 from llama_mcore.errors import CheckpointError, DataError, MissingInputError, Problem, input_problem, say
 from llama_mcore.generate.decoder import Decoder
@@ -28,12 +27,11 @@ def generate(
     model: str | None = None,
     device: str = "auto",
 ) -> str:
-    """The prompt and its continuation: until EOS, `max_new_tokens`, or `seq_length` tokens with the prompt.
-    Where it was EOS, stderr says so.
+    """The prompt and its continuation, up to EOS, `max_new_tokens`, or `seq_length` tokens with the prompt.
 
-    The model sees what training showed it: no BOS. An empty prompt begins a document, as in the training
-    stream after the EOS of the one before. The same seed gives the same text. It computes in the dtype of
-    the weights, on `device`: auto, cpu or cuda. `source` and `model` as for `convert`.
+    The same seed gives the same text. As in training there is no BOS; an empty prompt begins a document,
+    after the EOS of the one before. The model computes in the dtype of the weights, on `device`: auto, cpu or
+    cuda. `source` and `model` as for `convert`.
     """
     choose_device(device, field="--device")
     silence_libraries(cpu=not on_gpu())
@@ -46,8 +44,8 @@ def generate(
             Problem(
                 "--prompt",
                 f"{len(ids)} tokens",
-                f"must leave room for one token in the model's seq_length = {weights.model.seq_length}",
-                "shorten it",
+                f"must leave room for a new token within seq_length = {weights.model.seq_length}",
+                "shorten the prompt",
             )
         )
     generator = torch.Generator().manual_seed(seed)
@@ -59,16 +57,9 @@ def generate(
         unread = [sample(logits[: tokenizer.vocab_size], temperature, top_p, generator)]
         ids += unread
         if ids[-1] == tokenizer.eod:
-            say(f"ended by end-of-text, after {len(ids) - given:,} tokens")
+            say(f"ended with end-of-text, after {len(ids) - given:,} tokens")
             break
     return tokenizer.decode(ids)
-
-
-def open_weights(path: Path, source: str | None = None, model: str | None = None) -> Weights:
-    """A checkpoint of any format, or the newest of a run."""
-    check_there(path, "--checkpoint")
-    found = get_format(source, "--from") if source else detect(path)
-    return found.open(path, named_model(model) if model else None)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
@@ -85,7 +76,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 def _open_tokenizer(path: Path | None, weights: Weights) -> Tokenizer:
     remedy = "give --tokenizer-model"
     if path is None:
-        raise MissingInputError(Problem("tokenizer", "(not given)", "is not named by the checkpoint", remedy))
+        raise MissingInputError(
+            Problem("tokenizer", "(not given)", "is not stored with the checkpoint", remedy)
+        )
     if not path.is_file():
         raise MissingInputError(input_problem("tokenizer", path, remedy))
     tokenizer = Tokenizer(path)

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from llama_mcore.checkpoint.diff import changed_settings
-from llama_mcore.checkpoint.lineage import read_lineage, write_lineage
 from llama_mcore.checkpoint.loader import check_same_model
-from llama_mcore.checkpoint.paths import given_up_dir, not_foreign, step_of
+from llama_mcore.checkpoint.paths import given_up_dir, step_of
 from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.run_dir import not_foreign, read_lineage, write_lineage
 from llama_mcore.checkpoint.run_lock import FOLDER as LEASE
 from llama_mcore.checkpoint.start import Start, StartPlan, none_valid, plan_start
 from llama_mcore.checkpoint.train_state import TrainState

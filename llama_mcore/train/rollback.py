@@ -4,8 +4,9 @@ from functools import partial
 from pathlib import Path
 
 from llama_mcore.checkpoint.loader import load_checkpoint
-from llama_mcore.checkpoint.paths import not_foreign, step_of, unreadable
+from llama_mcore.checkpoint.paths import step_of, unreadable
 from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.run_dir import not_foreign
 from llama_mcore.checkpoint.train_state import TrainState
 from llama_mcore.data.data_plan import check_caps
 from llama_mcore.distributed.collectives import broadcast_from_rank0, run_on_all_ranks

@@ -16,8 +16,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from llama_mcore.checkpoint.manifest import MANIFEST
-from llama_mcore.checkpoint.paths import checkpoints_dir, rank_file, step_dir
+from llama_mcore.checkpoint.paths import MANIFEST, checkpoints_dir, rank_file, step_dir
 from llama_mcore.errors import OutputError
 from tests.checkpoint.crash_run import LAST, RANKS, SAVES, Rank, Save, Watch, joined, names_in, watched
 from tests.checkpoint.damage import edit_manifest

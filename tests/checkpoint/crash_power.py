@@ -20,8 +20,15 @@ from itertools import product, takewhile
 from pathlib import Path
 from typing import Any
 
-from llama_mcore.checkpoint.manifest import MANIFEST
-from llama_mcore.checkpoint.paths import LATEST, REPLACED, TEMPORARY, checkpoints_dir, rank_file, step_dir
+from llama_mcore.checkpoint.paths import (
+    LATEST,
+    MANIFEST,
+    REPLACED,
+    TEMPORARY,
+    checkpoints_dir,
+    rank_file,
+    step_dir,
+)
 from llama_mcore.checkpoint.start import Start
 from llama_mcore.distributed.config import ParallelConfig
 from llama_mcore.distributed.groups import Groups, process_groups

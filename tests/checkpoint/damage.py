@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from llama_mcore.checkpoint.manifest import MANIFEST
+from llama_mcore.checkpoint.paths import MANIFEST
 
 FIRST_RANK = "rank-00000.safetensors"
 

@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 from llama_mcore.checkpoint import loader as loading
 from llama_mcore.checkpoint.loader import load_checkpoint
-from llama_mcore.checkpoint.paths import checkpoints_dir, find_checkpoint
+from llama_mcore.checkpoint.paths import checkpoints_dir
 from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.run_dir import find_checkpoint
 from llama_mcore.checkpoint.saver import save_checkpoint
 from llama_mcore.checkpoint.train_state import TrainState
 from llama_mcore.config.run import RunConfig

@@ -20,8 +20,9 @@ import torch.distributed as dist
 from llama_mcore.checkpoint import durable_io
 from llama_mcore.checkpoint import saver as saver_module
 from llama_mcore.checkpoint.loader import load_checkpoint
-from llama_mcore.checkpoint.paths import checkpoints_dir, find_checkpoint
+from llama_mcore.checkpoint.paths import checkpoints_dir
 from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.run_dir import find_checkpoint
 from llama_mcore.checkpoint.run_lock import FOLDER, held_lease
 from llama_mcore.checkpoint.saver import Saver, save_checkpoint
 from llama_mcore.checkpoint.train_state import TrainState

@@ -14,17 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_mcore.checkpoint.manifest import MANIFEST, Manifest
-from llama_mcore.checkpoint.paths import (
-    KINDS,
-    LATEST,
-    checkpoints_dir,
-    complete_checkpoints,
-    find_checkpoint,
-    fragment_key,
-    step_folders,
-)
+from llama_mcore.checkpoint.manifest import Manifest
+from llama_mcore.checkpoint.paths import KINDS, LATEST, MANIFEST, checkpoints_dir, fragment_key, step_folders
 from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.run_dir import complete_checkpoints, find_checkpoint
 from llama_mcore.errors import CheckpointError, MissingInputError
 from llama_mcore.model.sharding import split_of
 from tests.checkpoint.damage import FIRST_RANK, edit_manifest, edit_tensors

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from llama_mcore.checkpoint.deepspeed_export import save_deepspeed_folder
-from llama_mcore.checkpoint.paths import find_checkpoint
 from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.run_dir import find_checkpoint
 from llama_mcore.checkpoint.saver import save_checkpoint
 from llama_mcore.checkpoint.train_state import TrainState
 from llama_mcore.distributed.groups import model_parallel_groups

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_mcore.checkpoint.paths import KINDS, find_checkpoint
+from llama_mcore.checkpoint.paths import KINDS
 from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.run_dir import find_checkpoint
 from llama_mcore.model.sharding import split_of, unshard
 
 pytestmark = [pytest.mark.process, pytest.mark.xdist_group("saved")]

@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 
 from llama_mcore.checkpoint import diff as compare_module
 from llama_mcore.checkpoint.diff import Comparison, compare
-from llama_mcore.checkpoint.manifest import MANIFEST
-from llama_mcore.checkpoint.paths import KINDS, checkpoints_dir
+from llama_mcore.checkpoint.paths import KINDS, MANIFEST, checkpoints_dir
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.cli import app
 from llama_mcore.convert.registry import NAMES, WriteOptions, get_format
@@ -73,7 +72,7 @@ def test_a_checkpoint_is_described(checkpoint: Path) -> None:
     assert facts["size"] == f"{sum(path.stat().st_size for path in checkpoint.iterdir()):,} bytes"
     for name in (FIRST_RANK, SECOND_RANK):
         assert facts[name].split()[0] == f"{(checkpoint / name).stat().st_size:,}"
-    assert "not of it   notes.txt" in out
+    assert "other files notes.txt" in out
 
 
 def test_a_run_lists_all_its_checkpoints_with_their_state(run_dir: Path) -> None:
@@ -170,7 +169,7 @@ def test_a_checkpoint_of_another_format_is_named(name: str, tmp_path: Path, run_
     ]:
         code, out, err = run(*words)
         assert (code, out) == (66, "")
-        assert f"another format: {name}" in err
+        assert f"in the format {name}" in err
         assert "compare-checkpoints" in err
 
 
@@ -299,7 +298,7 @@ def test_a_parameter_that_one_lacks_is_named(tmp_path: Path) -> None:
     edit_tensors(right, untie)
     found = compared(left, right)
     assert found.fields == ["config.model.tie_embeddings: True -> False"]
-    assert found.only_in_one == ["output_layer.weight: not there -> [2, 2]"]
+    assert found.only_in_one == ["output_layer.weight: missing -> [2, 2]"]
     assert not found.tensors
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from llama_mcore.checkpoint.audit import audit_run
-from llama_mcore.checkpoint.paths import KINDS, complete_checkpoints
+from llama_mcore.checkpoint.paths import KINDS
 from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.run_dir import complete_checkpoints
 from tests.checkpoint.crash_loop import MOST_STEPS, RANKS, Attempt, Fault, Forked, Launched, run_to_the_end
 from tests.support.models import Small
 from tests.support.product import metrics

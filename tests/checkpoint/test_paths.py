@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from llama_mcore.checkpoint.manifest import MANIFEST
 from llama_mcore.checkpoint.paths import (
     KINDS,
+    MANIFEST,
     checkpoints_dir,
-    complete_checkpoints,
-    find_checkpoint,
     fragment_key,
     given_up_dir,
     lookalikes,
@@ -23,6 +21,7 @@ from llama_mcore.checkpoint.paths import (
     unfinished,
 )
 from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.run_dir import complete_checkpoints, find_checkpoint
 from llama_mcore.checkpoint.train_state import HealthState
 from llama_mcore.errors import CheckpointError, MissingInputError
 from tests.checkpoint.damage import FIRST_RANK, edit_manifest, edit_tensors

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llama_mcore.checkpoint.manifest import MANIFEST, Layout, Manifest, RankFile, manifest_bytes
-from llama_mcore.checkpoint.paths import KINDS, fragment_key, rank_file
+from llama_mcore.checkpoint.manifest import Layout, Manifest, RankFile, manifest_bytes
+from llama_mcore.checkpoint.paths import KINDS, MANIFEST, fragment_key, rank_file
 from llama_mcore.checkpoint.reader import CheckpointReader
-from llama_mcore.checkpoint.tensor_file import write_tensors
+from llama_mcore.checkpoint.safetensors_io import write_tensors
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.sharding import parameter_shapes, shard, split_of
 

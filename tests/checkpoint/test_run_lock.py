@@ -63,7 +63,7 @@ def in_use_by(run_dir: Path, holder: str) -> Iterator[None]:
     assert holder in str(caught.value)
 
 
-def test_numbers_grow_from_attempt_to_attempt(run_dir: Path) -> None:
+def test_lease_numbers_grow_from_attempt_to_attempt(run_dir: Path) -> None:
     for attempt in (1, 2, 3):
         with held_lease(run_dir) as held:
             held.check()
@@ -71,14 +71,14 @@ def test_numbers_grow_from_attempt_to_attempt(run_dir: Path) -> None:
     assert names(run_dir) == [f"0000000{attempt}.released.json" for attempt in (1, 2, 3)]
 
 
-def test_a_folder_that_held_nothing_else_is_removed(tmp_path: Path) -> None:
+def test_a_folder_that_held_nothing_but_the_lease_is_removed(tmp_path: Path) -> None:
     with held_lease(tmp_path / "a/b"):
         assert names(tmp_path / "a/b") == ["00000001.json"]
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.process
-def test_a_second_job_is_refused_while_the_first_lives(run_dir: Path) -> None:
+def test_a_second_job_gets_no_lease_while_the_first_lives(run_dir: Path) -> None:
     first = subprocess.Popen([sys.executable, "-c", HOLD, str(run_dir)], stdout=subprocess.PIPE, text=True)
     assert first.stdout is not None
     assert first.stdout.readline() == "held\n"
@@ -91,7 +91,7 @@ def test_a_second_job_is_refused_while_the_first_lives(run_dir: Path) -> None:
         assert held.number == 2
 
 
-def test_another_process_of_the_same_number_is_not_the_holder(run_dir: Path) -> None:
+def test_another_process_with_the_same_pid_is_not_the_holder_of_a_lease(run_dir: Path) -> None:
     written_by(run_dir, 1, **(me() | {"ticks": 12}))
     with held_lease(run_dir) as held:
         assert held.number == 2
@@ -102,7 +102,7 @@ def me() -> dict[str, object]:
 
 
 @pytest.mark.parametrize("off_s", [-86400.0, 2.0, 86400.0])
-def test_a_clock_that_was_set_makes_no_holder_dead(
+def test_a_changed_clock_makes_no_holder_of_a_lease_dead(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, off_s: float
 ) -> None:
     """What the kernel says of a process in seconds since 1970 moves with the clock. The lock is left out."""
@@ -115,7 +115,7 @@ def test_a_clock_that_was_set_makes_no_holder_dead(
 
 
 @pytest.mark.parametrize("other", [{"namespace": "pid:[1]"}, {"boot": "another"}])
-def test_of_processes_that_cannot_be_seen_the_sign_of_life_counts(
+def test_a_touched_lease_counts_where_its_process_cannot_be_seen(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, str]
 ) -> None:
     """A container, or another machine, under the same host name: our process of that number is not theirs."""
@@ -126,7 +126,7 @@ def test_of_processes_that_cannot_be_seen_the_sign_of_life_counts(
         pass
 
 
-def test_a_lock_that_is_held_goes_before_all_else(run_dir: Path) -> None:
+def test_a_held_lock_decides_whose_the_lease_is(run_dir: Path) -> None:
     path = written_by(run_dir, 1)
     os.utime(path, (1, 1))  # silent for ages
     with path.open() as file:
@@ -140,7 +140,7 @@ def test_a_lock_that_is_held_goes_before_all_else(run_dir: Path) -> None:
 
 
 @pytest.mark.process
-def test_a_holder_that_is_stopped_is_alive(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_holder_of_a_lease_is_alive(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = subprocess.Popen([sys.executable, "-c", HOLD, str(run_dir)], stdout=subprocess.PIPE, text=True)
     assert first.stdout is not None
     assert first.stdout.readline() == "held\n"
@@ -158,14 +158,14 @@ def test_a_holder_that_is_stopped_is_alive(run_dir: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
-def test_a_lease_that_is_no_file_is_nobodys(run_dir: Path, make: Callable[[Path], object]) -> None:
+def test_a_lease_that_is_not_a_file_is_nobodys(run_dir: Path, make: Callable[[Path], object]) -> None:
     (run_dir / FOLDER).mkdir()
     make(run_dir / FOLDER / "00000001.json")
     with held_lease(run_dir) as held:
         assert held.number == 2
 
 
-def test_a_name_that_is_no_number_is_no_lease(run_dir: Path) -> None:
+def test_a_name_without_a_number_is_not_a_lease(run_dir: Path) -> None:
     (run_dir / FOLDER).mkdir()
     (run_dir / FOLDER / "1\N{SUPERSCRIPT TWO}345678.json").touch()
     with held_lease(run_dir) as held:
@@ -192,7 +192,7 @@ class Clock:
 
 @pytest.mark.parametrize("off_s", [-7200.0, 0.0, 7200.0])
 @pytest.mark.parametrize(("untouched_s", "waits_s"), [(0, 60), (40, 20), (3600, 0), (-3600, 60)])
-def test_how_long_a_holder_was_silent_is_told_by_one_clock(
+def test_the_age_of_a_lease_is_read_from_one_clock(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, off_s: float, untouched_s: float, waits_s: float
 ) -> None:
     clock = Clock(off_s)
@@ -206,7 +206,7 @@ def test_how_long_a_holder_was_silent_is_told_by_one_clock(
     assert names(run_dir) == ["00000001.json", "00000002.released.json"]
 
 
-def test_a_holder_that_shows_a_sign_of_life_is_alive(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_holder_that_touches_its_lease_is_alive(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written_by(run_dir, 7)
     clock = Clock(act=lambda: os.utime(path, (1, time.time() + 1)))
     monkeypatch.setattr(run_lock, "time", clock)
@@ -215,14 +215,14 @@ def test_a_holder_that_shows_a_sign_of_life_is_alive(run_dir: Path, monkeypatch:
     assert clock.waited < STALE_S
 
 
-def test_a_job_that_runs_again_takes_over_from_itself(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_requeued_job_takes_over_its_own_lease(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written_by(run_dir, 1, job="77")
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     with held_lease(run_dir) as held:
         assert held.number == 2
 
 
-def test_two_starts_in_one_job_are_two(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_starts_in_one_job_do_not_share_a_lease(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As typed twice into a shell of salloc."""
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     with held_lease(run_dir), refused(PreflightError, "run.dir", run_dir), held_lease(run_dir):
@@ -235,14 +235,14 @@ def test_a_lease_cut_off_while_it_was_written_is_nobodys(run_dir: Path) -> None:
         assert held.number == 2
 
 
-def test_a_holder_that_was_thought_dead_may_not_publish(run_dir: Path) -> None:
+def test_a_holder_that_lost_its_lease_may_not_publish(run_dir: Path) -> None:
     with held_lease(run_dir) as held:
         written_by(run_dir, 2, job="78")
         with pytest.raises(OSError, match=f"{ELSEWHERE}, job 78"):
             held.check()
 
 
-def test_a_successor_that_has_left_again_is_seen(run_dir: Path) -> None:
+def test_a_lease_that_a_successor_released_is_seen(run_dir: Path) -> None:
     with held_lease(run_dir) as held:
         written_by(run_dir, 2).rename(run_dir / FOLDER / "00000002.released.json")
         written_by(run_dir, 3, job="79")
@@ -250,7 +250,7 @@ def test_a_successor_that_has_left_again_is_seen(run_dir: Path) -> None:
             held.check()
 
 
-def test_a_file_system_that_fails_is_no_successor(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_file_system_does_not_end_a_lease(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: Path, **_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
@@ -263,7 +263,7 @@ def test_a_file_system_that_fails_is_no_successor(run_dir: Path, monkeypatch: py
         held.check()
 
 
-def test_numbers_go_on_where_the_leases_were_deleted(run_dir: Path) -> None:
+def test_numbers_go_on_after_leases_were_deleted(run_dir: Path) -> None:
     """Else lines of earlier attempts would pass for later ones."""
     (run_dir / METRICS_FILE).write_text('{"step": 1, "attempt": 4}\n{"step": 2, "attempt": 5}\n')
     with held_lease(run_dir) as held:
@@ -271,7 +271,7 @@ def test_numbers_go_on_where_the_leases_were_deleted(run_dir: Path) -> None:
 
 
 @pytest.mark.process
-def test_whether_a_process_still_had_the_run_at_its_end(run_dir: Path) -> None:
+def test_a_process_knows_whether_its_lease_was_taken_over(run_dir: Path) -> None:
     first = subprocess.Popen([sys.executable, "-c", HOLD, str(run_dir)], stdout=subprocess.PIPE, text=True)
     assert first.stdout is not None
     assert not was_taken_over(run_dir, first.pid)  # nobody has had it
@@ -288,7 +288,7 @@ def test_whether_a_process_still_had_the_run_at_its_end(run_dir: Path) -> None:
     assert was_taken_over(run_dir, os.getpid())
 
 
-def test_of_two_that_take_over_at_once_one_is_refused(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_of_two_takes_over_a_lease(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one creates its file between our look and ours."""
     this_host = socket.gethostname
 
@@ -311,7 +311,7 @@ def test_the_file_is_touched_while_the_lease_is_held(run_dir: Path, monkeypatch:
         assert held.path.stat().st_mtime > 1
 
 
-def test_looking_takes_nothing_and_does_not_wait(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_takes_no_lease_and_does_not_wait(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(run_lock, "time", clock)
     check_free(run_dir)

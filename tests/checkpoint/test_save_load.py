@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llama_mcore.checkpoint.paths import KINDS, checkpoints_dir, find_checkpoint
+from llama_mcore.checkpoint.paths import KINDS, checkpoints_dir
 from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.run_dir import find_checkpoint
 from tests.checkpoint.jobs import (
     EVERY,
     OTHER_LAYOUT,

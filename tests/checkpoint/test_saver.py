@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_mcore.checkpoint.paths import KINDS, find_checkpoint
+from llama_mcore.checkpoint.paths import KINDS
 from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.run_dir import find_checkpoint
 from tests.checkpoint.saver_jobs import (
     FIRST,
     LAST,

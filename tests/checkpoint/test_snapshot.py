@@ -94,12 +94,12 @@ def needs(*ranks: tuple[str, int]) -> list[Need]:
     ("ranks", "host_memory", "said"),
     [
         ([("a", 20)], None, ""),
-        ([("a", 19)], None, "9.5 GiB are what a rank on a may take"),
+        ([("a", 19)], None, "a rank on a may use 9.5 GiB"),
         ([("a", 40), ("a", 41)], None, ""),
-        ([("a", 40), ("a", 38)], None, "9.5 GiB are what a rank on a may take"),
-        ([("a", 20), ("b", 18)], None, "9.0 GiB are what a rank on b may take"),
+        ([("a", 40), ("a", 38)], None, "a rank on a may use 9.5 GiB"),
+        ([("a", 20), ("b", 18)], None, "a rank on b may use 9.0 GiB"),
         ([("a", 2)], "10GiB", ""),
-        ([("a", 1000)], "9GiB", "9.0 GiB are what a rank on a may take"),
+        ([("a", 1000)], "9GiB", "a rank on a may use 9.0 GiB"),
     ],
 )
 def test_ranks_together_take_half_of_what_their_node_has(

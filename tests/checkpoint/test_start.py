@@ -7,22 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from llama_mcore.checkpoint.lineage import (
+from llama_mcore.checkpoint.paths import MANIFEST, checkpoints_dir, step_dir
+from llama_mcore.checkpoint.run_dir import (
     RUN_FILE,
     Lineage,
-    new_lineage,
-    origin_of,
-    read_lineage,
-    write_lineage,
-)
-from llama_mcore.checkpoint.manifest import MANIFEST
-from llama_mcore.checkpoint.paths import (
-    checkpoints_dir,
     complete_checkpoints,
     find_checkpoint,
     held_in,
+    new_lineage,
     not_foreign,
-    step_dir,
+    origin_of,
+    read_lineage,
+    write_lineage,
 )
 from llama_mcore.checkpoint.start import Outlook, Start, StartPlan, outlook, plan_start
 from llama_mcore.checkpoint.train_state import TrainState

@@ -6,9 +6,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_mcore.checkpoint.manifest import MANIFEST, Layout, Manifest, RankFile, manifest_bytes
-from llama_mcore.checkpoint.paths import KINDS, fragment_key, parse_fragment_key, rank_file, step_dir
-from llama_mcore.checkpoint.tensor_file import write_tensors
+from llama_mcore.checkpoint.manifest import Layout, Manifest, RankFile, manifest_bytes
+from llama_mcore.checkpoint.paths import (
+    KINDS,
+    MANIFEST,
+    fragment_key,
+    parse_fragment_key,
+    rank_file,
+    step_dir,
+)
+from llama_mcore.checkpoint.safetensors_io import write_tensors
 from llama_mcore.data.data_plan import Segment, SourcePlan
 from llama_mcore.model.sharding import parameter_shapes, shard, split_of
 from tests.support.models import KILOBYTES, model_config

@@ -8,16 +8,16 @@ from unittest.mock import patch
 import torch
 
 from llama_mcore.convert.torch_pickle import sandbox
-from llama_mcore.convert.torch_pickle.process import PickledProcess
+from llama_mcore.convert.torch_pickle.client import SandboxProcess
 
 
 @contextmanager
 def pickles_read_here() -> Iterator[None]:
-    with patch.object(PickledProcess, "ask", _answer):
+    with patch.object(SandboxProcess, "ask", _answer):
         yield
 
 
-def _answer(_: PickledProcess, question: str, seconds: float) -> str:
+def _answer(_: SandboxProcess, question: str, seconds: float) -> str:
     known = torch.serialization.get_safe_globals()
     try:
         return json.dumps(sandbox.answer(json.loads(question)))

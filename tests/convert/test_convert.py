@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from llama_mcore.checkpoint.paths import KINDS, WEIGHT
 from llama_mcore.cli import app
 from llama_mcore.convert import verify as verify_module
-from llama_mcore.convert.convert import RECEIPT, convert
+from llama_mcore.convert.convert import convert
+from llama_mcore.convert.folder import RECEIPT
 from llama_mcore.convert.registry import NAMES, WriteOptions, detect, get_format
 from llama_mcore.errors import CheckpointError, ConfigError, OutputError
 from tests.convert.invented import SHAPES, Invented, everything

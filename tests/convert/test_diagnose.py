@@ -77,7 +77,7 @@ MISTAKES = {
     "ungrouped": (ungrouped, QKV.format(1), "one after the other"),
     "bf16": (through_bf16, "embedding.word_embeddings.weight", "went through bf16"),
     "zeros": (never_filled, PROJ, "never filled"),
-    "noise": (noise, PROJ, "none that is known"),
+    "noise": (noise, PROJ, "unknown"),
     "theta": (other_model(rope_theta=5e5), None, "theta"),
     "eps": (other_model(norm_eps=1e-5), None, "epsilon"),
     "scaling": (other_model(rope_scaling=RopeScaling()), None, "Llama 3.1"),

@@ -24,8 +24,7 @@ import torch
 
 from llama_mcore.checkpoint.safetensors_io import StoredTensor
 from llama_mcore.convert.torch_pickle import sandbox
-from llama_mcore.convert.torch_pickle.client import read_pickled, read_stretches
-from llama_mcore.convert.torch_pickle.process import PickledProcess
+from llama_mcore.convert.torch_pickle.client import SandboxProcess, read_pickled, read_stretches
 from llama_mcore.errors import CheckpointError, MissingInputError
 from tests.convert.read_here import pickles_read_here
 from tests.support.world import call, run_ranks
@@ -295,12 +294,12 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     large = archive(tmp_path / "large.pt", b"\x80\x02]" + b"\x5d" * 1_000_000 + b".")  # 64 MB of lists
     small = archive(tmp_path / "small.pt", b"\x80\x02]" + b"\x5d" * 4 + b".")
     assert read_pickled([large]) == [[]]
-    process = PickledProcess([sys.executable, "-c", LITTLE_MEMORY])
+    process = SandboxProcess([sys.executable, "-c", LITTLE_MEMORY])
     assert asked(process, small) == {"contents": [[]]}
     assert "MemoryError" in asked(process, large)["reason"]
 
 
-def asked(process: PickledProcess, path: Path) -> dict[str, Any]:
+def asked(process: SandboxProcess, path: Path) -> dict[str, Any]:
     question = {"files": [[str(path), 0, None]], "allowed": [], "bare": False}
     return json.loads(process.ask(json.dumps(question), SECONDS))
 
@@ -352,7 +351,7 @@ def test_without_an_answer_the_file_is_refused(
         raise error
 
     path = saved(tmp_path / "a.pt", {"step": 3})
-    monkeypatch.setattr(PickledProcess, "ask", fail)
+    monkeypatch.setattr(SandboxProcess, "ask", fail)
     assert said in reason(path)
 
 
@@ -366,11 +365,11 @@ for line in sys.stdin:
 """
 
 
-def telling() -> PickledProcess:
-    return PickledProcess([sys.executable, "-S", "-c", TELLS_ITS_ID])
+def telling() -> SandboxProcess:
+    return SandboxProcess([sys.executable, "-S", "-c", TELLS_ITS_ID])
 
 
-def id_of(process: PickledProcess) -> int:
+def id_of(process: SandboxProcess) -> int:
     return int(process.ask("who", SECONDS))
 
 

@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from llama_mcore.checkpoint.lineage import new_lineage, write_lineage
 from llama_mcore.checkpoint.manifest import Layout, Manifest, RankFile, manifest_bytes
 from llama_mcore.checkpoint.paths import step_dir
+from llama_mcore.checkpoint.run_dir import new_lineage, write_lineage
 from llama_mcore.checkpoint.start import Start
 from llama_mcore.config.run import RunConfig, load_run
 from llama_mcore.diagnose import allreduce, checks_node, checks_run, preflight, versions

@@ -15,9 +15,8 @@ from transformers import LlamaForCausalLM
 from llama_mcore.checkpoint.paths import WEIGHT
 from llama_mcore.convert.formats import huggingface
 from llama_mcore.convert.formats.huggingface import HfWeights
-from llama_mcore.convert.fused_weights import split
+from llama_mcore.convert.fused_weights import HUGGING_FACE, split
 from llama_mcore.convert.model_weights import loaded_model
-from llama_mcore.convert.names import HUGGING_FACE
 from llama_mcore.convert.registry import WriteOptions
 from llama_mcore.convert.verify import relative_error
 from llama_mcore.model.config import ModelConfig

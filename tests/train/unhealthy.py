@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama_mcore.checkpoint.manifest import MANIFEST, manifest_bytes, read_manifest
-from llama_mcore.checkpoint.paths import step_dir
+from llama_mcore.checkpoint.manifest import manifest_bytes, read_manifest
+from llama_mcore.checkpoint.paths import MANIFEST, step_dir
 from llama_mcore.config.run import RunConfig, load_run
 from llama_mcore.data.loader import Samples
 from llama_mcore.data.sources import open_sources, plan_run

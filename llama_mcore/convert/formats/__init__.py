@@ -1,1 +1,1 @@
-"""The formats: native, huggingface, meta, megatron, deepspeed. A module each, or a folder, with a FORMAT."""
+"""Formats: native, huggingface, meta, megatron, deepspeed. Each module has a FORMAT, for registry.py."""

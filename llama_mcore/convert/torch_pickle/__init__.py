@@ -1,2 +1,2 @@
-"""Files of torch.save without trust: `sandbox.py` reads them in a process of its own, `client.py` asks it,
-`writer.py` writes them. Nothing else of the package may unpickle."""
+"""Files of torch.save from untrusted sources: `sandbox.py` reads them in a separate process, `client.py`
+talks to it, `writer.py` writes them. Nothing else in the package may unpickle."""

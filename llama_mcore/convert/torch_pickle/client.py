@@ -1,4 +1,4 @@
-"""Files of torch.save, without unpickling them here: a child process says what they hold and where.
+"""Reader of torch.save files that unpickles nothing itself: a child process says what they hold and where.
 
 The child (sandbox.py) reads with torch's weights-only unpickler and an allow-list, and answers in JSON.
 Tensors are then read from the places that it names, like those of any other format.
@@ -6,53 +6,53 @@ Tensors are then read from the places that it names, like those of any other for
 
 import json
 import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from llama_mcore.checkpoint.safetensors_io import StoredTensor
-from llama_mcore.convert.torch_pickle.process import PickledProcess
 from llama_mcore.errors import CheckpointError, MissingInputError, Problem, input_problem, say, shown
 from llama_mcore.small_file import parse_json
 
-_process = PickledProcess()
-_SECONDS = 600
+_COMMAND = (sys.executable, "-m", "llama_mcore.convert.torch_pickle.sandbox")
+_TIMEOUT_S = 600
 _DTYPES = {
-    **{
-        f"float{bits}": dtype
-        for bits, dtype in ((16, torch.float16), (32, torch.float32), (64, torch.float64))
-    },
-    **{f"int{bits}": dtype for bits, dtype in ((8, torch.int8), (16, torch.int16), (32, torch.int32))},
-    "int64": torch.int64,
-    "bfloat16": torch.bfloat16,
-    "uint8": torch.uint8,
-    "bool": torch.bool,
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool),
+    )
 }
 _ANSWER_CONTAINERS = 1 << 24
 Stretch = tuple[Path, int, int | None]
-"""A file, the byte at which what torch.save wrote begins, and its length (None: to the end of the file)."""
+"""A file, the byte at which the output of torch.save begins, and its length (None: to the end)."""
 
 
 def read_pickled(paths: Sequence[Path], allowed: Iterable[str] = ()) -> list[Any]:
-    """What each file of torch.save holds: plain values, with a StoredTensor for each tensor.
+    """Content of each torch.save file: plain values, with a StoredTensor for each tensor.
 
     `allowed`: classes, as "module.Class", whose objects become dicts of their fields. A dict with keys other
     than strings stays one; a key that is an object becomes a tuple of its (field, value). Raises
-    CheckpointError for a file that needs any other class, with its name, or is no such file;
-    MissingInputError for one that is not there.
+    CheckpointError for a file that needs any other class, with its name, or is not such a file;
+    MissingInputError for a missing one.
     """
     return read_stretches([(path, 0, None) for path in paths], allowed)
 
 
 def read_bare_pickle(path: Path, allowed: Iterable[str] = ()) -> Any:
-    """As `read_pickled`, for a file that Python's pickle wrote without torch.save."""
+    """Content of a file that Python's pickle wrote without torch.save; as `read_pickled`."""
     return _read([(path, 0, None)], allowed, bare=True)[0]
 
 
 def read_stretches(stretches: Sequence[Stretch], allowed: Iterable[str] = ()) -> list[Any]:
-    """As `read_pickled`, for what lies in the middle of files."""
+    """Content of outputs of torch.save in the middle of files; as `read_pickled`."""
     return _read(stretches, allowed, bare=False)
 
 
@@ -78,11 +78,11 @@ def _check_regular(path: Path) -> None:
 
 
 def _ask(question: dict[str, Any], first: Path) -> dict[str, Any]:
-    say(f"{_named(question['files'])}, read as weights only in a process of its own")
+    say(f"{_named(question['files'])}, read as weights only in a separate process")
     try:
-        answer = parse_json(_process.ask(json.dumps(question), _SECONDS).encode(), _ANSWER_CONTAINERS)
+        answer = parse_json(_process.ask(json.dumps(question), _TIMEOUT_S).encode(), _ANSWER_CONTAINERS)
     except TimeoutError:
-        raise CheckpointError(Problem("file", first, f"was not read within {_SECONDS} s")) from None
+        raise CheckpointError(Problem("file", first, f"was not read within {_TIMEOUT_S} s")) from None
     except (EOFError, ValueError) as error:
         raise CheckpointError(Problem("file", first, f"cannot be read: {shown(error)}")) from None
     assert isinstance(answer, dict)
@@ -90,7 +90,7 @@ def _ask(question: dict[str, Any], first: Path) -> dict[str, Any]:
 
 
 def _named(files: list[list[Any]]) -> str:
-    """The file, or the folder of all of them and their number."""
+    """The file, or the folder of the files and their number."""
     paths = {path for path, *_ in files}
     if len(paths) == 1:
         return f"{paths.pop()}: {'a pickle' if len(files) == 1 else f'{len(files):,} pickles'}"
@@ -115,7 +115,7 @@ def _built(value: Any, path: Path) -> Any:
 
 
 def _key(key: Any) -> Any:
-    """Lists become tuples; records become tuples of their (field, value)."""
+    """A hashable key: lists become tuples, records tuples of their (field, value)."""
     if isinstance(key, dict):
         return tuple((field, _key(value)) for field, value in key.items())
     return tuple(map(_key, key)) if isinstance(key, list) else key
@@ -124,6 +124,67 @@ def _key(key: Any) -> Any:
 def _tensor(where: dict[str, Any], path: Path) -> StoredTensor:
     dtype = _DTYPES.get(where["dtype"])
     if dtype is None:
-        raise CheckpointError(Problem("file", path, f"holds a tensor of {shown(where['dtype'])}"))
+        reason = f"holds a tensor of {shown(where['dtype'])}, which is not supported"
+        raise CheckpointError(Problem("file", path, reason))
     stride = where["stride"] and tuple(where["stride"])
     return StoredTensor(path, where["offset"], dtype, torch.Size(where["shape"]), stride)
+
+
+class SandboxProcess:
+    """The process that reads pickles: started for the first question, and replaced if it fails.
+
+    A question is a line of JSON, and so is the answer. It ends with this process.
+    """
+
+    def __init__(self, command: Sequence[str] = _COMMAND) -> None:
+        self._command = command
+        self._process: subprocess.Popen[str] | None = None
+        self._errors: IO[str] | None = None
+        self._owner = 0
+
+    def ask(self, question: str, seconds: float) -> str:
+        """The answer. Raises TimeoutError, and EOFError with the last words of a process that ended."""
+        process = self._running()
+        assert process.stdin
+        assert process.stdout
+        deadline = time.monotonic() + seconds
+        timer = threading.Timer(seconds, process.kill)
+        timer.start()
+        try:
+            process.stdin.write(question + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except OSError:
+            answer = ""
+        timer.cancel()
+        if answer.endswith("\n"):
+            return answer
+        reason = self._end()
+        raise TimeoutError if time.monotonic() >= deadline else EOFError(reason)
+
+    def _running(self) -> "subprocess.Popen[str]":
+        if self._process is None or self._owner != os.getpid():  # a fork inherits its pipes
+            self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  as long as the process
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+            )
+            self._owner = os.getpid()
+        return self._process
+
+    def _end(self) -> str:
+        """Kill it; its exit code and the last line of its errors."""
+        assert self._process
+        assert self._errors
+        self._process.kill()
+        code = self._process.wait()
+        self._errors.seek(0)
+        last = self._errors.read().strip().splitlines()[-1:]
+        self._process = None
+        return f"the reading process ended with {code}" + (f": {last[0]}" if last else "")
+
+
+_process = SandboxProcess()

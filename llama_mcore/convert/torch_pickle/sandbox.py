@@ -1,16 +1,17 @@
-"""The one place that reads pickles, in a process of its own: `python -m ...sandbox`.
+"""The only place that reads pickles, in a separate process: `python -m ...sandbox`.
 
-It is asked on stdin and answers on stdout, in a line of JSON each. It unpickles with torch's own weights-only
-unpickler, which builds tensors and plain containers and calls nothing else, and which here makes tensors
-without content: where in the file each one lies is all that the parent is told. Classes that the asker allows
-by name become plain records of their fields; the real ones are never imported.
+Questions arrive on stdin, answers leave on stdout, each a line of JSON:
 
-What torch.save did not write, such as the metadata of torch.distributed.checkpoint, is a bare pickle.
-Python's own unpickler reads it, and finds by name nothing but torch.Size, dtypes and the same plain records.
-
-    asked      {"files": [[path, offset, length or null], ...], "allowed": ["module.Class", ...],
+    question   {"files": [[path, offset, length or null], ...], "allowed": ["module.Class", ...],
                 "bare": whether they are bare pickles}
-    answered   {"contents": [...]} or {"refused": index of the file, "reason": text}
+    answer     {"contents": [...]} or {"refused": index of the file, "reason": text}
+
+torch's own weights-only unpickler builds tensors and plain containers and calls nothing else. Here it makes
+tensors without content: only their places in the file are told to the parent. Classes that the question
+allows by name become plain records of their fields; the real ones are never imported.
+
+A pickle that torch.save did not write, such as the metadata of torch.distributed.checkpoint, is bare.
+Python's unpickler reads it, and finds nothing by name but torch.Size, dtypes and the same plain records.
 """
 
 import io
@@ -32,24 +33,24 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 MEMORY = 4 << 30
-"""Address space that the process may take beyond what it has with torch. Tensors take none of it."""
+"""Address space that the process may use beyond what it has with torch. Tensors take up none of it."""
 _LARGEST_PICKLE = 64 << 20  # an object of 64 bytes may take one byte there
 LARGEST_ANSWER = 1 << 27
 _DEEPEST = 50
 _LARGEST_BARE = 1 << 30
-_PER_VALUE = 32  # bytes, about, of what JSON puts around it
-_LOCAL_HEADER, _LENGTHS_AT = 30, 26  # of a zip entry; where it says how long the name and what follows are
+_PER_VALUE = 32  # bytes that JSON puts around it, about
+_LOCAL_HEADER, _LENGTHS_AT = 30, 26  # bytes of a zip entry; offset of the lengths of its name and extra field
 _LENGTHS = struct.Struct("<HH")
 _NOT_ALLOWED = re.compile(r"(?:GLOBAL|global) ([\w.]+)")
 _OF_THE_UNPICKLER = re.compile(r"WeightsUnpickler error: (.+?)(?= Check the documentation|$)")
-# torch's advice is to trust the file, which is not repeated
+# torch advises to trust the file, which is not passed on
 _ADVICE = re.compile("weights.only", re.IGNORECASE)
 
 
 class Record:
-    """Stands for an object of an allowed class: what it was made with, and its fields."""
+    """Stand-in for an object of an allowed class: its constructor's arguments, and its fields."""
 
-    arguments: tuple[Any, ...] = ()  # most objects are made without __init__ being called
+    arguments: tuple[Any, ...] = ()  # the default: most objects are unpickled without a call of __init__
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -59,20 +60,20 @@ class Record:
 
 
 def main() -> None:
-    """Answers a line for each line, until there are no more."""
+    """Answer each line until there are no more."""
     _limit_memory()
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)
 
 
-def answer(asked: dict[str, Any]) -> dict[str, Any]:
+def answer(question: dict[str, Any]) -> dict[str, Any]:
     maker, contents = _Maker(), []
-    for index, (path, offset, length) in enumerate(asked["files"]):
+    for index, (path, offset, length) in enumerate(question["files"]):
         try:
-            if asked["bare"]:
-                contents.append(_bare(Path(path), asked["allowed"], maker))
+            if question["bare"]:
+                contents.append(_bare(Path(path), question["allowed"], maker))
             else:
-                contents.append(_content(Path(path), offset, length, asked["allowed"], maker))
+                contents.append(_content(Path(path), offset, length, question["allowed"], maker))
         except Exception as error:
             return {"refused": index, "reason": _reason(error)}
     return {"contents": contents}
@@ -85,7 +86,7 @@ def _limit_memory() -> None:
 
 
 def _content(path: Path, offset: int, length: int | None, allowed: list[str], maker: "_Maker") -> Any:
-    """The object that a file of torch.save, or a stretch of one, holds, in JSON."""
+    """The object in a torch.save file, or in a stretch of one, for JSON."""
     with path.open("rb") as file:
         end = os.fstat(file.fileno()).st_size if length is None else offset + length
         part: BinaryIO = io.BufferedReader(_Part(file, offset, end))
@@ -99,7 +100,7 @@ def _content(path: Path, offset: int, length: int | None, allowed: list[str], ma
 
 
 def _bare(path: Path, allowed: list[str], maker: "_Maker") -> Any:
-    """The object that a bare pickle holds, in JSON."""
+    """The object in a bare pickle, for JSON."""
     if (size := path.stat().st_size) > _LARGEST_BARE:
         raise ValueError(f"has {size:,} bytes, more than {_LARGEST_BARE:,}")
     with path.open("rb") as file:
@@ -116,7 +117,7 @@ class _BareUnpickler(pickle.Unpickler):
         self._stand_ins = stand_ins
 
     def find_class(self, module: str, name: str) -> Any:
-        """All that a pickle can call: what it names is looked up here and never imported."""
+        """Everything that a pickle can call: its names are looked up here and never imported."""
         if (found := self._stand_ins.get(f"{module}.{name}")) is not None:
             return found
         found_in_torch = vars(torch).get(name) if module == "torch" else None
@@ -150,14 +151,14 @@ class _Part(io.RawIOBase):
 
 
 def _check_archive(part: BinaryIO) -> list[tuple[int, int]]:
-    """Where the content of each entry begins, and its bytes.
+    """Offset and size of the content of each entry.
 
-    torch.save compresses nothing and names nothing twice: what does is not its work.
+    torch.save compresses nothing and names nothing twice: a file with either is not its work.
     """
     try:
         entries = zipfile.ZipFile(part).infolist()
     except zipfile.BadZipFile:
-        raise ValueError("is not a file of torch.save since version 1.6, or is damaged") from None
+        raise ValueError("is not a file that torch.save of torch 1.6 or later wrote, or is damaged") from None
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
         raise ValueError(
             "is a TorchScript program: load it with torch.jit.load and torch.save its state_dict()"
@@ -165,7 +166,7 @@ def _check_archive(part: BinaryIO) -> list[tuple[int, int]]:
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise ValueError("holds compressed data, which torch.save does not write")
     if len({entry.filename for entry in entries}) < len(entries):
-        raise ValueError("holds two entries of one name")
+        raise ValueError("holds two entries of the same name")
     size = sum(entry.file_size for entry in entries if "/data/" not in entry.filename)
     if size > _LARGEST_PICKLE:
         raise ValueError(f"holds {size:,} bytes beside its tensors, more than {_LARGEST_PICKLE:,}")
@@ -173,30 +174,30 @@ def _check_archive(part: BinaryIO) -> list[tuple[int, int]]:
 
 
 def _begin(part: BinaryIO, entry: zipfile.ZipInfo) -> int:
-    """Behind the local header, which may be longer than what the directory says of it."""
+    """Offset after the local header, which may be longer than the directory says."""
     part.seek(entry.header_offset + _LENGTHS_AT)
     return entry.header_offset + _LOCAL_HEADER + sum(_LENGTHS.unpack(part.read(_LENGTHS.size)))
 
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the tensors of a file may lie."""
+    """Places in a file where its tensors may be."""
 
     base: int
-    """From where on torch counts."""
+    """Byte from which torch counts."""
     sizes: dict[int, int]
-    """Of what zip entries hold, by where it begins."""
+    """Offset of the content of each zip entry -> its size."""
 
 
 class _Maker:
-    """Makes JSON of what was unpickled, of bounded size: a pickle of some bytes can stand for more than a
-    machine holds, by naming one list or text again and again."""
+    """Converter of unpickled objects to JSON of bounded size: a few bytes of pickle can stand for more than a
+    machine can hold, by repeating one list or text."""
 
     def __init__(self) -> None:
         self._room = LARGEST_ANSWER
 
     def plain(self, value: Any, places: _Places, depth: int = 0) -> Any:
-        """A name that JSON objects cannot have makes a list of pairs of a dict."""
+        """`value` for JSON; a dict with keys that JSON objects cannot have becomes a list of pairs."""
         if depth > _DEEPEST:
             raise ValueError("is nested too deeply")
         self._take(value)
@@ -243,17 +244,15 @@ def _where(tensor: torch.Tensor, places: _Places) -> dict[str, Any]:
     size, strides = tensor.shape, tensor.stride()
     first, width = tensor.storage_offset(), tensor.element_size()
     if tensor.numel():
-        # torch computes the place from the layout of its own zip writer if a file claims to have that
+        # torch computes places from the layout of its own zip writer if a file claims to have it
         if places.base + begin not in places.sizes:
-            raise ValueError(
-                "was packed by another program than torch.save, which its tensors do not survive"
-            )
+            raise ValueError("was packed by another program than torch.save: its tensors cannot be found")
         span = 1 + sum((n - 1) * stride for n, stride in zip(size, strides, strict=True))
-        # a storage without content grows to the size of the tensor: what counts is what the file holds
+        # a storage without content grows to the size of the tensor, so the size in the file is what counts
         inside = (first + span) * width <= places.sizes[places.base + begin]
         if min((first, *strides)) < 0 or not inside:
-            raise ValueError("holds a tensor that lies outside of its storage")
-        if tensor.numel() > span:  # its strides let a few bytes stand for any number of them
+            raise ValueError("holds a tensor that lies outside its storage")
+        if tensor.numel() > span:  # its strides let a few bytes stand for any number of elements
             return {"$unknown": "a tensor that repeats its elements"}
     return {
         "$tensor": {
@@ -266,15 +265,15 @@ def _where(tensor: torch.Tensor, places: _Places) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """In a line, without torch's advice."""
+    """The message of an error in one line, without torch's advice."""
     text = " ".join(str(error).split())
     if found := _NOT_ALLOWED.search(text):
-        return f"needs {found[1]}, which would run code: only tensors and plain values are read"
+        return f"needs {found[1]}, which would run code: only tensors and plain values are allowed"
     if _ADVICE.search(text):
         found = _OF_THE_UNPICKLER.search(text)
-        text = (
-            found[1] if found and not _ADVICE.search(found[1]) else "is not what torch.save writes of tensors"
-        )
+        text = found[1] if found else ""
+        if not text or _ADVICE.search(text):
+            text = "is not a file of tensors that torch.save wrote"
     return text[:500] or type(error).__name__
 
 

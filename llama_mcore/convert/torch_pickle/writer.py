@@ -1,7 +1,7 @@
-"""Write a file of torch.save a tensor at a time, for tensors whose shapes are known before.
+"""Writer of torch.save files, one tensor at a time, for tensors whose shapes are known beforehand.
 
 torch.save takes all tensors at once. Given tensors without content it writes a file of the full size that
-takes no room on the disk; all but the content of the tensors is taken from that one.
+takes up no space on the disk; everything but the content of the tensors is copied from that file.
 """
 
 import os
@@ -18,14 +18,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
-from llama_mcore.convert.safetensors_stream import Spec
+from llama_mcore.checkpoint.safetensors_io import TensorSpec, bytes_of, check_is_next
 
 _ALIGNMENT = 64
 _ZIP64_FROM = 1 << 30  # bytes of an entry; zipfile wants to know before it writes one over 2 GiB
 _LOCAL_HEADER, _ZIP64_EXTRA = 30, 20  # bytes
 _EXTRA_HEADER = struct.Struct("<2sH")
 _TENSOR = re.compile(r"[^/]+/data/\d+")
-# They promise the layout of torch's own zip writer, from which torch then computes where tensors lie.
+# They promise the layout of torch's own zip writer, from which torch would compute the places of tensors.
 _LEFT_OUT = re.compile(r"[^/]+/\.(format_version|storage_alignment)")
 
 
@@ -36,21 +36,17 @@ class TorchFile:
     Raises OSError where the disk refuses, and ValueError for a tensor that is not the next one.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
         self._expected = iter(specs.items())
         self._entries = iter(_skeleton(path, specs))
         self._file = path.open("xb")
         self._archive = zipfile.ZipFile(self._file, "w")
 
     def add(self, name: str, tensor: Tensor) -> None:
-        expected, (dtype, shape) = next(self._expected)
-        if (name, tensor.dtype, tensor.shape) != (expected, dtype, shape):
-            raise ValueError(
-                f"{name} {tensor.dtype} {list(tensor.shape)} where {expected} {dtype} {list(shape)}"
-            )
+        check_is_next(self._expected, name, tensor)
         entry = self._copy_to_next_tensor()
         assert entry, "as many entries as specs"
-        self._write(entry, tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._write(entry, bytes_of(tensor))
 
     def __enter__(self) -> "TorchFile":
         return self
@@ -60,7 +56,7 @@ class TorchFile:
     ) -> None:
         with self._file:
             if error is not None:
-                with suppress(OSError, ValueError):  # what it would do when it is forgotten
+                with suppress(OSError, ValueError):  # or its destructor would try, and print what failed
                     self._archive.close()
             else:
                 if left := self._copy_to_next_tensor():
@@ -86,8 +82,8 @@ class TorchFile:
             entry.write(content)
 
 
-def _skeleton(path: Path, specs: Mapping[str, Spec]) -> Iterator[tuple[str, bytes | None]]:
-    """Entries of the file in their order; None for the content of a tensor."""
+def _skeleton(path: Path, specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, bytes | None]]:
+    """Entries of the file in their order, with their content; None for that of a tensor."""
     with FakeTensorMode():
         fakes = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in specs.items()}
     empty = path.with_suffix(".skeleton")
@@ -99,3 +95,8 @@ def _skeleton(path: Path, specs: Mapping[str, Spec]) -> Iterator[tuple[str, byte
             return iter([(name, None if _TENSOR.fullmatch(name) else archive.read(name)) for name in names])
     finally:
         empty.unlink(missing_ok=True)
+
+
+def with_own_storage(tensor: Tensor) -> Tensor:
+    """`tensor`, copied if it is a part of a larger one: torch.save would write all of that."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

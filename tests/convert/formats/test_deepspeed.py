@@ -10,14 +10,14 @@ import pytest
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from llama_mcore.checkpoint.paths import KINDS, LATEST, WEIGHT, find_checkpoint
+from llama_mcore.checkpoint.paths import KINDS, LATEST, WEIGHT
 from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.run_dir import find_checkpoint
 from llama_mcore.convert.formats.deepspeed import FORMAT
 from llama_mcore.convert.formats.deepspeed.universal import LATEST_UNIVERSAL
-from llama_mcore.convert.formats.huggingface import model_of
-from llama_mcore.convert.fused_weights import join
+from llama_mcore.convert.formats.huggingface.config import model_of
+from llama_mcore.convert.fused_weights import HUGGING_FACE, join
 from llama_mcore.convert.model_weights import Weights
-from llama_mcore.convert.names import HUGGING_FACE
 from llama_mcore.convert.registry import WriteOptions
 from llama_mcore.errors import CheckpointError, ConfigError, LlamaMcoreError, MissingInputError
 from tests.checkpoint.jobs import STEPS, Job

@@ -15,17 +15,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from llama_mcore.checkpoint.manifest import read_manifest
-from llama_mcore.checkpoint.paths import WEIGHT, find_checkpoint, step_dir
+from llama_mcore.checkpoint.paths import WEIGHT, step_dir
 from llama_mcore.checkpoint.reader import CheckpointReader
+from llama_mcore.checkpoint.run_dir import find_checkpoint
 from llama_mcore.cli import app
 from llama_mcore.convert import verify as verify_module
-from llama_mcore.convert.convert import RECEIPT
 from llama_mcore.convert.convert import convert as convert_checkpoint
+from llama_mcore.convert.folder import RECEIPT
 from llama_mcore.convert.formats import huggingface, native
 from llama_mcore.convert.formats.huggingface import HfWeights
 from llama_mcore.convert.formats.native import NativeWeights
+from llama_mcore.convert.fused_weights import NameTable
 from llama_mcore.convert.model_weights import Rounded
-from llama_mcore.convert.names import NameTable
 from llama_mcore.convert.registry import WriteOptions
 from llama_mcore.convert.verify import Place, Verification, digest
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, OutputError

@@ -14,10 +14,10 @@ from transformers import LlamaConfig
 from llama_mcore.checkpoint.paths import WEIGHT
 from llama_mcore.convert.convert import convert
 from llama_mcore.convert.formats import huggingface
-from llama_mcore.convert.formats.huggingface import (
+from llama_mcore.convert.formats.huggingface import HfWeights
+from llama_mcore.convert.formats.huggingface.config import (
     _COMPUTED,
     CONFIG,
-    HfWeights,
     generation_config,
     hf_config,
     model_of,

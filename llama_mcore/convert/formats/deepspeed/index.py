@@ -1,6 +1,6 @@
-"""What a folder of DeepSpeed's holds, whoever wrote it: where each stretch of each tensor lies.
+"""Index of a DeepSpeed folder, whoever wrote it: the file and offset of each stretch of each tensor.
 
-Its files are those of torch.save; how it names them is in `_get_ckpt_name` and `_get_zero_ckpt_name` of
+Its files are those of torch.save; their names come from `_get_ckpt_name` and `_get_zero_ckpt_name` of
 deepspeed/runtime/engine.py.
 """
 
@@ -34,56 +34,55 @@ Dimension = Annotated[int, Field(ge=0, le=1 << 40)]
 Shape = Annotated[list[Dimension], Field(max_length=8)]
 
 
-class Part(BaseModel):
-    """Some of the fields of what DeepSpeed saves; it saves others beside them."""
+class SavedRecord(BaseModel):
+    """Base of what DeepSpeed saves: the fields that are read, among others that are not."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
 
-class ParallelSizes(Part):
+class ParallelSizes(SavedRecord):
     pp_degree: int = 1
 
 
-class ModuleStates(Part):
-    """A `*_model_states.pt`: what an engine knows of its module on one tensor-parallel rank."""
+class ModuleStates(SavedRecord):
+    """Content of a `*_model_states.pt`: an engine's state of its module on one tensor-parallel rank."""
 
     module: dict[str, Stored | None] = {}
     """In the dtype that the module computes in; empty tensors at stage 3."""
     param_shapes: list[dict[str, Shape]] = []
-    """Of this tensor-parallel rank, in the order of the optimizer's groups."""
+    """Shapes on this tensor-parallel rank, in the order of the optimizer's groups."""
     buffer_names: list[str] = []
     shared_params: dict[str, str] = {}
-    """Other names of a parameter -> the one that it goes by."""
+    """Alias of a shared parameter -> its name."""
     global_steps: int = Field(ge=0)
     dp_world_size: int = Field(ge=1)
     mp_world_size: int = Field(ge=1)
     checkpoint_parallel_dimensions: ParallelSizes = ParallelSizes()
     model: dict[str, Any] | None = None
-    """ModelConfig, where we wrote it."""
+    """ModelConfig, in folders that we wrote."""
     kinds: list[str] | None = None
-    """Of layout.KINDS, where we wrote the folder."""
+    """The choice of paths.KINDS, in folders that we wrote."""
     trained_steps: int | None = Field(default=None, ge=0)
-    """Of the weights, where we wrote them; an engine that loads them without moments begins at step 0."""
+    """Steps of the weights, in folders that we wrote: without moments, engines begin at step 0."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements of a stored tensor that follow each other, and their place in one parameter's flat shard."""
+    """Consecutive elements of a stored tensor, which are a part of one parameter's flat shard."""
 
     stored: StoredTensor
     start: int
     numel: int
 
     def read(self) -> Tensor:
-        """Flat."""
         if self.stored.stride is None:
             return self.stored.read(self.start, self.start + self.numel)
         return self.stored.full().view(-1)[self.start : self.start + self.numel]
 
 
 @dataclass
-class Parts:
-    """The tensors of a folder by DeepSpeed's names, which are those of the module that it trained."""
+class TensorIndex:
+    """Tensors of a folder by the names of the module that DeepSpeed trained."""
 
     folder: Path
     kinds: tuple[str, ...]
@@ -91,9 +90,9 @@ class Parts:
     step: int
     model: dict[str, Any] | None
     shapes: list[dict[str, torch.Size]]
-    """Of each tensor-parallel rank's shards."""
+    """Shapes of the shards of each tensor-parallel rank."""
     pieces: dict[tuple[str, str, int], list[Piece]] = field(default_factory=dict)
-    """(kind, name, tensor-parallel rank) -> what its flat shard is made of, in order."""
+    """(kind, name, tensor-parallel rank) -> the pieces of its flat shard, in order."""
 
     def dtypes(self, kind: str) -> set[torch.dtype]:
         return {
@@ -104,27 +103,27 @@ class Parts:
         }
 
 
-def read_parts(paths: Sequence[Path]) -> list[Any]:
-    """What files of DeepSpeed hold. Raises CheckpointError, MissingInputError."""
+def read_files(paths: Sequence[Path]) -> list[Any]:
+    """Contents of files that DeepSpeed wrote. Raises CheckpointError, MissingInputError."""
     return read_pickled(paths, _CLASSES)
 
 
-M = TypeVar("M", bound=Part)
+M = TypeVar("M", bound=SavedRecord)
 
 
 def parsed(kind: type[M], content: Any, path: Path) -> M:
-    """Raises CheckpointError for a file that holds something else."""
+    """`content` as a record. Raises CheckpointError for a file that holds something else."""
     try:
         return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "content"
-        reason = f"has {shown(where)} that DeepSpeed does not write: {shown(first['msg'])}"
+        reason = f"was not written by DeepSpeed: {shown(where)}: {shown(first['msg'])}"
         raise CheckpointError(Problem("file", path, reason)) from None
 
 
 def module_states(folder: Path) -> dict[tuple[int, int], ModuleStates]:
-    """The file of each (tensor-parallel, data-parallel) rank; up to stage 2 one for all of the latter.
+    """States of each (tensor-parallel, data-parallel) rank; up to stage 2 only data-parallel rank 0 has any.
 
     Raises CheckpointError for files that are missing, or not of one step of one run.
     """
@@ -136,13 +135,13 @@ def module_states(folder: Path) -> dict[tuple[int, int], ModuleStates]:
     }
     others = [name for name in names if name.endswith(MODULE_STATES) and not _MODULE_FILE.fullmatch(name)]
     if others:
-        reason = "is of pipeline or expert parallelism, which LLaMA is not trained with here"
+        reason = "was written with pipeline or expert parallelism, which is not supported"
         raise CheckpointError([Problem("file", folder / name, reason) for name in sorted(others)])
-    # a folder that is to load at stage 3 and below has both kinds, of one content
+    # a folder that stage 3 and lower stages can load has both kinds, with the same content
     by_stage = {stage3: [key for key in files if key[2] == stage3] for stage3 in (False, True)}
     keys = sorted(by_stage[False] or by_stage[True])
     paths = [files[key] for key in keys]
-    contents = read_parts(paths)
+    contents = read_files(paths)
     states = {
         key[:2]: parsed(ModuleStates, content, path)
         for key, content, path in zip(keys, contents, paths, strict=True)
@@ -158,12 +157,13 @@ def _check_states(found: dict[tuple[int, int], ModuleStates], folder: Path, stag
     sizes = {(each.mp_world_size, each.dp_world_size) for each in found.values()}
     if len(sizes) > 1:
         raise CheckpointError(
-            Problem("folder", folder, f"holds files of runs of other sizes: {shown(sizes)}")
+            Problem("folder", folder, f"holds files of runs with different numbers of ranks: {shown(sizes)}")
         )
     steps = {f"mp_rank_{tp:02d}, rank {dp}": each.global_steps for (tp, dp), each in found.items()}
     check_one_step(steps, folder)
     if first.checkpoint_parallel_dimensions.pp_degree != 1:
-        raise CheckpointError(Problem("folder", folder, "was written with pipeline parallelism"))
+        reason = "was written with pipeline parallelism, which is not supported"
+        raise CheckpointError(Problem("folder", folder, reason))
     check_complete(
         set(found), first.mp_world_size, first.dp_world_size if stage3 else 1, f"*_{MODULE_STATES}", folder
     )
@@ -172,15 +172,16 @@ def _check_states(found: dict[tuple[int, int], ModuleStates], folder: Path, stag
 
 
 def check_complete(found: set[tuple[int, int]], tp: int, dp: int, files: str, folder: Path) -> None:
-    """Raises CheckpointError with every rank that has no file, or one too many."""
-    if tp * dp > 2 * len(found) + 64:  # a size out of a file: not to be counted through
-        raise CheckpointError(Problem("folder", folder, f"holds {len(found)} {files} of {tp} x {dp} ranks"))
+    """Raise CheckpointError with every rank that has no file, or one too many."""
+    if tp * dp > 2 * len(found) + 64:  # sizes come from a file: a loop over them may not end
+        reason = f"holds {len(found)} {files}, and {tp} x {dp} ranks wrote one each"
+        raise CheckpointError(Problem("folder", folder, reason))
     expected = {(tp_rank, dp_rank) for tp_rank in range(tp) for dp_rank in range(dp)}
     problems = [
         Problem(files, f"tensor-parallel rank {tp_rank}, data-parallel rank {dp_rank}", f"{what} {folder}")
         for what, ranks in (
-            ("is missing in", expected - found),
-            (f"is beyond the {tp} x {dp} ranks of", found - expected),
+            ("is missing from", expected - found),
+            (f"is not one of the {tp} x {dp} ranks that wrote", found - expected),
         )
         for tp_rank, dp_rank in sorted(ranks)
     ]
@@ -189,28 +190,28 @@ def check_complete(found: set[tuple[int, int]], tp: int, dp: int, files: str, fo
 
 
 def check_one_step(steps: dict[str, int], folder: Path) -> int:
-    """The step that all agree on. Raises CheckpointError with what each says."""
+    """The step in all files. Raises CheckpointError where they differ."""
     if len(set(steps.values())) != 1:
-        said = {step: next(who for who in steps if steps[who] == step) for step in steps.values()}
-        reason = (
-            f"holds files of different steps: {', '.join(f'{step} in {said[step]}' for step in sorted(said))}"
-        )
+        found = {step: next(file for file in steps if steps[file] == step) for step in steps.values()}
+        listed = ", ".join(f"{step} in {found[step]}" for step in sorted(found))
+        reason = f"holds files of different steps: {listed}"
         raise CheckpointError(Problem("folder", folder, reason, "take a folder of one save"))
     return next(iter(steps.values()))
 
 
 def step_of(step: StoredTensor | int | float, path: Path) -> int:
-    """A step as optimizers keep it: a number, or a tensor of one element."""
+    """The step count of an optimizer: a number, or a tensor of one element."""
     if isinstance(step, StoredTensor):
         if step.shape.numel() != 1:
-            raise CheckpointError(Problem("file", path, f"has a step of {list(step.shape)} elements"))
+            reason = f"has a step of shape {list(step.shape)}, not a number"
+            raise CheckpointError(Problem("file", path, reason))
         step = step.read().item()
     if not (math.isfinite(step) and 0 <= step <= _LARGEST_STEP and step == int(step)):
-        raise CheckpointError(Problem("file", path, f"has the step {shown(step)}"))
+        raise CheckpointError(Problem("file", path, f"has the step {shown(step)}, which is not a count"))
     return int(step)
 
 
 def own_names(names: Iterable[str], states: ModuleStates) -> list[str]:
-    """Of parameters, each once: no buffers, no second names of a shared one."""
+    """Names of parameters, without buffers and aliases."""
     others = {*states.buffer_names, *states.shared_params}
     return [name for name in names if name not in others]

@@ -1,12 +1,12 @@
 """Folders that `engine.save_checkpoint` of DeepSpeed writes, at any ZeRO stage, with tensor parallelism.
 
-ZeRO cuts the flat groups of parameters that its optimizer works on over the data-parallel ranks:
+ZeRO partitions the flat parameter groups of its optimizer over the data-parallel ranks:
 
     stage 1 and 2     a stretch of the whole group each, which begins and ends within parameters; the place of
-                      each parameter's part of it is in `param_slice_mappings` (also with BF16_Optimizer)
+                      each parameter in it is in `param_slice_mappings` (also with BF16_Optimizer)
     stage 3           an equal part of each parameter, the last one padded; parameter by parameter
 
-(deepspeed/runtime/bf16_optimizer.py, zero/stage_1_and_2.py, zero/stage3.py; read as by ds_to_universal.py.)
+(deepspeed/runtime/bf16_optimizer.py, zero/stage_1_and_2.py, zero/stage3.py; read like ds_to_universal.py.)
 """
 
 import math
@@ -23,16 +23,16 @@ from llama_mcore.checkpoint.paths import KINDS, WEIGHT
 from llama_mcore.checkpoint.safetensors_io import StoredTensor
 from llama_mcore.convert.formats.deepspeed.index import (
     ModuleStates,
-    Part,
-    Parts,
     Piece,
+    SavedRecord,
     Stored,
+    TensorIndex,
     check_complete,
     check_one_step,
     module_states,
     own_names,
     parsed,
-    read_parts,
+    read_files,
     step_of,
 )
 from llama_mcore.errors import CheckpointError, Problem, shown
@@ -43,20 +43,20 @@ _OPTIMIZER_FILE = re.compile(
 )
 
 
-class Adam(Part):
-    """Moments of one flat group, [elements]."""
+class Adam(SavedRecord):
+    """Adam moments of one flat group, [elements]."""
 
     exp_avg: Stored
     exp_avg_sq: Stored
     step: Stored | int | float | None = None
 
 
-class AdamGroup(Part):
+class AdamGroup(SavedRecord):
     step: int | float = 0
-    """Where apex or DeepSpeed's own Adam keeps it."""
+    """The step count, where apex or DeepSpeed's own Adam keeps it."""
 
 
-class AdamStates(Part):
+class AdamStates(SavedRecord):
     state: dict[int, Adam]
     param_groups: list[AdamGroup]
 
@@ -65,43 +65,43 @@ class AdamStates(Part):
         return self.param_groups[min(group, len(self.param_groups) - 1)].step if kept is None else kept
 
 
-class Fragment(Part):
-    """`fragment_address`: elements of a flat group."""
+class Fragment(SavedRecord):
+    """A `fragment_address`: elements of a flat group."""
 
     start: int = Field(ge=0)
     numel: int = Field(ge=0)
 
 
-class FlatGroups(Part):
-    """Stages 1 and 2."""
+class FlatGroups(SavedRecord):
+    """Optimizer state of stages 1 and 2."""
 
     base_optimizer_state: AdamStates
     single_partition_of_fp32_groups: list[Stored]
     param_slice_mappings: list[dict[str, Fragment]]
 
 
-class PartitionedParameters(Part):
-    """Stage 3. A group's parameters are those of `param_shapes`."""
+class PartitionedParameters(SavedRecord):
+    """Optimizer state of stage 3; a group's parameters are those of `param_shapes`."""
 
     optimizer_state_dict: AdamStates
     fp32_flat_groups: list[Stored]
 
 
-class FlatFile(Part):
+class FlatFile(SavedRecord):
     optimizer_state_dict: FlatGroups
 
 
-class PartitionedFile(Part):
+class PartitionedFile(SavedRecord):
     optimizer_state_dict: PartitionedParameters
 
 
-def read_zero(folder: Path) -> Parts:
-    """The fp32 masters and moments; where the optimizer's files were left out, the module's weights.
+def read_zero(folder: Path) -> TensorIndex:
+    """Index of the fp32 masters and moments; of the module's weights where the optimizer was not saved.
 
     Raises CheckpointError for files that are missing, or not of one step of one run; MissingInputError.
     """
     states = module_states(folder)
-    parts = Parts(
+    index = TensorIndex(
         folder=folder,
         kinds=KINDS,
         tp=states[0, 0].mp_world_size,
@@ -111,19 +111,19 @@ def read_zero(folder: Path) -> Parts:
     )
     files = _optimizer_files(folder)
     if not files:
-        return _weights_alone(parts, states)
+        return _weights_alone(index, states)
     check_complete(
         {*files}, states[0, 0].mp_world_size, states[0, 0].dp_world_size, f"*_{OPTIMIZER_STATES}", folder
     )
     steps: dict[str, int] = {}
-    for (tp_rank, dp_rank), content in zip(files, read_parts(list(files.values())), strict=True):
+    for (tp_rank, dp_rank), content in zip(files, read_files(list(files.values())), strict=True):
         path, module = files[tp_rank, dp_rank], states[tp_rank, 0]
         opened = _groups_of(content, path, module, dp_rank)
         for group, adam_step in enumerate(opened.steps):
             steps[f"group {group} of {path.name}"] = step_of(adam_step, path)
         for kind, name, piece in opened.pieces():
-            parts.pieces.setdefault((kind, name, tp_rank), []).append(piece)
-    return replace(parts, step=check_one_step(steps, folder))
+            index.pieces.setdefault((kind, name, tp_rank), []).append(piece)
+    return replace(index, step=check_one_step(steps, folder))
 
 
 def _shapes(states: ModuleStates) -> dict[str, torch.Size]:
@@ -131,7 +131,7 @@ def _shapes(states: ModuleStates) -> dict[str, torch.Size]:
 
 
 def _optimizer_files(folder: Path) -> dict[tuple[int, int], Path]:
-    """(tensor-parallel, data-parallel rank) -> file, in this order."""
+    """(tensor-parallel, data-parallel) rank -> file, in this order."""
     files: dict[tuple[int, int], Path] = {}
     for path in sorted(folder.iterdir()):
         if not path.name.endswith(OPTIMIZER_STATES):
@@ -139,23 +139,24 @@ def _optimizer_files(folder: Path) -> dict[tuple[int, int], Path]:
         found = _OPTIMIZER_FILE.fullmatch(path.name)
         rank = (int(found[2]), int(found[1])) if found else None
         if rank is None or rank in files:
-            reason = f"is not the one *_{OPTIMIZER_STATES} of a rank without pipeline and expert parallelism"
+            reason = "is a second file of its rank, or of pipeline or expert parallelism: neither can be read"
             raise CheckpointError(Problem("file", path, reason))
         files[rank] = path
     return dict(sorted(files.items()))
 
 
 class _Groups:
-    """The flat groups of one rank, and where its part of each parameter lies in them."""
+    """Flat groups of one rank, and the place of each parameter in them."""
 
     def __init__(
         self, adam: AdamStates, masters: list[StoredTensor], mappings: list[dict[str, Fragment]], path: Path
     ) -> None:
         if not len(masters) == len(mappings) == len(adam.state) or {*adam.state} != {*range(len(masters))}:
-            counts = (
-                f"{len(masters)} groups of weights, {len(adam.state)} of moments, {len(mappings)} of names"
+            reason = (
+                f"holds {len(masters)} groups of weights, {len(adam.state)} of moments and {len(mappings)} "
+                "of names, which should be equally many"
             )
-            raise CheckpointError(Problem("file", path, f"holds {counts}"))
+            raise CheckpointError(Problem("file", path, reason))
         self._adam, self._masters, self._mappings, self._path = adam, masters, mappings, path
 
     @property
@@ -173,10 +174,10 @@ class _Groups:
     def _check(self, what: str, flat: StoredTensor, mapping: dict[str, Fragment]) -> None:
         needed = max((each.start + each.numel for each in mapping.values()), default=0)
         if flat.dtype != torch.float32 or flat.stride is not None or len(flat.shape) != 1:
-            reason = f"is {flat.dtype} {shown(list(flat.shape))} in {self._path} and no flat fp32"
+            reason = f"is {flat.dtype} {shown(list(flat.shape))} in {self._path}, and must be flat fp32"
             raise CheckpointError(Problem("tensor", what, reason))
         if needed > flat.shape[0]:
-            reason = f"has {flat.shape[0]} elements in {self._path} where {needed} are needed"
+            reason = f"has {flat.shape[0]} elements in {self._path}, and {needed} are needed"
             raise CheckpointError(Problem("tensor", what, reason))
 
 
@@ -193,7 +194,7 @@ def _groups_of(content: Any, path: Path, module: ModuleStates, dp_rank: int) -> 
 
 
 def _equal_parts(shapes: dict[str, list[int]], dp: int, dp_rank: int) -> dict[str, Fragment]:
-    """This rank's part of each parameter, without the padding at its end (`partition` of stage 3)."""
+    """Fragments of this rank in each parameter, without padding at its end (`partition` of stage 3)."""
     mapping, start = {}, 0
     for name, shape in shapes.items():
         numel = math.prod(shape)
@@ -203,8 +204,8 @@ def _equal_parts(shapes: dict[str, list[int]], dp: int, dp_rank: int) -> dict[st
     return mapping
 
 
-def _weights_alone(parts: Parts, states: dict[tuple[int, int], ModuleStates]) -> Parts:
-    """The weights as the module computes with them: what is left of a folder without optimizer."""
+def _weights_alone(index: TensorIndex, states: dict[tuple[int, int], ModuleStates]) -> TensorIndex:
+    """Index of a folder without optimizer: the weights that the module computes with."""
     shapes: list[dict[str, torch.Size]] = []
     for (tp_rank, dp_rank), each in sorted(states.items()):
         if dp_rank == 0:
@@ -212,8 +213,8 @@ def _weights_alone(parts: Parts, states: dict[tuple[int, int], ModuleStates]) ->
             stored = {name: tensor for name, tensor in tensors.items() if tensor is not None}
             shapes.append({name: tensor.shape for name, tensor in stored.items()})
             for name, tensor in stored.items():
-                parts.pieces[WEIGHT, name, tp_rank] = [Piece(tensor, 0, tensor.shape.numel())]
+                index.pieces[WEIGHT, name, tp_rank] = [Piece(tensor, 0, tensor.shape.numel())]
     if not any(shape.numel() for rank in shapes for shape in rank.values()):
-        reason = f"holds no *_{OPTIMIZER_STATES}, which have the weights of ZeRO stage 3"
-        raise CheckpointError(Problem("folder", parts.folder, reason))
-    return replace(parts, kinds=(WEIGHT,), step=states[0, 0].global_steps, shapes=shapes)
+        reason = f"holds no *_{OPTIMIZER_STATES}, and at ZeRO stage 3 the weights are in them"
+        raise CheckpointError(Problem("folder", index.folder, reason))
+    return replace(index, kinds=(WEIGHT,), step=states[0, 0].global_steps, shapes=shapes)

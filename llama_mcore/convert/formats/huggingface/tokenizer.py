@@ -1,10 +1,10 @@
-"""A SentencePiece BPE model in the format of Hugging Face's `tokenizers`.
+"""Conversion of a SentencePiece BPE model to the format of Hugging Face's `tokenizers`.
 
-`transformers` could read tokenizer.model itself, but its LlamaTokenizer drops the leading space of a text
-that begins with one. The file written here encodes every text as SentencePiece does, and so as the training
-data was encoded, with one difference: a control token that is spelled out in a text, such as `</s>`, is that
-token, and what follows it is encoded as a text of its own, as documents follow each other in the training
-stream. With `split_special_tokens=True` it is characters here too.
+`transformers` could read tokenizer.model itself, but its LlamaTokenizer drops the leading space of a text.
+The file written here encodes every text as SentencePiece does, and so as the training data was encoded, with
+one difference: a control token that is spelled out in a text, such as `</s>`, becomes that token, and the
+rest is encoded as a separate text, as documents follow each other in the training stream. With
+`split_special_tokens=True` it is characters here too.
 """
 
 import json
@@ -15,25 +15,25 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
+from llama_mcore.convert.folder import TOKENIZER_MODEL
 from llama_mcore.errors import ConfigError, Problem, shown
 from llama_mcore.tokenizer.tokenizer import Tokenizer
 
-TOKENIZER_MODEL = "tokenizer.model"
 _SPACE = "\u2581"
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
-_MOST_NAMED = 3
-_REMEDY = "convert to meta, whose tokenizer.model is this one"
+_MOST_LISTED = 3
+_REMEDY = "convert to meta, which keeps tokenizer.model as it is"
 
 
 def tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, bytes]:
-    """tokenizer.model as it is, and what `AutoTokenizer` reads. Raises ConfigError for rules of the model
-    that tokenizer.json cannot say."""
+    """tokenizer.model as it is, and the files that `AutoTokenizer` reads. Raises ConfigError for rules of the
+    model that tokenizer.json cannot express."""
     model = tokenizer.path.read_bytes()
     config = tokenizer_config(tokenizer, max_length)
     content = {
         "tokenizer.json": tokenizer_json(model),
         "tokenizer_config.json": config,
-        # it goes before tokenizer_config.json: a source's would change what is special
+        # transformers prefers it to tokenizer_config.json: one left by the source would change special tokens
         "special_tokens_map.json": {name: config[name] for name in _SPECIAL},
     }
     texts = {name: json.dumps(each, indent=1, ensure_ascii=False) + "\n" for name, each in content.items()}
@@ -41,7 +41,7 @@ def tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, bytes]:
 
 
 def tokenizer_json(model: bytes) -> dict[str, Any]:
-    """What `tokenizers.Tokenizer.from_file` reads. Raises ConfigError for what it cannot say."""
+    """Content of tokenizer.json. Raises ConfigError for rules that it cannot express."""
     proto = model_pb2.ModelProto.FromString(model)
     if problems := _inexpressible(proto):
         raise ConfigError(problems)
@@ -68,7 +68,7 @@ def tokenizer_json(model: bytes) -> dict[str, Any]:
             "end_of_word_suffix": None,
             "fuse_unk": True,
             "byte_fallback": True,
-            # what is split off whole is one token, whatever its characters would merge to
+            # a user-defined piece that was split off is one token, whatever its characters would merge to
             "ignore_merges": bool(defined),
             "vocab": {piece: index for index, piece in enumerate(pieces)},
             "merges": list(_merges(proto)),
@@ -77,7 +77,7 @@ def tokenizer_json(model: bytes) -> dict[str, Any]:
 
 
 def tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
-    """What `transformers.AutoTokenizer` reads. The generic class takes tokenizer.json as it is.
+    """Content of tokenizer_config.json. Its generic class uses tokenizer.json as it is.
 
     No BOS is added, since the training data had none.
     """
@@ -102,10 +102,9 @@ def processor_of(model: bytes) -> SentencePieceProcessor:
 
 
 def pad_id(tokenizer: Tokenizer) -> int:
-    """The model's own, else its unknown token, which no text needs where bytes are pieces.
+    """The model's padding token, else its unknown token, which no text needs where bytes are pieces.
 
-    EOS would not do: whoever fine-tunes leaves padding out of the loss, and the model would never learn to
-    stop.
+    EOS would not do: fine-tuning leaves padding out of the loss, and the model would never learn to stop.
     """
     processor = processor_of(tokenizer.path.read_bytes())
     return int(processor.pad_id() if processor.pad_id() >= 0 else processor.unk_id())
@@ -121,20 +120,20 @@ def _inexpressible(proto: Any) -> list[Problem]:
         "denormalization rule": denormalizer.name if denormalizer.precompiled_charsmap else None,
         "escape_whitespaces": None if normalizer.escape_whitespaces else False,
         "treat_whitespace_as_suffix": True if trainer.treat_whitespace_as_suffix else None,
-        "unused pieces": ", ".join(unused[:_MOST_NAMED]) or None,
+        "unused pieces": ", ".join(unused[:_MOST_LISTED]) or None,
     }
-    reason = "cannot be said exactly in tokenizer.json"
+    reason = "cannot be expressed in tokenizer.json"
     problems = [
         Problem(f"tokenizer: {rule}", shown(value), reason, _REMEDY)
         for rule, value in refused.items()
         if value is not None
     ]
-    return problems or _not_told_apart(proto)
+    return problems or _ambiguous(proto)
 
 
-def _not_told_apart(proto: Any) -> list[Problem]:
-    """Beside user-defined pieces a stretch of text that is a piece becomes that piece. SentencePiece must do
-    so too, which it does unless scores were changed after training."""
+def _ambiguous(proto: Any) -> list[Problem]:
+    """Pieces that SentencePiece does not encode as themselves, as after a change of scores. Beside
+    user-defined pieces, tokenizer.json encodes any stretch of text that is a piece as that piece."""
     symbols = _user_defined(proto)
     if not symbols:
         return []
@@ -150,19 +149,19 @@ def _not_told_apart(proto: Any) -> list[Problem]:
         != ([*encode(piece.piece[0]), *encode(piece.piece[1:])] if piece.piece in is_split else [index])
     ]
     reason = (
-        "is not what its own text is encoded to, which tokenizer.json cannot say beside user-defined pieces"
+        "is not the encoding of its own text, which tokenizer.json cannot express beside user-defined pieces"
     )
-    return [Problem("tokenizer: piece", shown(piece), reason, _REMEDY) for piece in amiss[:_MOST_NAMED]]
+    return [Problem("tokenizer: piece", shown(piece), reason, _REMEDY) for piece in amiss[:_MOST_LISTED]]
 
 
 def _user_defined(proto: Any) -> list[str]:
-    """The longest first: where several begin, SentencePiece takes that."""
+    """User-defined pieces, the longest first: of several that match, SentencePiece takes that."""
     found = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
     return sorted(found, key=len, reverse=True)
 
 
 def _reserved(proto: Any) -> list[str]:
-    """What no text is encoded to, though it may spell it: control tokens, bytes, the unknown token."""
+    """Pieces that no text is encoded to, even if it spells them: control tokens, bytes, the unknown token."""
     return [piece.piece for piece in proto.pieces if piece.type in (piece.CONTROL, piece.BYTE, piece.UNKNOWN)]
 
 
@@ -171,10 +170,11 @@ def _any_of(texts: list[str]) -> str:
 
 
 def _pre_tokenizer(symbols: list[str], reserved: list[str]) -> dict[str, Any]:
-    """Splits off what the user has defined. Added tokens of `tokenizers` would not do: they are found before
-    the normalizer runs, and a text that begins with one would lose the space that SentencePiece puts first.
+    """Pre-tokenizer that splits off user-defined pieces.
 
-    A stretch that spells a reserved piece loses its first character, or it would become that piece.
+    Added tokens of `tokenizers` would not do: they are found before the normalizer runs, and a text that
+    begins with one would lose the space that SentencePiece puts first. The first character of a stretch that
+    spells a reserved piece is split off, or it would become that piece.
     """
     spelled = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])}\\z)" for name in reserved)
     return {
@@ -187,7 +187,7 @@ def _pre_tokenizer(symbols: list[str], reserved: list[str]) -> dict[str, Any]:
 
 
 def _normalizer(rules: Any) -> dict[str, Any]:
-    """SentencePiece's, in its order. Metaspace would put no space before a text that begins with one."""
+    """SentencePiece's rules in its order. Metaspace would put no space before a text that begins with one."""
     prefix, collapse = rules.add_dummy_prefix, rules.remove_extra_whitespaces
     steps = [
         _replace({"Regex": "\\A +"}, "") if collapse else None,
@@ -217,10 +217,11 @@ def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
 
 
 def _merges(proto: Any) -> Iterator[list[str]]:
-    """SentencePiece joins the two neighbours whose joint piece scores best, whichever way it splits.
+    """Merges of normal pieces, best score first: SentencePiece joins the two neighbours whose joint piece has
+    the best score, however that splits.
 
-    Runs of spaces share one score, and there the leftmost neighbours come first; a list cannot tie, but with
-    long runs before short ones the leftmost run grows first too. Only normal pieces take part.
+    Runs of spaces share one score, and the leftmost neighbours are joined first; a list has no ties, but with
+    long runs before short ones the leftmost run grows first too.
     """
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
     for piece in sorted(scores, key=lambda piece: (-scores[piece], -len(piece))):

@@ -1,7 +1,12 @@
-"""Checkpoints of megatron-core's dist_checkpointing (`torch_dist`), as a format among others.
+"""Checkpoints of megatron-core's dist_checkpointing (`torch_dist`).
 
-Read: any grid of chunks, as any tensor- and pipeline-parallel size leaves them, of Megatron-LM's runs too.
-Written: writer.py.
+    metadata.json        the kind of checkpoint
+    common.pt            everything that exists once, the model's configuration among it (config.py)
+    .metadata            which tensors there are, in which chunks, and where those are stored (chunks.py)
+    __0_N.distcp         the chunks
+
+Reads any grid of chunks, as any tensor- and pipeline-parallel size leaves them, of Megatron-LM's runs too.
+names.py translates the keys, writer.py writes.
 """
 
 import re
@@ -13,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llama_mcore.checkpoint.paths import KINDS, WEIGHT
-from llama_mcore.convert.formats.huggingface.tokenizer import TOKENIZER_MODEL
+from llama_mcore.convert.folder import name_problems, tokenizer_in
 from llama_mcore.convert.formats.megatron.chunks import METADATA, ChunkedTensor, ChunkReader, read_metadata
 from llama_mcore.convert.formats.megatron.config import read_common
 from llama_mcore.convert.formats.megatron.names import CONFIG, CONTENT, MASTERS, OPTIMIZER, Source, sources
@@ -30,13 +35,37 @@ TRACKER = "latest_checkpointed_iteration.txt"
 """Names the newest checkpoint of a run of Megatron-LM."""
 _LARGEST_CONFIG = 1 << 16
 _ITERATION = re.compile(r"\s*(?:(\d{1,9})|release)\s*", re.ASCII)
+Found = dict[str, tuple[Source, ...]]
+"""Canonical name of a parameter -> where it is stored."""
+
+
+def found_in(path: Path) -> bool:
+    return (path / TRACKER).is_file() or ((path / CONFIG).is_file() and (path / METADATA).is_file())
+
+
+def open_folder(path: Path, model: ModelConfig | None) -> Weights:
+    return MegatronWeights(_newest(path), model)
+
+
+def _newest(path: Path) -> Path:
+    """The checkpoint that a run's folder of Megatron-LM names; any other folder as it is."""
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        return path
+    try:
+        found = _ITERATION.fullmatch(read_small_file(tracker, 64).decode("ascii"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(Problem("file", tracker, f"cannot be read ({shown(error)})")) from None
+    if found is None:
+        raise CheckpointError(Problem("file", tracker, "does not name an iteration"))
+    return path / (f"iter_{int(found[1]):07d}" if found[1] else "release")
 
 
 class MegatronWeights:
-    """`Weights` of a checkpoint folder. With an optimizer state that is kept parameter by parameter: masters
-    and moments; else the model's weights, in the widest of their dtypes.
+    """`Weights` of a checkpoint folder: masters and moments where its optimizer state is stored parameter by
+    parameter, else the model's weights, in the widest of their dtypes.
 
-    Raises CheckpointError with every tensor that is missing, of another shape or dtype, or not LLaMA's.
+    Raises CheckpointError with every tensor that is missing, has another shape or dtype, or is not LLaMA's.
     """
 
     def __init__(self, folder: Path, named: ModelConfig | None) -> None:
@@ -53,14 +82,13 @@ class MegatronWeights:
         if optimizer := _optimizer(self.model, stored, weights):
             self._sources, self.kinds = optimizer, KINDS
         elif len(in_model) < len(stored):
-            form = "is in a form that follows the cuts of its own run: weights only"
-            print(f"{folder}: the optimizer's state {form}", file=sys.stderr, flush=True)
+            reason = "the optimizer state depends on the layout of its run and is not read: weights only"
+            print(f"{folder}: {reason}", file=sys.stderr, flush=True)
         keys = {key for found in self._sources.values() for parts in found.values() for key, _ in parts}
         self._reader = ChunkReader(folder, {key: stored[key] for key in sorted(keys)})
         dtypes = {stored[key].dtype for parts in self._sources[WEIGHT].values() for key, _ in parts}
         self.dtype = reduce(torch.promote_types, dtypes)
-        tokenizer = folder / TOKENIZER_MODEL
-        self.tokenizer = tokenizer if tokenizer.is_file() else None
+        self.tokenizer = tokenizer_in(folder)
 
     def names(self) -> list[str]:
         return list(parameter_shapes(self.model))
@@ -72,10 +100,6 @@ class MegatronWeights:
         return whole.to(self.dtype if kind == WEIGHT else torch.float32)
 
 
-Found = dict[str, tuple[Source, ...]]
-"""Where each parameter is, by canonical name."""
-
-
 def _check_backend(folder: Path) -> None:
     try:
         content = read_json(folder / CONFIG, _LARGEST_CONFIG)
@@ -85,15 +109,15 @@ def _check_backend(folder: Path) -> None:
         raise CheckpointError(Problem("file", folder / CONFIG, f"cannot be read ({shown(error)})")) from None
     backend = content.get("sharded_backend") if isinstance(content, dict) else None
     if backend != CONTENT["sharded_backend"]:
-        reason = f"is not {CONTENT['sharded_backend']}, the only kind that is read"
+        reason = f"must be {CONTENT['sharded_backend']}"
         raise CheckpointError(Problem(f"{CONFIG}: sharded_backend", shown(backend), reason))
 
 
 def _check_size(folder: Path, model: ModelConfig) -> None:
-    """Before anything grows with what a file says."""
+    # before memory is taken for as many layers as a file claims
     size = sum(path.stat().st_size for path in folder.glob("*.distcp"))
     if model.num_params() > size:
-        reason = f"is of a model that the {size:,} bytes of its chunks cannot hold"
+        reason = f"describes a model that does not fit into the {size:,} bytes of its chunks"
         raise CheckpointError(Problem("checkpoint", folder, reason))
 
 
@@ -115,12 +139,8 @@ def _found(model: ModelConfig, stored: dict[str, ChunkedTensor], prefix: str) ->
 def _check(folder: Path, model: ModelConfig, stored: dict[str, ChunkedTensor], found: Found) -> None:
     shapes = parameter_shapes(model)
     used = {key for parts in found.values() for key, _ in parts}
-    problems = [Problem("tensor", name, f"of {folder} is missing") for name in shapes if name not in found]
-    problems += [
-        Problem("tensor", shown(key), f"of {folder} is not a part of this model")
-        for key in stored
-        if key not in used
-    ]
+    # keys are Megatron's, names canonical: each is compared with its own kind
+    problems = name_problems(shapes, found, folder) + name_problems(used, stored, folder)
     problems += [
         Problem("tensor", name, why)
         for name, parts in found.items()
@@ -133,28 +153,28 @@ def _check(folder: Path, model: ModelConfig, stored: dict[str, ChunkedTensor], f
 def _wrong_shape(
     model: ModelConfig, stored: dict[str, ChunkedTensor], name: str, parts: tuple[Source, ...]
 ) -> str | None:
-    """Why a parameter cannot be read from these tensors."""
+    """Reason why a parameter cannot be read from these tensors; None if it can."""
     needed = parameter_shapes(model)[name]
     rows = 0
     for key, index in parts:
         shape = stored[key].shape
         if index is not None:
             if shape[:1] != (model.num_layers,):
-                return f"is one of {shown(list(shape[:1]))} layers where {model.num_layers} are needed"
+                return f"is stored for {shown(list(shape[:1]))} layers, and {model.num_layers} are needed"
             shape = shape[1:]
         if len(shape) != len(needed) or shape[1:] != needed[1:]:
-            return f"has shape {list(shape)} where {list(needed)} is needed"
+            return f"has shape {list(shape)}, and {list(needed)} is needed"
         rows += shape[0]
     # tensor parallelism pads the vocabulary
     if rows == needed[0] or (rows > needed[0] and is_vocabulary(name)):
         return None
-    return f"has {rows} rows where {needed[0]} are needed"
+    return f"has {rows} rows, and {needed[0]} are needed"
 
 
 def _optimizer(
     model: ModelConfig, stored: dict[str, ChunkedTensor], weights: Found
 ) -> dict[str, Found] | None:
-    """Where masters and moments are; None unless all of them are there in the shapes of their parameters.
+    """Masters and moments; None unless all of them are stored in the shapes of their parameters.
 
     An fp32 model is its own master.
     """
@@ -173,28 +193,6 @@ def _optimizer(
     return None
 
 
-def _found_in(path: Path) -> bool:
-    return (path / TRACKER).is_file() or ((path / CONFIG).is_file() and (path / METADATA).is_file())
-
-
-def _open(path: Path, model: ModelConfig | None) -> Weights:
-    return MegatronWeights(_folder(path), model)
-
-
-def _folder(path: Path) -> Path:
-    """The folder of a checkpoint, or the newest that a folder of Megatron-LM's names."""
-    tracker = path / TRACKER
-    if not tracker.is_file():
-        return path
-    try:
-        found = _ITERATION.fullmatch(read_small_file(tracker, 64).decode("ascii"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(Problem("file", tracker, f"cannot be read ({shown(error)})")) from None
-    if found is None:
-        raise CheckpointError(Problem("file", tracker, "names no iteration"))
-    return path / (f"iter_{int(found[1]):07d}" if found[1] else "release")
-
-
 FORMAT = Format(
-    name="megatron", found_in=_found_in, open=_open, write=write, is_cut=False, has_optimizer=True
+    name="megatron", found_in=found_in, open=open_folder, write=write, is_cut=False, has_optimizer=True
 )

@@ -1,7 +1,7 @@
 """Folders of torch.distributed.checkpoint: tensors in grids of chunks, each a torch.save blob in a file.
 
 `.metadata` is a bare pickle that says which chunks there are and where; it and the blobs are read in a
-process of their own (convert/torch_pickle/client.py). What they say is checked before it is believed.
+separate process (convert/torch_pickle/client.py). All of it is checked before it is used.
 """
 
 import re
@@ -22,7 +22,7 @@ _COMMON = "common_state/shard_0_1"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _TORCH = "torch.distributed.checkpoint"
 _MEGATRON = "megatron.core.dist_checkpointing.strategies"
-# What torch 2.x and megatron-core up to 0.19 put into it. Fields that are not used hold most of them.
+# Classes that torch 2.x and megatron-core up to 0.19 put into it, most of them in fields that are not used.
 _ALLOWED = (
     *(f"{_TORCH}.metadata.{name}" for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata")),
     *(
@@ -43,11 +43,11 @@ _FILE_NAME = re.compile(r"[\w-][\w.-]{0,200}\.distcp", re.ASCII)
 @dataclass(frozen=True)
 class Chunk:
     offsets: tuple[int, ...]
-    """Of its first element in the tensor."""
+    """Position of its first element in the tensor."""
     sizes: tuple[int, ...]
     file: str
     start: int
-    """Byte of the file where its blob begins."""
+    """Byte of the file at which its blob begins."""
     length: int
 
 
@@ -62,14 +62,14 @@ class ChunkedTensor:
 class Metadata:
     tensors: dict[str, ChunkedTensor]
     common: Stretch | None
-    """Where megatron-core 0.19 and later keep what earlier releases wrote to common.pt: a list of one."""
+    """The common state (config.py), a list of one, in megatron-core 0.19 and later."""
 
 
 class ChunkReader:
-    """Reads tensors of a folder whose blobs are looked into beforehand, all in one process.
+    """Reader of the tensors in a folder, which opens all of their blobs once beforehand.
 
     Raises CheckpointError with each tensor whose chunks are missing, overlap, or lie outside of their file,
-    and for a blob that does not hold what `.metadata` says.
+    and for a blob that contradicts `.metadata`.
     """
 
     def __init__(self, folder: Path, tensors: dict[str, ChunkedTensor]) -> None:
@@ -81,12 +81,12 @@ class ChunkReader:
         for (key, chunk), blob in zip(places, blobs, strict=True):
             expected = (tensors[key].dtype, chunk.sizes)
             if not isinstance(blob, StoredTensor) or (blob.dtype, tuple(blob.shape)) != expected:
-                reason = f"holds at {chunk.start} no chunk of {shown(key)} as {METADATA} describes it"
+                reason = f"has no chunk of {shown(key)} at byte {chunk.start} as {METADATA} describes it"
                 raise CheckpointError(Problem("file", folder / chunk.file, reason))
             self._stored[key].append(blob)
 
     def full(self, key: str, index: int | None = None) -> Tensor:
-        """A whole tensor; with `index`, that slice of its first dimension."""
+        """A whole tensor, or one element `index` of its first dimension."""
         tensor = self.tensors[key]
         full = torch.empty(tensor.shape if index is None else tensor.shape[1:], dtype=tensor.dtype)
         for chunk, stored in zip(tensor.chunks, self._stored[key], strict=True):
@@ -109,9 +109,9 @@ def _slice(stored: StoredTensor, row: int) -> Tensor:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What is in the chunk files of a folder.
+    """The tensors in a folder's chunk files.
 
-    Raises CheckpointError for what is no such metadata, and for chunks that are in no file of the folder.
+    Raises CheckpointError for a file of another kind, and for chunks that are in no file of the folder.
     """
     path = folder / METADATA
     found = read_bare_pickle(path, _ALLOWED)
@@ -123,19 +123,19 @@ def read_metadata(folder: Path) -> Metadata:
         place = places.get((_COMMON, None))
         common = _stretch(_COMMON, place) if place else None
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-        reason = f"is no metadata of torch.distributed.checkpoint ({shown(error)})"
+        reason = f"is not metadata of torch.distributed.checkpoint ({shown(error)})"
         raise CheckpointError(Problem("file", path, reason)) from None
     names = dict.fromkeys(chunk.file for tensor in tensors.values() for chunk in tensor.chunks)
     names |= {common[0]: None} if common else {}
     foreign = [name for name in names if not _FILE_NAME.fullmatch(name)]
     if foreign:
-        reason = f"is named in {path}: files must lie in that folder"
+        reason = f"is named in {path}, but does not lie in that folder"
         raise CheckpointError([Problem("file", shown(name), reason) for name in foreign])
     return Metadata(tensors, (folder / common[0], *common[1:]) if common else None)
 
 
 def _places(storage: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
-    """(key, offsets) of each chunk -> where it is."""
+    """(key, offsets) of each chunk -> its place."""
     indices = [(dict(index), place) for index, place in storage.items()]
     return {(index["fqn"], index.get("offset")): place for index, place in indices}
 
@@ -171,7 +171,7 @@ def _stretch(key: str, place: dict[str, Any]) -> tuple[str, int, int]:
 
 def _whole(numbers: list[Any]) -> tuple[int, ...]:
     if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
-        raise ValueError(f"{numbers} are no sizes")
+        raise ValueError(f"{numbers} are not sizes")
     return tuple(numbers)
 
 
@@ -193,20 +193,22 @@ def _check(folder: Path, tensors: dict[str, ChunkedTensor]) -> None:
 
 
 def _wrong_grid(tensor: ChunkedTensor) -> str | None:
-    """Why the chunks do not cover the tensor, each element once. They form a grid if along each dimension
-    they begin and end at the same places, and no chunk is there twice."""
+    """Reason why the chunks do not cover each element of the tensor once; None if they do.
+
+    They form a grid if along each dimension they begin and end at the same places, and none is there twice.
+    """
     if tensor.dtype not in DTYPES.values():
-        return f"is not one of {', '.join(DTYPES)}"
+        return f"has a dtype that is not one of {', '.join(DTYPES)}"
     cells = 1
     for dimension, size in enumerate(tensor.shape):
         spans = sorted({(c.offsets[dimension], c.sizes[dimension]) for c in tensor.chunks})
         starts = [start for start, _ in spans]
         ends = [start + length for start, length in spans]
         if [*starts, size] != [0, *ends]:
-            return f"has chunks that overlap, or do not fill its shape {list(tensor.shape)}"
+            return f"has chunks that overlap or do not fill its shape {list(tensor.shape)}"
         cells *= len(spans)
     if cells != len({chunk.offsets for chunk in tensor.chunks}) or cells != len(tensor.chunks):
-        return f"lacks chunks of its shape {list(tensor.shape)}, or has some twice"
+        return f"lacks chunks of its shape {list(tensor.shape)} or has some twice"
     return None
 
 
@@ -215,5 +217,5 @@ def _wrong_place(tensor: ChunkedTensor, sizes: dict[str, int]) -> str | None:
         if chunk.start + chunk.length > sizes[chunk.file]:
             return f"ends beyond {chunk.file}"
         if prod(chunk.sizes) * tensor.dtype.itemsize > chunk.length:
-            return f"needs more than the {chunk.length:,} bytes that it has in {chunk.file}"
+            return f"is larger than its {chunk.length:,} bytes in {chunk.file}"
     return None

@@ -1,17 +1,16 @@
-"""What is in a megatron-core checkpoint once, the model's configuration above all: common.pt, as we write it,
-or from megatron-core 0.19 on an object in a chunk file.
+"""Common state of a megatron-core checkpoint, above all the model's configuration.
 
-Megatron-LM keeps its command line there, an argparse.Namespace under "args", from which its loader checks and
-restores a model. Checkpoints that we write also say the ModelConfig itself.
+It is in common.pt, as here, or from megatron-core 0.19 on in an object of a chunk file. Megatron-LM keeps its
+command line there, an argparse.Namespace under "args", from which its loader checks and restores a model.
+Checkpoints that we write also have the ModelConfig itself.
 """
 
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from llama_mcore.checkpoint.paths import KINDS
+from llama_mcore.convert.folder import parsed_model
 from llama_mcore.convert.model_weights import Weights
 from llama_mcore.convert.registry import WriteOptions, check_named
 from llama_mcore.convert.torch_pickle.client import Stretch, read_pickled, read_stretches
@@ -36,14 +35,14 @@ _ALLOWED = (
     *(f"megatron.core.rerun_state_machine.Rerun{name}" for name in ("Diagnostic", "Mode", "State")),
     "megatron.core.optimizer.optimizer_config.OptimizerConfig",
 )
-# What a model must be to be a LLaMA: argument of Megatron-LM -> value. It writes all of them into "args".
+# Argument of Megatron-LM -> the value that makes a model a LLaMA. It writes all of them into "args".
 _LLAMA = {
     "normalization": "RMSNorm",
     "swiglu": True,
     "position_embedding_type": "rope",
     "add_bias_linear": False,
 }
-# The same, for arguments that older releases do not have.
+# The same for arguments that older releases lack.
 _LLAMA_WHERE_GIVEN = {
     "add_qkv_bias": False,
     "qk_layernorm": False,
@@ -79,15 +78,15 @@ _SAME = {
 
 
 def common_state(weights: Weights, options: WriteOptions) -> dict[str, Any]:
-    """What dist_checkpointing.load and Megatron-LM's loader expect beside the tensors.
+    """Everything beside the tensors that dist_checkpointing.load and Megatron-LM's loader expect.
 
-    Raises ConfigError for a scaling of the rotary frequencies that megatron-core does not compute: it
-    (RotaryEmbedding._apply_scaling) knows the factor alone.
+    Raises ConfigError for rope scaling that megatron-core cannot compute: only the factor is variable there
+    (RotaryEmbedding._apply_scaling).
     """
     model, has_optimizer = weights.model, options.kinds == KINDS
     scaling = model.rope_scaling
     if scaling and scaling != RopeScaling(factor=scaling.factor):
-        reason = "cannot be said to megatron-core, which knows no other than Llama 3.1's but for the factor"
+        reason = "cannot be computed by megatron-core, which has Llama 3.1's values for all but the factor"
         raise ConfigError(Problem("rope_scaling", scaling, reason))
     state: dict[str, Any] = {
         "args": Namespace(**_args(model, options, has_optimizer)),
@@ -120,18 +119,18 @@ def _args(model: ModelConfig, options: WriteOptions, has_optimizer: bool) -> dic
         "tensor_model_parallel_size": options.tp,
         "pipeline_model_parallel_size": 1,
         "ckpt_format": "torch_dist",
-        # of what Megatron-LM would else look for in the checkpoint
+        # or Megatron-LM would look for these states in the checkpoint
         "no_save_optim": not has_optimizer,
         "no_save_rng": True,
     }
 
 
 def _optimizer(step: int) -> dict[str, Any]:
-    """Of the distributed optimizer in its `fully_reshardable` form, less the tensors.
+    """State of the distributed optimizer in its `fully_reshardable` form, without the tensors.
 
-    megatron-core takes the groups by their multipliers, with and without weight decay. What else it reads
-    from them no weights tell: the values of the LLaMA paper, section 2.3, which the loading run's scheduler
-    replaces but for betas and eps.
+    megatron-core finds the groups by their multipliers, with and without weight decay. The other values
+    cannot be known from weights: they are the LLaMA paper's, section 2.3, and the loading run's scheduler
+    replaces all but betas and eps.
     """
     group = {
         "lr": 0.0,
@@ -150,9 +149,10 @@ def _optimizer(step: int) -> dict[str, Any]:
 def read_common(
     folder: Path, in_chunks: Stretch | None, named: ModelConfig | None
 ) -> tuple[ModelConfig, int]:
-    """The model of a checkpoint, and its optimizer steps: from `in_chunks` where it is given, else common.pt.
+    """The model of a checkpoint and its optimizer steps, from `in_chunks` where it is given, else common.pt.
 
-    Raises CheckpointError where the file says no LLaMA, and where it says none at all and the user none.
+    Raises CheckpointError where the file describes no LLaMA, and where neither the file nor the user names a
+    model.
     """
     if in_chunks is None:
         path = folder / COMMON
@@ -165,14 +165,14 @@ def read_common(
         raise CheckpointError(Problem("file", path, "holds no dictionary"))
     ours = common.get(OUR_KEY)
     if isinstance(ours, dict):
-        found = _checked(path, ours.get("model"))
+        found = parsed_model(ours.get("model"), path)
     elif isinstance(common.get("args"), dict):
-        found = _checked(path, _fields(path, common["args"]))
+        found = parsed_model(_fields(path, common["args"]), path)
     elif named is not None:
         found = named
     else:
         raise CheckpointError(
-            Problem("file", path, "does not say what model it is of: it holds no args", "name the model")
+            Problem("file", path, "does not say what model it is of: it has no args", "give --model")
         )
     check_named(named, found, path)
     return found, _step(common)
@@ -183,7 +183,7 @@ def _fields(path: Path, args: dict[str, Any]) -> dict[str, Any]:
     vocabulary = "padded_vocab_size" if args.get("vocab_size") is None else "vocab_size"
     needed = [*_SAME.values(), "untie_embeddings_and_output_weights", "group_query_attention", vocabulary]
     problems = [
-        Problem(f"args: {key}", shown(args[key]), f"is not supported: only {value} is")
+        Problem(f"args: {key}", shown(args[key]), f"is not supported: it must be {value}")
         for key, value in expected.items()
         if key in args and args[key] != value
     ]
@@ -204,16 +204,8 @@ def _fields(path: Path, args: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _checked(path: Path, fields: object) -> ModelConfig:
-    try:
-        return ModelConfig.model_validate(fields)
-    except ValidationError as error:
-        reason = shown(" ".join(str(error).split()))
-        raise CheckpointError(Problem("file", path, f"does not describe a model ({reason})")) from None
-
-
 def _step(common: dict[str, Any]) -> int:
-    """Of the optimizer where it says one, else of the run."""
+    """Steps of the optimizer where it has a count, else of the run."""
     try:
         step = common["optimizer"]["optimizer"]["param_groups"][0]["step"]
     except (KeyError, IndexError, TypeError):

@@ -1,8 +1,8 @@
-"""Keys of a megatron-core checkpoint: what GPTModel.sharded_state_dict calls each parameter.
+"""Keys of a megatron-core checkpoint: the names that GPTModel.sharded_state_dict gives to parameters.
 
 Either one tensor holds a parameter of all layers, stacked along a first dimension, under a key without the
-number of the layer; or each layer has a tensor and a key of its own (`non_homogeneous_layers`). The norms in
-front of a layer's matrices go by the names of Transformer Engine's fused modules, whatever computes them
+number of the layer; or each layer has its own tensor and key (`non_homogeneous_layers`). The norms before a
+layer's matrices have the names of Transformer Engine's fused modules, whatever computes them
 (`sharded_state_dict_keys_map` of get_gpt_layer_local_spec).
 """
 
@@ -18,16 +18,16 @@ CONTENT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-"""Of CONFIG (dist_checkpointing/core.py)."""
+"""Content of CONFIG (dist_checkpointing/core.py)."""
 
 OPTIMIZER = dict(
     zip(
         KINDS, ("optimizer.state.param", "optimizer.state.exp_avg", "optimizer.state.exp_avg_sq"), strict=True
     )
 )
-"""Kind -> prefix of a parameter's key in the distributed optimizer's `fully_reshardable` form."""
+"""Kind -> prefix of a key in the `fully_reshardable` form of the distributed optimizer."""
 MASTERS = (OPTIMIZER[KINDS[0]], "optimizer.state.fp32_param")
-"""The second is that of the optimizer that is not distributed (Float16OptimizerWithFloat16Params)."""
+"""Prefixes of master weights: of the distributed optimizer, and of Float16OptimizerWithFloat16Params."""
 
 LAYER_EXTRA_STATES = tuple(
     f"decoder.layers.{module}._extra_state"
@@ -48,11 +48,11 @@ _NORMS = {
 }
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 Source = tuple[str, int | None]
-"""A key, and the slice of its first dimension that is meant (None: all of it)."""
+"""A key, and an index into the first dimension of its tensor (None: the whole tensor)."""
 
 
 def stacked_key(name: str) -> Source:
-    """Where GPTModel's own form keeps the parameter with this canonical name."""
+    """Place of the parameter with this canonical name in the stacked form."""
     found = _LAYER.fullmatch(name)
     if found is None:
         return name, None
@@ -60,7 +60,7 @@ def stacked_key(name: str) -> Source:
 
 
 def sources(name: str) -> Iterator[tuple[Source, ...]]:
-    """Every form in which a checkpoint may keep a parameter: the tensors to put above each other.
+    """Every form in which a checkpoint may store a parameter: the tensors to concatenate.
 
     With `singleton_local_shards`, gate and up of linear_fc1 are two tensors (apply_swiglu_sharded_factory).
     """

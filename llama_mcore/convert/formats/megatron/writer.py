@@ -1,12 +1,8 @@
-"""Writes a checkpoint that megatron-core's dist_checkpointing loads at any tensor-parallel size.
+"""Writer of checkpoints that megatron-core's dist_checkpointing loads at any tensor-parallel size.
 
-    metadata.json        the kind of checkpoint
-    common.pt            what is there once (config.py)
-    .metadata            which tensors there are, in which chunks, and where those lie
-    __0_N.distcp         the chunks: one torch.save blob for each parameter of each layer
-
-torch.distributed.checkpoint's own writer keeps the last tensor of every key until its file is done. So the
-blobs are written here, one at a time; its FileSystemWriter adds the metadata.
+A chunk is one torch.save blob for each parameter of each layer. torch.distributed.checkpoint's own writer
+holds the last tensor of every key until its file is done. So the blobs are written here, one at a time; its
+FileSystemWriter adds the metadata.
 """
 
 import io
@@ -30,7 +26,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from llama_mcore.checkpoint.durable_io import sync_folder, write_file
 from llama_mcore.checkpoint.paths import WEIGHT
-from llama_mcore.convert.formats.huggingface.tokenizer import TOKENIZER_MODEL
+from llama_mcore.convert.folder import write_tokenizer
 from llama_mcore.convert.formats.megatron.config import COMMON, common_state
 from llama_mcore.convert.formats.megatron.names import (
     CONFIG,
@@ -42,6 +38,7 @@ from llama_mcore.convert.formats.megatron.names import (
 )
 from llama_mcore.convert.model_weights import Weights
 from llama_mcore.convert.registry import Advance, WriteOptions
+from llama_mcore.convert.torch_pickle.writer import with_own_storage
 from llama_mcore.model.config import ModelConfig
 
 
@@ -60,9 +57,8 @@ def write(weights: Weights, folder: Path, options: WriteOptions, advance: Advanc
     buffer = io.BytesIO()
     torch.save(common, buffer)
     write_file(folder / COMMON, [buffer.getvalue()])
-    if weights.tokenizer:
-        write_file(folder / TOKENIZER_MODEL, [weights.tokenizer.read_bytes()])
-    # last: what makes a folder a checkpoint for megatron-core
+    write_tokenizer(weights, folder)
+    # last: for megatron-core this file makes a folder a checkpoint
     write_file(folder / CONFIG, [json.dumps(CONTENT).encode()])
     sync_folder(folder)
 
@@ -70,7 +66,7 @@ def write(weights: Weights, folder: Path, options: WriteOptions, advance: Advanc
 def _add(
     blobs: "_BlobWriter", name: str, kind: str, tensor: Tensor, model: ModelConfig, options: WriteOptions
 ) -> None:
-    """A model's weight and its fp32 master are the same bytes where both are fp32."""
+    # an fp32 weight is stored once, under its own key and its master's
     key, layer = stacked_key(name)
     keys = [] if options.kinds == (WEIGHT,) else [f"{OPTIMIZER[kind]}.{key}"]
     if kind == WEIGHT and (options.dtype == tensor.dtype or not keys):
@@ -81,14 +77,14 @@ def _add(
 
 
 def _extra_states(model: ModelConfig) -> list[str]:
-    """Keys of the objects that modules have for the sake of fp8, empty here."""
+    """Keys of the objects that modules keep for fp8, empty here."""
     layers = range(model.num_layers)
     keys = [f"{key}/shard_{i}_{model.num_layers}" for key in LAYER_EXTRA_STATES for i in layers]
     return keys + [f"{key}/shard_0_1" for key in EXTRA_STATES]
 
 
 class _BlobWriter:
-    """Files of torch.save blobs, and the metadata that tells them apart. Used as a context."""
+    """Files of torch.save blobs and the metadata that describes them; a context manager."""
 
     def __init__(self, folder: Path, max_file_bytes: int) -> None:
         self._folder, self._max_file_bytes = folder, max_file_bytes
@@ -106,9 +102,8 @@ class _BlobWriter:
             self._file.close()
 
     def add(self, keys: list[str], tensor: Tensor, layer: int | None, num_layers: int) -> None:
-        """One blob under all of these keys; with `layer`, as that slice of a tensor of all layers."""
-        # a view would take all of its memory with it
-        alone = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+        """Write one blob under all of these keys; with `layer`, as that layer of a stacked tensor."""
+        alone = with_own_storage(tensor)
         chunk = alone if layer is None else alone.unsqueeze(0)
         size = tensor.shape if layer is None else torch.Size((num_layers, *tensor.shape))
         offsets = torch.Size((layer or 0, *[0] * (chunk.dim() - 1)))
@@ -122,7 +117,7 @@ class _BlobWriter:
 
     def add_object(self, key: str) -> None:
         self._objects.append(key)
-        place = self._place([None])  # a list, as of the objects of one rank
+        place = self._place([None])  # a list, as for the objects of one rank
         self._written.append(WriteResult(MetadataIndex(key), place.length, place))
 
     def finish(self) -> None:

@@ -1,8 +1,8 @@
 """params.json of Meta's releases: the model that it describes, and how to describe one of ours.
 
-Written are only keys that the release whose code computes the model knows (`ModelArgs` in llama/model.py of
+Only keys are written that the release whose code computes the model knows (`ModelArgs` in llama/model.py of
 facebookresearch/llama and meta-llama/llama3, models/llama3/args.py of meta-llama/llama-models): LLaMA's
-loader fails on any other, Llama 3.1's ignores it.
+loader fails on any other key, Llama 3.1's ignores it.
 """
 
 import math
@@ -12,13 +12,14 @@ from typing import Any
 from pydantic import ConfigDict, Field, ValidationError
 
 from llama_mcore.config.section import Section
+from llama_mcore.convert.folder import parsed_model
 from llama_mcore.errors import CheckpointError, Problem, shown
 from llama_mcore.model.config import ModelConfig, RopeScaling
 
 PARAMS = "params.json"
 LLAMA_THETA = 10000.0
 _LARGEST = 1 << 31
-# (multiple_of, ffn_dim_multiplier) of the releases: LLaMA, Llama 2 70B, Llama 3 8B, 405B, Llama 3.2 1B.
+# (multiple_of, ffn_dim_multiplier) in the releases: LLaMA, Llama 2 70B, Llama 3 8B, 405B, Llama 3.2 1B.
 _RELEASED: tuple[tuple[int, float | None], ...] = (
     (256, None),
     (4096, 1.3),
@@ -29,7 +30,7 @@ _RELEASED: tuple[tuple[int, float | None], ...] = (
 
 
 class MetaParams(Section):
-    """The keys that say something of a text model. Those without a default are in every release."""
+    """Keys that describe a text model. Those without a default are in every release."""
 
     model_config = ConfigDict(strict=True)
 
@@ -38,20 +39,20 @@ class MetaParams(Section):
     n_heads: int = Field(ge=1, lt=_LARGEST)
     n_kv_heads: int | None = Field(default=None, ge=1, lt=_LARGEST)
     vocab_size: int = Field(default=-1, ge=-1, lt=_LARGEST)
-    """-1: that of the tokenizer, which the embedding shows."""
+    """-1: the tokenizer's, which the embedding shows."""
     multiple_of: int = Field(ge=1, lt=_LARGEST)
     ffn_dim_multiplier: float | None = Field(default=None, gt=0, lt=_LARGEST)
     norm_eps: float = Field(gt=0)
     rope_theta: float = Field(default=LLAMA_THETA, gt=0)
-    """LLaMA and Llama 2, which do not have this key, compute with the default; Llama 3 always gives it."""
+    """LLaMA and Llama 2 lack this key and compute with the default; Llama 3 always has it."""
     use_scaled_rope: bool = False
     max_seq_len: int = Field(default=2048, ge=1, lt=_LARGEST)
     max_batch_size: int = 32
-    """Of Meta's key-value cache."""
+    """Size of Meta's key-value cache."""
 
 
 def parse_params(content: dict[str, Any]) -> MetaParams:
-    """Raises CheckpointError with every key that is missing, not known, or of another kind."""
+    """Parsed params.json. Raises CheckpointError with every key that is missing, unknown or mistyped."""
     try:
         params = MetaParams(**content)
     except ValidationError as error:
@@ -67,9 +68,8 @@ def parse_params(content: dict[str, Any]) -> MetaParams:
         ) from None
     heads, kv_heads = params.n_heads, params.n_kv_heads or params.n_heads
     if params.dim % (2 * heads) or heads % kv_heads:
-        reason = (
-            f"must divide dim = {params.dim} into heads of even width, n_kv_heads = {kv_heads} must divide it"
-        )
+        even = f"must divide dim = {params.dim} into heads of even width"
+        reason = f"{even}, and be a multiple of n_kv_heads = {kv_heads}"
         raise CheckpointError(Problem(f"{PARAMS}: n_heads", heads, reason))
     return params
 
@@ -77,12 +77,12 @@ def parse_params(content: dict[str, Any]) -> MetaParams:
 def described_model(
     params: MetaParams, vocab_size: int, *, tie_embeddings: bool, fuller: ModelConfig | None
 ) -> ModelConfig:
-    """The model of a params.json, with what that cannot say from a `fuller` description of the same model.
+    """The model of a params.json, completed from a `fuller` description of the same model.
 
-    That is: the sequence length, whether embeddings are tied, and the numbers of the rope scaling (those of
-    Llama 3.1 are constants of Meta's code; Llama 3.2 was trained with another factor and does not say so).
+    params.json lacks the sequence length, tied embeddings and the values of rope scaling: Llama 3.1's are
+    constants of Meta's code, and Llama 3.2 was trained with another factor that it does not state.
     """
-    said: dict[str, Any] = {
+    stated: dict[str, Any] = {
         "num_layers": params.n_layers,
         "hidden_size": params.dim,
         "num_attention_heads": params.n_heads,
@@ -95,24 +95,23 @@ def described_model(
     }
     if (
         fuller
-        and all(getattr(fuller, field) == value for field, value in said.items())
+        and all(getattr(fuller, field) == value for field, value in stated.items())
         and (fuller.rope_scaling is not None) == params.use_scaled_rope
     ):
         return fuller
-    try:
-        return ModelConfig(
-            **said,
-            rope_scaling=RopeScaling() if params.use_scaled_rope else None,
-            seq_length=params.max_seq_len,
-            tie_embeddings=tie_embeddings,
-        )
-    except ValidationError as error:
-        reason = shown(" ".join(str(error).split()))
-        raise CheckpointError(Problem("file", PARAMS, f"does not describe a model ({reason})")) from None
+    return parsed_model(
+        stated
+        | {
+            "rope_scaling": RopeScaling() if params.use_scaled_rope else None,
+            "seq_length": params.max_seq_len,
+            "tie_embeddings": tie_embeddings,
+        },
+        PARAMS,
+    )
 
 
 def params_of(model: ModelConfig) -> dict[str, Any]:
-    """params.json of a model that `inexpressible` has nothing against, in the fewest keys."""
+    """Content of params.json, in the fewest keys, for a model that is not `inexpressible`."""
     multiple_of, multiplier = ffn_rule(model.hidden_size, model.ffn_hidden_size)
     params: dict[str, Any] = {
         "dim": model.hidden_size,
@@ -134,25 +133,25 @@ def params_of(model: ModelConfig) -> dict[str, Any]:
 
 
 def is_llama3(model: ModelConfig) -> bool:
-    """Whether only Llama 3's code can compute it: LLaMA's knows one rotation."""
+    """True if only Llama 3's code can compute the model: LLaMA's has a single rotation."""
     return model.rope_theta != LLAMA_THETA or model.rope_scaling is not None
 
 
 def inexpressible(model: ModelConfig) -> list[Problem]:
-    """What of a model Meta's code does not compute."""
+    """Properties of a model that Meta's code cannot compute."""
     problems = []
     if model.head_dim * model.num_attention_heads != model.hidden_size or model.head_dim % 2:
         width = f"{model.hidden_size} / {model.num_attention_heads}"
-        reason = f"cannot be written for Meta's code, where it is {width} and even"
+        reason = f"cannot be computed by Meta's code, where it must be {width} and even"
         problems.append(Problem("model.head_dim", model.head_dim, reason))
     if model.rope_scaling and model.rope_scaling != RopeScaling():
-        reason = f"cannot be written for Meta's code, which knows one: {RopeScaling()}"
+        reason = f"cannot be computed by Meta's code, which has only {RopeScaling()}"
         problems.append(Problem("model.rope_scaling", model.rope_scaling, reason))
     return problems
 
 
 def ffn_hidden_size(dim: int, multiple_of: int, multiplier: float | None) -> int:
-    """`FeedForward` of the releases: 2/3 of 4 * dim, times the multiplier, rounded up."""
+    """Width in `FeedForward` of the releases: 2/3 of 4 * dim, times the multiplier, rounded up."""
     hidden = int(2 * (4 * dim) / 3)
     if multiplier is not None:
         hidden = int(multiplier * hidden)
@@ -160,9 +159,10 @@ def ffn_hidden_size(dim: int, multiple_of: int, multiplier: float | None) -> int
 
 
 def ffn_rule(dim: int, ffn: int) -> tuple[int, float | None]:
-    """(multiple_of, ffn_dim_multiplier) that give `ffn`: of a release, or without a multiplier, if any do.
+    """(multiple_of, ffn_dim_multiplier) that give `ffn`.
 
-    Else a power of two that divides it, and the multiplier with the fewest digits.
+    Those of a release, or none as multiplier, where possible; else a power of two that divides `ffn` and the
+    multiplier with the fewest digits.
     """
     divisors = [1 << power for power in range(8, -1, -1) if ffn % (1 << power) == 0]
     for multiple_of, multiplier in _RELEASED + tuple((each, None) for each in divisors):
