@@ -50,22 +50,22 @@ def save_deepspeed_folder(engine: DeepSpeedEngine, run: RunConfig, state: TrainS
 def universal_info(run: RunConfig) -> dict[str, Any]:
     """How tensor parallelism splits our parameters, in DeepSpeed's words (its `ds_to_universal.py`); what no
     pattern matches is split in rows. What it calls row parallelism splits the columns of a weight."""
+
+    def patterns(wanted: Callable[[Parameter], bool]) -> list[str]:
+        """Regular expressions for the names of parameters."""
+        found = (each for each in PARAMETERS if each.is_in(run.model) and wanted(each))
+        return [re.escape(each.name).replace(r"\{\}", r"\d+") + "$" for each in found]
+
     return {
         constants.UNIVERSAL_CHECKPOINT_INFO: {
             constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE,
-            constants.TP_REPLICATED_PARAMETER_PATTERNS: _patterns(lambda each: each.split is None),
-            constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS: _patterns(lambda each: each.split == COLUMNS),
-            constants.PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0: _patterns(lambda each: each.fused == "gate_up"),
-            constants.VOCABULARY_PARAMETER_PATTERNS: _patterns(lambda each: each.is_vocabulary),
+            constants.TP_REPLICATED_PARAMETER_PATTERNS: patterns(lambda each: each.split is None),
+            constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS: patterns(lambda each: each.split == COLUMNS),
+            constants.PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0: patterns(lambda each: each.fused == "gate_up"),
+            constants.VOCABULARY_PARAMETER_PATTERNS: patterns(lambda each: each.is_vocabulary),
             constants.ORIGINAL_VOCAB_SIZE: run.model.vocab_size,
         }
     }
-
-
-def _patterns(wanted: Callable[[Parameter], bool]) -> list[str]:
-    """Regular expressions for the names of parameters."""
-    names = (re.escape(parameter.name) for parameter in PARAMETERS if wanted(parameter))
-    return [name.replace(r"\{\}", r"\d+") + "$" for name in names]
 
 
 @contextmanager

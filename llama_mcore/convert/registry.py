@@ -86,7 +86,7 @@ def detect(path: Path, flag: str = "--from") -> Format:
 
 
 # How a model is computed, and how it was once drawn, is no part of what it is.
-NOT_CARRIED = frozenset({"layer", "attention", "kernels", "recompute", "init_std"})
+NOT_CARRIED = frozenset({"attention", "kernels", "recompute", "init_std"})
 
 
 def same_model(one: ModelConfig, other: ModelConfig) -> list[str]:

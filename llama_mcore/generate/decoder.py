@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from llama_mcore.model.attention.torch_layout import heads_first
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.layer_function import split_qkv
-from llama_mcore.model.parameters import EMBEDDING, OUTPUT, PARAMETERS
+from llama_mcore.model.parameters import EMBEDDING, FINAL_NORM, OUTPUT, layer_parameters
 from llama_mcore.model.rmsnorm import rmsnorm
 from llama_mcore.model.rope import rope, rope_table
 from llama_mcore.model.swiglu import swiglu
@@ -50,7 +50,7 @@ class Decoder:
         self._full = lambda name: full(name).to(device=device, dtype=dtype)
         self._embedding = self._full(EMBEDDING)
         self._layers = [self._read_layer(index) for index in range(model.num_layers)]
-        self._norm = self._full("decoder.final_layernorm.weight")
+        self._norm = self._full(FINAL_NORM)
         self._output = self._embedding if model.tie_embeddings else self._full(OUTPUT)
         shape = (model.seq_length, 1, model.num_query_groups, model.head_dim)
         self._caches = [
@@ -99,5 +99,5 @@ class Decoder:
 
     def _read_layer(self, index: int) -> dict[str, Tensor]:
         """By the name of the module that holds each weight."""
-        names = [parameter.name for parameter in PARAMETERS if parameter.is_in_layer]
+        names = [parameter.name for parameter in layer_parameters(self.model)]
         return {name.split(".")[-2]: self._full(name.format(index)) for name in names}

@@ -61,8 +61,6 @@ class ModelConfig(Section):
     """Standard deviation of the initial weights; the two projections into the residual stream
     are scaled by 1/sqrt(2 * num_layers) as in GPT-2."""
 
-    layer: Literal["llama", "stock"] = "llama"
-    """`llama`: our layer; `stock`: megatron-core's own, for comparison."""
     attention: str = "auto"
     """Who computes attention: a file model/attention/NAME_backend.py. auto: the first of cudnn, flash,
     efficient and reference that can, on this device and in this precision; see model/attention/choice.py.

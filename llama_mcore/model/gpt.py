@@ -41,16 +41,16 @@ class LlamaModel(GPTModel):
     def __init__(self, fused_loss: bool, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.fused_loss = fused_loss
-        stock: ColumnParallelLinear = self.output_layer  # type: ignore[has-type]
+        mcore: ColumnParallelLinear = self.output_layer  # type: ignore[has-type]
         self.output_layer = OutputLayer(
-            stock.input_size,
-            stock.output_size,
+            mcore.input_size,
+            mcore.output_size,
             config=self.config,
             init_method=self.config.init_method,
             bias=False,
-            gather_output=stock.gather_output,
-            skip_weight_param_allocation=stock.weight is None,
-            tp_group=stock.tp_group,
+            gather_output=mcore.gather_output,
+            skip_weight_param_allocation=mcore.weight is None,
+            tp_group=mcore.tp_group,
         )
 
     def forward(

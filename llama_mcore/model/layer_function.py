@@ -1,4 +1,4 @@
-"""The hand-written layer: its two halves as autograd.Functions that keep what is expensive and no more.
+"""The layer with its manual backward: two autograd.Functions that keep what is expensive and no more.
 
     s sequence (s/tp outside the GEMMs under sequence parallelism), b micro-batch, h hidden,
     n query heads, g key/value heads, d head width, f ffn, all of this rank
@@ -33,7 +33,7 @@ from llama_mcore.model.rope import rope_table
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What the attention half needs to know besides its tensors."""
+    """Settings of the attention block, besides its tensors."""
 
     norm_eps: float
     heads_per_group: int
@@ -64,7 +64,8 @@ class AttentionBlockFunction(torch.autograd.Function):
         normed = tp.start_gather(shape.kernels.rmsnorm(x, norm_weight, shape.norm_eps)).wait()
         qkv = linear(normed, qkv_weight)  # [s, b, (n + 2g) d]
         backend = shape.backend_for(documents)
-        out, log_sum_exp = backend.forward(*rotated_qkv(qkv, shape))
+        q, k, v = split_qkv(qkv, shape.heads_per_group, shape.head_dim)
+        out, log_sum_exp = backend.forward(rotated(q, shape), rotated(k, shape), v)
         out = out.flatten(2)  # [s, b, n d]
         partial = linear(out, proj_weight)
         ctx.save_for_backward(x, qkv, out, log_sum_exp, norm_weight, qkv_weight, proj_weight)
@@ -79,7 +80,8 @@ class AttentionBlockFunction(torch.autograd.Function):
 
         gathering_grad = tp.start_gather(grad)
         normed = shape.kernels.rmsnorm(x, norm_weight, shape.norm_eps)
-        q, k, v = rotated_qkv(qkv, shape)
+        q, k, v = split_qkv(qkv, shape.heads_per_group, shape.head_dim)
+        rotated_q, rotated_k = rotated(q, shape), rotated(k, shape)
         whole_grad = gathering_grad.wait()
 
         gathering_normed = tp.start_gather(normed)
@@ -87,9 +89,10 @@ class AttentionBlockFunction(torch.autograd.Function):
         grad_proj = linear_weight_grad(whole_grad, out)
         heads = (*out.shape[:2], -1, shape.head_dim)
         grad_q, grad_k, grad_v = ctx.backend.backward(
-            grad_out.view(heads), q, k, v, out.view(heads), log_sum_exp
+            grad_out.view(heads), rotated_q, rotated_k, v, out.view(heads), log_sum_exp
         )
-        grad_qkv = _unrotated(grad_q, grad_k, grad_v, shape)
+        grad_q, grad_k = _unrotated(grad_q, shape), _unrotated(grad_k, shape)
+        grad_qkv = join_qkv(grad_q, grad_k, grad_v)
         grad_normed = linear_input_grad(grad_qkv, qkv_weight)
         normed = gathering_normed.wait()
 
@@ -178,19 +181,14 @@ def join_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat((grouped, k[:, :, :, None], v[:, :, :, None]), dim=3).flatten(2)
 
 
-def rotated_qkv(qkv: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor, Tensor]:
-    """Fused qkv -> rotated q [s, b, n, d], rotated k [s, b, g, d], v [s, b, g, d]."""
-    q, k, v = split_qkv(qkv, shape.heads_per_group, shape.head_dim)
-    cos, sin = _table(qkv, shape)
-    rope = shape.kernels.rope
-    return rope(q, cos, sin), rope(k, cos, sin), v
+def rotated(x: Tensor, shape: AttentionShape) -> Tensor:
+    """Queries or keys [s, b, n, d] with rotary embedding."""
+    return shape.kernels.rope(x, *_table(x, shape))
 
 
-def _unrotated(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, shape: AttentionShape) -> Tensor:
-    """Gradient of qkv from those of rotated q and k, and of v."""
-    cos, sin = _table(grad_q, shape)
-    rope_backward = shape.kernels.rope_backward
-    return join_qkv(rope_backward(grad_q, cos, sin), rope_backward(grad_k, cos, sin), grad_v)
+def _unrotated(grad: Tensor, shape: AttentionShape) -> Tensor:
+    """Gradient of queries or keys from that of rotated ones."""
+    return shape.kernels.rope_backward(grad, *_table(grad, shape))
 
 
 def _table(x: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:

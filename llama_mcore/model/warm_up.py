@@ -40,7 +40,7 @@ class _Alone(TensorParallel):
     def start_reduce(self, x: Tensor) -> Pending:
         return Pending(x.chunk(self.size)[0] if self.sequence_parallel else x)
 
-    def start_replicated_sum(self, gradient: Tensor) -> Pending:
+    def start_replicated_sum(self, gradient: Tensor, *, always: bool = False) -> Pending:
         return Pending(gradient)
 
 

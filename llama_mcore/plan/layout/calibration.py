@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from llama_mcore.errors import ConfigError, MissingInputError, Problem, input_problem, shown
-from llama_mcore.model.config import Recompute
+from llama_mcore.model.config import ModelConfig, Recompute
 from llama_mcore.plan.layout.efficiency import Efficiency, parse_efficiency
 from llama_mcore.plan.layout.hardware import Gpu, gpu_of_driver
 from llama_mcore.plan.layout.throughput import Predictor, Shape, Work
@@ -65,12 +65,12 @@ _Count = Annotated[int, Field(ge=1, le=10**9)]
 
 
 class _Settings(BaseModel):
-    layers: _Count
+    layers: Annotated[int, Field(ge=1, le=100_000)]
     hidden: _Count
     heads: str = Field(pattern=r"^[1-9]\d{0,5}/[1-9]\d{0,5} x [1-9]\d{0,5}$")
     """Query/key-value heads x their width."""
     ffn: _Count
-    vocabulary: _Count
+    vocabulary: Annotated[int, Field(ge=2, le=10**9)]
     sequence: _Count
     batch: _Count
     recompute: Recompute
@@ -79,9 +79,17 @@ class _Settings(BaseModel):
     def shape(self) -> Shape:
         counts, head_dim = self.heads.split(" x ")
         heads, groups = map(int, counts.split("/"))
-        return Shape(
-            self.layers, self.hidden, heads, groups, int(head_dim), self.ffn, self.vocabulary, self.sequence
+        model = ModelConfig(
+            num_layers=self.layers,
+            hidden_size=self.hidden,
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            head_dim=int(head_dim),
+            ffn_hidden_size=self.ffn,
+            vocab_size=self.vocabulary,
+            seq_length=self.sequence,
         )
+        return Shape(model)
 
     @property
     def work(self) -> Work:
@@ -121,7 +129,7 @@ class _Measured(BaseModel):
 
 def _gemm_share(gpu: Gpu, shape: Shape, work: Work, speed: float) -> float:
     """By bisection: a step is the shorter, the larger the share."""
-    measured = work.micro_batch * shape.sequence / speed
+    measured = work.micro_batch * shape.model.seq_length / speed
     one = gpu.network
 
     def predicted(share: float) -> float:

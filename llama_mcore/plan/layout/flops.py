@@ -18,7 +18,7 @@ Published figures differ in which attention they count, by 7 points of MFU at s 
 from dataclasses import dataclass
 
 from llama_mcore.model.config import ModelConfig, Recompute
-from llama_mcore.model.parameters import num_multiplied
+from llama_mcore.model.parameters import OUTPUT, num_multiplied, parameter_of
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def executed_flops(model: ModelConfig, recompute: Recompute) -> TokenFlops:
     product = counted.full_attention // 6
     if recompute != "full":
         return TokenFlops(counted.matmul, 7 * product)
-    output_layer = 6 * model.vocab_size * model.hidden_size
+    output_layer = 6 * parameter_of(OUTPUT).size(model)
     return TokenFlops(counted.matmul + (counted.matmul - output_layer) // 3, 9 * product)
 
 

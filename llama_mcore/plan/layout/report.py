@@ -141,7 +141,7 @@ def show_layouts(name: str, found: Found, cluster: Cluster, top: int) -> None:
         f"{cluster.network.bytes_per_gpu / 1e9:.1f} GB/s a GPU.\n"
         f"{_mfu_note(best)}"
     )
-    longest = max(row.shape.sequence for row in PUBLISHED)
+    longest = max(row.shape.model.seq_length for row in PUBLISHED)
     if best.run.model.seq_length > longest:
         notes += (
             f"\nNo run of more than {longest:,} tokens a sequence is among those checked (plan validate)."

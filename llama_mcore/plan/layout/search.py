@@ -16,7 +16,7 @@ from llama_mcore.plan.layout.efficiency import Efficiency
 from llama_mcore.plan.layout.flops import executed_flops, mfu, token_flops
 from llama_mcore.plan.layout.footprint import Footprint, memory_of
 from llama_mcore.plan.layout.hardware import GIB, GPUS, Gpu, Network
-from llama_mcore.plan.layout.throughput import Predictor, StepTime, Work, shape_of
+from llama_mcore.plan.layout.throughput import Predictor, Shape, StepTime, Work
 
 TENSOR_PARALLEL = (1, 2, 4, 8, 16)
 STAGES = (1, 2, 3)
@@ -179,7 +179,7 @@ def step_time(run: RunConfig, cluster: Cluster) -> StepTime:
         reduce_bytes=4 if run.zero.reduce_dtype == "fp32" else 2,
         gpus_per_node=cluster.gpus_per_node,
     )
-    return Predictor(cluster.gpu, cluster.network, cluster.efficiency).step_time(shape_of(run.model), work)
+    return Predictor(cluster.gpu, cluster.network, cluster.efficiency).step_time(Shape(run.model), work)
 
 
 def check_model(goal: Goal) -> None:

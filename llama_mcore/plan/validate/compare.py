@@ -46,7 +46,7 @@ def predict_speed(row: Published, efficiency: Efficiency) -> float:
     """Tokens per second and GPU."""
     predictor = Predictor(gpu(row.gpu), network(row.network), efficiency)
     work = row.work
-    tokens = work.dp * work.micro_batches * work.micro_batch * row.shape.sequence
+    tokens = work.dp * work.micro_batches * work.micro_batch * row.shape.model.seq_length
     return tokens / predictor.step_time(row.shape, work).total / work.gpus
 
 

@@ -12,7 +12,7 @@ checkpointing of FSDP, and GPUs with a lowered power limit (torchtitan).
 from dataclasses import dataclass, replace
 
 from llama_mcore.model.config import PRESETS, ModelConfig
-from llama_mcore.plan.layout.throughput import Shape, Work, shape_of
+from llama_mcore.plan.layout.throughput import Shape, Work
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,27 @@ class Published:
 
 def _gpt(layers: int, hidden: int, heads: int, vocab: int) -> Shape:
     """GPT-3's proportions; the output layer is the embedding."""
-    return Shape(layers, hidden, heads, heads, hidden // heads, 4 * hidden, vocab, 2048, gated=False)
+    model = ModelConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        ffn_hidden_size=4 * hidden,
+        vocab_size=vocab,
+        seq_length=2048,
+    )
+    return Shape(model, gated=False)
 
 
 def _llama2(layers: int, hidden: int, heads: int, groups: int, ffn: int) -> Shape:
-    return Shape(layers, hidden, heads, groups, hidden // heads, ffn, 32000, 4096)
+    model = ModelConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        ffn_hidden_size=ffn,
+        seq_length=4096,
+    )
+    return Shape(model)
 
 
 def _paper(name: str, tp: int, speed: float) -> Published:
@@ -48,7 +64,7 @@ def _paper(name: str, tp: int, speed: float) -> Published:
         recompute="selective",
         overlaps_gather=True,
     )
-    shape = shape_of(ModelConfig.model_validate(PRESETS[name.lower()]))
+    shape = Shape(ModelConfig.model_validate(PRESETS[name.lower()]))
     return Published(f"LLaMA {name}", "a100-80gb", "ib-200x8", shape, work, speed, _LLAMA)
 
 
@@ -131,7 +147,7 @@ def _korthikanti(
         overlaps_backward_entry=False,
     )
     policy = "full" if full else "selective"
-    speed = batch * shape.sequence / seconds / gpus
+    speed = batch * shape.model.seq_length / seconds / gpus
     return Published(f"Megatron {name}, {policy}", "a100-80gb", "ib-200x8", shape, work, speed, _KORTHIKANTI)
 
 

@@ -82,10 +82,10 @@ class LeavesOut(TensorParallel):
             return super().start_reduce(x)
         return Pending(x.chunk(self.size)[self.group.rank()] if self.sequence_parallel else x)
 
-    def start_replicated_sum(self, gradient: Tensor) -> Pending:
-        if self.sequence_parallel and self._is_left_out():
+    def start_replicated_sum(self, gradient: Tensor, *, always: bool = False) -> Pending:
+        if (always or self.sequence_parallel) and self._is_left_out():
             return Pending(gradient)
-        return super().start_replicated_sum(gradient)
+        return super().start_replicated_sum(gradient, always=always)
 
     def _is_left_out(self) -> bool:
         self.calls += 1

@@ -85,8 +85,8 @@ def test_speeds_follow_from_what_was_published(name: str, speed: float) -> None:
 def test_shapes_have_the_published_number_of_parameters(name: str, params: float) -> None:
     """Within 0.5 %: norms, biases and learned positions are not in a Shape; MPT ties its embeddings."""
     shape = next(row.shape for row in PUBLISHED if row.name == name)
-    embeddings = (2 if shape.gated else 1) * shape.vocab * shape.hidden
-    assert shape.layers * shape.layer_params + embeddings == pytest.approx(params, rel=5e-3)
+    embeddings = (2 if shape.gated else 1) * shape.model.vocab_size * shape.model.hidden_size
+    assert shape.model.num_layers * shape.layer_params + embeddings == pytest.approx(params, rel=5e-3)
 
 
 def test_the_documented_table_is_the_command_s() -> None:

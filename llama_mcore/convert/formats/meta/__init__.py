@@ -38,7 +38,7 @@ from llama_mcore.convert.torch_pickle.client import read_pickled
 from llama_mcore.convert.torch_pickle.writer import TorchFile
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, Problem, input_problem, shown
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.model.parameters import COLUMNS, EMBEDDING, OUTPUT, ROWS, TpSplit
+from llama_mcore.model.parameters import COLUMNS, EMBEDDING, FUSED, OUTPUT, ROWS, TpSplit, parameter_of
 from llama_mcore.model.sharding import full_shape, local_shape, parameter_shapes, shard, split_of, unshard
 
 RECEIPT = "conversion.json"
@@ -80,9 +80,9 @@ def _parts(name: str, weight: Tensor, model: ModelConfig) -> Iterator[tuple[str,
 
 def _rotated_heads(part: str, model: ModelConfig) -> int:
     """Heads of a projection that rotary embedding turns; 0 of others."""
-    if part.endswith("wq.weight"):
-        return model.num_attention_heads
-    return model.num_query_groups if part.endswith("wk.weight") else 0
+    name = META.canonical(part)
+    role = FUSED[parameter_of(name).fused][META.parts(name).index(part)]
+    return {"q": model.num_attention_heads, "k": model.num_query_groups}.get(role, 0)
 
 
 def write(weights: Weights, folder: Path, options: WriteOptions, advance: Advance) -> None:
