@@ -13,6 +13,7 @@ from llama_mcore.distributed.config import ParallelConfig, ZeroConfig
 from llama_mcore.distributed.ds_file import offloads_optimizer, read_ds_file
 from llama_mcore.errors import MissingInputError
 from llama_mcore.model.config import ModelConfig, Recompute
+from llama_mcore.model.parameters import EMBEDDING, layer_parameters, parameter_of
 from llama_mcore.plan.layout.activations import (
     rotary_tables,
     saved_bytes_besides_layers,
@@ -124,9 +125,8 @@ def zero_settings(zero: ZeroConfig) -> dict[str, Any]:
 
 def _largest_module(model: ModelConfig, tp: int) -> int:
     """Values of a layer's matrices, or of the embedding if these are more."""
-    width = (2 * model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim
-    layer = model.hidden_size * (width + 3 * model.ffn_hidden_size)
-    return max(layer, model.vocab_size * model.hidden_size) // tp
+    layer = sum(each.size(model, tp) for each in layer_parameters(model) if not each.is_norm)
+    return max(layer, parameter_of(EMBEDDING).size(model, tp))
 
 
 def _buckets(settings: dict[str, Any], zero: ZeroConfig, precision: str, params: int) -> int:
