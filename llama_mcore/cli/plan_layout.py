@@ -182,17 +182,16 @@ def validate(
     """The prediction against published training speeds."""
     with report_errors(debug):
         from llama_mcore.plan.arguments import one_of
-        from llama_mcore.plan.layout import report
+        from llama_mcore.plan.layout import report, validation
         from llama_mcore.plan.layout.calibration import load_calibration
         from llama_mcore.plan.layout.efficiency import Efficiency, dump_efficiency
-        from llama_mcore.plan.validate import compare
 
         one_of({"--fit": fit, "--markdown": markdown, "--json": json})
         one_of({"--fit": fit, "--calibration": calibration})
         if fit:
-            typer.echo(dump_efficiency(compare.fit()), nl=False)
+            typer.echo(dump_efficiency(validation.fit()), nl=False)
             return
-        rows = compare.validate(load_calibration(calibration) if calibration else Efficiency())
+        rows = validation.validate(load_calibration(calibration) if calibration else Efficiency())
         if json:
             print_json(report.validation_json(rows))
         elif markdown:

@@ -2,7 +2,7 @@
 Python.
 
 `llama-mcore plan validate --fit` finds those marked "fitted" from one half of the published runs in
-plan/validate/compare.py; the other half is not looked at. A calibration file replaces any of them.
+plan/layout/validation.py; the other half is not looked at. A calibration file replaces any of them.
 """
 
 import json

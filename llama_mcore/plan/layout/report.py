@@ -8,10 +8,10 @@ from llama_mcore.config.run import RunConfig
 from llama_mcore.plan.layout.flops import token_flops
 from llama_mcore.plan.layout.footprint import Footprint
 from llama_mcore.plan.layout.hardware import GIB, Gpu
+from llama_mcore.plan.layout.published import PUBLISHED
 from llama_mcore.plan.layout.search import Cluster, Found, Option
+from llama_mcore.plan.layout.validation import LARGEST_BAR, MEDIAN_BAR, Row, largest_error, median_error
 from llama_mcore.plan.table import Grid, show
-from llama_mcore.plan.validate.compare import LARGEST_BAR, MEDIAN_BAR, Row, largest_error, median_error
-from llama_mcore.plan.validate.published import PUBLISHED
 from llama_mcore.units import format_bytes, format_count
 
 # --- memory

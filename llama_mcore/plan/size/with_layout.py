@@ -7,9 +7,9 @@ from llama_mcore.plan.layout.efficiency import Efficiency
 from llama_mcore.plan.layout.report import LAYOUT_COLUMNS, layout_row
 from llama_mcore.plan.layout.search import Cluster, Found, Goal, search
 from llama_mcore.plan.layout.to_run import base_run
+from llama_mcore.plan.layout.validation import largest_error, validate
 from llama_mcore.plan.size.solve import Request, SizePlan, at_mfu, plan_size
 from llama_mcore.plan.table import Grid
-from llama_mcore.plan.validate.compare import largest_error, validate
 
 BATCH_TOKENS = 4 * 2**20
 """Of a step, as in the LLaMA paper; `plan layout` takes others."""

@@ -1,4 +1,4 @@
-"""llama_mcore.plan.validate.compare: the bar on published runs, and where the constants come from."""
+"""llama_mcore.plan.layout.validation: the bar on published runs, and where the constants come from."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from llama_mcore.model.config import PRESETS, ModelConfig
+from llama_mcore.plan.layout import validation
 from llama_mcore.plan.layout.efficiency import FITTED, Efficiency, dump_efficiency, parse_efficiency
 from llama_mcore.plan.layout.flops import mfu, token_flops
+from llama_mcore.plan.layout.published import FITTED_ON, HELD_OUT, PUBLISHED
 from llama_mcore.plan.layout.report import validation_markdown
-from llama_mcore.plan.validate import compare
-from llama_mcore.plan.validate.compare import fit, largest_error, median_error, validate
-from llama_mcore.plan.validate.published import FITTED_ON, HELD_OUT, PUBLISHED
+from llama_mcore.plan.layout.validation import fit, largest_error, median_error, validate
 
 DOC = Path(__file__).parents[3] / "docs" / "planner.md"
 
@@ -34,8 +34,8 @@ def test_half_of_the_rows_or_more_are_held_out() -> None:
 
 def test_the_fit_reads_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
-    plain = compare.predict_speed
-    monkeypatch.setattr(compare, "predict_speed", lambda row, e: (seen.add(row), plain(row, e))[1])
+    plain = validation.predict_speed
+    monkeypatch.setattr(validation, "predict_speed", lambda row, e: (seen.add(row), plain(row, e))[1])
     fit(rounds=1)
     assert seen == set(FITTED_ON)
 

@@ -6,8 +6,8 @@ from statistics import median
 
 from llama_mcore.plan.layout.efficiency import FITTED, Efficiency
 from llama_mcore.plan.layout.hardware import gpu, network
+from llama_mcore.plan.layout.published import FITTED_ON, PUBLISHED, Published
 from llama_mcore.plan.layout.throughput import Predictor
-from llama_mcore.plan.validate.published import FITTED_ON, PUBLISHED, Published
 
 MEDIAN_BAR, LARGEST_BAR = 0.10, 0.25
 
