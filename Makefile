@@ -28,7 +28,7 @@ help:
 	@echo "both write runs/gpu/gpu-report.md, and take PART=name."
 	@echo
 	@echo "Also: make test-fast (tests that start no process, at each save), make test-times (where the time goes),"
-	@echo "make test-coverage, make test-mutants (takes 49 guards out; each must turn a test red),"
+	@echo "make test-coverage, make test-mutants (takes 50 guards out; each must turn a test red),"
 	@echo "make test-crash (every fault of saving, every layout, 25 kills; KILLS=1000 for more),"
 	@echo "make test-data (tokens of a whole corpus, by both encoders; TEST_CORPUS_MB=25),"
 	@echo "make test-slurm (the job scripts on a real Slurm of virtual nodes; root; SAMPLE=1 for four jobs),"

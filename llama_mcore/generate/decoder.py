@@ -84,6 +84,9 @@ class Decoder:
         normed = rmsnorm(x, layer["input_layernorm"], model.norm_eps)
         heads_per_group = model.num_attention_heads // model.num_query_groups
         q, k, v = split_qkv(F.linear(normed, layer["linear_qkv"]), heads_per_group, model.head_dim)
+        if model.qk_norm:
+            q = rmsnorm(q, layer["q_layernorm"], model.norm_eps)
+            k = rmsnorm(k, layer["k_layernorm"], model.norm_eps)
         cos, sin = (part[start:end] for part in self._table)
         cache.keys[start:end], cache.values[start:end] = rope(k, cos, sin), v
         seen = torch.arange(end, device=x.device) <= torch.arange(start, end, device=x.device)[:, None]

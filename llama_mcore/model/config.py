@@ -57,6 +57,8 @@ class ModelConfig(Section):
     """Stretched frequencies for a longer context, as Llama 3.1 has them; none by default."""
     tie_embeddings: bool = False
     """One matrix for the input embedding and the output layer."""
+    qk_norm: bool = False
+    """RMSNorm of each query and key head before rope, as in Qwen3; its weight is shared by the heads."""
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights; the two projections into the residual stream
     are scaled by 1/sqrt(2 * num_layers) as in GPT-2."""

@@ -81,6 +81,7 @@ class LlamaLayer(nn.Module, BaseTransformerLayer):
             attention.shape,
             tp,
             documents,
+            *(norm.weight for norm in attention.qk_norms),
         )
         return MlpBlockFunction.apply(
             x,
@@ -94,7 +95,7 @@ class LlamaLayer(nn.Module, BaseTransformerLayer):
 
 
 class LlamaAttention(nn.Module):
-    """Causal self-attention with rotary embedding and grouped queries."""
+    """Causal self-attention with rotary embedding, grouped queries and QK-norm."""
 
     def __init__(
         self,
@@ -116,10 +117,16 @@ class LlamaAttention(nn.Module):
         )
         self.linear_qkv = _linear("self_attention.linear_qkv", config, model, tp_group)
         self.linear_proj = _linear("self_attention.linear_proj", config, model, tp_group)
+        if model.qk_norm:
+            self.q_layernorm = _norm("self_attention.q_layernorm", config, model)
+            self.k_layernorm = _norm("self_attention.k_layernorm", config, model)
+        self.qk_norms = (self.q_layernorm, self.k_layernorm) if model.qk_norm else ()
 
     def forward(self, x: Tensor, documents: Documents | None) -> Tensor:
         qkv, _ = self.linear_qkv(x)  # [s, b, (n + 2g) d]
         q, k, v = split_qkv(qkv, self.shape.heads_per_group, self.shape.head_dim)
+        if self.qk_norms:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
         backend = self.shape.backend_for(documents)
         out = backend.attend(rotated(q, self.shape), rotated(k, self.shape), v)  # [s, b, n, d]
         return self.linear_proj(out.flatten(2))[0]

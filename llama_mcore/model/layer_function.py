@@ -9,7 +9,8 @@ outputs of linear layers"):
     attention   layer input [s, b, h], qkv before rope, attention output, its log-sum-exp
     mlp         post-attention residual [s, b, h], fc1 output
 
-Computed again: norm outputs and their all-gathers, rotated q and k, the SwiGLU product. No GEMM is repeated.
+Computed again: norm outputs and their all-gathers, normed and rotated q and k, the SwiGLU product. No GEMM is
+repeated.
 
 Each collective of the backward starts before a GEMM that does not need its result and is waited for after
 it: the gather of the output gradient runs beside recomputation, the gather of the norm output beside the
@@ -48,7 +49,7 @@ class AttentionShape:
 
 
 class AttentionBlockFunction(torch.autograd.Function):
-    """x + proj(attention(rope(qkv(norm(x)))))."""
+    """x + proj(attention(rope(qkv(norm(x))))), with QK-norm before rope where its weights are given."""
 
     @staticmethod
     def forward(
@@ -60,28 +61,30 @@ class AttentionBlockFunction(torch.autograd.Function):
         shape: AttentionShape,
         tp: TensorParallel,
         documents: Documents | None = None,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
     ) -> Tensor:
         normed = tp.start_gather(shape.kernels.rmsnorm(x, norm_weight, shape.norm_eps)).wait()
         qkv = linear(normed, qkv_weight)  # [s, b, (n + 2g) d]
         backend = shape.backend_for(documents)
         q, k, v = split_qkv(qkv, shape.heads_per_group, shape.head_dim)
-        out, log_sum_exp = backend.forward(rotated(q, shape), rotated(k, shape), v)
+        out, log_sum_exp = backend.forward(_prepared(q, q_norm, shape), _prepared(k, k_norm, shape), v)
         out = out.flatten(2)  # [s, b, n d]
         partial = linear(out, proj_weight)
-        ctx.save_for_backward(x, qkv, out, log_sum_exp, norm_weight, qkv_weight, proj_weight)
+        ctx.save_for_backward(x, qkv, out, log_sum_exp, norm_weight, qkv_weight, proj_weight, q_norm, k_norm)
         ctx.shape, ctx.tp, ctx.backend = shape, tp, backend
         return x + tp.start_reduce(partial).wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, qkv, out, log_sum_exp, norm_weight, qkv_weight, proj_weight = ctx.saved_tensors
+        x, qkv, out, log_sum_exp, norm_weight, qkv_weight, proj_weight, q_norm, k_norm = ctx.saved_tensors
         shape, tp = ctx.shape, ctx.tp
 
         gathering_grad = tp.start_gather(grad)
         normed = shape.kernels.rmsnorm(x, norm_weight, shape.norm_eps)
         q, k, v = split_qkv(qkv, shape.heads_per_group, shape.head_dim)
-        rotated_q, rotated_k = rotated(q, shape), rotated(k, shape)
+        attended_q, attended_k = _prepared(q, q_norm, shape), _prepared(k, k_norm, shape)
         whole_grad = gathering_grad.wait()
 
         gathering_normed = tp.start_gather(normed)
@@ -89,9 +92,14 @@ class AttentionBlockFunction(torch.autograd.Function):
         grad_proj = linear_weight_grad(whole_grad, out)
         heads = (*out.shape[:2], -1, shape.head_dim)
         grad_q, grad_k, grad_v = ctx.backend.backward(
-            grad_out.view(heads), rotated_q, rotated_k, v, out.view(heads), log_sum_exp
+            grad_out.view(heads), attended_q, attended_k, v, out.view(heads), log_sum_exp
         )
         grad_q, grad_k = _unrotated(grad_q, shape), _unrotated(grad_k, shape)
+        if q_norm is not None:
+            grad_q, grad_q_norm = shape.kernels.rmsnorm_backward(grad_q, q, q_norm, shape.norm_eps)
+            grad_k, grad_k_norm = shape.kernels.rmsnorm_backward(grad_k, k, k_norm, shape.norm_eps)
+            # each rank has its own heads
+            summing_heads = tp.start_replicated_sum(torch.stack((grad_q_norm, grad_k_norm)), always=True)
         grad_qkv = join_qkv(grad_q, grad_k, grad_v)
         grad_normed = linear_input_grad(grad_qkv, qkv_weight)
         normed = gathering_normed.wait()
@@ -101,7 +109,8 @@ class AttentionBlockFunction(torch.autograd.Function):
         grad_x, grad_norm = shape.kernels.rmsnorm_backward(reducing.wait(), x, norm_weight, shape.norm_eps)
         summing = tp.start_replicated_sum(grad_norm)
         grad_x += grad
-        return grad_x, summing.wait(), grad_qkv_weight, grad_proj, None, None, None
+        grads_of_heads = () if q_norm is None else summing_heads.wait().unbind()
+        return grad_x, summing.wait(), grad_qkv_weight, grad_proj, None, None, None, *grads_of_heads
 
 
 class MlpBlockFunction(torch.autograd.Function):
@@ -184,6 +193,11 @@ def join_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def rotated(x: Tensor, shape: AttentionShape) -> Tensor:
     """Queries or keys [s, b, n, d] with rotary embedding."""
     return shape.kernels.rope(x, *_table(x, shape))
+
+
+def _prepared(x: Tensor, weight: Tensor | None, shape: AttentionShape) -> Tensor:
+    """Queries or keys [s, b, n, d] as attention takes them: normed if there is a weight [d], and rotated."""
+    return rotated(x if weight is None else shape.kernels.rmsnorm(x, weight, shape.norm_eps), shape)
 
 
 def _unrotated(grad: Tensor, shape: AttentionShape) -> Tensor:

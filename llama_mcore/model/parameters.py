@@ -135,6 +135,26 @@ PARAMETERS: tuple[Parameter, ...] = (
         init="residual",
     ),
     _in_layer(
+        "self_attention.q_layernorm",
+        lambda m: (m.head_dim,),  # [d]
+        hugging_face="self_attn.q_norm",
+        meta="",
+        summed="always",
+        vectors=lambda m: m.num_attention_heads,
+        init="ones",
+        only_if=("qk_norm", True),
+    ),
+    _in_layer(
+        "self_attention.k_layernorm",
+        lambda m: (m.head_dim,),  # [d]
+        hugging_face="self_attn.k_norm",
+        meta="",
+        summed="always",
+        vectors=lambda m: m.num_query_groups,
+        init="ones",
+        only_if=("qk_norm", True),
+    ),
+    _in_layer(
         "pre_mlp_layernorm",
         lambda m: (m.hidden_size,),  # [h]
         hugging_face="post_attention_layernorm",

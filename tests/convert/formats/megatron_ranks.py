@@ -25,7 +25,7 @@ SAVED: list[tuple[str, int, dict[str, bool]]] = [
     ("gqa", 1, {"singleton_local_shards": True}),
     ("odd-vocabulary", 2, {}),
 ]
-LOADED = [("llama3", 1), ("odd-vocabulary", 2), ("tied", 2), ("mha", 4)]
+LOADED = [("llama3", 1), ("odd-vocabulary", 2), ("qk-norm", 1), ("tied", 2), ("mha", 4)]
 ROW = [1, 5, 3, 77, 2, 9, 95, 4]
 
 
@@ -51,7 +51,7 @@ def mcore_model(shape: str, tp: int, dtype: torch.dtype) -> GPTModel:
     model = SHAPES[shape]
     return GPTModel(
         transformer_config(model, ParallelConfig(tp=tp, sequence_parallel=False), dtype),
-        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm),
         padded_rows(shape, tp),
         model.seq_length,
         position_embedding_type="rope",

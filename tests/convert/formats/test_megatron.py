@@ -290,7 +290,6 @@ def test_the_model_of_megatron_lm(folder: Path) -> None:
 
 OTHERS = {
     "add_qkv_bias": True,
-    "qk_layernorm": True,
     "num_experts": 8,
     "rotary_percent": 0.5,
     "rotary_interleaved": True,

@@ -17,6 +17,7 @@ MODELS = {
     "multi-head": {},
     "grouped": {"num_query_groups": 4},
     "tied": {"tie_embeddings": True},
+    "qk-norm": {"qk_norm": True},
 }
 MCORE = "megatron-core's layer"
 NAMES = (*MODELS, MCORE)

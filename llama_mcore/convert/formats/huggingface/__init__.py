@@ -1,4 +1,5 @@
-"""Hugging Face's LlamaForCausalLM: safetensors and config.json, written and read as a stream."""
+"""Hugging Face's LlamaForCausalLM, and Qwen3ForCausalLM for QK-norm: safetensors and config.json, written and
+read as a stream."""
 
 import json
 import os
@@ -35,14 +36,15 @@ _FILE_NAME = re.compile(r"[^./\\\x00-\x1f\x7f\ud800-\udfff][^/\\\x00-\x1f\x7f\ud
 _LONGEST_NAME = 255  # bytes, of Linux
 _DEFAULT_ROPE_THETA = 10000.0  # of LlamaConfig, where config.json is silent
 _MAX_INITIALIZER_RANGE = 1.0  # of LlamaConfig
+_MODEL_TYPES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # What config.json may say of the computation that ModelConfig has no field for: key -> the only value that is
 # computed here. Absent is that value too, and null but for `_NOT_NULL`. Any other would be another model.
 _COMPUTED: dict[str, object] = {
-    "model_type": "llama",
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
     "attention_dropout": 0.0,
+    "use_sliding_window": False,  # of Qwen3Config
     "is_encoder_decoder": False,
     # no fields of LlamaConfig, but what transformers reads from any configuration
     "partial_rotary_factor": 1.0,
@@ -51,7 +53,7 @@ _COMPUTED: dict[str, object] = {
     "quantization_config": None,
 }
 _REMEDIES = {"attention_dropout": "set it to 0.0: it acts in training only, and this trains without"}
-_NOT_NULL = {"model_type", "hidden_act", "is_causal"}
+_NOT_NULL = {"hidden_act", "is_causal"}
 # RopeScaling's fields -> theirs.
 _ROPE_SCALING = {
     "factor": "factor",
@@ -120,9 +122,10 @@ def plan_shards(model: ModelConfig, dtype: torch.dtype, max_shard_bytes: int) ->
 def hf_config(model: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """config.json. Rope and dtype are spelled as transformers 5 writes them and as 4 reads them."""
     dtype_name = str(dtype).removeprefix("torch.")
+    model_type = "qwen3" if model.qk_norm else "llama"
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [_MODEL_TYPES[model_type]],
+        "model_type": model_type,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
         "num_hidden_layers": model.num_layers,
@@ -162,7 +165,7 @@ def _hf_rope(model: ModelConfig) -> dict[str, Any]:
 def inexpressible(model: ModelConfig) -> list[Problem]:
     """What of a model LlamaConfig does not take."""
     problems = []
-    if model.hidden_size % model.num_attention_heads:
+    if model.hidden_size % model.num_attention_heads and not model.qk_norm:
         reason = (
             f"does not divide hidden_size = {model.hidden_size}, which transformers' LlamaConfig asks for"
         )
@@ -178,6 +181,9 @@ def model_of(config: dict[str, Any]) -> ModelConfig:
 
     Where config.json says a thing twice, what transformers 5 takes counts.
     """
+    is_qwen3 = config.get("model_type") == "qwen3"
+    # where config.json is silent, Qwen3Config has numbers of its own
+    derivable = config.__getitem__ if is_qwen3 else config.get
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise CheckpointError(Problem(f"{CONFIG}: rope_parameters", shown(rope), "must be an object"))
@@ -188,8 +194,8 @@ def model_of(config: dict[str, Any]) -> ModelConfig:
             num_layers=config["num_hidden_layers"],
             hidden_size=config["hidden_size"],
             num_attention_heads=config["num_attention_heads"],
-            num_query_groups=config.get("num_key_value_heads") or 0,
-            head_dim=config.get("head_dim") or 0,
+            num_query_groups=derivable("num_key_value_heads") or 0,
+            head_dim=derivable("head_dim") or 0,
             ffn_hidden_size=config["intermediate_size"],
             vocab_size=config["vocab_size"],
             seq_length=config["max_position_embeddings"],
@@ -197,6 +203,7 @@ def model_of(config: dict[str, Any]) -> ModelConfig:
             rope_theta=rope.get("rope_theta", config.get("rope_theta", _DEFAULT_ROPE_THETA)),
             rope_scaling=_rope_scaling(rope) if _rope_type(rope) == "llama3" else None,
             tie_embeddings=config.get("tie_word_embeddings", False),
+            qk_norm=is_qwen3,
             init_std=config.get("initializer_range", 0.02),
         )
     except KeyError as error:
@@ -207,7 +214,11 @@ def model_of(config: dict[str, Any]) -> ModelConfig:
 
 
 def _not_computed(config: dict[str, Any]) -> list[Problem]:
-    return [
+    model_type = config.get("model_type", "llama")
+    known = isinstance(model_type, str) and model_type in _MODEL_TYPES
+    reason = f"is not supported: only {' and '.join(_MODEL_TYPES)} are"
+    problems = [] if known else [Problem(f"{CONFIG}: model_type", shown(model_type), reason)]
+    return problems + [
         Problem(
             f"{CONFIG}: {key}",
             shown(config[key]),
