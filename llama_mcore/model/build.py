@@ -36,8 +36,8 @@ def build_model(
     """This rank's shard of the model on its device: filled from `seed`, or left for a checkpoint to fill.
 
     Called with tokens [b, s] it gives this rank's logits [b, s, vocab/tp]; with labels [b, s] the mean loss.
-    `documents`: it will be told of documents, inside which attention stays. `layer`: another layer than ours,
-    which megatron-core runs in its own way. Raises ConfigError where no kernel here can do what the
+    `documents`: attention stays inside documents, which each call passes. `layer`: another layer than ours,
+    with megatron-core's own rope and loss. Raises ConfigError if no kernel on this device can do what the
     configuration names.
     """
     gpt = construct(model, parallel, dtype, documents, layer).to_empty(device=groups.device)
@@ -54,7 +54,7 @@ def construct(
     documents: bool = False,
     layer: ModuleSpec | None = None,
 ) -> LlamaModel:
-    """The modules without memory for weights: on the meta device, so that no weight ever exists twice."""
+    """The modules on the meta device, without memory for weights, so that no weight ever exists twice."""
     spec = layer or _llama_layer(model, dtype, documents)
     with torch.device("meta"):
         return LlamaModel(
@@ -79,9 +79,9 @@ def _llama_layer(model: ModelConfig, dtype: torch.dtype, documents: bool) -> Mod
 
 
 def mcore_layer(**options: Any) -> ModuleSpec:
-    """megatron-core's own layer, for comparison; `options` of get_gpt_layer_local_spec.
+    """megatron-core's own layer, for comparison; `options` are those of get_gpt_layer_local_spec.
 
-    Knows no documents, no manual backward, and of the rope scaling nothing but the factor.
+    It supports neither documents nor a manual backward, and no other rope scaling than Llama 3's by a factor.
     """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", **options)
     # its own norm refuses sequence parallelism
@@ -141,9 +141,9 @@ def mark_tensor_parallel(model: nn.Module) -> None:
 
 
 def init_weights(model: nn.Module, config: ModelConfig, seed: int, tp_rank: int, tp_size: int) -> None:
-    """Fill this rank's shards in place.
+    """Fill this rank's shards in place, with the same full weights for every layout.
 
-    Each parameter has a generator of its own, seeded by `seed` and its name, draws the full tensor and
+    Each parameter has a generator of its own, seeded by `seed` and its name, which draws the full tensor, and
     keeps this rank's part. So neither tensor parallelism nor the order of construction changes a weight.
     """
     for name, weight in model.named_parameters():

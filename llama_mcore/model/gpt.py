@@ -12,9 +12,9 @@ from llama_mcore.model.fused_loss import linear_cross_entropy
 
 
 class OutputLayer(ColumnParallelLinear):
-    """The projection to the vocabulary; asked with labels it answers with the mean loss.
+    """The projection to the vocabulary; called with labels it returns the mean loss instead.
 
-    The loss lives in this module because ZeRO-3 gathers a weight when the module that owns it is called.
+    The loss is part of this module because ZeRO-3 gathers a weight when the module that owns it is called.
     """
 
     def forward(

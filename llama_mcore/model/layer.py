@@ -65,13 +65,13 @@ class LlamaLayer(nn.Module, BaseTransformerLayer):
     def forward(self, hidden_states: Tensor, documents: Documents | None = None) -> tuple[Tensor, None]:
         """[s, b, h] -> [s, b, h]; the second item is megatron-core's cross-attention context."""
         if self.manual_backward:
-            return self.forward_by_hand(hidden_states, documents, self.tp), None
+            return self.forward_manual(hidden_states, documents, self.tp), None
         hidden_states = hidden_states + self.self_attention(self.input_layernorm(hidden_states), documents)
         hidden_states = hidden_states + self.mlp(self.pre_mlp_layernorm(hidden_states))
         return hidden_states, None
 
-    def forward_by_hand(self, x: Tensor, documents: Documents | None, tp: TensorParallel) -> Tensor:
-        """The same with the hand-written backward of layer_function.py."""
+    def forward_manual(self, x: Tensor, documents: Documents | None, tp: TensorParallel) -> Tensor:
+        """[s, b, h] -> [s, b, h], with the manual backward of layer_function.py."""
         attention, mlp = self.self_attention, self.mlp
         x = AttentionBlockFunction.apply(
             x,

@@ -1,4 +1,4 @@
-"""The layer with its manual backward: two autograd.Functions that keep what is expensive and no more.
+"""The manual backward: a layer as two autograd.Functions that keep only what is expensive to compute.
 
     s sequence (s/tp outside the GEMMs under sequence parallelism), b micro-batch, h hidden,
     n query heads, g key/value heads, d head width, f ffn, all of this rank

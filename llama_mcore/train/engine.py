@@ -25,7 +25,7 @@ def build_engine(model: nn.Module, run: RunConfig, groups: Groups) -> DeepSpeedE
     _disable_shared_memory_op()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists, also for a process started by hand
     if run.zero.stage == 3:
-        # The hand-written backward uses a layer's weights without calling the modules that hold them, so
+        # The manual backward uses a layer's weights without calling the modules that hold them, so
         # stage 3 has to gather the layer as one.
         set_z3_leaf_modules(model, [LlamaLayer], raise_if_not_found=False)
     with prints_as_debug():

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from llama_mcore.errors import ConfigError
 from llama_mcore.model import kernels
-from llama_mcore.model.kernels import PLAIN, Kernels, choose_kernels, compiling_lacks, kernels_for
+from llama_mcore.model.kernels import PLAIN, Kernels, choose_kernels, kernels_for, missing_for_compile
 from llama_mcore.model.rope import rope_table
 from tests.support.errors import refused
 from tests.support.world import run_ranks
@@ -88,9 +88,9 @@ def test_a_gpu_takes_compiled_functions_where_they_can_be_compiled(
 def test_the_compiler_that_a_variable_names_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/opt/mine/c++")
     monkeypatch.setattr(shutil, "which", lambda program: program if program == "/opt/mine/c++" else None)
-    assert compiling_lacks() == ""
+    assert missing_for_compile() == ""
     monkeypatch.delenv("CXX")
-    assert "C++ compiler" in compiling_lacks()
+    assert "C++ compiler" in missing_for_compile()
 
 
 def test_the_gpus_of_a_node_share_what_triton_compiles(

@@ -1,4 +1,4 @@
-"""The hand-written backward: each part, each half, and the layers under every layout.
+"""The manual backward: each part, each half, and the layers under every layout.
 
 The layers are computed by tests/model/cases on 1, 2 and 4 ranks and compared with tests/model/paper.py.
 """

@@ -63,7 +63,8 @@ def train_and_evaluate(gpt: LlamaModel, tokens: torch.Tensor) -> None:
 @pytest.mark.process
 @compiles
 @pytest.mark.parametrize(
-    ("sequence_parallel", "fields"), [(True, {"num_query_groups": 2}), (False, {"recompute": "full"})]
+    ("sequence_parallel", "fields"),
+    [(True, {"num_query_groups": 2, "qk_norm": True}), (False, {"recompute": "full"})],
 )
 def test_one_rank_of_a_node_compiles_all_that_steps_need(
     tmp_path: Path, sequence_parallel: bool, fields: dict[str, object]
