@@ -1,5 +1,7 @@
-"""A calibration file: constants by name, or what `tools/benchmark.py step --json` measured on one GPU. Pure
-Python."""
+"""Calibration files: constants by name, or a measurement of `tools/benchmark.py step --json` on one GPU.
+
+Imports no torch.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +21,12 @@ HALVINGS = 40  # of the interval from 0 to 1: far below what a measurement can t
 
 
 def load_calibration(path: Path) -> Efficiency:
-    """Constants named in the file replace the defaults. From a benchmark follows `gemm_share`: the value with
-    which the prediction for that model and GPU is what was measured, so that all that is wrong with it goes
-    there.
+    """The default constants, with those of the file in their place.
 
-    Raises MissingInputError, or ConfigError with all that is wrong with the file."""
+    A benchmark gives `gemm_share`: the value at which the prediction for that model and GPU equals the
+    measurement, so that it absorbs all errors of the prediction. Raises MissingInputError, or ConfigError
+    with all problems of the file.
+    """
     if not path.is_file():
         raise MissingInputError(input_problem("--calibration", path))
     try:
@@ -31,7 +34,7 @@ def load_calibration(path: Path) -> Efficiency:
     except (OSError, ValueError) as error:
         raise ConfigError(Problem("--calibration", path, f"is not JSON ({shown(error)})")) from None
     if not isinstance(found, dict):
-        raise ConfigError(Problem("--calibration", path, "must hold one JSON object"))
+        raise ConfigError(Problem("--calibration", path, "must contain one JSON object"))
     return _from_benchmark(found) if "benchmark" in found else parse_efficiency(found)
 
 
@@ -68,7 +71,7 @@ class _Settings(BaseModel):
     layers: Annotated[int, Field(ge=1, le=100_000)]
     hidden: _Count
     heads: str = Field(pattern=r"^[1-9]\d{0,5}/[1-9]\d{0,5} x [1-9]\d{0,5}$")
-    """Query/key-value heads x their width."""
+    """Query/key-value heads x head_dim, such as 32/8 x 128."""
     ffn: _Count
     vocabulary: Annotated[int, Field(ge=2, le=10**9)]
     sequence: _Count
@@ -119,7 +122,7 @@ class _Environment(BaseModel):
 
 
 class _Measured(BaseModel):
-    """What is read of `tools/benchmark.py step --json`."""
+    """Fields that are read from `tools/benchmark.py step --json`."""
 
     benchmark: Literal["step"]
     environment: _Environment
@@ -128,7 +131,7 @@ class _Measured(BaseModel):
 
 
 def _gemm_share(gpu: Gpu, shape: Shape, work: Work, speed: float) -> float:
-    """By bisection: a step is the shorter, the larger the share."""
+    """The share at which the predicted speed equals the measured one, by bisection."""
     measured = work.micro_batch * shape.model.seq_length / speed
     one = gpu.network
 
@@ -136,9 +139,11 @@ def _gemm_share(gpu: Gpu, shape: Shape, work: Work, speed: float) -> float:
         return Predictor(gpu, one, replace(Efficiency(), gemm_share=share)).step_time(shape, work).total
 
     if predicted(1.0) > measured:
-        reason = "is faster than matrix products at the GPU's best would be with the other constants"
+        reason = "is faster than predicted even with matrix products at the GPU's best speed"
         raise ConfigError(
-            Problem("--calibration: tokens_per_s", f"{speed:,.0f}", reason, "give constants by name")
+            Problem(
+                "--calibration: tokens_per_s", f"{speed:,.0f}", reason, "give a file with constants by name"
+            )
         )
     low, high = 0.0, 1.0
     for _ in range(HALVINGS):

@@ -1,5 +1,4 @@
-"""Published training speeds of dense bf16 models whose layout is known: what the predictor is checked
-against.
+"""Published training speeds of dense bf16 models with known layouts, to check the predictor.
 
 Imports no torch. Of the first 27, rows at even places fit the constants, the others only check them: the
 order decides, and it is that of the sources. The later ones only check. Of llm-foundry's many rows these are
@@ -84,7 +83,7 @@ _MPT = {
 def _foundry(
     model: str, gpu: str, gpus: int, micro_batch: int, micro_batches: int, full: bool, speed: float
 ) -> Published:
-    """PyTorch FSDP over all ranks."""
+    """A row of llm-foundry: PyTorch FSDP over all ranks."""
     # PURE mixed precision (A100 at 70B, and all of the 40 GB) reduces in bf16, DEFAULT in fp32.
     pure = gpu == "a100-40gb" or (gpu == "a100-80gb" and model == "70b")
     work = Work(

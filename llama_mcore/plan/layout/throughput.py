@@ -1,11 +1,10 @@
-"""Seconds of one training step, from the shapes of its operators and what the hardware can do. Imports no
-torch.
+"""Seconds of one training step, from the shapes of its operators and the hardware's speeds. Imports no torch.
 
     s sequence, b micro-batch, h hidden, n query heads, g key/value heads, d head width, f ffn, v vocabulary
     t tensor-parallel, p pipeline ranks, m micro-batches of a step, P parameters of a rank
 
-Matrix products run at the GPU's best times a share that falls with their smallest side; attention at what
-its kernel was measured at; all other operators at the speed of memory. Collectives move (r - 1)/r of their
+Matrix products run at the GPU's best speed times a share that falls with their smallest side; attention at
+its kernel's measured speed; all other operators at the speed of memory. Collectives move (r - 1)/r of their
 bytes over NVLink within a node and over the network between nodes.
 
 Our own layouts have no pipeline; it is here to check the prediction against published runs that do.
@@ -66,7 +65,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """How a step is spread, and what the system does or leaves out. The defaults are ours."""
+    """Layout of a step, and features of the training system. The defaults describe this one."""
 
     gpus: int
     tp: int
@@ -81,15 +80,14 @@ class Work:
     attention: str = "flash2"
     """Key of efficiency.ATTENTION_KERNELS; or unfused: scores go through memory, also the masked ones."""
     reduce_bytes: int = FP32
-    """Per gradient between data-parallel ranks."""
+    """Bytes per gradient sent between data-parallel ranks."""
     shard_ranks: int = 0
     """Data-parallel ranks that share one copy of the states, the copies reducing gradients among each
     other (PyTorch's hybrid sharding); 0: all."""
     overlaps_backward_entry: bool = True
-    """Whether the gather of the output gradient runs beside other work, as in model/layer_function.py."""
+    """The gather of the output gradient runs beside other work, as in model/layer_function.py."""
     overlaps_gather: bool = False
-    """Stage 2: whether updated weights are gathered beside the next forward; DeepSpeed does it in its
-    step."""
+    """Stage 2: updated weights are gathered beside the next forward; DeepSpeed gathers them in its step."""
     fused: bool = True
     """Norms, rotation and SwiGLU in one kernel each; else a kernel for each operation, as in the written-out
     layer of `recompute: none`."""
@@ -109,7 +107,7 @@ class StepTime:
     memory_bound: float
     recompute: float
     tensor_parallel: float
-    """Communication that nothing hides, and the cost of what is hidden; so is the data-parallel one."""
+    """Exposed communication, and the cost of hidden communication; `data_parallel` likewise."""
     gaps: float
     data_parallel: float = 0.0
     optimizer: float = 0.0
@@ -122,7 +120,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Predictor:
-    """What one kind of GPU and network, used this well, needs for a step."""
+    """Prediction of step times for one kind of GPU and network at this efficiency."""
 
     gpu: Gpu
     network: Network
@@ -150,7 +148,7 @@ class Predictor:
         return self._whole_step(shape, work, busy)
 
     def _whole_step(self, shape: Shape, work: Work, busy: StepTime) -> StepTime:
-        """`busy`: seconds of all micro-batches; the rest of a step follows from them."""
+        """Times of a whole step, from `busy`, those of its micro-batches."""
         micro_batch = busy.total / work.micro_batches
         forward = micro_batch / (4 if work.recompute == "full" else 3)
         return replace(
@@ -161,7 +159,7 @@ class Predictor:
         )
 
     def _layer_gemm(self, shape: Shape, work: Work) -> float:
-        """Forward of the four products of a layer."""
+        """Seconds of the four matrix products of a layer's forward."""
         tokens = _tokens(shape, work)
         return sum(self._product(tokens, *sides) for sides in shape.matrices(work.tp))
 
@@ -172,7 +170,7 @@ class Predictor:
         return count / (self.gpu.memory_bandwidth * self.efficiency.stream_share)
 
     def _layer_attention(self, shape: Shape, work: Work) -> float:
-        """Forward of a layer's attention."""
+        """Seconds of a layer's attention in the forward."""
         tokens, length = _tokens(shape, work), shape.model.seq_length
         heads, head_dim = shape.model.num_attention_heads, shape.model.head_dim
         if work.attention != "unfused":
@@ -184,7 +182,10 @@ class Predictor:
         return 2 * self._product(head_dim, length, scores / length) + self._stream(moved)
 
     def _layer_stream(self, shape: Shape, work: Work) -> float:
-        """Forward of norms, two residual sums, rotation and activation: what each reads and writes."""
+        """Seconds of a layer's memory-bound operators in the forward, from the bytes they read and write.
+
+        They are the norms, two residual sums, rotation and activation.
+        """
         tokens, model = _tokens(shape, work), shape.model
         local = tokens / work.tp if work.sequence_parallel else tokens
         norm, rotation, swiglu = FUSED_VALUES if work.fused else PLAIN_VALUES
@@ -198,17 +199,19 @@ class Predictor:
         return self._stream(BF16 * (outside * local + inside * tokens / work.tp))
 
     def _output_layer(self, shape: Shape, work: Work) -> tuple[float, float]:
-        """Forward of the product; loss and its gradient: logits cast to fp32, read for maximum, exponential
-        and sum, written twice, and the gradient written in bf16."""
+        """Seconds of the output layer's product in the forward, and of the loss with its gradient."""
+        # logits cast to fp32, read for maximum, exponential and sum, written twice; gradient written in bf16
         tokens, vocab = _tokens(shape, work), shape.model.vocab_size / work.tp
         moved = tokens * vocab * (BF16 + FP32 + FP32 + 2 * 2 * FP32 + BF16)
         return self._product(tokens, vocab, shape.model.hidden_size), self._stream(moved)
 
     def _layer_transfers(self, shape: Shape, work: Work) -> float:
-        """Of a layer's forward and backward. Each of the two halves is entered by a gather and left by a
-        reduce-scatter, 4 transfers a forward, which wait for nothing and are waited for. A backward has
-        4 more and, under sequence parallelism, gathers both inputs again. (Korthikanti et al., section
-        4.2.2; an all-reduce without sequence parallelism moves as much as both.)"""
+        """Seconds of tensor-parallel communication in a layer's forward and backward.
+
+        Each of its two blocks begins with a gather and ends with a reduce-scatter: 4 exposed transfers a
+        forward. A backward has 4 more and, under sequence parallelism, gathers both inputs again.
+        (Korthikanti et al., section 4.2.2; an all-reduce without sequence parallelism moves as much as both.)
+        """
         t = work.tp
         one = BF16 * _tokens(shape, work) * shape.model.hidden_size * (t - 1) / t
         one /= self.gpu.nvlink * self.efficiency.nvlink_share
@@ -219,7 +222,7 @@ class Predictor:
         return one * (waited + self.efficiency.overlap_cost * backward)
 
     def _data_parallel(self, shape: Shape, work: Work, forward: float, backward: float) -> float:
-        """`forward`, `backward`: seconds of one micro-batch, behind which transfers may hide."""
+        """Seconds of data-parallel communication, next to the `forward` and `backward` of a micro-batch."""
         ranks = work.shard_ranks or work.dp
         params, m = rank_params(shape, work), work.micro_batches
         # stage 3 moves a layer at a time, the others a bucket
@@ -237,8 +240,8 @@ class Predictor:
         return m * (self._hidden(gather, forward) + self._hidden(gather + reduce, backward))
 
     def _transfer(self, count: float, ranks: int, parts: float, work: Work) -> float:
-        """A gather or reduce-scatter of `count` bytes in so many rings: within a node, or over all its links
-        at once."""
+        """Seconds of a gather or reduce-scatter of `count` bytes in `parts` rings, within a node or over all
+        its links at once."""
         in_node = work.gpus_per_node // work.tp
         speed = self.gpu.nvlink * self.efficiency.nvlink_share
         hops = 0.0
@@ -248,7 +251,7 @@ class Predictor:
         return count * (ranks - 1) / ranks / speed + parts * hops
 
     def _hidden(self, transfer: float, computation: float) -> float:
-        """What a transfer costs that runs beside computation."""
+        """Cost of a transfer that runs beside computation."""
         return max(0.0, transfer - computation) + self.efficiency.overlap_cost * min(transfer, computation)
 
     def _optimizer(self, shape: Shape, work: Work) -> float:
@@ -257,7 +260,8 @@ class Predictor:
 
 
 def rank_params(shape: Shape, work: Work) -> float:
-    """Matrices of the fullest rank: with a pipeline the first and the last each hold one embedding."""
+    """Values of the matrices on the fullest rank."""
+    # with a pipeline the first and the last rank each hold one embedding
     embeddings = shape.model.vocab_size * shape.model.hidden_size * (2 if work.pp == 1 else 1)
     return (shape.model.num_layers * shape.layer_params / work.pp + embeddings) / work.tp
 
