@@ -16,7 +16,7 @@ from llama_mcore.distributed.groups import Groups
 from llama_mcore.model.attention import attention_for, load_backend
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.gpt import LlamaModel
-from llama_mcore.model.kernels import choose_kernels, kernels_for
+from llama_mcore.model.kernels import kernels_for, load_kernels
 from llama_mcore.model.layer import LlamaLayer
 from llama_mcore.model.parameters import parameter_of
 from llama_mcore.model.rmsnorm import RMSNorm
@@ -60,7 +60,9 @@ def construct(
         return LlamaModel(
             fused_loss=layer is None,
             config=transformer_config(model, parallel, dtype),
-            transformer_layer_spec=TransformerBlockSubmodules([spec] * model.num_layers, layer_norm=RMSNorm),
+            transformer_layer_spec=TransformerBlockSubmodules(
+                layer_specs=[spec] * model.num_layers, layer_norm=RMSNorm
+            ),
             vocab_size=model.vocab_size,
             max_sequence_length=model.seq_length,
             share_embeddings_and_output_weights=model.tie_embeddings,
@@ -74,8 +76,9 @@ def construct(
 
 def _llama_layer(model: ModelConfig, dtype: torch.dtype, documents: bool) -> ModuleSpec:
     backend = load_backend(attention_for(model, dtype, documents).name)
-    kernels = choose_kernels(kernels_for(model.kernels).name)
-    return ModuleSpec(LlamaLayer, {"model": model, "backend": backend, "kernels": kernels})
+    kernels = load_kernels(kernels_for(model.kernels).name)
+    params = {"model": model, "backend": backend, "kernels": kernels}
+    return ModuleSpec(module=LlamaLayer, params=params)
 
 
 def mcore_layer(**options: Any) -> ModuleSpec:

@@ -82,8 +82,8 @@ def missing_for_compile() -> str:
 
 
 @lru_cache(maxsize=4)
-def choose_kernels(name: str) -> Kernels:
-    """Kernels by the name that `kernels_for` returned."""
+def load_kernels(name: str) -> Kernels:
+    """Kernels by name, as `kernels_for` chose it."""
     if name == "compile":
         # Inductor would give each GPU its own folder, and no rank would find what another compiled
         os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(cache_dir(), "triton"))

@@ -13,8 +13,8 @@ Computed again: norm outputs and their all-gathers, normed and rotated q and k, 
 repeated.
 
 Each collective of the backward starts before a GEMM that does not need its result and is waited for after
-it: the gather of the output gradient runs beside recomputation, the gather of the norm output beside the
-data-gradient GEMMs, the reduction of the input gradient beside the weight-gradient GEMM.
+it: the gather of the output gradient overlaps with recomputation, the gather of the norm output with the
+data-gradient GEMMs, the reduction of the input gradient with the weight-gradient GEMM.
 
 Assumed: no biases, no dropout, causal attention, fused qkv and gate|up in megatron-core's layout.
 """
