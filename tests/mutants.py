@@ -126,6 +126,13 @@ MUTANTS = [
         tests=[COLLECTIVES],
     ),
     Mutant(
+        name="gradients of QK-norm are summed over heads",
+        symbol="AttentionBlockFunction.backward",
+        old="always=True",
+        new="always=False",
+        tests=["tests/train/test_layouts.py::test_layouts_with_qk_norm_equal_one_process"],
+    ),
+    Mutant(
         name="loss is summed over vocabulary parts",
         symbol="_losses_and_grad",
         old="dist.all_reduce(target_logits, group=tp.group)",

@@ -19,6 +19,7 @@ from llama_mcore.benchmark.models import (
 )
 from llama_mcore.benchmark.runner import Bar, Result, say
 from llama_mcore.distributed.groups import Groups, process_groups
+from llama_mcore.model.build import mcore_layer
 from llama_mcore.model.config import ModelConfig
 
 # 7B / 8: ffn 2.6875 h, heads of 128 channels, s = 16 * 128, vocabulary 7.8125 h.
@@ -33,11 +34,11 @@ OURS_SELECTIVE = "ours, selective"
 BARS = (Bar(OURS_SELECTIVE, "at most", 23.0),)
 
 
-def stock_contender(*modules: str) -> Callable[[Workload], Contender]:
+def mcore_contender(*modules: str) -> Callable[[Workload], Contender]:
     """megatron-core's own layer with its own selective recompute of `modules`."""
 
     def build(workload: Workload) -> Contender:
-        contender = McoreContender(workload, layer="stock", recompute="none")
+        contender = McoreContender(workload, mcore_layer(), recompute="none")
         recompute_modules(contender.module, modules)
         return contender
 
@@ -57,9 +58,9 @@ POLICIES: dict[str, Callable[[Workload], Contender]] = {
     "ours, none": lambda workload: McoreContender(workload, recompute="none"),
     OURS_SELECTIVE: lambda workload: McoreContender(workload, recompute="selective"),
     "ours, full": lambda workload: McoreContender(workload, recompute="full"),
-    "stock, none": stock_contender(),
-    "stock, selective core_attn": stock_contender("core_attn"),
-    "stock, selective core_attn, mlp": stock_contender("core_attn", "mlp"),
+    "mcore, none": mcore_contender(),
+    "mcore, selective core_attn": mcore_contender("core_attn"),
+    "mcore, selective core_attn, mlp": mcore_contender("core_attn", "mlp"),
     "huggingface": HuggingFaceContender,
 }
 

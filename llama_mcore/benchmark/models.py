@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_mcore.config.run import RunConfig
 from llama_mcore.data.loader import MicroBatch
 from llama_mcore.distributed.groups import Groups
-from llama_mcore.model.build import build_model
+from llama_mcore.model.build import build_model, mcore_layer
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.train.engine import build_engine, dtype_of
 from llama_mcore.train.step import mean_loss, train_step
@@ -52,12 +53,14 @@ class Contender(Protocol):
 class McoreContender:
     """A model of this package, under the product's own training step."""
 
-    def __init__(self, workload: Workload, **changes: str) -> None:
-        """`changes` of the run's model section: layer, recompute."""
+    def __init__(self, workload: Workload, layer: ModuleSpec | None = None, **changes: str) -> None:
+        """`layer`: another than ours; `changes` of the run's model section: recompute."""
         self.workload = workload
-        self.run = workload.run.model_copy(update={"model": workload.run.model.model_copy(update=changes)})
+        model = workload.run.model.model_copy(update=changes)
+        self.run = workload.run.model_copy(update={"model": model})
         self.module = build_model(
-            self.run.model, self.run.parallel, workload.groups, dtype_of(self.run.train), self.run.run.seed
+            *(model, self.run.parallel, workload.groups, dtype_of(self.run.train), self.run.run.seed),
+            layer=layer,
         )
 
     def loss(self) -> Tensor:
@@ -115,7 +118,7 @@ class HuggingFaceContender:
 
 CONTENDERS: dict[str, Callable[[Workload], Contender]] = {
     "ours": McoreContender,
-    "stock": lambda workload: McoreContender(workload, layer="stock", recompute="none"),
+    "mcore": lambda workload: McoreContender(workload, mcore_layer(), recompute="none"),
     "huggingface": HuggingFaceContender,
 }
 

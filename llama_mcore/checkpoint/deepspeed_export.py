@@ -52,22 +52,22 @@ def save_deepspeed_folder(engine: DeepSpeedEngine, run: RunConfig, state: TrainS
 def universal_info(model: ModelConfig) -> dict[str, Any]:
     """Tensor-parallel split of our parameters for DeepSpeed's `ds_to_universal.py`: parameters that no
     pattern matches are split in rows. Its "row parallelism" splits the columns of a weight."""
+
+    def patterns(wanted: Callable[[Parameter], bool]) -> list[str]:
+        """Regular expressions for the names of parameters."""
+        found = (each for each in PARAMETERS if each.is_in(model) and wanted(each))
+        return [re.escape(each.name).replace(r"\{\}", r"\d+") + "$" for each in found]
+
     return {
         constants.UNIVERSAL_CHECKPOINT_INFO: {
             constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE,
-            constants.TP_REPLICATED_PARAMETER_PATTERNS: _patterns(lambda each: each.split is None),
-            constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS: _patterns(lambda each: each.split == COLUMNS),
-            constants.PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0: _patterns(lambda each: each.fused == "gate_up"),
-            constants.VOCABULARY_PARAMETER_PATTERNS: _patterns(lambda each: each.is_vocabulary),
+            constants.TP_REPLICATED_PARAMETER_PATTERNS: patterns(lambda each: each.split is None),
+            constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS: patterns(lambda each: each.split == COLUMNS),
+            constants.PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0: patterns(lambda each: each.fused == "gate_up"),
+            constants.VOCABULARY_PARAMETER_PATTERNS: patterns(lambda each: each.is_vocabulary),
             constants.ORIGINAL_VOCAB_SIZE: model.vocab_size,
         }
     }
-
-
-def _patterns(wanted: Callable[[Parameter], bool]) -> list[str]:
-    """Regular expressions for the names of parameters."""
-    names = (re.escape(parameter.name) for parameter in PARAMETERS if wanted(parameter))
-    return [name.replace(r"\{\}", r"\d+") + "$" for name in names]
 
 
 @contextmanager

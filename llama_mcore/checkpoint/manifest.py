@@ -22,7 +22,7 @@ LARGEST_MANIFEST = 32 << 20
 """Bytes, enough for 100,000 ranks."""
 # How a model is computed may change between the run that saved and the one that goes on, and so may how its
 # weights would be drawn: they are not.
-NOT_COMPARED = frozenset({"attention", "init_std", "kernels", "layer", "recompute"})
+NOT_COMPARED = frozenset({"attention", "init_std", "kernels", "recompute"})
 _CHECKSUM = "manifest_sha256"
 _CHUNK = 1 << 20
 

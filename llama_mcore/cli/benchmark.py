@@ -50,7 +50,7 @@ def step(
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 5,
     repeats: Annotated[int, typer.Option(min=1, help="Timed passes in one turn.")] = 2,
     contender: Annotated[
-        list[str] | None, typer.Option(help="Only this one; repeat for several: ours, stock, huggingface.")
+        list[str] | None, typer.Option(help="Only this one; repeat for several: ours, mcore, huggingface.")
     ] = None,
     json: Json = None,
     check: Check = False,

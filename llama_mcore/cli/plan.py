@@ -62,11 +62,11 @@ def size(
     inference and optionally a loss; and where LLaMA stands."""
     with report_errors(debug):
         from llama_mcore.plan.size.report import size_dict, size_parts
-        from llama_mcore.plan.size.solve import request
+        from llama_mcore.plan.size.solve import parse_request
         from llama_mcore.plan.size.with_layout import plan_with_layout
 
         plan, how = plan_with_layout(
-            request(
+            parse_request(
                 flops=flops,
                 gpus=gpus,
                 gpu=gpu,

@@ -120,7 +120,11 @@ def layout(
         from llama_mcore.launch.slurm import SlurmJob, job_script
         from llama_mcore.launch.slurm import write_script as save_script
         from llama_mcore.plan.arguments import all_of
-        from llama_mcore.plan.layout.arguments import asked_cluster, asked_run, asked_tokens
+        from llama_mcore.plan.layout.arguments import (
+            cluster_from_options,
+            run_from_options,
+            tokens_from_options,
+        )
         from llama_mcore.plan.layout.report import found_json, show_layouts
         from llama_mcore.plan.layout.search import Goal, check_model, nothing_fits, search
         from llama_mcore.plan.layout.to_run import check_files, launch_command, nodes_of, write_run
@@ -135,9 +139,9 @@ def layout(
             "--vocab-size": vocab_size,
         }
         cluster, run, (count, batch), shown, _ = all_of(
-            lambda: asked_cluster(gpu, gpus, network, gpus_per_node, calibration),
-            lambda: asked_run(model, seq_length, shape),
-            lambda: asked_tokens(tokens, global_batch_tokens),
+            lambda: cluster_from_options(gpu, gpus, network, gpus_per_node, calibration),
+            lambda: run_from_options(model, seq_length, shape),
+            lambda: tokens_from_options(tokens, global_batch_tokens),
             lambda: int(parse_count("--top", top, 1, 1000, whole=True)),
             lambda: check_files(write_config, write_script),
         )
@@ -182,17 +186,16 @@ def validate(
     """The prediction against published training speeds."""
     with report_errors(debug):
         from llama_mcore.plan.arguments import one_of
-        from llama_mcore.plan.layout import report
+        from llama_mcore.plan.layout import report, validation
         from llama_mcore.plan.layout.calibration import load_calibration
         from llama_mcore.plan.layout.efficiency import Efficiency, dump_efficiency
-        from llama_mcore.plan.validate import compare
 
         one_of({"--fit": fit, "--markdown": markdown, "--json": json})
         one_of({"--fit": fit, "--calibration": calibration})
         if fit:
-            typer.echo(dump_efficiency(compare.fit()), nl=False)
+            typer.echo(dump_efficiency(validation.fit()), nl=False)
             return
-        rows = compare.validate(load_calibration(calibration) if calibration else Efficiency())
+        rows = validation.validate(load_calibration(calibration) if calibration else Efficiency())
         if json:
             print_json(report.validation_json(rows))
         elif markdown:

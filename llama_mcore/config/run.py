@@ -29,7 +29,7 @@ from llama_mcore.errors import (
     raise_all,
     shown,
 )
-from llama_mcore.model.config import PRESETS, ModelConfig, RopeScaling
+from llama_mcore.model.config import PRESETS, ModelConfig
 from llama_mcore.observe.config import ObserveConfig
 from llama_mcore.small_file import parse_yaml, read_small_file
 from llama_mcore.train.config import EvalConfig, HealthConfig, OptimConfig, TrainConfig, short_warmup
@@ -433,32 +433,6 @@ def _check_training(run: RunConfig) -> list[Problem]:
                 "cannot run with train.precision = bf16: DeepSpeed then clips by a gradient norm that counts "
                 "the shards of tensor-parallel rank 0 only",
                 "set zero.stage=1, which needs no more memory, or train.precision=fp32",
-            )
-        )
-    if run.model.layer == "stock" and run.model.recompute == "selective":
-        problems.append(
-            Problem(
-                "model.recompute",
-                "selective",
-                "is the hand-written backward of model.layer = llama, which the stock layer has not",
-                "set model.recompute=none or full",
-            )
-        )
-    if run.model.layer == "stock" and run.data.reset_attention_at_eod:
-        problems.append(
-            Problem(
-                "data.reset_attention_at_eod",
-                True,
-                "needs model.layer = llama: megatron-core's own attention takes no documents",
-            )
-        )
-    stretch = run.model.rope_scaling
-    if run.model.layer == "stock" and stretch and stretch != RopeScaling(factor=stretch.factor):
-        problems.append(
-            Problem(
-                "model.rope_scaling",
-                stretch.model_dump(),
-                "needs model.layer = llama: megatron-core's own knows Llama 3's bounds 1, 4 and 8192 only",
             )
         )
     if run.optim.warmup_steps > run.train.steps:

@@ -24,10 +24,9 @@ from llama_mcore.convert.registry import check_there, open_weights
 from llama_mcore.data.data_plan import format_table
 from llama_mcore.errors import shown
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.model.parameters import parameter_of, pattern_of
+from llama_mcore.model.parameters import FUSED, parameter_of, pattern_of
 from llama_mcore.progress import ByteProgress
 
-_PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up"), None: ("",)}
 _SHOWN = 20
 # Field that conversions lose -> the effect of a wrong value.
 _FIELDS = {
@@ -118,7 +117,7 @@ def _differences(name: str, left: Tensor, right: Tensor, model: ModelConfig) -> 
     elif cause := _cause(fused or "", left, right, model):
         yield Difference(name, "", _largest(left, right), cause)
     else:
-        parts = zip(_PARTS[fused], split(name, left, model), split(name, right, model), strict=True)
+        parts = zip(FUSED[fused], split(name, left, model), split(name, right, model), strict=True)
         for label, one, other in parts:
             if not _equal(one, other):
                 yield Difference(name, label, _largest(one, other), _cause(label, one, other, model))

@@ -247,11 +247,11 @@ def our_answer(weights: Weights) -> Answer:
 
 
 def their_answer(folder: Path) -> Answer:
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = _loaded(LlamaForCausalLM, folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = _loaded(AutoModelForCausalLM, folder, dtype=torch.float32, attn_implementation="eager").eval()
     config = model.config
     return _answer(
         lambda ids: model(ids, use_cache=False).logits, config.vocab_size, config.max_position_embeddings

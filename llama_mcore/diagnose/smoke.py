@@ -25,7 +25,7 @@ from llama_mcore.diagnose.loopback import START_S, failure_of
 from llama_mcore.distributed.device import compute_capability, on_gpu, select_device
 from llama_mcore.errors import LlamaMcoreError, shown
 from llama_mcore.model.attention import BACKENDS, AttentionBackend, Case, load_backend
-from llama_mcore.model.kernels import PLAIN, Kernels, choose_kernels
+from llama_mcore.model.kernels import PLAIN, Kernels, load_kernels
 from llama_mcore.model.rope import rope_table
 
 MODULE = "llama_mcore.diagnose.smoke"
@@ -157,7 +157,7 @@ def _kernels(name: str) -> str:
     shapes = ((S, B, D), (S, B, D), (S, B, N, D), (S, B, 2 * D))
     narrow = [_normal(*shape, seed=seed).to(device, dtype) for seed, shape in enumerate(shapes)]
     expected = _answers(PLAIN, *(tensor.float() for tensor in narrow))
-    _compare(f"in {short(dtype)}", _answers(choose_kernels(name), *narrow), expected, dtype)
+    _compare(f"in {short(dtype)}", _answers(load_kernels(name), *narrow), expected, dtype)
     return f"forward and backward as plain in {short(dtype)}"
 
 

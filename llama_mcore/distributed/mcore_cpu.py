@@ -47,7 +47,7 @@ def skip_cuda_rng_in_recompute() -> None:
 
 
 def mask_on_cpu() -> None:
-    """`transformer/utils.py:35` makes the causal mask of the stock attention on "cuda"."""
+    """`transformer/utils.py:35` makes the causal mask of its own attention on "cuda"."""
     fused_softmax.get_default_causal_mask = _causal_mask
 
 

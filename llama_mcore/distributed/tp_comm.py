@@ -53,8 +53,9 @@ class TensorParallel:
         part = x.new_empty(x.size(0) // self.size, *x.shape[1:])
         return Pending(part, dist.reduce_scatter_tensor(part, x, group=self.group, async_op=True))
 
-    def start_replicated_sum(self, gradient: Tensor) -> Pending:
-        """Sum, in place, the gradient of a replicated weight; each rank saw its part of the sequence."""
-        if not self.sequence_parallel:
+    def start_replicated_sum(self, gradient: Tensor, *, always: bool = False) -> Pending:
+        """Sum, in place, the gradient of a replicated weight, of which each rank has a part: under sequence
+        parallelism that of its tokens, or `always`, that of its heads."""
+        if self.size == 1 or not (always or self.sequence_parallel):
             return Pending(gradient)
         return Pending(gradient, dist.all_reduce(gradient, group=self.group, async_op=True))

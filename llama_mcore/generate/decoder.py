@@ -1,7 +1,7 @@
-"""The same model read token by token, with the keys and values of earlier tokens kept: for generation.
+"""Incremental decoding: the model token by token, with a cache of keys and values.
 
-Made of the layer's own forward functions, in one process and without autograd. What it gives equals what the
-whole model gives for the last position (tests/generate/test_decoder.py).
+Uses the layer's own forward functions, in one process and without autograd. Its logits equal those of the
+whole model at the last position (tests/generate/test_decoder.py).
 
     s new tokens, h hidden, n query heads, g key/value heads, d head width
 """
@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from llama_mcore.model.attention.torch_layout import heads_first
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.layer_function import split_qkv
-from llama_mcore.model.parameters import EMBEDDING, OUTPUT, PARAMETERS
+from llama_mcore.model.parameters import EMBEDDING, FINAL_NORM, OUTPUT, layer_parameters
 from llama_mcore.model.rmsnorm import rmsnorm
 from llama_mcore.model.rope import rope, rope_table
 from llama_mcore.model.swiglu import swiglu
@@ -28,14 +28,14 @@ _MASKED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacken
 
 @dataclass
 class _Cache:
-    """Keys and values of one layer, room for the whole context: [seq_length, 1, g, d] each."""
+    """Keys and values of one layer, with room for the whole context: [seq_length, 1, g, d] each."""
 
     keys: Tensor
     values: Tensor
 
 
 class Decoder:
-    """Reads tokens one stretch after the other and remembers those before.
+    """A model that reads tokens in consecutive stretches and keeps the keys and values of earlier ones.
 
     `full`: reads a parameter by megatron-core's name, as checkpoint readers do; all are held in `dtype`.
     """
@@ -50,7 +50,7 @@ class Decoder:
         self._full = lambda name: full(name).to(device=device, dtype=dtype)
         self._embedding = self._full(EMBEDDING)
         self._layers = [self._read_layer(index) for index in range(model.num_layers)]
-        self._norm = self._full("decoder.final_layernorm.weight")
+        self._norm = self._full(FINAL_NORM)
         self._output = self._embedding if model.tie_embeddings else self._full(OUTPUT)
         shape = (model.seq_length, 1, model.num_query_groups, model.head_dim)
         self._caches = [
@@ -64,9 +64,9 @@ class Decoder:
 
     @torch.no_grad()
     def read(self, ids: list[int]) -> Tensor:
-        """Logits [vocab] after the last of `ids`, which follow what was read before.
+        """Logits [vocab] after the last of `ids`, which continue the tokens read so far.
 
-        ValueError where they do not fit the model's seq_length.
+        Raises ValueError if they do not fit the model's seq_length.
         """
         if self.length + len(ids) > self.model.seq_length:
             raise ValueError(f"{self.length} + {len(ids)} tokens are more than {self.model.seq_length}")
@@ -79,11 +79,14 @@ class Decoder:
         return F.linear(rmsnorm(x[-1, 0], self._norm, self.model.norm_eps), self._output)
 
     def _attend(self, x: Tensor, layer: dict[str, Tensor], cache: _Cache) -> Tensor:
-        """Of the new tokens [s, 1, h] to themselves and all before."""
+        """Attention of new tokens [s, 1, h] to themselves and all earlier ones, with its projection."""
         model, start, end = self.model, self.length, self.length + x.size(0)
         normed = rmsnorm(x, layer["input_layernorm"], model.norm_eps)
         heads_per_group = model.num_attention_heads // model.num_query_groups
         q, k, v = split_qkv(F.linear(normed, layer["linear_qkv"]), heads_per_group, model.head_dim)
+        if model.qk_norm:
+            q = rmsnorm(q, layer["q_layernorm"], model.norm_eps)
+            k = rmsnorm(k, layer["k_layernorm"], model.norm_eps)
         cos, sin = (part[start:end] for part in self._table)
         cache.keys[start:end], cache.values[start:end] = rope(k, cos, sin), v
         seen = torch.arange(end, device=x.device) <= torch.arange(start, end, device=x.device)[:, None]
@@ -98,6 +101,6 @@ class Decoder:
         return F.linear(out.permute(2, 0, 1, 3).flatten(2), layer["linear_proj"])
 
     def _read_layer(self, index: int) -> dict[str, Tensor]:
-        """By the name of the module that holds each weight."""
-        names = [parameter.name for parameter in PARAMETERS if parameter.is_in_layer]
+        """Weights of one layer, by the name of the module that holds each."""
+        names = [parameter.name for parameter in layer_parameters(self.model)]
         return {name.split(".")[-2]: self._full(name.format(index)) for name in names}

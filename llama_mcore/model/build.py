@@ -1,10 +1,14 @@
-"""From a configuration to the GPTModel of this rank. The only list of megatron-core options that we set."""
+"""Construction of this rank's GPTModel from a configuration, with all megatron-core options that we set."""
 
 import zlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import nn
 
 from llama_mcore.distributed.config import ParallelConfig
@@ -12,10 +16,11 @@ from llama_mcore.distributed.groups import Groups
 from llama_mcore.model.attention import attention_for, load_backend
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.gpt import LlamaModel
-from llama_mcore.model.kernels import choose_kernels, kernels_for
+from llama_mcore.model.kernels import kernels_for, load_kernels
+from llama_mcore.model.layer import LlamaLayer
 from llama_mcore.model.parameters import parameter_of
+from llama_mcore.model.rmsnorm import RMSNorm
 from llama_mcore.model.sharding import full_shape, shard
-from llama_mcore.model.spec import block_spec
 
 
 def build_model(
@@ -26,14 +31,16 @@ def build_model(
     seed: int | None,
     *,
     documents: bool = False,
+    layer: ModuleSpec | None = None,
 ) -> LlamaModel:
     """This rank's shard of the model on its device: filled from `seed`, or left for a checkpoint to fill.
 
     Called with tokens [b, s] it gives this rank's logits [b, s, vocab/tp]; with labels [b, s] the mean loss.
-    `documents`: it will be told of documents, inside which attention stays. Raises ConfigError where no
-    kernel here can do what the configuration names.
+    `documents`: attention stays inside documents, which each call passes. `layer`: another layer than ours,
+    with megatron-core's own rope and loss. Raises ConfigError if no kernel on this device can do what the
+    configuration names.
     """
-    gpt = construct(model, parallel, dtype, documents).to_empty(device=groups.device)
+    gpt = construct(model, parallel, dtype, documents, layer).to_empty(device=groups.device)
     mark_tensor_parallel(gpt)
     if seed is not None:
         init_weights(gpt, model, seed, groups.tp_rank, groups.tp_size)
@@ -41,26 +48,49 @@ def build_model(
 
 
 def construct(
-    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, documents: bool = False
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    documents: bool = False,
+    layer: ModuleSpec | None = None,
 ) -> LlamaModel:
-    """The modules without memory for weights: on the meta device, so that no weight ever exists twice."""
-    stock = model.layer == "stock"
-    backend = load_backend(attention_for(model, dtype, documents).name)
-    kernels = choose_kernels(kernels_for(model.kernels).name)
+    """The modules on the meta device, without memory for weights, so that no weight ever exists twice."""
+    spec = layer or _llama_layer(model, dtype, documents)
     with torch.device("meta"):
         return LlamaModel(
-            fused_loss=not stock,
+            fused_loss=layer is None,
             config=transformer_config(model, parallel, dtype),
-            transformer_layer_spec=block_spec(model, backend, kernels),
+            transformer_layer_spec=TransformerBlockSubmodules(
+                layer_specs=[spec] * model.num_layers, layer_norm=RMSNorm
+            ),
             vocab_size=model.vocab_size,
             max_sequence_length=model.seq_length,
             share_embeddings_and_output_weights=model.tie_embeddings,
             # our layer rotates by itself
-            position_embedding_type="rope" if stock else "none",
+            position_embedding_type="none" if layer is None else "rope",
             rotary_base=model.rope_theta,
             rope_scaling=model.rope_scaling is not None,
             rope_scaling_factor=model.rope_scaling.factor if model.rope_scaling else 1.0,
         )
+
+
+def _llama_layer(model: ModelConfig, dtype: torch.dtype, documents: bool) -> ModuleSpec:
+    backend = load_backend(attention_for(model, dtype, documents).name)
+    kernels = load_kernels(kernels_for(model.kernels).name)
+    params = {"model": model, "backend": backend, "kernels": kernels}
+    return ModuleSpec(module=LlamaLayer, params=params)
+
+
+def mcore_layer(**options: Any) -> ModuleSpec:
+    """megatron-core's own layer, for comparison; `options` are those of get_gpt_layer_local_spec.
+
+    It supports neither documents nor a manual backward, and no other rope scaling than Llama 3's by a factor.
+    """
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", **options)
+    # its own norm refuses sequence parallelism
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    return spec
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
@@ -103,11 +133,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
 
 
 def mark_tensor_parallel(model: nn.Module) -> None:
-    """Set megatron-core's attributes on every parameter.
-
-    DeepSpeed counts a parameter without `tensor_model_parallel` on tensor-parallel rank 0 only, so a
-    missing mark gives a wrong gradient norm without any other sign.
-    """
+    """Set megatron-core's attributes on every parameter."""
+    # DeepSpeed counts a parameter without `tensor_model_parallel` on tensor-parallel rank 0 only: a missing
+    # mark gives a wrong gradient norm without any other sign.
     for name, parameter in model.named_parameters():
         split = parameter_of(name).split
         parameter.tensor_model_parallel = split is not None  # type: ignore[attr-defined]
@@ -116,9 +144,9 @@ def mark_tensor_parallel(model: nn.Module) -> None:
 
 
 def init_weights(model: nn.Module, config: ModelConfig, seed: int, tp_rank: int, tp_size: int) -> None:
-    """Fill this rank's shards in place.
+    """Fill this rank's shards in place, with the same full weights for every layout.
 
-    Each parameter has a generator of its own, seeded by `seed` and its name, draws the full tensor and
+    Each parameter has a generator of its own, seeded by `seed` and its name, which draws the full tensor, and
     keeps this rank's part. So neither tensor parallelism nor the order of construction changes a weight.
     """
     for name, weight in model.named_parameters():

@@ -1,4 +1,4 @@
-"""The shape of a LLaMA and its presets. Pure Python: `--dry-run` and the planner read it without torch."""
+"""The shape of a LLaMA, and presets. Imports no torch: `--dry-run` and the planner read it too."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ Recompute = Literal["none", "selective", "full"]
 ATTENTION_BACKENDS = sorted(
     path.stem.removesuffix("_backend") for path in (Path(__file__).parent / "attention").glob("*_backend.py")
 )
-"""Names by files, as each describes itself in terms of torch, which is not loaded here."""
+"""From the names of files: a backend describes itself in terms of torch, which is not loaded here."""
 
 
 class RopeScaling(Section):
@@ -25,7 +25,7 @@ class RopeScaling(Section):
     low_freq_factor: float = Field(default=1.0, gt=0)
     """Frequencies that turn less often than this within the original context are divided in full."""
     high_freq_factor: float = Field(default=4.0, gt=0)
-    """Those that turn more often than this stay as they are; between the two the divisor fades in."""
+    """Frequencies that turn more often than this stay unchanged; between the two the divisor fades in."""
     original_seq_length: int = Field(default=8192, ge=1)
     """Tokens of the context that the model was first trained on."""
 
@@ -57,21 +57,21 @@ class ModelConfig(Section):
     """Stretched frequencies for a longer context, as Llama 3.1 has them; none by default."""
     tie_embeddings: bool = False
     """One matrix for the input embedding and the output layer."""
+    qk_norm: bool = False
+    """RMSNorm of each query and key head before rope, as in Qwen3; its weight is shared by the heads."""
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights; the two projections into the residual stream
     are scaled by 1/sqrt(2 * num_layers) as in GPT-2."""
 
-    layer: Literal["llama", "stock"] = "llama"
-    """`llama`: our layer; `stock`: megatron-core's own, for comparison."""
     attention: str = "auto"
-    """Who computes attention: a file model/attention/NAME_backend.py. auto: the first of cudnn, flash,
-    efficient and reference that can, on this device and in this precision; see model/attention/choice.py.
-    flash_attn, xformers and te are packages."""
+    """Attention backend: a file model/attention/NAME_backend.py. auto: the first of cudnn, flash, efficient
+    and reference that supports this device and precision; see model/attention/choice.py. flash_attn, xformers
+    and te are packages to install."""
     kernels: Literal["auto", "plain", "compile", "apex"] = "auto"
-    """Who computes norms, rotations and SwiGLU in the hand-written layer; see model/kernels.py."""
+    """Kernels for norms, rotations and SwiGLU in the manual backward; see model/kernels.py."""
     recompute: Recompute = "selective"
-    """What the backward computes again instead of keeping it from the forward. none: nothing, plain
-    autograd; selective: norms, rotations and the SwiGLU product, by the hand-written backward; full: the
+    """Activations that the backward computes again instead of keeping them from the forward. none: plain
+    autograd keeps all; selective: norms, rotations and the SwiGLU product, by the manual backward; full: the
     whole layer."""
 
     @field_validator("attention")
@@ -86,7 +86,7 @@ class ModelConfig(Section):
     @field_validator("num_query_groups", "head_dim", "ffn_hidden_size")
     @classmethod
     def _fill_derived(cls, value: int, info: ValidationInfo) -> int:
-        """0 is filled from the fields above, which are not there if they are wrong."""
+        """Value derived from the fields above in place of 0; 0 if one of those is invalid, and so missing."""
         hidden, heads = info.data.get("hidden_size"), info.data.get("num_attention_heads")
         if value or hidden is None or heads is None:
             return value

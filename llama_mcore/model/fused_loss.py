@@ -3,8 +3,8 @@
     T tokens of the micro-batch (s * b), c tokens of one chunk, h hidden, v vocabulary of this rank
 
 The logits are the largest tensor of a small model: T * v in fp32, and as much again for their gradient.
-Here a chunk's logits give at once its losses and its part of both gradients, and are gone. That works because
-the loss is a mean: its gradient is known up to one factor, which the backward multiplies in.
+Here the logits of a chunk give its losses and its part of both gradients at once, and are then dropped. That
+works because the loss is a mean: its gradient is known up to one factor, which the backward multiplies in.
 """
 
 from typing import Any
@@ -105,7 +105,7 @@ def _losses_and_grad(
 
 
 def _log_sum_exp_over_ranks(local_lse: Tensor, tp: TensorParallel) -> Tensor:
-    """[c] -> [c]; all-gathers one number per token."""
+    """Log-sum-exp over all ranks' rows, [c] -> [c]; all-gathers one number per token."""
     every = local_lse.new_empty(tp.size * len(local_lse))
     dist.all_gather_into_tensor(every, local_lse, group=tp.group)
     return every.view(tp.size, -1).logsumexp(0)

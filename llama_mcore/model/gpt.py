@@ -12,9 +12,9 @@ from llama_mcore.model.fused_loss import linear_cross_entropy
 
 
 class OutputLayer(ColumnParallelLinear):
-    """The projection to the vocabulary; asked with labels it answers with the mean loss.
+    """The projection to the vocabulary; called with labels it returns the mean loss instead.
 
-    The loss lives in this module because ZeRO-3 gathers a weight when the module that owns it is called.
+    The loss is part of this module because ZeRO-3 gathers a weight when the module that owns it is called.
     """
 
     def forward(
@@ -41,16 +41,16 @@ class LlamaModel(GPTModel):
     def __init__(self, fused_loss: bool, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.fused_loss = fused_loss
-        stock: ColumnParallelLinear = self.output_layer  # type: ignore[has-type]
+        mcore: ColumnParallelLinear = self.output_layer  # type: ignore[has-type]
         self.output_layer = OutputLayer(
-            stock.input_size,
-            stock.output_size,
+            mcore.input_size,
+            mcore.output_size,
             config=self.config,
             init_method=self.config.init_method,
             bias=False,
-            gather_output=stock.gather_output,
-            skip_weight_param_allocation=stock.weight is None,
-            tp_group=stock.tp_group,
+            gather_output=mcore.gather_output,
+            skip_weight_param_allocation=mcore.weight is None,
+            tp_group=mcore.tp_group,
         )
 
     def forward(

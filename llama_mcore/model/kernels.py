@@ -1,4 +1,4 @@
-"""Who computes the memory-bound operators of the hand-written layer: norms, rotations, SwiGLU.
+"""Kernels for the memory-bound operators of the manual backward: norms, rotations, SwiGLU.
 
     plain      the functions of rmsnorm.py, rope.py and swiglu.py as they stand: one kernel per operation
     compile    the same functions through torch.compile: on a GPU one Triton kernel each. The second shape
@@ -6,8 +6,8 @@
                it runs uncompiled, and torch says so
     apex       apex's fused RMSNorm, the rest plain
 
-`auto` is compile on a GPU, where what compiling needs is there, and plain on the CPU, where compiling costs
-more than it saves.
+`auto` is compile on a GPU, if all that compiling needs is installed, and plain on the CPU, where compiling
+costs more than it saves.
 """
 
 import os
@@ -46,18 +46,18 @@ PLAIN = Kernels()
 
 
 def kernels_for(name: str) -> Choice:
-    """Which kernels compute on this rank's device, and why; `name`: model.kernels.
+    """Kernels for this rank's device, with the reason; `name`: model.kernels.
 
-    Raises ConfigError for those that were named and cannot run here.
+    Raises ConfigError for named kernels that cannot run here.
     """
-    lacking = compiling_lacks()
+    missing = missing_for_compile()
     if name == "auto" and not on_gpu():
-        return Choice("plain", "CPU, where compiling costs more than it saves")
+        return Choice("plain", "on the CPU compiling costs more than it saves")
     if name == "auto":
-        return Choice("plain", f"compile needs {lacking}") if lacking else Choice("compile", "GPU")
-    if name == "compile" and lacking:
+        return Choice("plain", f"compile needs {missing}") if missing else Choice("compile", "GPU")
+    if name == "compile" and missing:
         remedy = "install it, or set model.kernels=plain"
-        raise ConfigError(Problem("model.kernels", name, f"needs {lacking}", remedy))
+        raise ConfigError(Problem("model.kernels", name, f"needs {missing}", remedy))
     if name == "apex" and (not on_gpu() or find_spec("fused_layer_norm_cuda") is None):
         raise ConfigError(
             Problem(
@@ -67,11 +67,11 @@ def kernels_for(name: str) -> Choice:
                 "build it from source (README, Optional kernels), or choose plain or compile",
             )
         )
-    return Choice(name, "as asked for")
+    return Choice(name, "as configured")
 
 
-def compiling_lacks() -> str:
-    """What torch.compile needs on this device and does not find; "" if it finds all."""
+def missing_for_compile() -> str:
+    """Tool that torch.compile needs on this device and that is missing; "" if none is."""
     if not on_gpu():
         found = any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")))
         return "" if found else "a C++ compiler (g++ or clang++)"
@@ -82,10 +82,10 @@ def compiling_lacks() -> str:
 
 
 @lru_cache(maxsize=4)
-def choose_kernels(name: str) -> Kernels:
-    """The kernels of a name that `kernels_for` gave."""
+def load_kernels(name: str) -> Kernels:
+    """Kernels by name, as `kernels_for` chose it."""
     if name == "compile":
-        # Inductor would give each GPU a folder of its own, where another rank does not look
+        # Inductor would give each GPU its own folder, and no rank would find what another compiled
         os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(cache_dir(), "triton"))
         return Kernels(**{field: torch.compile(function) for field, function in vars(PLAIN).items()})
     return _apex() if name == "apex" else PLAIN

@@ -6,12 +6,9 @@
 Parameter names are those of megatron-core's own layer, so that both read the same checkpoints.
 """
 
-from dataclasses import dataclass
-
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from torch import Tensor, nn
 
@@ -23,32 +20,20 @@ from llama_mcore.model.layer_function import (
     AttentionBlockFunction,
     AttentionShape,
     MlpBlockFunction,
-    rotated_qkv,
+    rotated,
+    split_qkv,
 )
+from llama_mcore.model.parameters import COLUMNS, layer_parameter
+from llama_mcore.model.rmsnorm import RMSNorm
 from llama_mcore.model.swiglu import swiglu
 
 
-@dataclass
-class LlamaAttentionSubmodules:
-    linear_qkv: type
-    linear_proj: type
-
-
-@dataclass
-class LlamaLayerSubmodules:
-    input_layernorm: type
-    self_attention: ModuleSpec
-    pre_mlp_layernorm: type
-    mlp: ModuleSpec
-
-
 class LlamaLayer(nn.Module, BaseTransformerLayer):
-    """What megatron-core's TransformerBlock builds num_layers times."""
+    """Pre-norm attention and pre-norm SwiGLU, built by megatron-core's TransformerBlock."""
 
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: LlamaLayerSubmodules,
         layer_number: int,
         model: ModelConfig,
         backend: AttentionBackend,
@@ -61,34 +46,32 @@ class LlamaLayer(nn.Module, BaseTransformerLayer):
         self.manual_backward = model.recompute != "none"
         self.kernels = kernels
         self.tp = TensorParallel(pg_collection.tp, config.sequence_parallel)
-        norm = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
-        inner = {"config": config, "model": model, "tp_group": pg_collection.tp}
-        self.input_layernorm = build_module(submodules.input_layernorm, **norm)
-        self.self_attention = build_module(
-            submodules.self_attention, backend=backend, kernels=kernels, **inner
-        )
-        self.pre_mlp_layernorm = build_module(submodules.pre_mlp_layernorm, **norm)
-        self.mlp = build_module(submodules.mlp, **inner)
+        self.input_layernorm = _norm("input_layernorm", config, model)
+        self.self_attention = LlamaAttention(config, model, backend, kernels, pg_collection.tp)
+        self.pre_mlp_layernorm = _norm("pre_mlp_layernorm", config, model)
+        self.mlp = LlamaMlp(config, model, pg_collection.tp)
 
     def __call__(
         self, hidden_states: Tensor, *_: object, packed_seq_params: Documents | None = None, **__: object
     ) -> tuple[Tensor, None]:
-        """TransformerBlock names its arguments, and ZeRO-3's hooks only watch those without a name: they
-        would release the layer's weights before its backward. Documents travel in the argument that
-        megatron-core has for them; of masks and rotary tables none is needed, attention here is causal and
-        rotates by itself."""
+        """Take megatron-core's arguments; masks and rotary tables are not needed here.
+
+        Documents travel in the argument that megatron-core has for them.
+        """
+        # TransformerBlock passes keyword arguments, and ZeRO-3's hooks watch positional ones only: they would
+        # release the layer's weights before its backward.
         return super().__call__(hidden_states, packed_seq_params)
 
     def forward(self, hidden_states: Tensor, documents: Documents | None = None) -> tuple[Tensor, None]:
         """[s, b, h] -> [s, b, h]; the second item is megatron-core's cross-attention context."""
         if self.manual_backward:
-            return self.forward_by_hand(hidden_states, documents, self.tp), None
+            return self.forward_manual(hidden_states, documents, self.tp), None
         hidden_states = hidden_states + self.self_attention(self.input_layernorm(hidden_states), documents)
         hidden_states = hidden_states + self.mlp(self.pre_mlp_layernorm(hidden_states))
         return hidden_states, None
 
-    def forward_by_hand(self, x: Tensor, documents: Documents | None, tp: TensorParallel) -> Tensor:
-        """The same with the hand-written backward of layer_function.py."""
+    def forward_manual(self, x: Tensor, documents: Documents | None, tp: TensorParallel) -> Tensor:
+        """[s, b, h] -> [s, b, h], with the manual backward of layer_function.py."""
         attention, mlp = self.self_attention, self.mlp
         x = AttentionBlockFunction.apply(
             x,
@@ -98,6 +81,7 @@ class LlamaLayer(nn.Module, BaseTransformerLayer):
             attention.shape,
             tp,
             documents,
+            *(norm.weight for norm in attention.qk_norms),
         )
         return MlpBlockFunction.apply(
             x,
@@ -111,12 +95,11 @@ class LlamaLayer(nn.Module, BaseTransformerLayer):
 
 
 class LlamaAttention(nn.Module):
-    """Causal self-attention with rotary embedding, grouped queries allowed."""
+    """Causal self-attention with rotary embedding, grouped queries and QK-norm."""
 
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: LlamaAttentionSubmodules,
         model: ModelConfig,
         backend: AttentionBackend,
         kernels: Kernels,
@@ -132,55 +115,57 @@ class LlamaAttention(nn.Module):
             kernels=kernels,
             backend=backend,
         )
-        width = model.num_attention_heads * model.head_dim
-        self.linear_qkv = build_module(
-            submodules.linear_qkv,
-            config.hidden_size,
-            width + 2 * model.num_query_groups * model.head_dim,
-            gather_output=False,
-            **_linear(config, tp_group),
-        )
-        self.linear_proj = build_module(
-            submodules.linear_proj,
-            width,
-            config.hidden_size,
-            input_is_parallel=True,
-            **_linear(config, tp_group),
-        )
+        self.linear_qkv = _linear("self_attention.linear_qkv", config, model, tp_group)
+        self.linear_proj = _linear("self_attention.linear_proj", config, model, tp_group)
+        if model.qk_norm:
+            self.q_layernorm = _norm("self_attention.q_layernorm", config, model)
+            self.k_layernorm = _norm("self_attention.k_layernorm", config, model)
+        self.qk_norms = (self.q_layernorm, self.k_layernorm) if model.qk_norm else ()
 
     def forward(self, x: Tensor, documents: Documents | None) -> Tensor:
         qkv, _ = self.linear_qkv(x)  # [s, b, (n + 2g) d]
-        out = self.shape.backend_for(documents).attend(*rotated_qkv(qkv, self.shape))  # [s, b, n, d]
+        q, k, v = split_qkv(qkv, self.shape.heads_per_group, self.shape.head_dim)
+        if self.qk_norms:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
+        backend = self.shape.backend_for(documents)
+        out = backend.attend(rotated(q, self.shape), rotated(k, self.shape), v)  # [s, b, n, d]
         return self.linear_proj(out.flatten(2))[0]
 
 
 class LlamaMlp(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(
-        self, config: TransformerConfig, submodules: MLPSubmodules, model: ModelConfig, tp_group: object
-    ) -> None:
+    def __init__(self, config: TransformerConfig, model: ModelConfig, tp_group: object) -> None:
         super().__init__()
-        ffn = model.ffn_hidden_size
-        linear = _linear(config, tp_group)
-        self.linear_fc1 = build_module(
-            submodules.linear_fc1, config.hidden_size, 2 * ffn, gather_output=False, stride=2, **linear
-        )
-        self.linear_fc2 = build_module(
-            submodules.linear_fc2, ffn, config.hidden_size, input_is_parallel=True, **linear
-        )
+        self.linear_fc1 = _linear("mlp.linear_fc1", config, model, tp_group)
+        self.linear_fc2 = _linear("mlp.linear_fc2", config, model, tp_group)
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up, _ = self.linear_fc1(x)  # [s, b, 2f]
         return self.linear_fc2(swiglu(gate_up))[0]
 
 
-def _linear(config: TransformerConfig, tp_group: object) -> dict[str, object]:
-    """What every linear of this layer shares."""
-    return {
+def _norm(module: str, config: TransformerConfig, model: ModelConfig) -> RMSNorm:
+    """The norm that model/parameters.py describes."""
+    described = layer_parameter(module)
+    (width,) = described.shape(model)
+    return RMSNorm(config, width, model.norm_eps, always_summed=described.summed == "always")
+
+
+def _linear(
+    module: str, config: TransformerConfig, model: ModelConfig, tp_group: object
+) -> ColumnParallelLinear | RowParallelLinear:
+    """The tensor-parallel linear that model/parameters.py describes."""
+    described = layer_parameter(module)
+    out_width, in_width = described.shape(model)
+    shared = {
         "config": config,
         "init_method": config.init_method,
         "bias": False,
         "skip_bias_add": False,
         "tp_group": tp_group,
     }
+    if described.split == COLUMNS:  # which megatron-core calls row-parallel, after the transposed weight
+        return RowParallelLinear(in_width, out_width, input_is_parallel=True, **shared)
+    stride = described.split.stride if described.split else 1
+    return ColumnParallelLinear(in_width, out_width, gather_output=False, stride=stride, **shared)

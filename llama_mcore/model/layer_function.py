@@ -1,4 +1,4 @@
-"""The hand-written layer: its two halves as autograd.Functions that keep what is expensive and no more.
+"""The manual backward: a layer as two autograd.Functions that keep only what is expensive to compute.
 
     s sequence (s/tp outside the GEMMs under sequence parallelism), b micro-batch, h hidden,
     n query heads, g key/value heads, d head width, f ffn, all of this rank
@@ -9,11 +9,12 @@ outputs of linear layers"):
     attention   layer input [s, b, h], qkv before rope, attention output, its log-sum-exp
     mlp         post-attention residual [s, b, h], fc1 output
 
-Computed again: norm outputs and their all-gathers, rotated q and k, the SwiGLU product. No GEMM is repeated.
+Computed again: norm outputs and their all-gathers, normed and rotated q and k, the SwiGLU product. No GEMM is
+repeated.
 
 Each collective of the backward starts before a GEMM that does not need its result and is waited for after
-it: the gather of the output gradient runs beside recomputation, the gather of the norm output beside the
-data-gradient GEMMs, the reduction of the input gradient beside the weight-gradient GEMM.
+it: the gather of the output gradient overlaps with recomputation, the gather of the norm output with the
+data-gradient GEMMs, the reduction of the input gradient with the weight-gradient GEMM.
 
 Assumed: no biases, no dropout, causal attention, fused qkv and gate|up in megatron-core's layout.
 """
@@ -33,7 +34,7 @@ from llama_mcore.model.rope import rope_table
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What the attention half needs to know besides its tensors."""
+    """Settings of the attention block, besides its tensors."""
 
     norm_eps: float
     heads_per_group: int
@@ -48,7 +49,7 @@ class AttentionShape:
 
 
 class AttentionBlockFunction(torch.autograd.Function):
-    """x + proj(attention(rope(qkv(norm(x)))))."""
+    """x + proj(attention(rope(qkv(norm(x))))), with QK-norm before rope where its weights are given."""
 
     @staticmethod
     def forward(
@@ -60,26 +61,30 @@ class AttentionBlockFunction(torch.autograd.Function):
         shape: AttentionShape,
         tp: TensorParallel,
         documents: Documents | None = None,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
     ) -> Tensor:
         normed = tp.start_gather(shape.kernels.rmsnorm(x, norm_weight, shape.norm_eps)).wait()
         qkv = linear(normed, qkv_weight)  # [s, b, (n + 2g) d]
         backend = shape.backend_for(documents)
-        out, log_sum_exp = backend.forward(*rotated_qkv(qkv, shape))
+        q, k, v = split_qkv(qkv, shape.heads_per_group, shape.head_dim)
+        out, log_sum_exp = backend.forward(_prepared(q, q_norm, shape), _prepared(k, k_norm, shape), v)
         out = out.flatten(2)  # [s, b, n d]
         partial = linear(out, proj_weight)
-        ctx.save_for_backward(x, qkv, out, log_sum_exp, norm_weight, qkv_weight, proj_weight)
+        ctx.save_for_backward(x, qkv, out, log_sum_exp, norm_weight, qkv_weight, proj_weight, q_norm, k_norm)
         ctx.shape, ctx.tp, ctx.backend = shape, tp, backend
         return x + tp.start_reduce(partial).wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, qkv, out, log_sum_exp, norm_weight, qkv_weight, proj_weight = ctx.saved_tensors
+        x, qkv, out, log_sum_exp, norm_weight, qkv_weight, proj_weight, q_norm, k_norm = ctx.saved_tensors
         shape, tp = ctx.shape, ctx.tp
 
         gathering_grad = tp.start_gather(grad)
         normed = shape.kernels.rmsnorm(x, norm_weight, shape.norm_eps)
-        q, k, v = rotated_qkv(qkv, shape)
+        q, k, v = split_qkv(qkv, shape.heads_per_group, shape.head_dim)
+        attended_q, attended_k = _prepared(q, q_norm, shape), _prepared(k, k_norm, shape)
         whole_grad = gathering_grad.wait()
 
         gathering_normed = tp.start_gather(normed)
@@ -87,9 +92,15 @@ class AttentionBlockFunction(torch.autograd.Function):
         grad_proj = linear_weight_grad(whole_grad, out)
         heads = (*out.shape[:2], -1, shape.head_dim)
         grad_q, grad_k, grad_v = ctx.backend.backward(
-            grad_out.view(heads), q, k, v, out.view(heads), log_sum_exp
+            grad_out.view(heads), attended_q, attended_k, v, out.view(heads), log_sum_exp
         )
-        grad_qkv = _unrotated(grad_q, grad_k, grad_v, shape)
+        grad_q, grad_k = _unrotated(grad_q, shape), _unrotated(grad_k, shape)
+        if q_norm is not None:
+            grad_q, grad_q_norm = shape.kernels.rmsnorm_backward(grad_q, q, q_norm, shape.norm_eps)
+            grad_k, grad_k_norm = shape.kernels.rmsnorm_backward(grad_k, k, k_norm, shape.norm_eps)
+            # each rank has its own heads
+            summing_heads = tp.start_replicated_sum(torch.stack((grad_q_norm, grad_k_norm)), always=True)
+        grad_qkv = join_qkv(grad_q, grad_k, grad_v)
         grad_normed = linear_input_grad(grad_qkv, qkv_weight)
         normed = gathering_normed.wait()
 
@@ -98,7 +109,8 @@ class AttentionBlockFunction(torch.autograd.Function):
         grad_x, grad_norm = shape.kernels.rmsnorm_backward(reducing.wait(), x, norm_weight, shape.norm_eps)
         summing = tp.start_replicated_sum(grad_norm)
         grad_x += grad
-        return grad_x, summing.wait(), grad_qkv_weight, grad_proj, None, None, None
+        grads_of_heads = () if q_norm is None else summing_heads.wait().unbind()
+        return grad_x, summing.wait(), grad_qkv_weight, grad_proj, None, None, None, *grads_of_heads
 
 
 class MlpBlockFunction(torch.autograd.Function):
@@ -178,19 +190,19 @@ def join_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat((grouped, k[:, :, :, None], v[:, :, :, None]), dim=3).flatten(2)
 
 
-def rotated_qkv(qkv: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor, Tensor]:
-    """Fused qkv -> rotated q [s, b, n, d], rotated k [s, b, g, d], v [s, b, g, d]."""
-    q, k, v = split_qkv(qkv, shape.heads_per_group, shape.head_dim)
-    cos, sin = _table(qkv, shape)
-    rope = shape.kernels.rope
-    return rope(q, cos, sin), rope(k, cos, sin), v
+def rotated(x: Tensor, shape: AttentionShape) -> Tensor:
+    """Queries or keys [s, b, n, d] with rotary embedding."""
+    return shape.kernels.rope(x, *_table(x, shape))
 
 
-def _unrotated(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, shape: AttentionShape) -> Tensor:
-    """Gradient of qkv from those of rotated q and k, and of v."""
-    cos, sin = _table(grad_q, shape)
-    rope_backward = shape.kernels.rope_backward
-    return join_qkv(rope_backward(grad_q, cos, sin), rope_backward(grad_k, cos, sin), grad_v)
+def _prepared(x: Tensor, weight: Tensor | None, shape: AttentionShape) -> Tensor:
+    """Queries or keys [s, b, n, d] as attention takes them: normed if there is a weight [d], and rotated."""
+    return rotated(x if weight is None else shape.kernels.rmsnorm(x, weight, shape.norm_eps), shape)
+
+
+def _unrotated(grad: Tensor, shape: AttentionShape) -> Tensor:
+    """Gradient of queries or keys from that of rotated ones."""
+    return shape.kernels.rope_backward(grad, *_table(grad, shape))
 
 
 def _table(x: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The parameters of a LLaMA: one table, from which everything that has to know them derives.
 
-Shapes, tensor-parallel splits, initial values, weight decay, counts, names in other formats. Imports no
-torch: the planner and the configuration read it too.
+Modules, shapes, tensor-parallel splits, initial values, weight decay, gradient sums, counts, memory, names in
+other formats. Imports no torch: the planner and the configuration read it too.
 
     v vocabulary   h hidden   n query heads   g key/value groups   d head width   f ffn
 """
@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from llama_mcore.model.config import ModelConfig
 
+_LAYER_NAME = "decoder.layers.{{}}.{}.weight"
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
 class TpSplit:
-    """How tensor parallelism splits a parameter: along `dim`, in `stride` equal parts, each by itself."""
+    """A split over tensor-parallel ranks: along `dim`, in `stride` equal parts, each by itself."""
 
     dim: int
     stride: int = 1
@@ -40,23 +41,29 @@ class Parameter:
     name: str
     """megatron-core's, with `{}` for the number of the layer."""
     shape: Shape
-    """Full shape."""
+    """Full shape: [out, in] of a matrix, [width] of a norm."""
     hugging_face: tuple[str, ...]
-    """Its names there; several where megatron-core fuses matrices, in the order of convert's `split`."""
+    """Its names there; several where megatron-core fuses matrices, in the order of FUSED."""
     meta: tuple[str, ...]
-    """Its names in Meta's releases."""
+    """Its names in Meta's releases; none if Meta's code has no such parameter."""
+    transformer_engine: str = ""
+    """Its name in megatron-core's checkpoints, where that is the one of Transformer Engine's fused module."""
     split: TpSplit | None = None
-    """None: every tensor-parallel rank holds all of it, and under sequence parallelism sees the gradient of
-    its part of the sequence, so that gradients are summed over the ranks."""
+    """None: every tensor-parallel rank holds all of it."""
+    summed: Literal["sequence_parallel", "always"] | None = None
+    """When its gradient must be summed over the tensor-parallel ranks, which each hold all of it: under
+    sequence parallelism, if each rank sees its part of the sequence; always, if each sees its own heads."""
+    vectors: Callable[["ModelConfig"], int] = lambda model: 1
+    """Vectors per token that a norm is applied to; its own heads on each rank if `summed` is always."""
     init: Literal["ones", "normal", "residual"] = "normal"
     """normal: N(0, init_std); residual: the same, divided by sqrt(2 * num_layers), for what is added to the
     residual stream."""
     fused: Literal["qkv", "gate_up"] | None = None
-    """What megatron-core holds in one matrix and other formats in several."""
+    """Key of FUSED, if other formats hold it in several matrices."""
     is_vocabulary: bool = False
     """Its rows are tokens: formats may pad them."""
-    untied_only: bool = False
-    """There is none where embeddings are tied."""
+    only_if: tuple[str, bool] | None = None
+    """Field of ModelConfig and its value in the models that have this parameter; None: all have it."""
 
     @property
     def is_norm(self) -> bool:
@@ -67,15 +74,22 @@ class Parameter:
     def is_in_layer(self) -> bool:
         return "{}" in self.name
 
+    def is_in(self, model: "ModelConfig") -> bool:
+        return self.only_if is None or getattr(model, self.only_if[0]) == self.only_if[1]
+
     def size(self, model: "ModelConfig", tp: int = 1) -> int:
         """Number of values on one tensor-parallel rank."""
         return math.prod(self.shape(model)) // (tp if self.split else 1)
 
 
+FUSED: dict[str | None, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up"), None: ("",)}
+"""Parts of a fused parameter."""
+
+
 def _in_layer(name: str, shape: Shape, hugging_face: str, meta: str, **others: object) -> Parameter:
-    """A parameter of every layer; names without what they all have around them, several apart by a space."""
+    """A parameter of every layer, by its module; names without their common ends, separated by spaces."""
     return Parameter(
-        f"decoder.layers.{{}}.{name}.weight",
+        _LAYER_NAME.format(name),
         shape,
         tuple(f"model.layers.{{}}.{part}.weight" for part in hugging_face.split()),
         tuple(f"layers.{{}}.{part}.weight" for part in meta.split()),
@@ -97,6 +111,8 @@ PARAMETERS: tuple[Parameter, ...] = (
         lambda m: (m.hidden_size,),  # [h]
         hugging_face="input_layernorm",
         meta="attention_norm",
+        transformer_engine="self_attention.linear_qkv.layer_norm_weight",
+        summed="sequence_parallel",
         init="ones",
     ),
     _in_layer(
@@ -119,10 +135,32 @@ PARAMETERS: tuple[Parameter, ...] = (
         init="residual",
     ),
     _in_layer(
+        "self_attention.q_layernorm",
+        lambda m: (m.head_dim,),  # [d]
+        hugging_face="self_attn.q_norm",
+        meta="",
+        summed="always",
+        vectors=lambda m: m.num_attention_heads,
+        init="ones",
+        only_if=("qk_norm", True),
+    ),
+    _in_layer(
+        "self_attention.k_layernorm",
+        lambda m: (m.head_dim,),  # [d]
+        hugging_face="self_attn.k_norm",
+        meta="",
+        summed="always",
+        vectors=lambda m: m.num_query_groups,
+        init="ones",
+        only_if=("qk_norm", True),
+    ),
+    _in_layer(
         "pre_mlp_layernorm",
         lambda m: (m.hidden_size,),  # [h]
         hugging_face="post_attention_layernorm",
         meta="ffn_norm",
+        transformer_engine="mlp.linear_fc1.layer_norm_weight",
+        summed="sequence_parallel",
         init="ones",
     ),
     _in_layer(
@@ -146,6 +184,7 @@ PARAMETERS: tuple[Parameter, ...] = (
         lambda m: (m.hidden_size,),  # [h]
         hugging_face=("model.norm.weight",),
         meta=("norm.weight",),
+        summed="sequence_parallel",
         init="ones",
     ),
     Parameter(
@@ -155,17 +194,17 @@ PARAMETERS: tuple[Parameter, ...] = (
         meta=("output.weight",),
         split=ROWS,
         is_vocabulary=True,
-        untied_only=True,
+        only_if=("tie_embeddings", False),
     ),
 )
 """In the order of the model's modules."""
-EMBEDDING, OUTPUT = PARAMETERS[0].name, PARAMETERS[-1].name
+EMBEDDING, FINAL_NORM, OUTPUT = (PARAMETERS[place].name for place in (0, -2, -1))
 _BY_NAME = {parameter.name: parameter for parameter in PARAMETERS}
 
 
 def parameters_of(model: "ModelConfig") -> Iterator[tuple[str, Parameter]]:
     """Name and description of every parameter of a model, in the order of its modules."""
-    present = [parameter for parameter in PARAMETERS if not (parameter.untied_only and model.tie_embeddings)]
+    present = [parameter for parameter in PARAMETERS if parameter.is_in(model)]
     for in_layer, neighbours in groupby(present, lambda parameter: parameter.is_in_layer):
         group = list(neighbours)
         for index in range(model.num_layers if in_layer else 1):
@@ -173,14 +212,24 @@ def parameters_of(model: "ModelConfig") -> Iterator[tuple[str, Parameter]]:
                 yield parameter.name.format(index), parameter
 
 
+def layer_parameters(model: "ModelConfig") -> list[Parameter]:
+    """Parameters of one layer, in the order of its modules."""
+    return [parameter for parameter in PARAMETERS if parameter.is_in_layer and parameter.is_in(model)]
+
+
+def layer_parameter(module: str) -> Parameter:
+    """The parameter of a layer that `module` holds, such as mlp.linear_fc1."""
+    return _BY_NAME[_LAYER_NAME.format(module)]
+
+
 def parameter_of(name: str) -> Parameter:
-    """Description of the parameter that a model calls `name`. Raises KeyError for a name that none has."""
+    """Description of the parameter called `name` in a model. Raises KeyError if no model has such a name."""
     pattern, _ = pattern_of(name)
     return _BY_NAME[pattern]
 
 
 def pattern_of(name: str) -> tuple[str, str]:
-    """The name with `{}` for the number of its layer, and that number ("" where there is none)."""
+    """The name with `{}` for the number of its layer, and that number, "" if there is none."""
     found = _LAYER.search(name)
     return (_LAYER.sub("{}", name, count=1), found.group()) if found else (name, "")
 
@@ -191,9 +240,9 @@ def num_params(model: "ModelConfig") -> int:
 
 
 def num_multiplied(model: "ModelConfig") -> int:
-    """Number of values that each token is multiplied with: all matrices but an embedding, which is looked up.
+    """Number of values that each token is multiplied with: all matrices but the embedding.
 
-    A tied one is the output layer's as well, and counts.
+    An embedding is looked up; a tied one is the output layer's matrix as well, and counts.
     """
     return sum(
         _copies(parameter, model) * parameter.size(model)
@@ -203,6 +252,6 @@ def num_multiplied(model: "ModelConfig") -> int:
 
 
 def _copies(parameter: Parameter, model: "ModelConfig") -> int:
-    if parameter.untied_only and model.tie_embeddings:
+    if not parameter.is_in(model):
         return 0
     return model.num_layers if parameter.is_in_layer else 1

@@ -38,20 +38,23 @@ def _inverse_rms(wide: Tensor, eps: float) -> Tensor:
 class RMSNorm(nn.Module):
     """The norm that megatron-core's specs build: `RMSNorm(config, hidden_size, eps)`.
 
-    Under sequence parallelism each rank sees its own part of the sequence, so the weight's gradient is a
-    partial sum. Passing the weight through `copy_to_tensor_model_parallel_region` (identity forward,
-    all-reduce backward over the tensor-parallel group) completes it inside autograd, before any ZeRO
-    stage sees it. Without this the replicas drift apart while loss and gradient norm look normal.
+    `always_summed`: its gradient is a partial sum on each tensor-parallel rank also without sequence
+    parallelism, since each rank applies it to its own heads.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float, always_summed: bool = False
+    ) -> None:
         super().__init__()
         self.eps = eps
-        self.sequence_parallel = config.sequence_parallel
+        self.sums_gradient = always_summed or config.sequence_parallel
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
-        if self.sequence_parallel:
+        if self.sums_gradient:
+            # Identity forward, all-reduce over the tensor-parallel group backward: the gradient is complete
+            # before any ZeRO stage sees it. Without this the replicas drift apart while loss and gradient
+            # norm look normal.
             weight = copy_to_tensor_model_parallel_region(weight)
         return rmsnorm(x, weight, self.eps)

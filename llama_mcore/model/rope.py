@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al., 2021) in the half-split convention of Hugging Face.
 
-Channel i turns with channel i + d/2. The original release pairs neighbouring channels; the two differ by
+Channel i is rotated with channel i + d/2. The original release pairs neighbouring channels; the two differ by
 a permutation of the rows of the q and k projections, which checkpoint conversion applies.
 """
 
@@ -24,7 +24,7 @@ def rope_table(
 ) -> tuple[Tensor, Tensor]:
     """cos and signed sin of position * frequency, each [s, 1, 1, d]; frequency i is theta^(-2i/d).
 
-    Both halves of the channels turn by the same angles, the first with -sin: as `rope` multiplies.
+    Both halves of the channels have the same angles, the first half with -sin, as `rope` multiplies them.
 
     Cached, since every layer of a model uses the same table. Angles are computed in float64: at position
     2^17 an fp32 product would already be off by 1e-2 radians.
@@ -40,9 +40,12 @@ def rope_table(
 
 
 def _stretched(frequency: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1 (`apply_scaling` of the release): a frequency that turns more than `high_freq_factor` times
-    within the original context stays, one that turns less than `low_freq_factor` times is divided by
-    `factor`, and between the two the division fades in linearly in the number of turns."""
+    """Frequencies stretched for a longer context, as by Llama 3.1's `apply_scaling`.
+
+    One that turns more than `high_freq_factor` times within the original context stays, one that turns less
+    than `low_freq_factor` times is divided by `factor`, and between the two the division fades in linearly in
+    the number of turns.
+    """
     turns = scaling.original_seq_length * frequency / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -57,5 +60,5 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope_backward(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Gradient of the input: a rotation's transpose turns back."""
+    """Gradient of the input: the rotation reversed, since that is its transpose."""
     return rope(grad, cos, -sin)

@@ -1,4 +1,4 @@
-"""Shards of parameters: what each tensor-parallel rank holds, by the table of model/parameters.py."""
+"""Tensor-parallel shards of parameters, by the table of model/parameters.py."""
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def split_of(name: str) -> TpSplit | None:
 
 
 def shard(full: Tensor, split: TpSplit | None, tp_rank: int, tp_size: int) -> Tensor:
-    """The part of a full tensor that one tensor-parallel rank holds."""
+    """One tensor-parallel rank's part of a full tensor."""
     if split is None or tp_size == 1:
         return full
     parts = full.chunk(split.stride, dim=split.dim)
@@ -29,7 +29,7 @@ def shard(full: Tensor, split: TpSplit | None, tp_rank: int, tp_size: int) -> Te
 
 
 def unshard(shards: list[Tensor], split: TpSplit | None) -> Tensor:
-    """The full tensor from the parts of all tensor-parallel ranks, in rank order."""
+    """Full tensor from the parts of all tensor-parallel ranks, in rank order."""
     if split is None or len(shards) == 1:
         return shards[0]
     parts = [shard.chunk(split.stride, dim=split.dim) for shard in shards]
@@ -37,7 +37,7 @@ def unshard(shards: list[Tensor], split: TpSplit | None) -> Tensor:
 
 
 def local_shape(full: torch.Size, split: TpSplit | None, tp_size: int) -> torch.Size:
-    """Shape of what one rank holds of a tensor of shape `full`."""
+    """Shape of one rank's part of a tensor of shape `full`."""
     shape = list(full)
     if split is not None:
         shape[split.dim] //= tp_size
@@ -45,7 +45,7 @@ def local_shape(full: torch.Size, split: TpSplit | None, tp_size: int) -> torch.
 
 
 def full_shape(local: torch.Size, split: TpSplit | None, tp_size: int) -> torch.Size:
-    """Shape of the full tensor of which one rank holds `local`."""
+    """Shape of the full tensor whose part on one rank has shape `local`."""
     shape = list(local)
     if split is not None:
         shape[split.dim] *= tp_size

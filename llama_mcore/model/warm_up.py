@@ -12,13 +12,14 @@ from llama_mcore.model.layer import LlamaLayer
 
 
 def warm_up(model: LlamaModel, micro_batch_size: int, *, is_first: bool, barrier: Callable[[], None]) -> None:
-    """Compute a layer forward and backward: on one rank of each node, whose compiler fills the node's cache
-    (TORCHINDUCTOR_CACHE_DIR, by default under its temporary folder), and then on the others, which find it
-    there: on a GPU what Triton compiled, since Inductor's own entries name the GPU. Nobody compiles while
-    the rest wait in a collective.
+    """Compute one layer forward and backward, on the first rank of each node and then on the others.
 
-    `is_first`: of its node; `barrier` waits for all ranks. Nothing where nothing is compiled. Under
-    recompute=none the rotations alone are compiled, and when they are first called.
+    The first rank's compiler fills the node's cache (TORCHINDUCTOR_CACHE_DIR, by default in its temporary
+    folder), where the others find the results: on a GPU those of Triton, since Inductor's own entries name
+    the GPU. So no rank compiles while the rest wait in a collective.
+
+    `is_first`: first rank of its node; `barrier` waits for all ranks. Does nothing for kernels that are not
+    compiled. Under recompute=none only the rotations are, and not before their first call.
     Collective: all ranks call it, before DeepSpeed takes the weights.
     """
     layer = model.decoder.layers[0]
@@ -32,7 +33,7 @@ def warm_up(model: LlamaModel, micro_batch_size: int, *, is_first: bool, barrier
 
 
 class _Alone(TensorParallel):
-    """Of a rank that asks no other: what it gets has the right shape and no meaning."""
+    """Collectives that reach no other rank: results have the right shape and meaningless values."""
 
     def start_gather(self, x: Tensor) -> Pending:
         return Pending(x.repeat(self.size, 1, 1) if self.sequence_parallel else x)
@@ -40,18 +41,18 @@ class _Alone(TensorParallel):
     def start_reduce(self, x: Tensor) -> Pending:
         return Pending(x.chunk(self.size)[0] if self.sequence_parallel else x)
 
-    def start_replicated_sum(self, gradient: Tensor) -> Pending:
+    def start_replicated_sum(self, gradient: Tensor, *, always: bool = False) -> Pending:
         return Pending(gradient)
 
 
 def _compute(layer: LlamaLayer, seq_length: int, micro_batch_size: int) -> None:
-    """Training and validation loss differ in what requires a gradient, and torch compiles for each."""
+    """One forward without gradients and one with its backward, since torch compiles each separately."""
     tp = _Alone(layer.tp.group, layer.tp.sequence_parallel)
     weight = layer.input_layernorm.weight
     positions = seq_length // (tp.size if tp.sequence_parallel else 1)
     x = torch.zeros(positions, micro_batch_size, weight.numel(), dtype=weight.dtype, device=weight.device)
     with torch.no_grad():
-        layer.forward_by_hand(x, None, tp)
+        layer.forward_manual(x, None, tp)
     x.requires_grad_()
-    out = layer.forward_by_hand(x, None, tp)
+    out = layer.forward_manual(x, None, tp)
     torch.autograd.grad(out, (x, *layer.parameters()), torch.zeros_like(out))

@@ -1,10 +1,10 @@
-"""`plan data`: what a mixture must hold to give a number of tokens. Imports no torch.
+"""`plan data`: the text that a mixture must hold to supply a number of tokens. Imports no torch.
 
     epochs of a source = its share of the samples x tokens of the run / its own tokens
 
-The shares are the mixture's, whatever the budget: epochs follow, and a source that would be read too often
-is short of text. Up to four epochs are worth almost as much as new text, and after that repeating loses its
-value (Muennighoff et al., "Scaling Data-Constrained Language Models", 2305.16264).
+The shares are the mixture's, whatever the budget. Epochs follow from them, and a source that would be read
+too often is short of text. Up to four epochs are worth almost as much as new text, and after that repeating
+loses its value (Muennighoff et al., "Scaling Data-Constrained Language Models", 2305.16264).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,9 @@ from typing import Any
 from llama_mcore.config.run import load_mixture
 from llama_mcore.data.config import SourceConfig
 from llama_mcore.errors import ConfigError, Problem, nearest
-from llama_mcore.plan.arguments import number
+from llama_mcore.plan.arguments import all_of
 from llama_mcore.plan.table import Grid, whole
-from llama_mcore.units import format_count
+from llama_mcore.units import format_count, parse_count
 
 PAPER_TOKENS = 1.4e12
 WORTHWHILE_EPOCHS = 4.0
@@ -35,7 +35,7 @@ class PaperSource:
 
     @property
     def tokens(self) -> float:
-        """Of the text once, as the other columns imply."""
+        """Tokens of the text read once, as the other columns imply."""
         return self.share * PAPER_TOKENS / self.epochs
 
 
@@ -55,7 +55,7 @@ _BYTES_PER_TOKEN = sum(row.text_bytes for row in TABLE_1.values()) / sum(
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """One source under a budget. All tokens are counted, read or not."""
+    """One source under a budget. Counts all its tokens, read or not."""
 
     name: str
     weight: float
@@ -64,12 +64,14 @@ class SourcePlan:
     tokens_read: float
     epochs: float
     tokens_short: float
-    """New tokens without which it is read more often than the limit; 0 if it is not."""
+    """New tokens needed to keep its epochs within the limit; 0 if none are."""
     text_bytes: float
 
 
 @dataclass(frozen=True)
 class DataPlan:
+    """All sources of a mixture under a budget."""
+
     tokens: float
     max_epochs: float
     sources: list[SourcePlan]
@@ -90,7 +92,7 @@ class DataPlan:
 
     @property
     def tokens_within_limit(self) -> float:
-        """The largest budget that reads no source more often than the limit."""
+        """Largest budget that keeps every source within the limit."""
         return min(self.max_epochs * source.tokens_available / source.weight for source in self.sources)
 
     @property
@@ -100,13 +102,13 @@ class DataPlan:
         if not short:
             most = max(self.sources, key=lambda source: source.epochs)
             return (
-                f"{format_count(self.tokens)} tokens: nothing is short; "
+                f"{format_count(self.tokens)} tokens: no source is short; "
                 f"{most.name} is read most often, {most.epochs:.2f} times (limit {limit})."
             )
         missing = sum(source.tokens_short for source in short)
         return (
             f"{format_count(self.tokens)} tokens: {len(short)} of {len(self.sources)} sources are short, by "
-            f"{format_count(missing)} tokens together; without more text "
+            f"{format_count(missing)} tokens in total; without more text, at most "
             f"{format_count(self.tokens_within_limit)} tokens stay within {limit}."
         )
 
@@ -127,7 +129,7 @@ class DataPlan:
         }
 
     def parts(self) -> list[str | Grid]:
-        """What `plan data` prints."""
+        """Paragraphs and tables that `plan data` prints."""
         rows = [
             [
                 source.name,
@@ -164,7 +166,7 @@ class DataPlan:
                     "to 65,536), twice that at 4",
                     f"- preprocessing: {whole(self.preprocess_hours)} hours; cores: {self.cores:,}, at "
                     f"{self.preprocess_mb_per_s:g} MB/s each",
-                    f"- More than {WORTHWHILE_EPOCHS:g} epochs of a source lose their value "
+                    f"- Beyond {WORTHWHILE_EPOCHS:g} epochs of a source, repeating it loses its value "
                     "(Muennighoff et al. 2305.16264).",
                 ]
             ),
@@ -179,31 +181,19 @@ def plan_data(
     mb_per_s: str = "30",
     cores: str = "1",
 ) -> DataPlan:
-    """The mixture scaled to a budget. All numbers as people write them, `available` as NAME=TOKENS.
+    """The mixture scaled to a budget. Numbers are text such as 1.4T, `available` is NAME=TOKENS.
 
-    Raises ConfigError with every problem, MissingInputError for a mixture that is not there.
+    Raises ConfigError with every problem, MissingInputError for a mixture that does not exist.
     """
-    problems: list[Problem] = []
     sources = load_mixture(mixture, "--mixture")
-    budget = number(problems, "--tokens", tokens, 1, 1e18)
-    limit = number(problems, "--max-epochs", max_epochs, 0.01, 1e6)
-    speed = number(problems, "--preprocess-mb-per-s", mb_per_s, 1e-3, 1e6)
-    workers = number(problems, "--cores", cores, 1, 1e7, whole=True)
-    given = _available(problems, available, sources)
-    problems += [
-        Problem(
-            "--tokens-available",
-            f"(not given for {name})",
-            "is required of a source that is not in the paper's Table 1",
-            f"add --tokens-available {name}=TOKENS",
-        )
-        for name in sources
-        if name not in TABLE_1 and not any(text.startswith(f"{name}=") for text in available)
-    ]
-    if problems:
-        raise ConfigError(problems)
-    plans = _scaled(sources, given, budget, limit)
-    return DataPlan(budget, limit, plans, speed, int(workers))
+    budget, limit, speed, workers, given = all_of(
+        lambda: parse_count("--tokens", tokens, 1, 1e18),
+        lambda: parse_count("--max-epochs", max_epochs, 0.01, 1e6),
+        lambda: parse_count("--preprocess-mb-per-s", mb_per_s, 1e-3, 1e6),
+        lambda: int(parse_count("--cores", cores, 1, 1e7, whole=True)),
+        lambda: _available(available, sources),
+    )
+    return DataPlan(budget, limit, _scaled(sources, given, budget, limit), speed, workers)
 
 
 def table_1_plan(tokens: float) -> DataPlan:
@@ -239,27 +229,40 @@ def _scaled(
 
 
 def _weight(name: str, source: SourceConfig, given: Mapping[str, float]) -> float:
-    """In proportion to the mixture's samples: its own weight, or its epochs of what the paper had of it."""
+    """A source's relative share of the samples: its weight, or its epochs times the paper's tokens of it."""
     if source.weight is not None:
         return source.weight
     size = TABLE_1[name].tokens if name in TABLE_1 else given[name]
     return (source.epochs or 1.0) * size
 
 
-def _available(
-    problems: list[Problem], texts: Sequence[str], sources: Mapping[str, SourceConfig]
-) -> dict[str, float]:
-    found = {}
+def _available(texts: Sequence[str], sources: Mapping[str, SourceConfig]) -> dict[str, float]:
+    """Tokens by source, from NAME=TOKENS. Raises ConfigError with every problem."""
+    found: dict[str, float] = {}
+    problems = []
     for text in texts:
         name, equals, count = text.partition("=")
         if not equals or name not in sources:
-            problems.append(
-                Problem(
-                    "--tokens-available", text, "must read NAME=TOKENS of a source", nearest(name, sources)
-                )
-            )
+            reason = "must be NAME=TOKENS for a source of the mixture"
+            problems.append(Problem("--tokens-available", text, reason, nearest(name, sources)))
         elif name in found:
-            problems.append(Problem("--tokens-available", text, "says it again", "say it once for a source"))
+            problems.append(Problem("--tokens-available", text, "repeats a source", "give each source once"))
         else:
-            found[name] = number(problems, f"--tokens-available {name}", count, 1, 1e18)
+            found[name] = 0.0
+            try:
+                found[name] = parse_count(f"--tokens-available {name}", count, 1, 1e18)
+            except ConfigError as error:
+                problems += error.problems
+    problems += [
+        Problem(
+            "--tokens-available",
+            f"(not given for {name})",
+            "is required for a source that is not in the paper's Table 1",
+            f"add --tokens-available {name}=TOKENS",
+        )
+        for name in sources
+        if name not in TABLE_1 and name not in found
+    ]
+    if problems:
+        raise ConfigError(problems)
     return found

@@ -1,9 +1,11 @@
-"""What a run would be, in one screen: `--dry-run` prints it. Reads file sizes and loads no torch."""
+"""Description of a run in one screen, for `--dry-run`. Reads file sizes and imports no torch."""
 
 from pathlib import Path
 
 from llama_mcore.config.run import RunConfig
+from llama_mcore.data.config import DataConfig
 from llama_mcore.errors import on_a_line
+from llama_mcore.model.config import ModelConfig
 from llama_mcore.plan.layout.footprint import memory_of
 from llama_mcore.units import format_bytes, format_count
 
@@ -11,9 +13,9 @@ COLUMN = 16
 
 
 def describe_run(run: RunConfig, world_size: int, run_dir: str = "") -> str:
-    """Model, layout, tokens, memory per rank and inputs of a checked run; `run_dir`: what its folder is."""
+    """Model, layout, tokens, memory per rank and inputs of a checked run; `run_dir`: state of its folder."""
     sections = [
-        _describe_model(run),
+        _describe_model(run.model),
         _describe_layout(run, world_size),
         _describe_tokens(run, world_size),
         _describe_memory(run, world_size),
@@ -24,16 +26,15 @@ def describe_run(run: RunConfig, world_size: int, run_dir: str = "") -> str:
 
 
 def conclude(run: RunConfig, world_size: int, problems: int) -> str:
-    """The last line of a dry run, given how many problems it has found."""
+    """Last line of a dry run, given the number of problems with files."""
     if problems:
         count = f"{problems} problem{'s' if problems > 1 else ''}"
-        return f"Not ready: the settings fit together, {count} with the files."
+        return f"Not ready: the settings are consistent, but the files have {count}."
     tokens, state = format_count(_total_tokens(run)), memory_of(run, world_size).state.total
     return f"Ready: {tokens} tokens on {world_size:,} ranks, {format_bytes(state)} of model state each."
 
 
-def _describe_model(run: RunConfig) -> str:
-    model = run.model
+def _describe_model(model: ModelConfig) -> str:
     num_params = model.num_params()
     kv = (
         ""
@@ -91,22 +92,22 @@ def _describe_memory(run: RunConfig, world_size: int) -> str:
         (
             "the rest",
             found.total - (state.total - found.host_state) - kept,
-            "estimate: buckets, working memory, margin, a GPU's context",
+            "estimate: buckets, working memory, margin, GPU context",
         ),
-        ("total", found.total, "on each rank" + (", beside what is in host memory" if host else "")),
+        ("total", found.total, "on each rank" + (", without host memory" if host else "")),
     ]
     lines = [_line("memory per rank" if i == 0 else "", _memory_row(*row)) for i, row in enumerate(rows)]
     return "\n".join(lines)
 
 
 def _describe_checkpoints(run: RunConfig, world_size: int) -> str:
-    """The host memory that saves go through; how much a node has is not known here."""
+    """Host memory that saves use; the memory of a node is not known here."""
     config, saved = run.checkpoint, memory_of(run, world_size).state.saved
-    copy, ring = f"{format_bytes(saved)} to copy what it saves", format_bytes(config.ring_bytes)
+    copy, ring = f"{format_bytes(saved)} for a copy of the saved state", format_bytes(config.ring_bytes)
     waits = "and training waits while a checkpoint is written"
     if config.host_memory is None:
         rows = [
-            f"{copy}, pinned where there is a GPU",
+            f"{copy}, pinned on a GPU machine",
             f"on nodes with less than twice that: {ring}, {waits}",
         ]
     elif saved <= config.host_memory:
@@ -123,24 +124,24 @@ def _memory_row(name: str, count: int, note: str) -> str:
 def _describe_files(run: RunConfig, run_dir: str) -> str:
     rows = [
         (name, path, format_bytes(path.stat().st_size) if path.is_file() else "missing")
-        for name, path in _inputs(run)
+        for name, path in _inputs(run.data)
     ]
     rows.append(("run.dir", Path(run.run.dir), run_dir))
     width = max(COLUMN, 2 + max(len(name) for name, _, _ in rows))
     return "\n".join(_line(name, f"{path}  {found}".rstrip(), width) for name, path, found in rows)
 
 
-def _inputs(run: RunConfig) -> list[tuple[str, Path]]:
-    """Setting and file of everything the run reads."""
+def _inputs(data: DataConfig) -> list[tuple[str, Path]]:
+    """Setting and path of every file of a run's data."""
     prefixes = [
-        (f"{name}.{split}" if run.data.sources else f"data.{split}", prefix)
-        for name, source in run.data.named_sources.items()
+        (f"{name}.{split}" if data.sources else f"data.{split}", prefix)
+        for name, source in data.named_sources.items()
         for split, given in (("train", source.train), ("valid", source.valid or []))
         for prefix in ([given] if isinstance(given, str) else given)
     ]
     files = [(name, Path(prefix + end)) for name, prefix in prefixes for end in (".bin", ".idx")]
-    if run.data.tokenizer:
-        files.append(("data.tokenizer", Path(run.data.tokenizer)))
+    if data.tokenizer:
+        files.append(("data.tokenizer", Path(data.tokenizer)))
     return files
 
 
@@ -149,5 +150,5 @@ def _total_tokens(run: RunConfig) -> int:
 
 
 def _line(name: str, text: str, width: int = COLUMN) -> str:
-    """What a user wrote steers no terminal."""
+    """One line of the description, with the user's control characters escaped."""
     return on_a_line(f"{name:<{width}}{text}")

@@ -1,4 +1,4 @@
-"""Answers as text: tables with lines in a terminal, plain aligned columns in a pipe or a file."""
+"""Text output of plans: tables with lines in a terminal, aligned columns in a pipe or a file."""
 
 import sys
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _PIPE_WIDTH = 200
 
 @dataclass(frozen=True)
 class Grid:
-    """A table; its first column holds names, the others figures."""
+    """A table whose first column holds names, and the others figures."""
 
     title: str
     headers: Sequence[str]
@@ -22,7 +22,7 @@ class Grid:
 
 
 def show(parts: Sequence[str | Grid], file: TextIO | None = None) -> None:
-    """Print paragraphs and tables, an empty line between them."""
+    """Print paragraphs and tables, with an empty line between them."""
     file = file or sys.stdout
     console = Console(file=file, highlight=False, markup=False, soft_wrap=True)
     width = console.width if console.is_terminal else _PIPE_WIDTH
@@ -32,7 +32,7 @@ def show(parts: Sequence[str | Grid], file: TextIO | None = None) -> None:
         if isinstance(part, str):
             _print_text(part, console)
         elif console.is_terminal:
-            # Apart from the table, which would fold a title to its own width.
+            # not as the table's title, which would be folded to the width of the table
             console.print(part.title, style="bold", soft_wrap=False)
             console.print(_drawn(part, lines=True), width=width, soft_wrap=False)
         else:
@@ -40,18 +40,18 @@ def show(parts: Sequence[str | Grid], file: TextIO | None = None) -> None:
 
 
 def flops(number: float) -> str:
-    """5.76e23; the unit stands in the header."""
+    """A number of operations as 5.76e23; the unit is in the header."""
     mantissa, _, exponent = f"{number:.2e}".partition("e")
     return f"{mantissa}e{int(exponent)}"
 
 
 def whole(number: float) -> str:
-    """12,345; one digit more below ten."""
+    """A count as 12,345; with a decimal below ten."""
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _print_text(text: str, console: Console) -> None:
-    """A terminal gets lines broken between words, but a command, which is indented, in one piece."""
+    """Print a paragraph; a terminal gets lines broken between words, but indented commands in one piece."""
     for line in text.splitlines():
         console.print(line, soft_wrap=not console.is_terminal or line.startswith("    "))
 
@@ -64,7 +64,7 @@ def _drawn(grid: Grid, lines: bool) -> Table:
         padding=(0, 1 if lines else 2, 0, 0),
     )
     for number, header in enumerate(grid.headers):
-        # A word a line in a terminal, where columns must be narrow; names may fold, figures may not.
+        # one word per line in a terminal, where columns must be narrow; names may fold, figures may not
         text = header.replace(" ", "\n") if lines else header
         table.add_column(text, justify="right" if number else "left", overflow="fold", no_wrap=number > 0)
     for row in grid.rows:

@@ -32,10 +32,10 @@ def test_full_keeps_the_input(result: Result) -> None:
     assert result.measured["bytes_per_layer"]["ours, full"] == 2 * S * H
 
 
-def test_each_recompute_of_the_stock_layer_saves_something(result: Result) -> None:
+def test_each_recompute_of_megatron_cores_layer_saves_something(result: Result) -> None:
     kept = result.measured["bytes_per_layer"]
-    assert kept["stock, none"] > kept["stock, selective core_attn"] > kept["stock, selective core_attn, mlp"]
-    assert kept["stock, selective core_attn"] > kept[OURS_SELECTIVE]
+    assert kept["mcore, none"] > kept["mcore, selective core_attn"] > kept["mcore, selective core_attn, mlp"]
+    assert kept["mcore, selective core_attn"] > kept[OURS_SELECTIVE]
 
 
 @pytest.mark.parametrize(("kept", "held"), [(23, True), (24, False)])

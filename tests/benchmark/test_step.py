@@ -84,8 +84,8 @@ def test_an_unknown_device_has_no_mfu() -> None:
 
 
 def test_a_contender_without_memory_is_left_out() -> None:
-    result = summarize(Request(TINY_MODEL, 4), FOUND | {"stock": Samples(out_of_memory=True)}, None, 0.0)
-    assert not [name for name in result.quantities if "stock" in name]
+    result = summarize(Request(TINY_MODEL, 4), FOUND | {"mcore": Samples(out_of_memory=True)}, None, 0.0)
+    assert not [name for name in result.quantities if "mcore" in name]
     assert result.table[-1]["full step, s"] == "out of memory"
 
 
@@ -94,9 +94,9 @@ def test_running_out_of_memory_ends_one_contender(monkeypatch: pytest.MonkeyPatc
     def too_large(_: Workload) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setitem(CONTENDERS, "stock", too_large)
-    result = measure(Request(TINY_MODEL, 2, rounds=2, repeats=1, contenders=("stock", "huggingface")))
-    assert result.measured["stock"]["out_of_memory"]
+    monkeypatch.setitem(CONTENDERS, "mcore", too_large)
+    result = measure(Request(TINY_MODEL, 2, rounds=2, repeats=1, contenders=("mcore", "huggingface")))
+    assert result.measured["mcore"]["out_of_memory"]
     assert len(result.measured["huggingface"]["step_s"]) == 2
 
 
@@ -139,7 +139,7 @@ def test_a_bad_request(
 
 @pytest.mark.process  # DeepSpeed asks for a compiler
 def test_contenders_are_the_same_model() -> None:
-    """All three count the same parameters; ours and stock, from one seed, give the same loss."""
+    """All three count the same parameters; ours and mcore, from one seed, give the same loss."""
     run = benchmark_run(TINY_MODEL, 2)
     with process_groups(run.parallel, run.run.seed) as groups:
         workload = Workload(run, groups, random_batch(TINY_MODEL, 2, seed=1))
@@ -147,7 +147,7 @@ def test_contenders_are_the_same_model() -> None:
         losses = {name: contender.loss().item() for name, contender in built.items()}
     counts = {name: count(contender.module) for name, contender in built.items()}
     assert counts == dict.fromkeys(CONTENDERS, TINY_MODEL.num_params())
-    assert losses["ours"] == pytest.approx(losses["stock"], rel=0.01)
+    assert losses["ours"] == pytest.approx(losses["mcore"], rel=0.01)
     assert losses["huggingface"] == pytest.approx(losses["ours"], rel=0.1)
     config = huggingface_config(TINY_MODEL)
     assert (config._attn_implementation, config.use_cache) == ("sdpa", False)

@@ -282,6 +282,6 @@ def test_validate() -> None:
     assert found["largest_error"] <= 0.25
     first = invoke("validate").stdout.splitlines()[0]
     assert "median error" in first
-    assert "The bar of 10% and 25% holds." in first
+    assert "The bar of 10% and 25% is met." in first
     constants = json.loads(invoke("validate", "--fit").stdout)
     assert 0.7 <= constants["gemm_share"] <= 1

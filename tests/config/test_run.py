@@ -326,19 +326,6 @@ def test_debug_adds_the_traceback() -> None:
     assert "Traceback" in result.stderr
 
 
-def test_the_stock_layer_has_no_selective_recompute() -> None:
-    problems = unfit("tiny", "model.layer=stock", world_size=2)
-    assert "recompute=none or full" in check_problem(problems, "model.recompute", "selective").remedy
-    check_run(load_run("tiny", ["model.layer=stock", "model.recompute=none"]), 2)
-
-
-def test_the_stock_layer_stretches_rope_in_one_way() -> None:
-    stock = ["model.layer=stock", "model.recompute=none"]
-    check_run(load_run("tiny", [*stock, "model.rope_scaling.factor=4"]), 2)
-    problems = unfit("tiny", *stock, "model.rope_scaling.low_freq_factor=2", world_size=2)
-    assert fields(problems) == {"model.rope_scaling"}
-
-
 def test_an_unknown_key_of_an_optional_section_gets_its_nearest_name() -> None:
     problems = refused("tiny", "model.rope_scaling.low_freq=2")
     assert "low_freq_factor" in check_problem(problems, "model.rope_scaling.low_freq", 2).remedy

@@ -28,6 +28,7 @@ SHAPES = {
     "llama3": ModelConfig(**_LLAMA, **_LLAMA3, num_query_groups=2, rope_scaling=RopeScaling()),
     "tied": ModelConfig(**_LLAMA, num_query_groups=2, tie_embeddings=True),
     "wide-heads": ModelConfig(**_LLAMA, num_query_groups=2, head_dim=24),
+    "qk-norm": ModelConfig(**_LLAMA, num_query_groups=2, qk_norm=True),
     "odd-vocabulary": ModelConfig(**(_LLAMA | {"vocab_size": 97}), num_query_groups=2),
 }
 

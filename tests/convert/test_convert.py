@@ -114,6 +114,18 @@ def test_masters_and_moments_are_carried(source: str, target: str, tmp_path: Pat
     assert detect(tmp_path / "there").open(tmp_path / "there", None).step == weights.step
 
 
+@pytest.mark.parametrize("target", [name for name in NAMES if name != "meta"])
+def test_qk_norm_is_carried(target: str, tmp_path: Path) -> None:
+    """As Hugging Face's Qwen3 and megatron-core's qk_layernorm; Meta's code has none."""
+    weights = Invented(SHAPES["qk-norm"])
+    source = written(weights, tmp_path / "hf", "hf")
+    convert(source, tmp_path / "out", target=target, tp=2 if target in CUT else None)
+    same(tmp_path / "out", weights)
+    report = json.loads((tmp_path / "out.report.json").read_text())
+    assert report["verified"]
+    assert "logits by transformers" in str(report["compared"])
+
+
 def test_the_odd_vocabulary_is_padded_for_ranks_and_comes_out_true(tmp_path: Path) -> None:
     weights = Invented(SHAPES["odd-vocabulary"])
     source = written(weights, tmp_path / "hf", "hf")

@@ -94,6 +94,6 @@ def test_a_backward_that_is_wrong_is_found(monkeypatch) -> None:
 
 def test_kernels_that_are_wrong_are_found(monkeypatch) -> None:
     wrong = replace(smoke.PLAIN, rope_backward=smoke.PLAIN.rope)
-    monkeypatch.setattr(smoke, "choose_kernels", lambda name: wrong)
+    monkeypatch.setattr(smoke, "load_kernels", lambda name: wrong)
     with pytest.raises(ArithmeticError):
         smoke._kernels("compile")

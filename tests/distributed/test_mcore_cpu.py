@@ -9,7 +9,7 @@ import torch
 from llama_mcore.distributed import mcore_cpu
 from llama_mcore.distributed.config import ParallelConfig
 from llama_mcore.distributed.groups import process_groups
-from llama_mcore.model.build import build_model
+from llama_mcore.model.build import build_model, mcore_layer
 from tests.support.models import model_config
 from tests.support.world import run_ranks
 
@@ -46,10 +46,10 @@ def megatron_without(patch: str | None) -> str:
     if patch:
         setattr(mcore_cpu, patch, lambda *_: None)
     parallel = ParallelConfig(tp=2, sequence_parallel=True)
-    model = model_config(layer="stock", recompute="full")
+    model = model_config(recompute="full")
     try:
         with process_groups(parallel, seed=1) as groups:
-            gpt = build_model(model, parallel, groups, torch.float32, seed=1)
+            gpt = build_model(model, parallel, groups, torch.float32, seed=1, layer=mcore_layer())
             tokens = torch.arange(16).view(2, 8)
             gpt(tokens, labels=tokens).mean().backward()
             assert all(parameter.grad is not None for parameter in gpt.parameters())

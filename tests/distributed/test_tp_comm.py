@@ -36,6 +36,7 @@ def wrong_collectives(size: int) -> list[str]:
                 "gather": (tp.start_gather(whole[mine].clone()), gathered),
                 "reduce": (tp.start_reduce(whole + rank), reduced),
                 "replicated_sum": (tp.start_replicated_sum(whole + rank), replicated),
+                "sum of heads": (tp.start_replicated_sum(whole + rank, always=True), total),
             }
             wrong += [
                 f"{name}, sequence_parallel={sequence_parallel}"

@@ -2,6 +2,7 @@
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from llama_mcore.distributed.config import ParallelConfig
@@ -46,10 +47,11 @@ def build(
     sequence_parallel: bool = False,
     dtype: torch.dtype = torch.float64,
     weights: dict[str, Tensor] | None = None,
+    layer: ModuleSpec | None = None,
 ) -> GPTModel:
     """This rank's model with these full weights; without them as it is initialised from seed 0."""
     parallel = ParallelConfig(tp=groups.tp_size, sequence_parallel=sequence_parallel)
-    gpt = build_model(model, parallel, groups, dtype, seed=0)
+    gpt = build_model(model, parallel, groups, dtype, seed=0, layer=layer)
     if weights is not None:
         fill(gpt, weights, groups)
     return gpt

@@ -51,6 +51,9 @@ def attention(weights: Weights, model: ModelConfig, x: Tensor) -> Tensor:
     q, k, v = (
         (x @ weights[name].T).unflatten(-1, (-1, width)) for name in ("wq.weight", "wk.weight", "wv.weight")
     )
+    if model.qk_norm:  # Qwen3's, not the paper's
+        q = norm(q, weights["q_norm.weight"], model.norm_eps)
+        k = norm(k, weights["k_norm.weight"], model.norm_eps)
     speeds = rotation_speeds(width, model.rope_theta, model.rope_scaling)
     q, k = rotated(q, speeds), rotated(k, speeds)
     # query head i reads key/value head i // (n / g)
@@ -126,7 +129,12 @@ def _layer_from_product(weights: Weights, model: ModelConfig) -> Weights:
     fused = fused.view(model.num_query_groups, -1, model.head_dim, model.hidden_size)
     q, k, v = fused[:, :-2].flatten(0, 2), fused[:, -2].flatten(0, 1), fused[:, -1].flatten(0, 1)
     gate, up = weights["mlp.linear_fc1.weight"].chunk(2)
-    return {
+    norms = {
+        f"attention.{head}_norm.weight": interleaved(weights[name], model.head_dim)
+        for head in ("q", "k")
+        if (name := f"self_attention.{head}_layernorm.weight") in weights
+    }
+    return norms | {
         "attention_norm.weight": weights["input_layernorm.weight"],
         "attention.wq.weight": interleaved(q, model.head_dim),
         "attention.wk.weight": interleaved(k, model.head_dim),
@@ -140,7 +148,8 @@ def _layer_from_product(weights: Weights, model: ModelConfig) -> Weights:
 
 
 def interleaved(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of a q or k projection [n d, h] for half-split rope -> rows for rope on neighbouring channels.
+    """Rows of a q or k projection [n d, h], or a norm of heads [d], for half-split rope -> those for rope on
+    neighbouring channels.
 
     Half-split turns channel i with i + d/2; here they become channels 2i and 2i + 1.
     """

@@ -35,24 +35,32 @@ ON_HOPPER = Case(HOPPER, BF16, 128)
         (ON_HOPPER, "cudnn", "Hopper in bf16"),
         (Case(BLACKWELL, BF16, 128), "cudnn", "Blackwell in bf16"),
         (Case(HOPPER, FP16, 64), "cudnn", "Hopper in fp16"),
-        (Case(AMPERE, BF16, 128), "flash", "cudnn needs a GPU of compute capability 9.0, this one has 8.0"),
+        (
+            Case(AMPERE, BF16, 128),
+            "flash",
+            "cudnn needs a GPU of compute capability 9.0 or newer, but this one has 8.0",
+        ),
         (Case(ADA, BF16, 64), "flash", "Ada in bf16"),
-        (Case(HOPPER, BF16, 256), "flash", "cudnn takes heads of at most 128 channels here, not 256"),
+        (
+            Case(HOPPER, BF16, 256),
+            "flash",
+            "cudnn supports heads of at most 128 channels on this GPU, not 256",
+        ),
         (replace(ON_HOPPER, documents=True), "flash", "documents have many"),
         (replace(ON_HOPPER, deterministic=True), "flash", "cudnn does not give the same bits"),
         (replace(ON_HOPPER, manual_backward=False), "cudnn", "Hopper in bf16"),
         (Case(HOPPER, FP32, 128), "efficient", "flash has no kernel for fp32"),
         (Case(HOPPER, FP32, 128, deterministic=True, documents=True), "efficient", "Hopper in fp32"),
-        (Case(HOPPER, BF16, 512), "efficient", "flash takes heads of at most 256 channels"),
-        (Case(HOPPER, BF16, 100), "reference", "efficient needs a head width that is a multiple of 8"),
+        (Case(HOPPER, BF16, 512), "efficient", "flash supports heads of at most 256 channels"),
+        (Case(HOPPER, BF16, 100), "reference", "efficient needs a head_dim that is a multiple of 8"),
         (Case(HOPPER, FP64, 128), "reference", "efficient has no kernel for fp64"),
         (Case(TURING, FP32, 128), "efficient", "Turing in fp32"),
         (
             Case(TURING, BF16, 128),
             "reference",
-            "efficient needs a GPU of compute capability 8.0, this one has",
+            "efficient needs a GPU of compute capability 8.0 or newer, but this one has",
         ),
-        (Case(ADA, BF16, 224), "efficient", "flash takes heads of at most 192 channels here"),
+        (Case(ADA, BF16, 224), "efficient", "flash supports heads of at most 192 channels on this GPU"),
         (Case(ADA, BF16, 192), "flash", "Ada in bf16"),
         (Case(AMPERE, BF16, 224), "flash", "Ampere in bf16"),
         (Case(None, FP32, 128), "flash", "CPU in fp32"),
@@ -67,7 +75,7 @@ def test_auto(case: Case, name: str, because: str) -> None:
 
 
 def test_what_is_asked_for_is_taken_or_refused() -> None:
-    assert str(choose_attention("flash", ON_HOPPER)) == "flash (as asked for)"
+    assert str(choose_attention("flash", ON_HOPPER)) == "flash (as configured)"
     assert choose_attention("te", replace(ON_HOPPER, manual_backward=False), EVERY_PACKAGE).name == "te"
 
 

@@ -14,7 +14,7 @@ RESIDUAL_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("name", initialisation.MODELS)
+@pytest.mark.parametrize("name", initialisation.NAMES)
 def test_full_weights_are_bitwise_the_same_for_every_tp(on_ranks: OnRanks, name: str) -> None:
     (expected,) = on_ranks(initialisation, 1)[name]
     for tp in (2, 4):

@@ -1,4 +1,5 @@
-"""Our model and transformers' LlamaForCausalLM compute the same from the same random weights.
+"""Our model and transformers' LlamaForCausalLM (Qwen3ForCausalLM with QK-norm) compute the same from the same
+random weights.
 
 The weights travel as a user's would: written and read as conversions do, and read by from_pretrained.
 """
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llama_mcore.checkpoint.paths import WEIGHT
 from llama_mcore.convert.formats import huggingface
@@ -38,6 +39,14 @@ MODELS = {
         "num_attention_heads": 2,
         "rope_theta": 500.0,
         "norm_eps": 1e-2,
+    },
+    "qk-norm": {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "head_dim": 24,
+        "qk_norm": True,
     },
     # wavelengths of 6.3 to 1,988 positions: before, within and behind the fade from 8 to 32
     "llama3-scaling": {
@@ -100,7 +109,7 @@ def test_logits_and_gradients(weights: RandomWeights, folder: Path) -> None:
             for name, gradient in hf_gradients(ours, weights.model):
                 expected = their_gradients.pop(name)
                 # with one position softmax is constant: these gradients are zero
-                if length == 1 and ("q_proj" in name or "k_proj" in name):
+                if length == 1 and name.split(".")[-2] in ("q_proj", "k_proj", "q_norm", "k_norm"):
                     assert gradient.abs().max() < 1e-8
                 else:
                     assert relative_error(gradient, expected) < TOLERANCE, name
@@ -130,8 +139,10 @@ def test_what_was_written_reads_back(weights: RandomWeights, folder: Path) -> No
     assert all(torch.equal(reader.full(name), weights.full(name)) for name in weights.names())
 
 
-def load_theirs(folder: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+def load_theirs(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 def batch(model: ModelConfig, length: int) -> tuple[Tensor, Tensor]:

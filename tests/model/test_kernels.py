@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from llama_mcore.errors import ConfigError
 from llama_mcore.model import kernels
-from llama_mcore.model.kernels import PLAIN, Kernels, choose_kernels, compiling_lacks, kernels_for
+from llama_mcore.model.kernels import PLAIN, Kernels, kernels_for, load_kernels, missing_for_compile
 from llama_mcore.model.rope import rope_table
 from tests.support.errors import refused
 from tests.support.world import run_ranks
@@ -31,9 +31,9 @@ compiles = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _chosen_anew() -> Iterator[None]:
     """The choice is kept, and tests differ in the device."""
-    choose_kernels.cache_clear()
+    load_kernels.cache_clear()
     yield
-    choose_kernels.cache_clear()
+    load_kernels.cache_clear()
 
 
 def answers(kernels: Kernels, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -56,7 +56,7 @@ def answers(kernels: Kernels, dtype: torch.dtype, device: torch.device) -> list[
 
 def test_the_cpu_takes_the_plain_functions() -> None:
     assert kernels_for("auto").name == "plain"
-    assert choose_kernels("plain") is PLAIN
+    assert load_kernels("plain") is PLAIN
 
 
 # on a GPU, programs found, packages found -> what auto takes, or what lacks
@@ -88,9 +88,9 @@ def test_a_gpu_takes_compiled_functions_where_they_can_be_compiled(
 def test_the_compiler_that_a_variable_names_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/opt/mine/c++")
     monkeypatch.setattr(shutil, "which", lambda program: program if program == "/opt/mine/c++" else None)
-    assert compiling_lacks() == ""
+    assert missing_for_compile() == ""
     monkeypatch.delenv("CXX")
-    assert "C++ compiler" in compiling_lacks()
+    assert "C++ compiler" in missing_for_compile()
 
 
 def test_the_gpus_of_a_node_share_what_triton_compiles(
@@ -98,11 +98,11 @@ def test_the_gpus_of_a_node_share_what_triton_compiles(
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_CACHE_DIR", "asked for")
-    choose_kernels("compile")
+    load_kernels("compile")
     assert os.environ["TRITON_CACHE_DIR"] == "asked for"
-    choose_kernels.cache_clear()
+    load_kernels.cache_clear()
     monkeypatch.delenv("TRITON_CACHE_DIR")
-    choose_kernels("compile")
+    load_kernels("compile")
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
 
 
@@ -110,7 +110,7 @@ def compilations(inputs: list[Tensor]) -> tuple[int, str]:
     """Of one function for all of these, and what torch says meanwhile."""
     said = StringIO()
     logging.getLogger("torch._dynamo").addHandler(logging.StreamHandler(said))
-    function = choose_kernels("compile").swiglu
+    function = load_kernels("compile").swiglu
     for x in inputs:
         torch.testing.assert_close(function(x), PLAIN.swiglu(x))
     return counters["stats"]["unique_graphs"], said.getvalue()
@@ -137,14 +137,14 @@ def test_compilations_of_a_function_are_bounded_and_it_is_said() -> None:
 @compiles
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_functions_agree(dtype: torch.dtype) -> None:
-    check(choose_kernels("compile"), dtype, CPU)
+    check(load_kernels("compile"), dtype, CPU)
 
 
 @pytest.mark.gpu
 @pytest.mark.process
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gpu_takes_compiled_functions_which_agree(gpu: torch.device, dtype: torch.dtype) -> None:
-    check(choose_kernels(kernels_for("auto").name), dtype, gpu)
+    check(load_kernels(kernels_for("auto").name), dtype, gpu)
 
 
 def check(compiled: Kernels, dtype: torch.dtype, device: torch.device) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch._dynamo.utils import counters
 
 from llama_mcore.distributed.config import ParallelConfig
 from llama_mcore.distributed.groups import process_groups
-from llama_mcore.model.build import build_model
+from llama_mcore.model.build import build_model, mcore_layer
 from llama_mcore.model.gpt import LlamaModel
 from llama_mcore.model.warm_up import warm_up
 from tests.model.test_kernels import compiles
@@ -62,7 +63,8 @@ def train_and_evaluate(gpt: LlamaModel, tokens: torch.Tensor) -> None:
 @pytest.mark.process
 @compiles
 @pytest.mark.parametrize(
-    ("sequence_parallel", "fields"), [(True, {"num_query_groups": 2}), (False, {"recompute": "full"})]
+    ("sequence_parallel", "fields"),
+    [(True, {"num_query_groups": 2, "qk_norm": True}), (False, {"recompute": "full"})],
 )
 def test_one_rank_of_a_node_compiles_all_that_steps_need(
     tmp_path: Path, sequence_parallel: bool, fields: dict[str, object]
@@ -77,8 +79,8 @@ def test_one_rank_of_a_node_compiles_all_that_steps_need(
     assert (first.after_steps, second.after_steps) == (0, 0)
 
 
-@pytest.mark.parametrize("fields", [{}, {"layer": "stock"}], ids=str)
-def test_nothing_is_done_where_nothing_is_compiled(fields: dict[str, object]) -> None:
+@pytest.mark.parametrize("layer", [None, mcore_layer()], ids=["ours", "mcore"])
+def test_nothing_is_done_where_nothing_is_compiled(layer: ModuleSpec | None) -> None:
     with process_groups(ParallelConfig(), seed=0) as groups:
-        gpt = build_model(model_config(**fields), ParallelConfig(), groups, torch.float32, seed=None)
+        gpt = build_model(model_config(), ParallelConfig(), groups, torch.float32, seed=None, layer=layer)
         warm_up(gpt, MICRO_BATCH, is_first=True, barrier=lambda: pytest.fail("waits"))

@@ -68,8 +68,8 @@ def test_what_a_setting_holds_steers_no_terminal(run: RunConfig) -> None:
 
 def test_the_conclusion(run: RunConfig) -> None:
     assert conclude(run, 2, 0) == "Ready: 410K tokens on 2 ranks, 52.5 MiB of model state each."
-    assert conclude(run, 2, 1) == "Not ready: the settings fit together, 1 problem with the files."
-    assert conclude(run, 2, 4).endswith("4 problems with the files.")
+    assert conclude(run, 2, 1) == "Not ready: the settings are consistent, but the files have 1 problem."
+    assert conclude(run, 2, 4).endswith("the files have 4 problems.")
 
 
 def test_offloaded_state_is_shown_in_host_memory() -> None:
@@ -77,14 +77,14 @@ def test_offloaded_state_is_shown_in_host_memory() -> None:
     offload = load_run("7b", ["zero.stage=3", "zero.config=ds_configs/zero3_offload.json"])
     assert ", host memory" not in describe_run(plain, 8)
     assert describe_run(offload, 8).count(", host memory") == 3
-    assert "on each rank, beside what is in host memory" in describe_run(offload, 8)
+    assert "on each rank, without host memory" in describe_run(offload, 8)
 
 
 @pytest.mark.parametrize(
     ("setting", "rows"),
     [
-        ("null", ["9.4 GiB to copy what it saves", "on nodes with less than twice that: 256.0 MiB,"]),
-        ("11GB", ["9.4 GiB to copy what it saves"]),
+        ("null", ["9.4 GiB for a copy of the saved state", "on nodes with less than twice that: 256.0 MiB,"]),
+        ("11GB", ["9.4 GiB for a copy of the saved state"]),
         (
             "128MiB",
             ["128.0 MiB, and training waits while a checkpoint is written", "is less than the 9.4 GiB"],

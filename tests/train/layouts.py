@@ -36,6 +36,7 @@ class Layout:
     stage: int
     accumulation: int
     recompute: str = "none"
+    qk_norm: bool = False
 
     @property
     def world_size(self) -> int:
@@ -50,7 +51,7 @@ class Layout:
         return run_config(
             Path("unused"),
             GROUPED,
-            model={"recompute": self.recompute},
+            model={"recompute": self.recompute, "qk_norm": self.qk_norm},
             parallel={"tp": self.tp, "sequence_parallel": self.sequence_parallel},
             zero={"stage": self.stage},
             train={
@@ -116,9 +117,9 @@ def train_layout(layout: Layout, groups: Groups) -> Trained:
     return trained([r.loss for r in results], [r.grad_norm for r in results], model, groups)
 
 
-def train_reference() -> Trained:
+def train_reference(qk_norm: bool = False) -> Trained:
     """One process, plain torch: no DeepSpeed, no accumulation."""
-    layout = Layout(1, 1, False, 0, 1)
+    layout = Layout(1, 1, False, 0, 1, qk_norm=qk_norm)
     run = layout.run_config()
     losses, norms = [], []
     with process_groups(run.parallel, seed=0) as groups:

@@ -59,6 +59,21 @@ def test_layout_equals_one_process(
     assert found.differing == []
 
 
+def test_layouts_with_qk_norm_equal_one_process() -> None:
+    """Its weights are replicated while each tensor-parallel rank has its own heads."""
+    todo = [
+        Layout(2, 1, False, 1, 2, "selective", qk_norm=True),
+        Layout(2, 1, True, 2, 2, "none", qk_norm=True),
+        Layout(1, 2, False, 3, 2, "selective", qk_norm=True),
+    ]
+    expected = call(train_reference, True)
+    for found in run_ranks(2, train_layouts, todo)[0].values():
+        assert found.losses == pytest.approx(expected.losses, rel=TOLERANCE)
+        assert found.grad_norms == pytest.approx(expected.grad_norms, rel=TOLERANCE)
+        assert max(errors(found, expected).values()) < TOLERANCE
+        assert found.differing == []
+
+
 def test_clipping_is_active(reference: Trained) -> None:
     """Otherwise a wrong gradient norm could not show in the weights."""
     assert min(reference.grad_norms) > 1.0

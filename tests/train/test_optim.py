@@ -16,6 +16,7 @@ NAMES = {
     "embedding.word_embeddings.weight": True,
     "decoder.layers.0.input_layernorm.weight": False,
     "decoder.layers.0.self_attention.linear_qkv.weight": True,
+    "decoder.layers.0.self_attention.q_layernorm.weight": False,
     "decoder.layers.0.pre_mlp_layernorm.weight": False,
     "decoder.layers.0.mlp.linear_fc1.weight": True,
     "decoder.final_layernorm.weight": False,

@@ -1,4 +1,4 @@
-"""Causal attention by the backend that fits: choice.py says which, a file each computes.
+"""Causal attention: one file per backend, and in choice.py the choice among them.
 
 S sequence, B micro-batch, N query heads on this rank, G key/value heads on this rank, D head width
 """
@@ -32,21 +32,21 @@ __all__ = [
 
 
 def attention_for(model: ModelConfig, dtype: torch.dtype, documents: bool = False) -> Choice:
-    """What computes a model's attention on this rank's device, and why.
+    """Attention backend of a model on this rank's device, with the reason.
 
-    `documents`: attention stays inside each. Raises ConfigError for a backend that was named and cannot, and
-    for bf16 on a GPU that has none.
+    `documents`: attention stays inside each. Raises ConfigError for a named backend that cannot do it, and
+    for bf16 on a GPU without bf16.
     """
     case = case_of(model, dtype, documents)
     if dtype == torch.bfloat16 and case.capability and case.capability < AMPERE:
-        there = ".".join(map(str, case.capability))
-        reason = f"needs a GPU of compute capability 8.0 (Ampere), this one has {there}"
+        found = ".".join(map(str, case.capability))
+        reason = f"needs a GPU of compute capability 8.0 (Ampere) or newer, but this one has {found}"
         raise ConfigError(Problem("train.precision", "bf16", reason, "set train.precision=fp32"))
     return choose_attention(model.attention, case, installed_packages())
 
 
 def case_of(model: ModelConfig, dtype: torch.dtype, documents: bool = False) -> Case:
-    """What this rank's attention has to do, on its device."""
+    """The task of this rank's attention, and its device."""
     return Case(
         capability=compute_capability(),
         dtype=dtype,
@@ -58,13 +58,13 @@ def case_of(model: ModelConfig, dtype: torch.dtype, documents: bool = False) -> 
 
 
 def installed_packages() -> set[str]:
-    """Packages that backends need and that are here, by their name for pip."""
+    """Installed packages among those that backends need, by their names for pip."""
     needed = {backend.limits.package for backend in BACKENDS.values() if backend.limits.package}
     return {package for package in needed if find_spec(_module_of(package))}
 
 
 def load_backend(name: str) -> AttentionBackend:
-    """The backend of that name. Raises whatever the import of its package raises."""
+    """Backend by name, its package imported. Raises whatever that import raises."""
     backend = BACKENDS[name]
     if backend.limits.package:
         import_module(_module_of(backend.limits.package))

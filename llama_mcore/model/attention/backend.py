@@ -1,8 +1,8 @@
-"""An attention backend: what it is, what it supports, itself under autograd, and its forward and backward.
+"""The interface of an attention backend: its limits, its functions, and its place in the choice.
 
-Each is one file, NAME_backend.py, whose BACKEND says all that there is to know of it: model.attention, the
-choice, the doctor and the documentation read it from there. It imports a package that it needs inside its
-functions, since it is looked at where that is not installed.
+Each backend is one file, NAME_backend.py, whose BACKEND describes it completely: model.attention, the choice,
+the doctor and the documentation read it from there. A backend imports the package that it needs inside its
+functions, since its description is also read where that package is not installed.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,18 +22,18 @@ _SMALL_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
 
 @dataclass(frozen=True)
 class Case:
-    """Task of attention, and the device that does it."""
+    """Task of an attention backend, and the device that it runs on."""
 
     capability: tuple[int, int] | None
     """Compute capability of the GPU; None on the CPU."""
     dtype: torch.dtype
     head_dim: int
     documents: bool = False
-    """It is called for each document, whose lengths differ."""
+    """Called once per document, each of another length."""
     deterministic: bool = False
-    """The same bits each time."""
+    """Must give the same bits each time."""
     manual_backward: bool = True
-    """The hand-written layer calls its forward and its backward."""
+    """Called through its own forward and backward, by the layer with a manual backward."""
 
     def __str__(self) -> str:
         return f"{_generation(self.capability)} in {DTYPES[self.dtype]}"
@@ -41,31 +41,31 @@ class Case:
 
 @dataclass(frozen=True)
 class Limits:
-    """Cases that a backend supports. Grouped queries all do: keys are repeated for those that need it."""
+    """Cases that a backend supports. All support grouped queries, some by repeating the keys."""
 
     package: str | None = None
-    """Package that it needs besides torch, by its name for pip."""
+    """Package needed besides torch, by its name for pip."""
     on_cpu: bool = False
-    """There it takes every dtype and head width, and gives the same bits each time."""
+    """Runs on the CPU, with every dtype and head width, and gives the same bits each time."""
     oldest: Mapping[torch.dtype, tuple[int, int]] = field(
         default_factory=lambda: dict.fromkeys(NARROW, AMPERE)
     )
-    """The compute capability that a dtype needs; this and the rest on a GPU."""
+    """Oldest compute capability for each dtype. Applies to GPUs only, like all limits below."""
     head_dim_multiple: int = 8
     largest_head_dim: int = 256
     largest_in_small_memory: int = ANY_WIDTH
-    """As largest_head_dim, on GPUs whose blocks share 99 KiB: 8.6, 8.9 and 12.x."""
+    """largest_head_dim on GPUs with 99 KiB of shared memory per block: 8.6, 8.9 and 12.x."""
     documents: bool = True
     deterministic: bool = False
     manual_backward: bool = True
 
     def refusal(self, case: Case) -> str | None:
-        """Why it cannot do that; None if it can."""
+        """Reason why this backend cannot do `case`; None if it can."""
         return next(self._refusals(case), None)
 
     def _refusals(self, case: Case) -> Iterator[str]:
         if case.manual_backward and not self.manual_backward:
-            yield "gives no log-sum-exp for the hand-written backward; set model.recompute=none"
+            yield "gives no log-sum-exp for the manual backward (model.recompute=none does without)"
         if case.capability is None:
             if not self.on_cpu:
                 yield "needs a GPU"
@@ -74,16 +74,16 @@ class Limits:
         if oldest is None:
             yield f"has no kernel for {DTYPES[case.dtype]}"
         elif case.capability < oldest:
-            needed, there = (f"{major}.{minor}" for major, minor in (oldest, case.capability))
-            yield f"needs a GPU of compute capability {needed}, this one has {there}"
+            needed, found = (f"{major}.{minor}" for major, minor in (oldest, case.capability))
+            yield f"needs a GPU of compute capability {needed} or newer, but this one has {found}"
         if case.head_dim % self.head_dim_multiple:
-            yield f"needs a head width that is a multiple of {self.head_dim_multiple}, not {case.head_dim}"
+            yield f"needs a head_dim that is a multiple of {self.head_dim_multiple}, not {case.head_dim}"
         is_small = case.capability in _SMALL_MEMORY
         largest = min(self.largest_head_dim, self.largest_in_small_memory if is_small else ANY_WIDTH)
         if case.head_dim > largest:
-            yield f"takes heads of at most {largest} channels here, not {case.head_dim}"
+            yield f"supports heads of at most {largest} channels on this GPU, not {case.head_dim}"
         if case.documents and not self.documents:
-            yield "builds a plan for each new length, and documents have many"
+            yield "builds a plan for each new length, and documents have many lengths"
         if case.deterministic and not self.deterministic:
             yield "does not give the same bits each time"
 
@@ -97,7 +97,7 @@ class AttentionBackend:
     """Causal softmax(q k^T / sqrt(D)) v for q [S, B, N, D] and k, v [S, B, G, D], G a divisor of N."""
 
     about: str
-    """For people, in a few words."""
+    """Description for users, in a few words."""
     limits: Limits
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     """(q, k, v) -> out [S, B, N, D], differentiable."""
@@ -108,16 +108,16 @@ class AttentionBackend:
     )
     """(grad_out, q, k, v, out, log_sum_exp) -> gradients of q, k and v."""
     preference: int | None = None
-    """model.attention=auto asks those with a lower number first; None: taken by its name alone."""
+    """Order under model.attention=auto, lower numbers first; None: used only when named."""
 
     @property
     def supports_manual_backward(self) -> bool:
-        """Whether the hand-written layer can use it."""
+        """True if it has a forward and backward of its own."""
         return self.forward is not _not_offered
 
 
 def _generation(capability: tuple[int, int] | None) -> str:
-    """What NVIDIA calls GPUs of a compute capability."""
+    """NVIDIA's name for the GPUs of a compute capability."""
     if capability is None:
         return "CPU"
     major, minor = capability

@@ -1,6 +1,6 @@
-"""Which attention backend computes: each says what it supports, and the first that fits the case is taken.
+"""The choice of an attention backend: the first that supports the case.
 
-Looks at no machine: what there is comes in as a `Case`.
+Inspects no machine: the device comes in as part of the `Case`.
 """
 
 from collections.abc import Collection
@@ -12,7 +12,7 @@ from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.model.attention.backend import AttentionBackend, Case, Limits
 
 
-def _found() -> dict[str, AttentionBackend]:
+def _discovered() -> dict[str, AttentionBackend]:
     names = sorted(path.stem for path in Path(__file__).parent.glob("*_backend.py"))
     found = [
         (name.removesuffix("_backend"), import_module(f"{__package__}.{name}").BACKEND) for name in names
@@ -20,12 +20,14 @@ def _found() -> dict[str, AttentionBackend]:
     return dict(sorted(found, key=lambda each: (each[1].preference is None, each[1].preference or 0)))
 
 
-BACKENDS = _found()
-"""By name, in the order in which `auto` asks; then those that are taken by their name alone."""
+BACKENDS = _discovered()
+"""Backends by name, in the order of `auto`; then those that are used only when named."""
 
 
 @dataclass(frozen=True)
 class Choice:
+    """A chosen implementation, and the reason for it."""
+
     name: str
     reason: str
 
@@ -34,10 +36,10 @@ class Choice:
 
 
 def choose_attention(name: str, case: Case, present: Collection[str] = ()) -> Choice:
-    """The backend of that name, or for `auto` the first that can do the case; `present`: packages that are
-    installed.
+    """Backend of that name, or for `auto` the first that supports the case.
 
-    Raises ConfigError for a named one that cannot, with the reason and those that can.
+    `present`: installed packages. Raises ConfigError for a named backend that does not support the case, with
+    the reason and the names of those that do.
     """
     reasons = {
         one: _missing(backend.limits, present) or backend.limits.refusal(case)
@@ -50,9 +52,9 @@ def choose_attention(name: str, case: Case, present: Collection[str] = ()) -> Ch
         before = passed_over[: list(reasons).index(able[0])]
         return Choice(able[0], "; ".join([str(case), *before]))
     if reason := reasons[name]:
-        remedy = f"set model.attention to auto, or to one of {', '.join(able)}"
+        remedy = f"set model.attention to auto or one of {', '.join(able)}"
         raise ConfigError(Problem("model.attention", name, reason, remedy))
-    return Choice(name, "as asked for")
+    return Choice(name, "as configured")
 
 
 def _missing(limits: Limits, present: Collection[str]) -> str | None:

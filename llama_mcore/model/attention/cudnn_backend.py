@@ -1,4 +1,4 @@
-"""cuDNN's attention, by the two halves that torch has of it: the fastest on Hopper and Blackwell."""
+"""cuDNN's attention through torch's forward and backward operators: the fastest on Hopper and Blackwell."""
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def backward(
     grad_out, q, k, v, out = (heads_first(x) for x in (grad_out, q, k, v, out))
     groups, length = k.size(1), q.size(2)
     k, v = (repeat_heads(x, q.size(1)) for x in (k, v))
-    # the state of the generator, which repeats dropout, of which there is none
+    # the generator's state, from which dropout would be repeated
     no_state = torch.zeros((), dtype=torch.int64, device=q.device)
     grad_q, grad_k, grad_v = aten._scaled_dot_product_cudnn_attention_backward(
         *(grad_out, q, k, v, out, log_sum_exp.unsqueeze(-1)),
@@ -48,8 +48,7 @@ def backward(
 
 BACKEND = AttentionBackend(
     "cuDNN's, by torch",
-    # aten/src/ATen/native/transformers/cuda/sdp_utils.cpp. Wider heads than 128 it takes of some widths and
-    # versions alone.
+    # aten/src/ATen/native/transformers/cuda/sdp_utils.cpp. Wider heads work in some versions only.
     Limits(oldest=dict.fromkeys(NARROW, HOPPER), largest_head_dim=128, documents=False),
     attend,
     forward,

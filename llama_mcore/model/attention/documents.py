@@ -1,4 +1,4 @@
-"""Where the documents of a micro-batch lie, so that attention can stay inside each."""
+"""Documents of a micro-batch, and attention that stays inside each of them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,9 +11,9 @@ from llama_mcore.model.attention.backend import AttentionBackend
 
 @dataclass(frozen=True)
 class Documents:
-    """Stretches of rows that must not see each other; together they cover every row.
+    """Spans of rows that must not see each other and together cover every row.
 
-    Known on the host, where the kernels are launched.
+    Kept on the host, which launches a kernel per span.
     """
 
     spans: tuple[tuple[int, int, int], ...]
@@ -33,8 +33,10 @@ def documents_of(tokens: Tensor, eod: int) -> Documents:
 
 
 def per_document(backend: AttentionBackend, documents: Documents) -> AttentionBackend:
-    """The same attention confined to documents: one call for each, so that no mask is ever held and nothing
-    is computed across a boundary."""
+    """`backend` confined to documents, by one call per document.
+
+    No mask is ever held, and nothing is computed across a boundary.
+    """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = torch.empty_like(q)

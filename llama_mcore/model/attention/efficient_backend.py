@@ -1,5 +1,7 @@
-"""torch's memory-efficient attention (Rabe and Staats, 2021; the kernel is xformers'): the only fused one
-that torch has for fp32 on a GPU."""
+"""torch's memory-efficient attention (Rabe and Staats, 2021), by xformers' kernel.
+
+It is torch's only fused attention for fp32 on a GPU.
+"""
 
 import math
 
@@ -44,7 +46,7 @@ def backward(
     k, v = (repeat_heads(x, q.size(1)) for x in (k, v))
     # exp(score - inf) = 0, as the kernel's own forward fills them
     log_sum_exp = F.pad(log_sum_exp, (0, -q.size(2) % _LSE_ROWS), value=math.inf)
-    no_state = torch.empty((), dtype=torch.int64, device=q.device)  # of dropout, of which there is none
+    no_state = torch.empty((), dtype=torch.int64, device=q.device)  # for dropout, which is off
     grad_q, grad_k, grad_v, _ = aten._scaled_dot_product_efficient_attention_backward(
         *(grad_out, q, k, v, None, out, log_sum_exp),
         *(no_state, no_state, 0.0, [True, True, True, False], True),

@@ -1,6 +1,6 @@
-"""torch's own flash kernels (Dao, 2023), of the GPU and of the CPU.
+"""torch's own flash kernels (Dao, 2023), for GPU and CPU.
 
-By hand their two halves are called under their ATen names, since the public function gives no log-sum-exp.
+The manual backward calls the ATen operators, since torch's public function returns no log-sum-exp.
 """
 
 import torch
@@ -50,9 +50,9 @@ def backward(
 def _gpu_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In a fixed order where torch.use_deterministic_algorithms is on, else in any."""
+    """Gradients of q, k and v; summed in a fixed order under torch.use_deterministic_algorithms only."""
     groups, length = k.size(1), q.size(2)
-    # The kernel reads the generator's state to repeat dropout, of which there is none.
+    # the generator's state, from which dropout would be repeated
     no_state = torch.empty(0, dtype=torch.int64, device=q.device)
     k, v = (repeat_heads(x, q.size(1)) for x in (k, v))
     grad_q, grad_k, grad_v = aten._scaled_dot_product_flash_attention_backward(

@@ -1,4 +1,4 @@
-"""Attention written out: the definition that the other backends are tested against."""
+"""Attention written out in plain operations: the definition that the other backends are tested against."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from llama_mcore.model.precision import widen
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Holds all N * S * S scores."""
+    """Attention under autograd; holds all N * S * S scores."""
     scores = _scores(q, k)
     return _mix(scores.softmax(-1), v).to(q.dtype)
 
@@ -22,7 +22,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dao et al., 2022, appendix B.2: the weights come back from the log-sum-exp."""
+    """Gradients of q, k and v, with the weights restored from the log-sum-exp (Dao et al., 2022, B.2)."""
     heads_per_group = q.size(2) // k.size(2)
     weights = (_scores(q, k) - log_sum_exp[..., None]).exp()
     wide_grad = widen(grad_out)
@@ -63,7 +63,7 @@ def _sum_groups(grad: Tensor, heads_per_group: int) -> Tensor:
 
 
 BACKEND = AttentionBackend(
-    "holds all scores: the definition that the others are compared with",
+    "holds all scores; the definition that the others are compared with",
     Limits(
         on_cpu=True,
         oldest=dict.fromkeys(DTYPES, (0, 0)),

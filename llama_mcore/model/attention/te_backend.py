@@ -1,4 +1,4 @@
-"""TransformerEngine's attention (cuDNN or FlashAttention, its choice): GPU, under plain autograd only."""
+"""TransformerEngine's attention (cuDNN or FlashAttention, its choice), on a GPU and under plain autograd."""
 
 from functools import lru_cache
 
@@ -13,7 +13,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _module(heads: int, groups: int, head_dim: int) -> nn.Module:
-    """It has no weights; one serves all layers."""
+    """TransformerEngine's module, which has no weights: one serves all layers."""
     from transformer_engine.pytorch import DotProductAttention
 
     return DotProductAttention(

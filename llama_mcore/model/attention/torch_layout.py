@@ -1,4 +1,4 @@
-"""What torch's own attention kernels share: their layout, and heads repeated for grouped queries."""
+"""Helpers for torch's own attention kernels: their layout, and repeated heads for grouped queries."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def attend_by(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(q [s, b, n, d], k, v [s, b, g, d]) -> [s, b, n, d] under autograd, by this kernel and no other."""
+    """(q [s, b, n, d], k, v [s, b, g, d]) -> [s, b, n, d] under autograd, by this kernel only."""
     q, k, v = (heads_first(x) for x in (q, k, v))
     with sdpa_kernel(kernel):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))

@@ -1,4 +1,4 @@
-"""xformers' memory-efficient attention (Lefaudeux et al., 2022), which the paper used: GPU."""
+"""xformers' memory-efficient attention (Lefaudeux et al., 2022), which the paper used; on a GPU."""
 
 import torch
 from torch import Tensor

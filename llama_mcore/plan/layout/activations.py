@@ -8,6 +8,14 @@ tests/model/test_activation_memory.py and tests/plan/layout/test_allocated.py me
 """
 
 from llama_mcore.model.config import ModelConfig, Recompute
+from llama_mcore.model.parameters import (
+    FINAL_NORM,
+    OUTPUT,
+    Parameter,
+    layer_parameter,
+    layer_parameters,
+    parameter_of,
+)
 
 FP32, BF16, INT64 = 4, 2, 8  # bytes per value
 
@@ -20,34 +28,39 @@ def saved_bytes_per_layer(
     recompute: Recompute,
     value: int = BF16,
 ) -> int:
-    """Parameters are not counted, a storage shared by several tensors once.
+    """Bytes kept for one layer, without parameters; a storage shared by several tensors counts once.
 
     full        the layer's input (and megatron-core's copy of the random generator's state, 5 KB)
     selective   layer input, qkv, attention output, its log-sum-exp, residual after attention, fc1 output
-    none        what torch keeps for the written-out layer, with attention as one operator
+    none        all that torch keeps for the written-out layer, with attention as one operator
     """
     tokens = model.seq_length * micro_batch_size
     local_tokens = tokens // tp if sequence_parallel else tokens
     residual = value * model.hidden_size
     if recompute == "full":
         return residual * local_tokens
-    attention, fc1_output = _attention(model, tp, value), _fc1_output(model, tp, value)
+    attention, fc1_output = _attention(model, tp, value), value * _fc1_width(model, tp)
     if recompute == "selective":
         return 2 * residual * local_tokens + (attention + fc1_output) * tokens
-    per_local_token = 2 * _plain_norm(model, value)
-    per_token = attention + _rotated(model, tp, value) + _plain_swiglu(model, tp, value)
+    per_local_token, per_token = 2 * residual, attention + _rotated(model, tp, value) + 2 * fc1_output
+    for norm in layer_parameters(model):
+        if norm.is_norm and norm.summed == "always":
+            per_token += norm.vectors(model) // tp * _plain_norm(norm, model, value)
+        elif norm.is_norm:
+            per_local_token += norm.vectors(model) * _plain_norm(norm, model, value)
     return per_local_token * local_tokens + per_token * tokens
 
 
 def _attention(model: ModelConfig, tp: int, value: int) -> int:
     """qkv before rope, output, log-sum-exp: (2n + 2g) d values and n in fp32 a token."""
-    heads, groups = model.num_attention_heads // tp, model.num_query_groups // tp
-    return value * (2 * heads + 2 * groups) * model.head_dim + FP32 * heads
+    qkv, _ = layer_parameter("self_attention.linear_qkv").shape(model)
+    _, output = layer_parameter("self_attention.linear_proj").shape(model)
+    return value * (qkv + output) // tp + FP32 * (model.num_attention_heads // tp)
 
 
-def _fc1_output(model: ModelConfig, tp: int, value: int) -> int:
-    """Gate and up: 2f values a token."""
-    return value * 2 * model.ffn_hidden_size // tp
+def _fc1_width(model: ModelConfig, tp: int) -> int:
+    """Gate and up, 2f. As much again are silu(gate) and the product, which fc2 keeps, in plain autograd."""
+    return layer_parameter("mlp.linear_fc1").shape(model)[0] // tp
 
 
 def _rotated(model: ModelConfig, tp: int, value: int) -> int:
@@ -55,29 +68,25 @@ def _rotated(model: ModelConfig, tp: int, value: int) -> int:
     return value * (model.num_attention_heads + model.num_query_groups) // tp * model.head_dim
 
 
-def _plain_norm(model: ModelConfig, value: int) -> int:
-    """Input in fp32, its norm and 1/rms in fp32, normed before the weight (for the weight's gradient), output
-    (which the next linear keeps): in bf16 8h + 8 bytes a local token."""
-    return (FP32 + value + value) * model.hidden_size + 2 * FP32
-
-
-def _plain_swiglu(model: ModelConfig, tp: int, value: int) -> int:
-    """Gate and up, silu(gate), the product (which fc2 keeps): 4f values a token."""
-    return _fc1_output(model, tp, value) + value * 2 * model.ffn_hidden_size // tp
+def _plain_norm(norm: Parameter, model: ModelConfig, value: int) -> int:
+    """Input in fp32, its norm and 1/rms in fp32, normed before the weight (for the weight's gradient)."""
+    return (FP32 + value) * norm.size(model) + 2 * FP32
 
 
 def saved_bytes_besides_layers(
     model: ModelConfig, tp: int, sequence_parallel: bool, micro_batch_size: int, value: int = BF16
 ) -> int:
-    """What embedding, final norm and loss keep. The embedding keeps its indices, and with tensor parallelism
-    which of them were another rank's; the norm what _plain_norm says but its output; the loss
+    """Bytes that embedding, final norm and loss keep.
+
+    The embedding keeps its indices, and with tensor parallelism which of them were another rank's; the loss
     (model/fused_loss.py) no logits but the gradients of the whole hidden states and, in fp32, of the output
-    layer."""
+    layer.
+    """
     tokens = model.seq_length * micro_batch_size
     local_tokens = tokens // tp if sequence_parallel else tokens
     embedding = (INT64 + (1 if tp > 1 else 0)) * tokens
-    norm = (_plain_norm(model, value) - value * model.hidden_size) * local_tokens
-    loss = value * model.hidden_size * tokens + FP32 * model.vocab_size // tp * model.hidden_size
+    norm = _plain_norm(parameter_of(FINAL_NORM), model, value) * local_tokens
+    loss = value * model.hidden_size * tokens + FP32 * parameter_of(OUTPUT).size(model, tp)
     return embedding + norm + loss
 
 

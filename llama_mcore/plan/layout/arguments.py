@@ -1,6 +1,6 @@
-"""Words of the command line of `plan memory` and `plan layout`, and what they stand for. Imports no torch.
+"""Options of `plan memory` and `plan layout`, parsed. Imports no torch.
 
-Each function raises ConfigError with all that is wrong with its own words.
+Each function raises ConfigError with all problems of its own options.
 """
 
 from collections.abc import Mapping
@@ -42,12 +42,12 @@ _PRECISIONS = ("bf16", "fp32")
 
 
 def whole_number(option: str, text: str, default: int = 1) -> int:
-    """From 1 on; `default` where nothing was said."""
+    """A whole number of at least 1; `default` if the option is absent."""
     return int(parse_count(option, text, 1, _LARGEST[option], whole=True)) if text else default
 
 
-def asked_run(model: str, seq_length: str, shape: Mapping[str, str]) -> RunConfig:
-    """The run of a model or of a shape, by the options of `plan layout`."""
+def run_from_options(model: str, seq_length: str, shape: Mapping[str, str]) -> RunConfig:
+    """Run of a model or of a shape, from the options of `plan layout`."""
     words = {"--seq-length": seq_length} | dict(shape)
     numbers = all_of(*(partial(whole_number, option, text, default=0) for option, text in words.items()))
     length, *sizes = (number or None for number in numbers)
@@ -55,7 +55,10 @@ def asked_run(model: str, seq_length: str, shape: Mapping[str, str]) -> RunConfi
     return base_run(model, length, dict(zip(fields, sizes, strict=True)))
 
 
-def asked_cluster(gpu: str, gpus: str, network: str, gpus_per_node: str, calibration: Path | None) -> Cluster:
+def cluster_from_options(
+    gpu: str, gpus: str, network: str, gpus_per_node: str, calibration: Path | None
+) -> Cluster:
+    """GPUs and network from the options of `plan layout`."""
     kind, between, count, per_node, efficiency = all_of(
         lambda: hardware.gpu(gpu),
         lambda: hardware.network(network) if network else None,
@@ -67,14 +70,14 @@ def asked_cluster(gpu: str, gpus: str, network: str, gpus_per_node: str, calibra
     return Cluster(kind, count, between or usual, efficiency, per_node)
 
 
-def asked_tokens(tokens: str, batch: str) -> tuple[float, float]:
-    """Of the training and of a step, where 4M are 4 * 2^20."""
+def tokens_from_options(tokens: str, batch: str) -> tuple[float, float]:
+    """Tokens of the training and of one step; of a step, 4M means 4 * 2^20."""
     count, step = all_of(
         lambda: parse_count("--tokens", tokens, 1, MOST_TOKENS), lambda: _batch_tokens(batch)
     )
     if step > count:
         reason = f"must be at most the {count:,.0f} of --tokens"
-        raise ConfigError(Problem("--global-batch-tokens", batch, reason, "a run is of one step at least"))
+        raise ConfigError(Problem("--global-batch-tokens", batch, reason, "give less, for at least one step"))
     return count, step
 
 
@@ -86,14 +89,14 @@ def _batch_tokens(text: str) -> float:
         value = 0.0
     if not 0 < value < MOST_TOKENS:
         reason = f"must be a number above 0 and below {MOST_TOKENS:g}"
-        raise ConfigError(Problem("--global-batch-tokens", text, reason, "units: K, M, B, powers of 1,024"))
+        raise ConfigError(Problem("--global-batch-tokens", text, reason, "K, M and B are powers of 1,024"))
     return value
 
 
 def run_of_config(config: str, world_size: str, others: Mapping[str, str]) -> tuple[RunConfig, int]:
-    """A run of a file and its ranks. What the file says is not said again."""
+    """A run from a file, and its number of ranks; options that the file settles are refused."""
     again = [
-        Problem(option, value, f"is said by --config {config}", "drop one of the two")
+        Problem(option, value, f"is already set by --config {config}", "drop one of the two")
         for option, value in others.items()
         if value
     ]
@@ -106,10 +109,12 @@ def run_of_config(config: str, world_size: str, others: Mapping[str, str]) -> tu
 
 
 def one_micro_batch(words: Mapping[str, str], world_size: str) -> tuple[RunConfig, int]:
-    """The run that the options of `plan memory` describe, of one micro-batch a step, since memory does not
-    depend on how many there are; and its ranks."""
+    """Run from the options of `plan memory`, and its number of ranks.
+
+    It has one micro-batch a step: memory does not depend on how many there are.
+    """
     if world_size:
-        raise ConfigError(Problem("--world-size", world_size, "goes with --config", "give --tp and --dp"))
+        raise ConfigError(Problem("--world-size", world_size, "is for --config only", "give --tp and --dp"))
     run, tp, dp, stage, micro_batch, recompute, precision = all_of(
         lambda: _preset(words["--model"], words["--seq-length"]),
         lambda: whole_number("--tp", words["--tp"]),
@@ -136,7 +141,7 @@ def _preset(model: str, seq_length: str) -> RunConfig:
     if not model:
         remedy = "add it, or --config with --world-size"
         raise ConfigError(Problem("--model", "(not given)", "is required", remedy))
-    return asked_run(model, seq_length, {})
+    return run_from_options(model, seq_length, {})
 
 
 def _choice(option: str, value: str, known: tuple[str, ...]) -> str:

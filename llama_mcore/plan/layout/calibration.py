@@ -1,5 +1,7 @@
-"""A calibration file: constants by name, or what `tools/benchmark.py step --json` measured on one GPU. Pure
-Python."""
+"""Calibration files: constants by name, or a measurement of `tools/benchmark.py step --json` on one GPU.
+
+Imports no torch.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from llama_mcore.errors import ConfigError, MissingInputError, Problem, input_problem, shown
-from llama_mcore.model.config import Recompute
+from llama_mcore.model.config import ModelConfig, Recompute
 from llama_mcore.plan.layout.efficiency import Efficiency, parse_efficiency
 from llama_mcore.plan.layout.hardware import Gpu, gpu_of_driver
 from llama_mcore.plan.layout.throughput import Predictor, Shape, Work
@@ -19,11 +21,12 @@ HALVINGS = 40  # of the interval from 0 to 1: far below what a measurement can t
 
 
 def load_calibration(path: Path) -> Efficiency:
-    """Constants named in the file replace the defaults. From a benchmark follows `gemm_share`: the value with
-    which the prediction for that model and GPU is what was measured, so that all that is wrong with it goes
-    there.
+    """The default constants, with those of the file in their place.
 
-    Raises MissingInputError, or ConfigError with all that is wrong with the file."""
+    A benchmark gives `gemm_share`: the value at which the prediction for that model and GPU equals the
+    measurement, so that it absorbs all errors of the prediction. Raises MissingInputError, or ConfigError
+    with all problems of the file.
+    """
     if not path.is_file():
         raise MissingInputError(input_problem("--calibration", path))
     try:
@@ -31,7 +34,7 @@ def load_calibration(path: Path) -> Efficiency:
     except (OSError, ValueError) as error:
         raise ConfigError(Problem("--calibration", path, f"is not JSON ({shown(error)})")) from None
     if not isinstance(found, dict):
-        raise ConfigError(Problem("--calibration", path, "must hold one JSON object"))
+        raise ConfigError(Problem("--calibration", path, "must contain one JSON object"))
     return _from_benchmark(found) if "benchmark" in found else parse_efficiency(found)
 
 
@@ -65,12 +68,12 @@ _Count = Annotated[int, Field(ge=1, le=10**9)]
 
 
 class _Settings(BaseModel):
-    layers: _Count
+    layers: Annotated[int, Field(ge=1, le=100_000)]
     hidden: _Count
     heads: str = Field(pattern=r"^[1-9]\d{0,5}/[1-9]\d{0,5} x [1-9]\d{0,5}$")
-    """Query/key-value heads x their width."""
+    """Query/key-value heads x head_dim, such as 32/8 x 128."""
     ffn: _Count
-    vocabulary: _Count
+    vocabulary: Annotated[int, Field(ge=2, le=10**9)]
     sequence: _Count
     batch: _Count
     recompute: Recompute
@@ -79,9 +82,17 @@ class _Settings(BaseModel):
     def shape(self) -> Shape:
         counts, head_dim = self.heads.split(" x ")
         heads, groups = map(int, counts.split("/"))
-        return Shape(
-            self.layers, self.hidden, heads, groups, int(head_dim), self.ffn, self.vocabulary, self.sequence
+        model = ModelConfig(
+            num_layers=self.layers,
+            hidden_size=self.hidden,
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            head_dim=int(head_dim),
+            ffn_hidden_size=self.ffn,
+            vocab_size=self.vocabulary,
+            seq_length=self.sequence,
         )
+        return Shape(model)
 
     @property
     def work(self) -> Work:
@@ -111,7 +122,7 @@ class _Environment(BaseModel):
 
 
 class _Measured(BaseModel):
-    """What is read of `tools/benchmark.py step --json`."""
+    """Fields that are read from `tools/benchmark.py step --json`."""
 
     benchmark: Literal["step"]
     environment: _Environment
@@ -120,17 +131,19 @@ class _Measured(BaseModel):
 
 
 def _gemm_share(gpu: Gpu, shape: Shape, work: Work, speed: float) -> float:
-    """By bisection: a step is the shorter, the larger the share."""
-    measured = work.micro_batch * shape.sequence / speed
+    """The share at which the predicted speed equals the measured one, by bisection."""
+    measured = work.micro_batch * shape.model.seq_length / speed
     one = gpu.network
 
     def predicted(share: float) -> float:
         return Predictor(gpu, one, replace(Efficiency(), gemm_share=share)).step_time(shape, work).total
 
     if predicted(1.0) > measured:
-        reason = "is faster than matrix products at the GPU's best would be with the other constants"
+        reason = "is faster than predicted even with matrix products at the GPU's best speed"
         raise ConfigError(
-            Problem("--calibration: tokens_per_s", f"{speed:,.0f}", reason, "give constants by name")
+            Problem(
+                "--calibration: tokens_per_s", f"{speed:,.0f}", reason, "give a file with constants by name"
+            )
         )
     low, high = 0.0, 1.0
     for _ in range(HALVINGS):

@@ -1,8 +1,8 @@
-"""How much of the hardware's best training reaches: one set of constants for all systems and sizes. Pure
-Python.
+"""Efficiency of training against the hardware's best: one set of constants for all systems and sizes.
 
-`llama-mcore plan validate --fit` finds those marked "fitted" from one half of the published runs in
-plan/validate/compare.py; the other half is not looked at. A calibration file replaces any of them.
+`llama-mcore plan validate --fit` fits those marked "fitted" to one half of the published runs in
+plan/layout/published.py; the other half is held out. A calibration file replaces any of them. Imports no
+torch.
 """
 
 import json
@@ -15,42 +15,44 @@ from llama_mcore.plan.layout.hardware import Gpu
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares are between 0 and 1."""
+    """Constants of the prediction; shares are between 0 and 1."""
 
     gemm_share: float = 0.845
-    """Fitted. Of a GPU's best matrix product, what one with endless sides reaches between other kernels."""
+    """Fitted. Share of a GPU's best matrix product that the largest ones reach between other kernels."""
     gemm_half_side: float = 43.6
     """Fitted. Smallest side of a product at which it reaches half of that, on an A100; in proportion to
     operations per byte of memory on others, as the same side feeds their units for a shorter time."""
     stream_share: float = 0.75
-    """Of the memory's bandwidth, in norms, rotations, SwiGLU, residual sums, loss and optimizer. NVIDIA
+    """Share of memory bandwidth in norms, rotations, SwiGLU, residual sums, loss and optimizer. NVIDIA
     cudnn-frontend, benchmark/norms: fused norms move 3.5 to 3.8 of an H200's 4.8 TB/s."""
     nvlink_share: float = 0.77
-    """Of NVLink's bandwidth, in collectives of a node. NVIDIA nccl-tests: 230 of an A100's 300 GB/s."""
+    """Share of NVLink's bandwidth in collectives of a node. NVIDIA nccl-tests: 230 of an A100's 300 GB/s."""
     network_share: float = 0.90
-    """Of the network's bandwidth. calculon, systems/a100_80g.json."""
+    """Share of the network's bandwidth. calculon, systems/a100_80g.json."""
     hop_s: float = 14e-6
-    """Seconds from node to node, of which a ring has as many as there are nodes. NCCL, src/graph/tuning.cc:
-    latency of a ring over the network under its protocol for large messages."""
+    """Seconds per hop from node to node; a ring has as many hops as nodes. NCCL, src/graph/tuning.cc: latency
+    of a ring over the network under its protocol for large messages."""
     overlap_cost: float = 0.399
-    """Fitted. Of a transfer hidden behind computation, what it still costs: it takes units and memory."""
+    """Fitted. Remaining cost of a transfer hidden behind computation, whose units and memory it uses."""
     layer_gap_s: float = 1e-3
     """Fitted. Seconds between the kernels of one layer, forward and backward of one micro-batch: a few
     microseconds before each of about 200."""
 
 
 SMALLEST_SHARE, LARGEST_CONSTANT = 1e-3, 1e6
-"""Of a calibration: beyond them is no machine."""
+"""Bounds of a calibration, beyond any machine."""
 FITTED = ("gemm_share", "gemm_half_side", "overlap_cost", "layer_gap_s")
 
 
 @dataclass(frozen=True)
 class AttentionKernel:
-    """Operations per second = share of the peak * s / (s + half_length), forward and backward of a causal
-    kernel that skips what is masked."""
+    """Speed of a causal kernel that skips masked scores, forward and backward together.
+
+    Operations per second = share of the peak * s / (s + half_length).
+    """
 
     share: float | None
-    """None: the GPU's own figure for FlashAttention 2."""
+    """Share of the peak; None: the GPU's own figure for FlashAttention 2."""
     half_length: int
 
 
@@ -63,14 +65,14 @@ ATTENTION_KERNELS = {
 
 
 def attention_flops(gpu: Gpu, kernel: str, sequence: int) -> float:
-    """Operations per second of attention, of those that causal attention needs."""
+    """Speed of attention, counting the operations that causal attention needs."""
     found = ATTENTION_KERNELS[kernel]
     share = found.share or gpu.flash2_share
     return share * gpu.peak.bf16_flops * sequence / (sequence + found.half_length)
 
 
 def gemm_flops(gpu: Gpu, efficiency: Efficiency, smallest_side: float) -> float:
-    """Operations per second of matrix products whose smallest side is this."""
+    """Speed of matrix products with this smallest side."""
     half = (
         efficiency.gemm_half_side * (gpu.peak.bf16_flops / gpu.memory_bandwidth) / _A100_OPERATIONS_PER_BYTE
     )
@@ -81,7 +83,7 @@ _A100_OPERATIONS_PER_BYTE = 312e12 / 2.039e12
 
 
 def parse_efficiency(found: dict[str, Any]) -> Efficiency:
-    """The defaults with these fields in their place. ConfigError with all that is wrong with them."""
+    """The defaults with these fields replaced. Raises ConfigError with all problems of the fields."""
     known = {field.name for field in fields(Efficiency)}
     problems = []
     for key, value in found.items():
@@ -101,5 +103,5 @@ def parse_efficiency(found: dict[str, Any]) -> Efficiency:
 
 
 def dump_efficiency(efficiency: Efficiency) -> str:
-    """A calibration file, as parse_efficiency reads it."""
+    """Content of a calibration file, as parse_efficiency reads it."""
     return json.dumps(asdict(efficiency), indent=2) + "\n"

@@ -1,9 +1,8 @@
-"""Floating-point operations of training, and the share of a device's peak that they make (MFU). Imports no
-torch.
+"""Floating-point operations of training, and their share of a device's peak (MFU). Imports no torch.
 
-A multiply-add counts as two, the backward as twice the forward. What is recomputed does not count towards
-MFU, but towards the share that the hardware executes (HFU); norms, rotations, the SwiGLU product, the loss
-and the optimizer count towards neither.
+A multiply-add counts as two, the backward as twice the forward. Recomputation does not count towards MFU, but
+towards the share that the hardware executes (HFU); norms, rotations, the SwiGLU product, the loss and the
+optimizer count towards neither.
 
     L layers, n query heads, d head width, s sequence, Nmm weights that are multiplied with
 
@@ -18,12 +17,12 @@ Published figures differ in which attention they count, by 7 points of MFU at s 
 from dataclasses import dataclass
 
 from llama_mcore.model.config import ModelConfig, Recompute
-from llama_mcore.model.parameters import num_multiplied
+from llama_mcore.model.parameters import OUTPUT, num_multiplied, parameter_of
 
 
 @dataclass(frozen=True)
 class TokenFlops:
-    """Forward and backward of one token."""
+    """Operations of one token, forward and backward."""
 
     matmul: int
     full_attention: int
@@ -51,7 +50,7 @@ def token_flops(model: ModelConfig) -> TokenFlops:
 
 
 def executed_flops(model: ModelConfig, recompute: Recompute) -> TokenFlops:
-    """What the hardware executes per token: HFU is `mfu` of this.
+    """Operations that the hardware executes per token: HFU is `mfu` of this.
 
     The backward of a fused attention kernel computes the scores again: 7 products for the 6 that count.
 
@@ -63,10 +62,10 @@ def executed_flops(model: ModelConfig, recompute: Recompute) -> TokenFlops:
     product = counted.full_attention // 6
     if recompute != "full":
         return TokenFlops(counted.matmul, 7 * product)
-    output_layer = 6 * model.vocab_size * model.hidden_size
+    output_layer = 6 * parameter_of(OUTPUT).size(model)
     return TokenFlops(counted.matmul + (counted.matmul - output_layer) // 3, 9 * product)
 
 
 def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float) -> float:
-    """Share of `peak_flops` (operations per second) that `tokens_per_s` need; both of one device."""
+    """Share of `peak_flops` (operations per second) at `tokens_per_s`, both for one device."""
     return tokens_per_s * flops_per_token / peak_flops

@@ -1,6 +1,6 @@
-"""Memory of one rank, line by line, and whether a GPU has it. Imports no torch.
+"""Memory of one rank, line by line. Imports no torch.
 
-Model states and what the forward keeps are exact (plan/layout/memory.py, plan/layout/activations.py). Buffers
+Model states and activations are exact (plan/layout/memory.py, plan/layout/activations.py). Buffers
 follow from the settings of DeepSpeed's file; working memory and the margin are estimates that no GPU has
 confirmed.
 """
@@ -13,6 +13,7 @@ from llama_mcore.distributed.config import ParallelConfig, ZeroConfig
 from llama_mcore.distributed.ds_file import offloads_optimizer, read_ds_file
 from llama_mcore.errors import MissingInputError
 from llama_mcore.model.config import ModelConfig, Recompute
+from llama_mcore.model.parameters import EMBEDDING, layer_parameters, parameter_of
 from llama_mcore.plan.layout.activations import (
     rotary_tables,
     saved_bytes_besides_layers,
@@ -32,25 +33,25 @@ MARGIN = 0.05
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes. What is on the GPU during the backward, when most is."""
+    """Bytes on the GPU during the backward, when it holds most."""
 
     state: ModelState
     host_state: int
-    """Of it, in host memory: gradients, masters and moments under offload."""
+    """Part of `state` in host memory: gradients, masters and moments under offload."""
     buckets: int
     gathered_weights: int
-    """Stage 3: weights of the layer at work and of what is fetched ahead."""
+    """Stage 3: weights of the current layer, and those fetched ahead."""
     gradients_in_flight: int
-    """Of the layer at work, before they are reduced or added up."""
+    """Gradients of the current layer, before they are reduced or accumulated."""
     layer_activations: dict[str, int]
-    """What one layer keeps, under each policy."""
+    """Activations that one layer keeps under each recompute policy."""
     saved_layers: int
     saved_rest: int
     """Embedding, final norm, loss; rotary tables."""
     workspace: int
-    """Of the layer at work, or of the loss where that takes more."""
+    """Working memory of the current layer, or of the loss if that takes more."""
     step_copy: int
-    """Optimizer step: DeepSpeed lays the gradients side by side once more, when activations are gone."""
+    """Optimizer step: DeepSpeed copies the gradients into one buffer, when activations are gone."""
     margin: int
     libraries: int = LIBRARIES
 
@@ -65,6 +66,7 @@ class Footprint:
 
 
 def memory_of(run: RunConfig, world_size: int) -> Footprint:
+    """Memory of a run's fullest rank."""
     train = run.train
     return footprint(run.model, run.parallel, run.zero, train.precision, train.micro_batch_size, world_size)
 
@@ -77,7 +79,7 @@ def footprint(
     micro_batch_size: int,
     world_size: int,
 ) -> Footprint:
-    """Of the fullest rank."""
+    """Memory of the fullest rank."""
     settings = zero_settings(zero)
     state = model_state(model, parallel, zero, precision, world_size)
     value = FP32 if precision == "fp32" else BF16
@@ -112,8 +114,10 @@ def footprint(
 
 
 def zero_settings(zero: ZeroConfig) -> dict[str, Any]:
-    """`zero_optimization` of the run's DeepSpeed file; empty where the package came without the shipped
-    ones. Raises as `read_ds_file` does for a file that was named."""
+    """`zero_optimization` of the run's DeepSpeed file; empty if the package came without the shipped files.
+
+    Raises as `read_ds_file` does for a file that was named.
+    """
     try:
         return read_ds_file(zero)[1].get("zero_optimization", {})
     except MissingInputError:
@@ -124,13 +128,12 @@ def zero_settings(zero: ZeroConfig) -> dict[str, Any]:
 
 def _largest_module(model: ModelConfig, tp: int) -> int:
     """Values of a layer's matrices, or of the embedding if these are more."""
-    width = (2 * model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim
-    layer = model.hidden_size * (width + 3 * model.ffn_hidden_size)
-    return max(layer, model.vocab_size * model.hidden_size) // tp
+    layer = sum(each.size(model, tp) for each in layer_parameters(model) if not each.is_norm)
+    return max(layer, parameter_of(EMBEDDING).size(model, tp))
 
 
 def _buckets(settings: dict[str, Any], zero: ZeroConfig, precision: str, params: int) -> int:
-    """Where gradients lie side by side while they travel."""
+    """Buffers in which gradients are reduced."""
     value = FP32 if zero.reduce_dtype == "fp32" else BF16
     if zero.stage == 0 or (zero.stage == 1 and precision == "bf16"):
         # A flat buffer above COPIED_VALUES travels as it is, if its dtype is that of the journey.
@@ -143,15 +146,18 @@ def _buckets(settings: dict[str, Any], zero: ZeroConfig, precision: str, params:
 def _layer_workspace(
     model: ModelConfig, parallel: ParallelConfig, tokens: int, layers: dict[str, int], value: int
 ) -> int:
-    """The backward of the MLP: SwiGLU product and its gradient, gradient of gate and up, gathered input and
-    gradient of the output; under full recomputation also what the layer keeps meanwhile."""
+    """Working memory of the MLP's backward.
+
+    SwiGLU product and its gradient, gradient of gate and up, gathered input and gradient of the output; under
+    full recomputation also what the layer keeps meanwhile.
+    """
     again = layers["selective"] if model.recompute == "full" else 0
     inside = 4 * model.ffn_hidden_size // parallel.tp
     return again + value * tokens * (inside + 3 * model.hidden_size)
 
 
 def _loss_workspace(model: ModelConfig, tp: int, tokens: int, value: int) -> int:
-    """A chunk's logits and probabilities in fp32, and its part of the output layer's gradient."""
+    """Working memory of the loss: a chunk's logits, fp32 probabilities and weight gradient."""
     vocab = model.vocab_size // tp
     probabilities = min(LOSS_CHUNK, FP32 * tokens * vocab)
     return probabilities + probabilities * value // FP32 + value * vocab * model.hidden_size

@@ -1,7 +1,7 @@
-"""GPUs and networks: what each can do at best, with the source of every figure. Imports no torch.
+"""GPUs and networks: their best speeds, with the source of every figure. Imports no torch.
 
-A GPU that is not listed has no peak, and what depends on one is not reported rather than guessed. To add one,
-add a record to GPUS.
+A GPU that is not listed has no peak, and figures that need one are left out rather than guessed. To add a
+GPU, add a record to GPUS.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class Gpu:
 
     name: str
     aliases: tuple[str, ...]
-    """Other names that users give it."""
+    """Other names in use."""
     driver_name: str
     """Name that the driver gives it. A part of a GPU (MIG) has another, and so no peak."""
     peak: Peak
@@ -173,18 +173,18 @@ _BY_DRIVER = {found.driver_name: found for found in GPUS.values()}
 
 
 def gpu_of_driver(device_name: str) -> Gpu | None:
-    """The GPU by the driver's name for it; None if it is not known."""
+    """GPU by the driver's name for it; None if it is not known."""
     return _BY_DRIVER.get(device_name)
 
 
 def peak_of(device_name: str) -> Peak | None:
-    """The peak of a GPU by the driver's name for it; None if it is not known."""
+    """Peak of a GPU by the driver's name for it; None if it is not known."""
     found = _BY_DRIVER.get(device_name)
     return found.peak if found else _PCIE_PEAKS.get(device_name)
 
 
 def gpu(name: str) -> Gpu:
-    """The GPU of that name or alias. ConfigError with the nearest name if there is none."""
+    """GPU by name or alias. Raises ConfigError with the nearest name if there is none."""
     known = GPUS | _BY_ALIAS
     if (found := known.get(name.lower())) is None:
         raise ConfigError(Problem("--gpu", name, "is not known", nearest(name.lower(), GPUS, _BY_ALIAS)))
@@ -192,7 +192,7 @@ def gpu(name: str) -> Gpu:
 
 
 def network(name: str) -> Network:
-    """The network of that name. ConfigError with the nearest name if there is none."""
+    """Network by name. Raises ConfigError with the nearest name if there is none."""
     if (found := NETWORKS.get(name.lower())) is None:
         raise ConfigError(Problem("--network", name, "is not known", nearest(name.lower(), NETWORKS)))
     return found

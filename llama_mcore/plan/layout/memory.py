@@ -34,15 +34,16 @@ class ModelState:
 
     @property
     def saved(self) -> int:
-        """What a checkpoint holds of it: fp32 weights and moments, of which a save makes a copy in host
-        memory. At stage 0 the first data-parallel rank saves for all."""
+        """Part that a checkpoint holds, and that a save copies to host memory: fp32 weights and moments.
+
+        At stage 0 the first data-parallel rank saves for all.
+        """
         return self.moments // ADAM_MOMENTS * (1 + ADAM_MOMENTS)
 
 
 @dataclass(frozen=True)
 class _Parameters:
-    """Values of each parameter of one tensor-parallel shard, in the optimizer's two groups
-    (train/optimizer.py) and the module's order."""
+    """Sizes of the parameters of one tensor-parallel shard, by optimizer group and in the module's order."""
 
     matrices: list[int]
     norms: list[int]
@@ -97,8 +98,8 @@ def model_state(
 
 
 def _stage_3(parameters: _Parameters, dp: int, weight_bytes: int) -> ModelState:
-    """Each parameter is padded to a multiple of dp and cut by itself; a small one is there as a whole
-    besides, with its padding."""
+    """Model state at stage 3: each parameter is padded to a multiple of dp and split by itself; a small one
+    is kept whole besides, with its padding."""
     owned = sum(-(-values // dp) for values in parameters.all)
     persistent = sum(-(-values // dp) * dp for values in parameters.all if values <= PERSISTENT_VALUES)
     return ModelState(
@@ -110,18 +111,19 @@ def _stage_3(parameters: _Parameters, dp: int, weight_bytes: int) -> ModelState:
 
 
 def _padded(group: list[int], dp: int) -> int:
-    """DeepSpeed pads each group's flat buffer to a multiple of 2 * dp values: 4 bytes of bf16 a rank
-    (`nccl_start_alignment_factor` in stage_1_and_2.py and bf16_optimizer.py)."""
+    """Size of a group's flat buffer, which DeepSpeed pads to a multiple of 2 * dp values: 4 bytes of bf16 a
+    rank (`nccl_start_alignment_factor` in stage_1_and_2.py and bf16_optimizer.py)."""
     alignment = 2 * dp
     return -(-sum(group) // alignment) * alignment
 
 
 def _touched(parameters: _Parameters, dp: int) -> int:
-    """Values of the parameters of which a rank owns a part, on the rank where they are most: in fp32, stage 2
-    keeps these gradients whole (`copy_grads_in_partition` in stage_1_and_2.py).
+    """Total size of the parameters of which a rank owns a part, on the rank with the most.
 
-    From one rank to the next that changes only where a parameter begins or ends: these and their next
-    neighbours are all that are looked at."""
+    In fp32, stage 2 keeps these gradients whole (`copy_grads_in_partition` in stage_1_and_2.py). The total
+    changes from one rank to the next only where a parameter begins or ends: these and their next neighbours
+    are enough to find the maximum.
+    """
     places = [_places(group, _padded(group, dp) // dp) for group in parameters.groups]
     edges = {rank for group in places for first, last, _ in group for rank in (first, last, last + 1)}
     return max(
@@ -132,7 +134,7 @@ def _touched(parameters: _Parameters, dp: int) -> int:
 
 
 def _places(group: list[int], size: int) -> list[tuple[int, int, int]]:
-    """First and last rank of each parameter, ranks owning `size` values each, and its values."""
+    """First and last rank that own a part of each parameter, and its size; each rank owns `size` values."""
     starts = accumulate(group, initial=0)
     return [
         (start // size, (start + values - 1) // size, values)

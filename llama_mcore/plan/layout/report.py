@@ -1,5 +1,7 @@
-"""What `plan memory`, `plan layout` and `plan validate` print: the conclusion, then tables; or JSON. Pure
-Python."""
+"""Output of `plan memory`, `plan layout` and `plan validate`: a conclusion and tables, or JSON.
+
+Imports no torch.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,17 +10,17 @@ from llama_mcore.config.run import RunConfig
 from llama_mcore.plan.layout.flops import token_flops
 from llama_mcore.plan.layout.footprint import Footprint
 from llama_mcore.plan.layout.hardware import GIB, Gpu
+from llama_mcore.plan.layout.published import PUBLISHED
 from llama_mcore.plan.layout.search import Cluster, Found, Option
+from llama_mcore.plan.layout.validation import LARGEST_BAR, MEDIAN_BAR, Row, largest_error, median_error
 from llama_mcore.plan.table import Grid, show
-from llama_mcore.plan.validate.compare import LARGEST_BAR, MEDIAN_BAR, Row, largest_error, median_error
-from llama_mcore.plan.validate.published import PUBLISHED
 from llama_mcore.units import format_bytes, format_count
 
 # --- memory
 
 
 def memory_lines(found: Footprint) -> list[tuple[str, int]]:
-    """Name and bytes; they sum to the total. Of backward and optimizer step the larger counts."""
+    """Name and bytes of each part of the total; the larger of backward and optimizer step counts."""
     backward = found.gradients_in_flight + found.saved_layers + found.saved_rest + found.workspace
     return [
         ("weights", found.state.weights),
@@ -28,11 +30,11 @@ def memory_lines(found: Footprint) -> list[tuple[str, int]]:
         ("in host memory (offload)", -found.host_state),
         ("communication buckets", found.buckets),
         ("gathered weights (ZeRO 3)", found.gathered_weights),
-        ("gradients of the layer at work", found.gradients_in_flight),
+        ("gradients of the current layer", found.gradients_in_flight),
         ("activations of the layers", found.saved_layers),
         ("embedding, final norm, loss, rotary tables", found.saved_rest),
         ("working memory of a layer or the loss (estimate)", found.workspace),
-        ("optimizer step beyond that", max(0, found.step_copy - backward)),
+        ("optimizer step, in excess of the backward", max(0, found.step_copy - backward)),
         ("fragmentation margin (estimate)", found.margin),
         ("device context and libraries (estimate)", found.libraries),
     ]
@@ -64,7 +66,7 @@ def show_memory(run: RunConfig, world_size: int, found: Footprint, gpu: Gpu | No
         (f"{policy}{' *' if policy == run.model.recompute else ''}", format_bytes(count), f"{count:,}")
         for policy, count in found.layer_activations.items()
     ]
-    note = "Model state and activations are exact; no GPU has confirmed the estimates."
+    note = "Model state and activations are exact; the estimates are not confirmed on a GPU."
     show(
         [
             conclusion,
@@ -141,13 +143,11 @@ def show_layouts(name: str, found: Found, cluster: Cluster, top: int) -> None:
         f"{cluster.network.bytes_per_gpu / 1e9:.1f} GB/s a GPU.\n"
         f"{_mfu_note(best)}"
     )
-    longest = max(row.shape.sequence for row in PUBLISHED)
+    longest = max(row.shape.model.seq_length for row in PUBLISHED)
     if best.run.model.seq_length > longest:
-        notes += (
-            f"\nNo run of more than {longest:,} tokens a sequence is among those checked (plan validate)."
-        )
+        notes += f"\nNone of the published runs (plan validate) has more than {longest:,} tokens a sequence."
     tables: list[str | Grid] = [
-        Grid(f"Fastest of {len(found.options)} layouts that run and fit", LAYOUT_COLUMNS, rows),
+        Grid(f"Fastest of {len(found.options)} layouts that are valid and fit", LAYOUT_COLUMNS, rows),
         Grid("One step of the first", ("", "seconds", "share"), parts),
     ]
     if rejected:
@@ -174,7 +174,7 @@ def _mfu_note(option: Option) -> str:
     flops, peak = token_flops(option.run.model), option.cluster.gpu.peak
     return (
         f"MFU = tokens/s * flops per token / peak; causal: 6 Nmm + 6 L n d s = {flops.causal / 1e9:.2f} G, "
-        f"full: 6 Nmm + 12 L n d s = {flops.full / 1e9:.2f} G;\nHFU: what is executed, causal; "
+        f"full: 6 Nmm + 12 L n d s = {flops.full / 1e9:.2f} G;\nHFU: operations executed, causal; "
         f"peak {peak.bf16_flops / 1e12:g} TFLOP/s ({peak.source})."
     )
 
@@ -185,7 +185,7 @@ def _mfu_note(option: Option) -> str:
 def conclude_validation(rows: Sequence[Row]) -> str:
     held_out = [row for row in rows if not row.fitted]
     median, largest = median_error(rows), largest_error(rows)
-    verdict = "holds" if median <= MEDIAN_BAR and largest <= LARGEST_BAR else "does not hold"
+    verdict = "is met" if median <= MEDIAN_BAR and largest <= LARGEST_BAR else "is missed"
     return (
         f"{len(rows)} published runs: median error {median:.1%}, largest {largest:.1%}; "
         f"{len(held_out)} of them held out from the fit: {median_error(held_out):.1%}, "
@@ -205,7 +205,7 @@ def validation_json(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def validation_markdown(rows: Sequence[Row]) -> str:
-    """For docs/planner.md."""
+    """Table of docs/planner.md."""
     head = ["| run | predicted | published | error | constants | source |", "|---|---:|---:|---:|---|---|"]
     body = [
         f"| {row.name} | {row.predicted:,.0f} | {row.published:,.0f} | {row.error:+.1%} | "

@@ -1,5 +1,7 @@
-"""`plan layout`: every layout that N GPUs allow, what rules one out, and how fast the others are. Pure
-Python."""
+"""`plan layout`: every layout of N GPUs, with its predicted speed or the reason against it.
+
+Imports no torch.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -16,32 +18,34 @@ from llama_mcore.plan.layout.efficiency import Efficiency
 from llama_mcore.plan.layout.flops import executed_flops, mfu, token_flops
 from llama_mcore.plan.layout.footprint import Footprint, memory_of
 from llama_mcore.plan.layout.hardware import GIB, GPUS, Gpu, Network
-from llama_mcore.plan.layout.throughput import Predictor, StepTime, Work, shape_of
+from llama_mcore.plan.layout.throughput import Predictor, Shape, StepTime, Work
 
 TENSOR_PARALLEL = (1, 2, 4, 8, 16)
 STAGES = (1, 2, 3)
 MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
 DAY_S = 86_400
 NEAR_BATCH = 0.15
-"""By how much of itself the batch may be moved, so that the ranks share it evenly."""
+"""Largest relative change of the batch to let the ranks share it evenly."""
 MOST_NODES_MORE = 64
 MOST_DOUBLINGS = 10
-"""Of the number of GPUs beyond that, in the search for the smallest change after which something fits."""
+"""Doublings of the number of GPUs beyond that, in the search for one that a layout fits."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is to be trained."""
+    """Model and amount of training to plan for."""
 
     run: RunConfig
-    """Model, and all that a layout leaves open."""
+    """Model, and all settings that a layout leaves open."""
     tokens: float
     sequences: float
-    """Of a step; a layout moves it by at most NEAR_BATCH."""
+    """Sequences per step; a layout changes it by at most NEAR_BATCH."""
 
 
 @dataclass(frozen=True)
 class Cluster:
+    """GPUs of one kind, their network, and the efficiency assumed for them."""
+
     gpu: Gpu
     gpus: int
     network: Network
@@ -51,7 +55,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Option:
-    """A layout that runs and fits."""
+    """A layout that is valid and fits."""
 
     run: RunConfig
     footprint: Footprint
@@ -101,14 +105,16 @@ class Option:
 
 @dataclass(frozen=True)
 class Found:
+    """Result of a search."""
+
     options: list[Option]
     """Fastest first."""
     rejected: dict[str, int]
-    """Reason -> layouts."""
+    """Reason -> number of layouts."""
 
 
 def search(goal: Goal, cluster: Cluster) -> Found:
-    """Every layout, taken or ruled out."""
+    """Try every layout."""
     options, rejected = [], Counter[str]()
     for tp, stage, micro_batch, recompute in product(
         TENSOR_PARALLEL, STAGES, MICRO_BATCHES, get_args(Recompute)
@@ -126,7 +132,7 @@ def search(goal: Goal, cluster: Cluster) -> Found:
 def _option(
     goal: Goal, cluster: Cluster, tp: int, stage: int, micro_batch: int, recompute: Recompute
 ) -> tuple[RunConfig, Footprint] | str:
-    """The run of a layout, or why there is none, in words that layouts share."""
+    """Run of a layout and its memory, or the reason against it, in words that layouts share."""
     if cluster.gpus_per_node % tp:
         return f"tensor parallelism: tp must divide the {cluster.gpus_per_node} GPUs of a node"
     if cluster.gpus % tp:
@@ -179,30 +185,30 @@ def step_time(run: RunConfig, cluster: Cluster) -> StepTime:
         reduce_bytes=4 if run.zero.reduce_dtype == "fp32" else 2,
         gpus_per_node=cluster.gpus_per_node,
     )
-    return Predictor(cluster.gpu, cluster.network, cluster.efficiency).step_time(shape_of(run.model), work)
+    return Predictor(cluster.gpu, cluster.network, cluster.efficiency).step_time(Shape(run.model), work)
 
 
 def check_model(goal: Goal) -> None:
-    """What no layout changes: raises ConfigError for a model that one rank cannot train either."""
+    """Raise ConfigError for problems that no layout changes: a model that one rank cannot train either."""
     check_run(_run(goal, 1, tp=1, stage=1, micro_batch=1, recompute="full"), world_size=1)
 
 
 def nothing_fits(goal: Goal, cluster: Cluster, rejected: dict[str, int]) -> ConfigError:
-    """What rules layouts out, and the smallest changes after which one fits."""
+    """The reasons against all layouts, and the smallest changes that make one fit."""
     remedies = [*_other_batch(goal, cluster), *_more_gpus(goal, cluster), *_other_gpu(goal, cluster)]
     remedy = (
         f"the smallest change: {' or '.join(remedies)}"
         if remedies
-        else "no number of GPUs of a known kind changes that: choose another model or sequence length"
+        else "more or other GPUs do not help: choose another model or sequence length"
     )
     problems = [Problem("ruled out", f"{count} layouts", reason) for reason, count in rejected.items()]
     asked = f"{cluster.gpus} x {cluster.gpu.name}"
-    return ConfigError([Problem("--gpus", asked, "no layout runs and fits", remedy), *problems])
+    return ConfigError([Problem("--gpus", asked, "has no valid layout that fits", remedy), *problems])
 
 
 def _anything_fits(goal: Goal, cluster: Cluster) -> bool:
-    """Of all layouts those of micro-batch 1 and full recomputation need the least memory, and the batch can
-    be nearest to what is wanted."""
+    """True if any layout is valid and fits."""
+    # micro-batch 1 and full recomputation need the least memory and let the batch be nearest to the goal's
     return any(
         not isinstance(_option(goal, cluster, tp, stage, 1, "full"), str)
         for tp, stage in product(TENSOR_PARALLEL, STAGES)

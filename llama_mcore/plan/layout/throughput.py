@@ -1,21 +1,22 @@
-"""Seconds of one training step, from the shapes of its operators and what the hardware can do. Imports no
-torch.
+"""Seconds of one training step, from the shapes of its operators and the hardware's speeds. Imports no torch.
 
     s sequence, b micro-batch, h hidden, n query heads, g key/value heads, d head width, f ffn, v vocabulary
     t tensor-parallel, p pipeline ranks, m micro-batches of a step, P parameters of a rank
 
-Matrix products run at the GPU's best times a share that falls with their smallest side; attention at what
-its kernel was measured at; all other operators at the speed of memory. Collectives move (r - 1)/r of their
+Matrix products run at the GPU's best speed times a share that falls with their smallest side; attention at
+its kernel's measured speed; all other operators at the speed of memory. Collectives move (r - 1)/r of their
 bytes over NVLink within a node and over the network between nodes.
 
 Our own layouts have no pipeline; it is here to check the prediction against published runs that do.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Literal
 
 from llama_mcore.model.config import ModelConfig
+from llama_mcore.model.parameters import TpSplit, layer_parameters
 from llama_mcore.plan.layout.efficiency import Efficiency, attention_flops, gemm_flops
 from llama_mcore.plan.layout.hardware import Gpu, Network
 
@@ -37,28 +38,34 @@ Recomputed = Literal["none", "selective", "attention", "full"]
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder, LLaMA's or GPT's."""
+    """A decoder: LLaMA's, or GPT's with one matrix into the ffn, which has no gate."""
 
-    layers: int
-    hidden: int
-    heads: int
-    groups: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    sequence: int
+    model: ModelConfig
     gated: bool = True
-    """SwiGLU, with two matrices into the ffn; GPT has one."""
 
     @property
     def layer_params(self) -> int:
-        width = (2 * self.heads + 2 * self.groups) * self.head_dim
-        return self.hidden * (width + (3 if self.gated else 2) * self.ffn)
+        """Values of a layer's matrices."""
+        return sum(prod(sides) for _, sides in self._matrices())
+
+    def matrices(self, tp: int) -> list[list[float]]:
+        """Out and in width of each matrix of a layer on one rank."""
+        return [
+            [side / tp if dim == split.dim else side for dim, side in enumerate(sides)]
+            for split, sides in self._matrices()
+        ]
+
+    def _matrices(self) -> Iterator[tuple[TpSplit, tuple[int, int]]]:
+        for parameter in layer_parameters(self.model):
+            if parameter.split:
+                out_width, in_width = parameter.shape(self.model)
+                has_one = parameter.fused == "gate_up" and not self.gated
+                yield parameter.split, (out_width // 2 if has_one else out_width, in_width)
 
 
 @dataclass(frozen=True)
 class Work:
-    """How a step is spread, and what the system does or leaves out. The defaults are ours."""
+    """Layout of a step, and features of the training system. The defaults describe this one."""
 
     gpus: int
     tp: int
@@ -73,15 +80,14 @@ class Work:
     attention: str = "flash2"
     """Key of efficiency.ATTENTION_KERNELS; or unfused: scores go through memory, also the masked ones."""
     reduce_bytes: int = FP32
-    """Per gradient between data-parallel ranks."""
+    """Bytes per gradient sent between data-parallel ranks."""
     shard_ranks: int = 0
     """Data-parallel ranks that share one copy of the states, the copies reducing gradients among each
     other (PyTorch's hybrid sharding); 0: all."""
     overlaps_backward_entry: bool = True
-    """Whether the gather of the output gradient runs beside other work, as in model/layer_function.py."""
+    """The gather of the output gradient runs beside other work, as in model/layer_function.py."""
     overlaps_gather: bool = False
-    """Stage 2: whether updated weights are gathered beside the next forward; DeepSpeed does it in its
-    step."""
+    """Stage 2: updated weights are gathered beside the next forward; DeepSpeed gathers them in its step."""
     fused: bool = True
     """Norms, rotation and SwiGLU in one kernel each; else a kernel for each operation, as in the written-out
     layer of `recompute: none`."""
@@ -101,7 +107,7 @@ class StepTime:
     memory_bound: float
     recompute: float
     tensor_parallel: float
-    """Communication that nothing hides, and the cost of what is hidden; so is the data-parallel one."""
+    """Exposed communication, and the cost of hidden communication; `data_parallel` likewise."""
     gaps: float
     data_parallel: float = 0.0
     optimizer: float = 0.0
@@ -112,29 +118,16 @@ class StepTime:
         return sum(vars(self).values())
 
 
-def shape_of(model: ModelConfig) -> Shape:
-    return Shape(
-        model.num_layers,
-        model.hidden_size,
-        model.num_attention_heads,
-        model.num_query_groups,
-        model.head_dim,
-        model.ffn_hidden_size,
-        model.vocab_size,
-        model.seq_length,
-    )
-
-
 @dataclass(frozen=True)
 class Predictor:
-    """What one kind of GPU and network, used this well, needs for a step."""
+    """Prediction of step times for one kind of GPU and network at this efficiency."""
 
     gpu: Gpu
     network: Network
     efficiency: Efficiency
 
     def step_time(self, shape: Shape, work: Work) -> StepTime:
-        layers, m = shape.layers / work.pp, work.micro_batches
+        layers, m = shape.model.num_layers / work.pp, work.micro_batches
         gemm, attention, stream = (
             self._layer_gemm(shape, work),
             self._layer_attention(shape, work),
@@ -155,7 +148,7 @@ class Predictor:
         return self._whole_step(shape, work, busy)
 
     def _whole_step(self, shape: Shape, work: Work, busy: StepTime) -> StepTime:
-        """`busy`: seconds of all micro-batches; the rest of a step follows from them."""
+        """Times of a whole step, from `busy`, those of its micro-batches."""
         micro_batch = busy.total / work.micro_batches
         forward = micro_batch / (4 if work.recompute == "full" else 3)
         return replace(
@@ -166,16 +159,9 @@ class Predictor:
         )
 
     def _layer_gemm(self, shape: Shape, work: Work) -> float:
-        """Forward of the four products of a layer."""
-        tokens, t, h = _tokens(shape, work), work.tp, shape.hidden
-        qkv = (shape.heads + 2 * shape.groups) * shape.head_dim / t
-        width, ffn = shape.heads * shape.head_dim / t, shape.ffn / t
-        return (
-            self._product(tokens, qkv, h)
-            + self._product(tokens, h, width)
-            + self._product(tokens, (2 if shape.gated else 1) * ffn, h)
-            + self._product(tokens, h, ffn)
-        )
+        """Seconds of the four matrix products of a layer's forward."""
+        tokens = _tokens(shape, work)
+        return sum(self._product(tokens, *sides) for sides in shape.matrices(work.tp))
 
     def _product(self, *sides: float) -> float:
         return 2 * prod(sides) / gemm_flops(self.gpu, self.efficiency, min(sides))
@@ -184,42 +170,50 @@ class Predictor:
         return count / (self.gpu.memory_bandwidth * self.efficiency.stream_share)
 
     def _layer_attention(self, shape: Shape, work: Work) -> float:
-        """Forward of a layer's attention."""
-        tokens, width = _tokens(shape, work), shape.heads * shape.head_dim / work.tp
+        """Seconds of a layer's attention in the forward."""
+        tokens, length = _tokens(shape, work), shape.model.seq_length
+        heads, head_dim = shape.model.num_attention_heads, shape.model.head_dim
         if work.attention != "unfused":
-            causal = 2 * width * shape.sequence * tokens
-            return causal / attention_flops(self.gpu, work.attention, shape.sequence)
-        scores = tokens * shape.sequence * shape.heads / work.tp
+            causal = 2 * (heads * head_dim / work.tp) * length * tokens
+            return causal / attention_flops(self.gpu, work.attention, length)
+        scores = tokens * length * heads / work.tp
         # Written by the product; softmax reads and writes; dropout too, and writes its mask of 1 byte.
         moved = scores * (BF16 + 2 * BF16 + 2 * BF16 + 1)
-        return 2 * self._product(shape.head_dim, shape.sequence, scores / shape.sequence) + self._stream(
-            moved
-        )
+        return 2 * self._product(head_dim, length, scores / length) + self._stream(moved)
 
     def _layer_stream(self, shape: Shape, work: Work) -> float:
-        """Forward of two norms, two residual sums, rotation and activation: what each reads and writes."""
-        tokens = _tokens(shape, work)
+        """Seconds of a layer's memory-bound operators in the forward, from the bytes they read and write.
+
+        They are the norms, two residual sums, rotation and activation.
+        """
+        tokens, model = _tokens(shape, work), shape.model
         local = tokens / work.tp if work.sequence_parallel else tokens
         norm, rotation, swiglu = FUSED_VALUES if work.fused else PLAIN_VALUES
-        outside = (2 * norm + 2 * 3) * shape.hidden
-        rotated = rotation * (shape.heads + shape.groups) * shape.head_dim if shape.gated else 0
-        inside = rotated + (swiglu if shape.gated else 2) * shape.ffn
+        norms = [parameter for parameter in layer_parameters(model) if parameter.is_norm]
+        normed = {each: each.vectors(model) * each.size(model) for each in norms}
+        of_heads = sum(width for each, width in normed.items() if each.summed == "always")
+        outside = norm * (sum(normed.values()) - of_heads) + 2 * 3 * model.hidden_size
+        heads = model.num_attention_heads + model.num_query_groups
+        rotated = rotation * heads * model.head_dim if shape.gated else 0
+        inside = norm * of_heads + rotated + (swiglu if shape.gated else 2) * model.ffn_hidden_size
         return self._stream(BF16 * (outside * local + inside * tokens / work.tp))
 
     def _output_layer(self, shape: Shape, work: Work) -> tuple[float, float]:
-        """Forward of the product; loss and its gradient: logits cast to fp32, read for maximum, exponential
-        and sum, written twice, and the gradient written in bf16."""
-        tokens, vocab = _tokens(shape, work), shape.vocab / work.tp
+        """Seconds of the output layer's product in the forward, and of the loss with its gradient."""
+        # logits cast to fp32, read for maximum, exponential and sum, written twice; gradient written in bf16
+        tokens, vocab = _tokens(shape, work), shape.model.vocab_size / work.tp
         moved = tokens * vocab * (BF16 + FP32 + FP32 + 2 * 2 * FP32 + BF16)
-        return self._product(tokens, vocab, shape.hidden), self._stream(moved)
+        return self._product(tokens, vocab, shape.model.hidden_size), self._stream(moved)
 
     def _layer_transfers(self, shape: Shape, work: Work) -> float:
-        """Of a layer's forward and backward. Each of the two halves is entered by a gather and left by a
-        reduce-scatter, 4 transfers a forward, which wait for nothing and are waited for. A backward has
-        4 more and, under sequence parallelism, gathers both inputs again. (Korthikanti et al., section
-        4.2.2; an all-reduce without sequence parallelism moves as much as both.)"""
+        """Seconds of tensor-parallel communication in a layer's forward and backward.
+
+        Each of its two blocks begins with a gather and ends with a reduce-scatter: 4 exposed transfers a
+        forward. A backward has 4 more and, under sequence parallelism, gathers both inputs again.
+        (Korthikanti et al., section 4.2.2; an all-reduce without sequence parallelism moves as much as both.)
+        """
         t = work.tp
-        one = BF16 * _tokens(shape, work) * shape.hidden * (t - 1) / t
+        one = BF16 * _tokens(shape, work) * shape.model.hidden_size * (t - 1) / t
         one /= self.gpu.nvlink * self.efficiency.nvlink_share
         backward = 6 if work.sequence_parallel else 4
         waited = 4 * (2 if work.recompute == "full" else 1)
@@ -228,11 +222,11 @@ class Predictor:
         return one * (waited + self.efficiency.overlap_cost * backward)
 
     def _data_parallel(self, shape: Shape, work: Work, forward: float, backward: float) -> float:
-        """`forward`, `backward`: seconds of one micro-batch, behind which transfers may hide."""
+        """Seconds of data-parallel communication, next to the `forward` and `backward` of a micro-batch."""
         ranks = work.shard_ranks or work.dp
         params, m = rank_params(shape, work), work.micro_batches
         # stage 3 moves a layer at a time, the others a bucket
-        parts = shape.layers / work.pp if work.stage == 3 else ceil(params / BUCKET_VALUES)
+        parts = shape.model.num_layers / work.pp if work.stage == 3 else ceil(params / BUCKET_VALUES)
         gather = self._transfer(BF16 * params, ranks, parts, work)
         reduce = self._transfer(work.reduce_bytes * params, ranks, parts, work)
         if work.stage <= 1:
@@ -246,8 +240,8 @@ class Predictor:
         return m * (self._hidden(gather, forward) + self._hidden(gather + reduce, backward))
 
     def _transfer(self, count: float, ranks: int, parts: float, work: Work) -> float:
-        """A gather or reduce-scatter of `count` bytes in so many rings: within a node, or over all its links
-        at once."""
+        """Seconds of a gather or reduce-scatter of `count` bytes in `parts` rings, within a node or over all
+        its links at once."""
         in_node = work.gpus_per_node // work.tp
         speed = self.gpu.nvlink * self.efficiency.nvlink_share
         hops = 0.0
@@ -257,7 +251,7 @@ class Predictor:
         return count * (ranks - 1) / ranks / speed + parts * hops
 
     def _hidden(self, transfer: float, computation: float) -> float:
-        """What a transfer costs that runs beside computation."""
+        """Cost of a transfer that runs beside computation."""
         return max(0.0, transfer - computation) + self.efficiency.overlap_cost * min(transfer, computation)
 
     def _optimizer(self, shape: Shape, work: Work) -> float:
@@ -266,10 +260,11 @@ class Predictor:
 
 
 def rank_params(shape: Shape, work: Work) -> float:
-    """Matrices of the fullest rank: with a pipeline the first and the last each hold one embedding."""
-    embeddings = shape.vocab * shape.hidden * (2 if work.pp == 1 else 1)
-    return (shape.layers * shape.layer_params / work.pp + embeddings) / work.tp
+    """Values of the matrices on the fullest rank."""
+    # with a pipeline the first and the last rank each hold one embedding
+    embeddings = shape.model.vocab_size * shape.model.hidden_size * (2 if work.pp == 1 else 1)
+    return (shape.model.num_layers * shape.layer_params / work.pp + embeddings) / work.tp
 
 
 def _tokens(shape: Shape, work: Work) -> int:
-    return shape.sequence * work.micro_batch
+    return shape.model.seq_length * work.micro_batch

@@ -1,5 +1,7 @@
-"""From the words of the command line to a run's configuration, and from a chosen layout to a file. Pure
-Python."""
+"""Runs for the planner: the configuration of a model or shape, and the file of a chosen layout.
+
+Imports no torch.
+"""
 
 import shlex
 from collections.abc import Mapping
@@ -15,25 +17,27 @@ from llama_mcore.units import format_count
 LARGE_PARAMS = 20e9
 """The paper trains larger models with half the learning rate (Table 2)."""
 SHAPE = ("num_layers", "hidden_size", "num_attention_heads")
-"""What a model needs that is given by its shape."""
+"""Fields required of a model that is given by its shape."""
 PATTERN = "65b"
-"""The shipped configuration that gives data, optimizer and the rest to models without one."""
+"""Shipped configuration from which models without one take data, optimizer and the rest."""
 
 
 def base_run(
     model: str = "", seq_length: int | None = None, shape: Mapping[str, int | None] | None = None
 ) -> RunConfig:
-    """A shipped size, a preset with the settings of the paper, or a model of that shape: fields of
-    ModelConfig, None for those left to its defaults. Raises ConfigError."""
+    """Run of a shipped size, of a preset with the paper's settings, or of a shape.
+
+    `shape`: fields of ModelConfig, None for its defaults. Raises ConfigError.
+    """
     given = {name: value for name, value in (shape or {}).items() if value}
     model = model.lower()
     if model and given:
         options = ", ".join(map(_option, given))
-        reason = f"is a shape already, beside {options}"
+        reason = f"cannot be combined with {options}, which give a shape too"
         raise ConfigError(Problem("--model", model, reason, "drop one of them"))
     if not model and not given:
         remedy = f"add it, or {', '.join(map(_option, SHAPE))}"
-        raise ConfigError(Problem("--model", "(not given)", "is required, or a shape in its place", remedy))
+        raise ConfigError(Problem("--model", "(not given)", "is required unless a shape is given", remedy))
     length = [f"model.seq_length={seq_length}"] if seq_length else []
     if given:
         return _with_paper_lr(_shaped(given, length))
@@ -46,7 +50,7 @@ def base_run(
 
 def _shaped(given: Mapping[str, int], length: list[str]) -> RunConfig:
     missing = [
-        Problem(_option(name), "(not given)", "is required beside the rest of a shape", "add it, or --model")
+        Problem(_option(name), "(not given)", "is required for a shape", "add it, or give --model instead")
         for name in SHAPE
         if name not in given
     ]
@@ -55,7 +59,7 @@ def _shaped(given: Mapping[str, int], length: list[str]) -> RunConfig:
     hidden, heads = given["hidden_size"], given["num_attention_heads"]
     if hidden % heads:
         remedy = f"e.g. {heads * max(1, hidden // heads)}"
-        raise ConfigError(Problem("--hidden-size", hidden, f"must be divisible by {heads} heads", remedy))
+        raise ConfigError(Problem("--hidden-size", hidden, f"must be divisible by the {heads} heads", remedy))
     run = load_run(PATTERN, [*(f"model.{name}={value}" for name, value in given.items()), *length])
     folder = f"runs/llama-{format_count(run.model.num_params()).lower()}"
     return run.changed(run={"dir": folder})
@@ -71,21 +75,23 @@ def _option(field: str) -> str:
 
 
 def check_files(config: Path | None, script: Path | None) -> None:
-    """Raises ConfigError where the script has no configuration of its own to name."""
+    """Raise ConfigError if a script is to be written without a configuration file of its own."""
     if script and not config:
         raise ConfigError(Problem("--write-script", script, "needs --write-config", "add it"))
     if script and config and script.resolve() == config.resolve():
-        raise ConfigError(Problem("--write-script", script, "is the file of --write-config", "name another"))
+        raise ConfigError(
+            Problem("--write-script", script, "is the same file as --write-config", "name another")
+        )
 
 
 def write_run(option: Option, config: Path, script: Path | None = None, *, force: bool = False) -> None:
-    """The run of a layout as `load_run` reads it. `script`: what will be written for it too.
+    """Write the run of a layout as `load_run` reads it; `script` is written later, but checked here too.
 
-    Raises OutputError, before anything is written, where a file is there and `force` is not said.
+    Raises OutputError, before anything is written, if a file exists and `force` is not given.
     """
     files = {"--write-config": config} | ({"--write-script": script} if script else {})
     there = [
-        Problem(name, path, "is there already", "choose another name, or --force")
+        Problem(name, path, "already exists", "choose another name, or give --force")
         for name, path in files.items()
         if path.exists() and not force
     ]
@@ -103,17 +109,19 @@ def write_run(option: Option, config: Path, script: Path | None = None, *, force
 
 
 def nodes_of(cluster: Cluster) -> tuple[int, int]:
-    """Number of nodes and GPUs of each: whole nodes, or a part of one. ConfigError for GPUs that do not fill
-    their nodes."""
+    """Number of nodes and of GPUs in each: whole nodes, or a part of one.
+
+    Raises ConfigError for GPUs that do not fill their nodes.
+    """
     per_node = min(cluster.gpus, cluster.gpus_per_node)
     if cluster.gpus % per_node:
-        reason = f"do not fill nodes of {per_node}, as a job of Slurm does"
+        reason = f"do not fill nodes of {per_node}, as a Slurm job must"
         raise ConfigError(Problem("--gpus", cluster.gpus, reason, "give whole nodes, or --gpus-per-node"))
     return cluster.gpus // per_node, per_node
 
 
 def launch_command(option: Option, config: Path) -> str:
-    """What writes the job script for that file, also before there is data."""
+    """Command that writes the job script for that file, also before the data exists."""
     nodes, gpus = nodes_of(option.cluster)
     per_node = [] if gpus == 8 else ["--gpus-per-node", str(gpus)]
     words = ["--config", str(config), "--nodes", str(nodes), *per_node, "--data-later"]

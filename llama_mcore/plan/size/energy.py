@@ -1,5 +1,4 @@
-"""GPU-hours, electricity and CO2 of a training run, as the LLaMA paper counts them (section 6). Imports no
-torch.
+"""GPU-hours, electricity and CO2 of a training run, as in section 6 of the LLaMA paper. Imports no torch.
 
 energy  GPU-hours x power of one GPU x PUE        CO2  energy x the grid's average
 """
@@ -7,9 +6,9 @@ energy  GPU-hours x power of one GPU x PUE        CO2  energy x the grid's avera
 from dataclasses import dataclass
 
 PUE = 1.1
-"""Of the whole data centre to its computers; the paper's."""
+"""Power of the whole data centre over that of its computers; the paper's figure."""
 CO2_T_PER_MWH = 0.385
-"""The United States' average, which the paper uses for every model."""
+"""Average of the United States, which the paper uses for every model."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The picture of `plan size`: loss against lifetime cost, and models of equal loss.
 
-matplotlib is loaded when it draws.
+matplotlib is imported when it draws.
 """
 
 from pathlib import Path
@@ -22,9 +22,11 @@ _ISO_STEPS = (-0.10, -0.05, 0.0, 0.05, 0.10)  # nats around the loss of the opti
 
 
 def draw_size(plan: SizePlan, output: Path) -> None:
-    """Write a PNG, whole or not at all. Raises OutputError where it is already there or cannot be written."""
+    """Write a PNG, completely or not at all. Raises OutputError if it exists or cannot be written."""
     if output.exists():
-        raise OutputError(Problem("--picture", output, "is already there", "move it away or name another"))
+        raise OutputError(
+            Problem("--picture", output, "already exists", "move it away or choose another name")
+        )
     save_figure(_figure(plan), output)
 
 
@@ -46,7 +48,7 @@ def _figure(plan: SizePlan) -> "Figure":
 
 
 def _draw_cost(axes: "Axes", plan: SizePlan) -> None:
-    """Each line is one size, trained longer and longer; what touches their lower edge is cheapest."""
+    """Loss against cost: a line for each size, trained ever longer; the lower edge is cheapest."""
     law, served = plan.request.law, plan.request.inference_tokens
     centre, flops = plan.optimum.allocation, plan.optimum.training_flops
     for factor in (0.1, 0.3, 1.0, 3.0, 10.0):
@@ -103,7 +105,7 @@ def _draw_iso_loss(axes: "Axes", plan: SizePlan) -> None:
 
 
 def _label(axes: "Axes", text: str, at: tuple[float, float], side: str) -> None:
-    """At the end of a line; `side` of the text that is there."""
+    """Write `text` at the end of a line, which is at this `side` of the text."""
     axes.annotate(
         text,
         at,
@@ -117,7 +119,7 @@ def _label(axes: "Axes", text: str, at: tuple[float, float], side: str) -> None:
 
 
 def _mark(axes: "Axes", points: list[tuple[str, float, float]], optimum: tuple[float, float]) -> None:
-    """The paper's models, and the optimum."""
+    """Draw the paper's models and the optimum."""
     xs, ys = [x for _, x, _ in points], [y for _, _, y in points]
     axes.plot(xs, ys, "o", color=PAPER_COLOR, label="LLaMA", zorder=5)
     for name, x, y in points:
@@ -131,5 +133,5 @@ def _mark(axes: "Axes", points: list[tuple[str, float, float]], optimum: tuple[f
 
 
 def _around(centre: float, decades: float) -> list[float]:
-    """Numbers at equal ratios on both sides."""
+    """Numbers at equal ratios on both sides of `centre`."""
     return [centre * 10 ** (decades * (2 * i / (_POINTS - 1) - 1)) for i in range(_POINTS)]

@@ -1,4 +1,4 @@
-"""The answer of `plan size` as text and as JSON. Imports no torch."""
+"""Output of `plan size`, as text and as JSON. Imports no torch."""
 
 import shlex
 from collections.abc import Callable
@@ -10,27 +10,27 @@ from llama_mcore.plan.data import PAPER_TOKENS, WORTHWHILE_EPOCHS
 from llama_mcore.plan.size.energy import CO2_T_PER_MWH, PAPER_65B_TOKENS_PER_S, PAPER_GPU_WATTS, PUE
 from llama_mcore.plan.size.scaling import LAWS, ROUNDING, Allocation, ParametricLaw, kaplan_loss
 from llama_mcore.plan.size.solve import Costed, PaperModel, SizePlan
-from llama_mcore.plan.size.with_layout import LayoutForSize, how_dict, how_parts
+from llama_mcore.plan.size.with_layout import LayoutForSize, layout_dict, layout_parts
 from llama_mcore.plan.table import Grid, flops, whole
 from llama_mcore.units import format_count
 
 _USUAL_TOKENS_PER_PARAM = 100
 
 
-def size_dict(plan: SizePlan, how: LayoutForSize | None = None) -> dict[str, Any]:
-    """The keys that docs/planner.md describes."""
-    asked = plan.request
+def size_dict(plan: SizePlan, layout: LayoutForSize | None = None) -> dict[str, Any]:
+    """JSON of `plan size`, with the keys that docs/planner.md describes."""
+    request = plan.request
     return {
         "conclusion": conclusion(plan),
-        "law": {"name": asked.law_name, **asdict(asked.law)},
-        "budget_flops": asked.flops,
-        "target_loss": asked.loss,
-        "inference_tokens": asked.inference_tokens,
-        "gpu": asked.gpu.name,
-        "gpu_peak_flops": asked.gpu.peak.bf16_flops,
+        "law": {"name": request.law_name, **asdict(request.law)},
+        "budget_flops": request.flops,
+        "target_loss": request.loss,
+        "inference_tokens": request.inference_tokens,
+        "gpu": request.gpu.name,
+        "gpu_peak_flops": request.gpu.peak.bf16_flops,
         "gpus": plan.gpus,
         "days": plan.days,
-        "mfu": asked.mfu,
+        "mfu": request.mfu,
         "mfu_causal": plan.mfu_causal,
         "mfu_full": plan.mfu_full,
         "hfu": {
@@ -48,26 +48,26 @@ def size_dict(plan: SizePlan, how: LayoutForSize | None = None) -> dict[str, Any
         "llama": {model.name: _paper_model(model) for model in plan.paper},
         "data": plan.data.to_dict(),
         "notes": notes(plan),
-        "layout": how_dict(how),
+        "layout": layout_dict(layout),
         "next_command": shlex.join(plan.layout_command),
     }
 
 
-def size_parts(plan: SizePlan, how: LayoutForSize | None = None) -> list[str | Grid]:
-    """What `plan size` prints."""
+def size_parts(plan: SizePlan, layout: LayoutForSize | None = None) -> list[str | Grid]:
+    """Paragraphs and tables that `plan size` prints."""
     return [
         conclusion(plan),
         _candidates(plan),
         _laws(plan),
         _paper(plan.paper, plan.request.inference_tokens),
         "\n".join(f"- {note}" for note in notes(plan)),
-        *(how_parts(how) if how else []),
-        f"{'Other layouts' if how else 'How to train it'}:\n    {shlex.join(plan.layout_command)}",
+        *(layout_parts(layout) if layout else []),
+        f"{'Other layouts' if layout else 'How to train it'}:\n    {shlex.join(plan.layout_command)}",
     ]
 
 
 def conclusion(plan: SizePlan) -> str:
-    """One line."""
+    """The recommendation in one line."""
     found = plan.recommended
     model = plan.shape.preset or f"{format_count(plan.shape.params)} parameters ({plan.shape.describe()})"
     text = (
@@ -79,37 +79,38 @@ def conclusion(plan: SizePlan) -> str:
         return text + "."
     served = format_count(plan.request.inference_tokens)
     return (
-        f"{text}; with {served} tokens of inference it costs {plan.saving:.0%} less over its life than the "
-        "compute-optimal model of its loss."
+        f"{text}; with {served} tokens of inference it costs {plan.saving:.0%} less over its lifetime than "
+        "the compute-optimal model of the same loss."
     )
 
 
 def notes(plan: SizePlan) -> list[str]:
-    """What the figures rest on, and what stands against them."""
-    asked = plan.request
+    """Assumptions behind the figures, and doubts about them."""
+    request = plan.request
     found = [
-        f"law: {asked.law.title}. Its loss is in nats of Chinchilla's own data and tokenizer: it compares "
-        "sizes and is not what a LLaMA's curve shows. Fitted on 70M to 16B parameters and 5B to 500B tokens; "
+        f"law: {request.law.title}. Its loss is in nats of Chinchilla's own data and tokenizer: it compares "
+        "sizes, and is not the loss that a LLaMA's curve shows. Fitted on 70M to 16B parameters and 5B to "
+        "500B tokens; "
         "beyond that it extrapolates.",
         ROUNDING,
-        f"MFU {asked.mfu:.3g}{_where_from(plan)} counts 6 N operations a token, as the laws do; for this "
+        f"MFU {request.mfu:.3g}{_where_from(plan)} counts 6 N operations a token, as the laws do; for this "
         f"shape at {plan.shape.model.seq_length:,} tokens it is {plan.mfu_causal:.3g} with causal and "
         f"{plan.mfu_full:.3g} with full attention counted (HFU {_hfu(plan, 'selective')} with our backward, "
         f"{_hfu(plan, 'full')} with full recompute), {plan.tokens_per_s_per_gpu:,.0f} tokens/s/GPU. "
-        f"Peak: {asked.gpu.peak.source}. Inference is counted at the same MFU; serving often reaches less.",
-        f"energy: GPU-hours x {asked.gpu.watts:g} W x PUE {PUE:g}; CO2: {CO2_T_PER_MWH:g} t a MWh "
+        f"Peak: {request.gpu.peak.source}. Inference is counted at the same MFU; serving often reaches less.",
+        f"energy: GPU-hours x {request.gpu.watts:g} W x PUE {PUE:g}; CO2: {CO2_T_PER_MWH:g} t a MWh "
         f"(LLaMA paper, section 6, with {PAPER_GPU_WATTS:g} W for its A100).",
         *_data_notes(plan),
     ]
     ratio = plan.recommended.allocation.tokens_per_param
     if ratio > _USUAL_TOKENS_PER_PARAM:
         found.append(
-            f"{ratio:.0f} tokens a parameter are beyond what the law was fitted at; such fits overrate what "
-            "further tokens bring there (Sardana et al. 2401.00448)."
+            f"{ratio:.0f} tokens per parameter are beyond the range in which the law was fitted; such fits "
+            "overrate the benefit of further tokens there (Sardana et al. 2401.00448)."
         )
     if plan.budget_binds:
         found.append(
-            "The budget binds: a smaller model trained longer would cost less over its life at this loss."
+            "The budget binds: a smaller model trained longer would cost less over its lifetime at this loss."
         )
     return found
 
@@ -193,7 +194,7 @@ def _paper(models: list[PaperModel], inference_tokens: float) -> Grid:
         ("training CO2 (t)", lambda model: whole(model.costed.training_co2_t)),
         ("tokens/s/GPU of its GPU-hours", lambda model: f"{model.tokens_per_s_per_gpu:,.0f}"),
         *((name, _of_costed(show)) for name, show in _LIFETIME_LINES),
-        ("dearer than the cheapest of its loss", lambda model: f"{model.over_cheapest:.1%}"),
+        ("cost above the cheapest of its loss", lambda model: f"{model.over_cheapest:.1%}"),
         ("cheapest of its loss for inference of", lambda model: _best_for(model.best_for_inference_tokens)),
     ]
     rows = [[name, *(show(model) for model in models)] for name, show in shown]
@@ -209,7 +210,7 @@ def _served(inference_tokens: float) -> str:
 
 
 def _best_for(inference_tokens: float) -> str:
-    """A model larger than compute-optimal is the cheapest for none."""
+    """Amount of inference as text; a model larger than compute-optimal is the cheapest for none."""
     return format_count(inference_tokens) if inference_tokens >= 0 else "none"
 
 

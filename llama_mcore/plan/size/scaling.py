@@ -1,4 +1,4 @@
-"""How loss follows from size and data, and what that makes the best model for a budget. Imports no torch.
+"""Scaling laws: loss from size and data, and the best model for a budget. Imports no torch.
 
     N parameters, D training tokens, I tokens of inference over the model's life, C operations of training
 
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 RELATIVE_TOLERANCE = 1e-12
-"""Of N and D of an optimum."""
+"""Relative tolerance of N and D of an optimum."""
 PF_DAY = 1e15 * 86400
 
 
@@ -58,7 +58,7 @@ class ParametricLaw:
         return self.irreducible + self.a * params**-self.alpha + self.b * tokens**-self.beta
 
     def tokens_for(self, loss: float, params: float) -> float | None:
-        """Training tokens that bring a model to `loss`; None if it is too small to come there."""
+        """Training tokens that bring a model to `loss`; None if it is too small to reach it."""
         rest = loss - self.irreducible - self.a * params**-self.alpha
         return (self.b / rest) ** (1 / self.beta) if rest > 0 else None
 
@@ -77,7 +77,7 @@ class ParametricLaw:
         )
 
     def inference_it_is_best_for(self, model: Allocation) -> float:
-        """The I for which no model of equal loss costs less; negative where none is: larger than optimal."""
+        """The I at which no model of equal loss costs less; negative for one larger than compute-optimal."""
         params_side = self.alpha * self.a * model.params**-self.alpha
         tokens_side = self.beta * self.b * model.tokens**-self.beta
         return 3 * model.tokens * (params_side / tokens_side - 1)
@@ -87,16 +87,16 @@ class ParametricLaw:
         return self._best_for(inference_tokens, self.optimum_of_loss(loss), lambda d: self._at_loss(loss, d))
 
     def cheapest_of_budget(self, flops: float, inference_tokens: float) -> Allocation:
-        """The model whose training takes the whole budget and that no model of its loss undercuts."""
+        """The model whose training takes the whole budget and which is the cheapest of its loss."""
         return self._best_for(
             inference_tokens, self.optimum(flops), lambda tokens: Allocation(flops / (6 * tokens), tokens)
         )
 
     def cheapest_within(self, loss: float, flops: float, inference_tokens: float) -> Allocation | None:
-        """Least lifetime cost of those whose training fits the budget; None if none of that loss does.
+        """Least lifetime cost among models of that loss within the training budget; None if there is none.
 
-        From the compute-optimal model on, training costs more with every token and lifetime less until its
-        minimum: where the minimum does not fit, the last model that does is the best.
+        From the compute-optimal model on, every token makes training dearer and, until its minimum, the
+        lifetime cheaper: if the minimum does not fit the budget, the last model that does is the best.
         """
         least = self.optimum_of_loss(loss)
         best = self.cheapest_of_loss(loss, inference_tokens)
@@ -121,7 +121,7 @@ class ParametricLaw:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """The best size alone: N = params * (C / flops)^exponent, and D = C / 6N."""
+    """A law for the best size only: N = params * (C / flops)^exponent, and D = C / 6N."""
 
     title: str
     params: float
@@ -157,12 +157,12 @@ LAWS: dict[str, ParametricLaw | PowerLaw] = {
 PARAMETRIC_LAWS = {name: law for name, law in LAWS.items() if isinstance(law, ParametricLaw)}
 ROUNDING = (
     "Hoffmann's approach 3 as printed is known to mislead: at Chinchilla's 5.76e23 FLOPs its rounded "
-    "constants ask for 93 tokens a parameter, approaches 1 and 2 and Epoch's refit for 18 to 25."
+    "constants ask for 93 tokens per parameter, approaches 1 and 2 and Epoch's refit for 18 to 25."
 )
 
 
 def _root(function: Callable[[float], float], low: float) -> float:
-    """Where a growing function that is at most 0 at `low` > 0 becomes 0, within RELATIVE_TOLERANCE."""
+    """Zero of a growing function that is at most 0 at `low` > 0, within RELATIVE_TOLERANCE."""
     high = 2 * low
     while function(high) < 0:
         low, high = high, 2 * high

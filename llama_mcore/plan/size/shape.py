@@ -1,5 +1,4 @@
-"""A LLaMA-like shape for a number of parameters: a preset that is near, else one drawn up. Imports no
-torch."""
+"""LLaMA-like shapes for a number of parameters: a near preset, else a constructed one. Imports no torch."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from llama_mcore.model.config import PRESETS, ModelConfig
 
 PRESET_WITHIN = 0.05
-"""A preset is taken for a size that differs by less: cost is flat around its minimum."""
+"""Largest relative difference at which a preset is used for a size: cost is flat around its minimum."""
 _WIDTHS = [*range(256, 2048, 256), *range(2048, 65_537, 512)]
 """Heads of 64 below 2,048, of 128 from there on: their number and ffn divide by tensor parallelism of 4."""
 _WIDTH_PER_LAYER = (48, 192)
@@ -19,7 +18,7 @@ _ASPECT_WEIGHT = (
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, and the preset that it is, if it is one."""
+    """A model, and the name of its preset, if it is one."""
 
     model: ModelConfig
     preset: str | None = None
@@ -30,7 +29,7 @@ class Shape:
 
     @property
     def fields(self) -> dict[str, int]:
-        """What tells it from the others of LLaMA's proportions."""
+        """Fields that distinguish it from other models of LLaMA's proportions."""
         model = self.model
         return {
             "num_layers": model.num_layers,
@@ -40,7 +39,7 @@ class Shape:
 
     @property
     def arguments(self) -> list[str]:
-        """What names it on the command line of `plan layout` and of `benchmark step`."""
+        """Arguments that name it to `plan layout` and `benchmark step`."""
         if self.preset:
             return ["--model", self.preset]
         return [
@@ -59,21 +58,20 @@ class Shape:
 
 
 def nearest_shape(params: float, fits: Callable[[float], bool] = lambda params: True) -> Shape | None:
-    """The shape nearest to so many parameters, of those whose own number `fits`; None if none is near.
+    """The shape nearest to so many parameters, among those whose own number `fits`; None if none is near.
 
-    Llama 2's and 3's presets, of another sequence length and vocabulary, do not stand in for one of 2,048 and
-    32,000.
+    Presets of Llama 2 and 3 are left out: their sequence length and vocabulary are not 2,048 and 32,000.
     """
     presets = [Shape(ModelConfig.model_validate(PRESETS[name]), name) for name in ("7b", "13b", "33b", "65b")]
     near = [shape for shape in presets if _distance(shape.params, params) < math.log(1 + PRESET_WITHIN)]
-    drawn = sorted(_drawn(params), key=lambda model: _score(model, params))
-    for shape in [*near, *(Shape(model) for model in drawn)]:
+    constructed = sorted(_constructed(params), key=lambda model: _score(model, params))
+    for shape in [*near, *(Shape(model) for model in constructed)]:
         if fits(shape.params):
             return shape
     return None
 
 
-def _drawn(params: float) -> Iterator[ModelConfig]:
+def _constructed(params: float) -> Iterator[ModelConfig]:
     """Shapes of an even number of layers within 20 % of the size."""
     for hidden in _WIDTHS:
         one, two = (_model(layers, hidden).num_params() for layers in (1, 2))
@@ -96,7 +94,8 @@ def _distance(params: float, wanted: float) -> float:
 
 
 def _score(model: ModelConfig, params: float) -> float:
-    """Width per layer as LLaMA has it: 128 at 7B and 13B, 111 at 33B, 102 at 65B."""
+    """Distance from the wanted size and from LLaMA's proportions; the smaller, the better."""
+    # width per layer in LLaMA: 128 at 7B and 13B, 111 at 33B, 102 at 65B
     wanted = 128 if params < 20e9 else 105
     aspect = abs(math.log(model.hidden_size / model.num_layers / wanted))
     return _distance(model.num_params(), params) + _ASPECT_WEIGHT * aspect

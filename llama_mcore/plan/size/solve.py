@@ -1,8 +1,8 @@
-"""`plan size`: which model to train, on how many tokens, and what it costs over its life. Imports no torch.
+"""`plan size`: the model to train, its number of tokens, and its cost over its lifetime. Imports no torch.
 
-The answer to a training budget is the model that takes all of it and that no model of equal loss undercuts
-over training and inference together; to a loss, the one of that loss that costs least, within the budget if
-both are given. Without inference both are the compute-optimal model. scaling.py has the formulas.
+For a training budget, the answer is the model that takes all of it and is the cheapest of its loss over
+training and inference together; for a loss, the cheapest model of that loss, within the budget if both are
+given. Without inference both are the compute-optimal model. scaling.py has the formulas.
 """
 
 import math
@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 
 from llama_mcore.errors import ConfigError, Problem, nearest
 from llama_mcore.model.config import PRESETS, ModelConfig, Recompute
-from llama_mcore.plan.arguments import listed_gpu, number
+from llama_mcore.plan.arguments import all_of
 from llama_mcore.plan.data import DataPlan, table_1_plan
 from llama_mcore.plan.layout.flops import executed_flops, token_flops
 from llama_mcore.plan.layout.hardware import Gpu
+from llama_mcore.plan.layout.hardware import gpu as gpu_named
 from llama_mcore.plan.size.energy import (
     PAPER_GPU_WATTS,
     PAPER_RUNS,
@@ -23,25 +24,26 @@ from llama_mcore.plan.size.energy import (
 )
 from llama_mcore.plan.size.scaling import DEFAULT_LAW, LAWS, PARAMETRIC_LAWS, Allocation, ParametricLaw
 from llama_mcore.plan.size.shape import Shape, nearest_shape
+from llama_mcore.units import parse_count
 
 SMALLEST_BUDGET, LARGEST_BUDGET = 1e15, 1e30  # FLOPs
 USUAL_MFU = 0.4
 _DEARER = 1.05
-"""Than the optimum, over its life: what a shape may be that has about its size."""
+"""Most that a shape of about the optimum's size may cost over its lifetime, relative to the optimum."""
 _GPUS_PER_NODE = 8
 _USUAL_DAYS = 30
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked; `flops`, `gpus`, `days` and `loss` are None where nothing was said of them."""
+    """Options of `plan size`; `flops`, `gpus`, `days` and `loss` are None if not given."""
 
     law_name: str
     gpu: Gpu
     mfu: float
     """Share of the GPU's peak, 6 N operations a token."""
     mfu_is_given: bool
-    """Else it is USUAL_MFU, until a layout is found that says better (with_layout.py)."""
+    """If not, it is USUAL_MFU until a layout is found (with_layout.py)."""
     inference_tokens: float
     flops: float | None = None
     gpus: int | None = None
@@ -55,7 +57,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Costed:
-    """A model with what it costs: all GPU-hours, inference too, at the same speed."""
+    """A model and its cost; all GPU-hours, also of inference, are at the same speed."""
 
     allocation: Allocation
     loss: float
@@ -76,10 +78,10 @@ class PaperModel:
     name: str
     costed: Costed
     tokens_per_s_per_gpu: float
-    """As the GPU-hours imply."""
+    """Implied by the GPU-hours."""
     best_for_inference_tokens: float
     over_cheapest: float
-    """Its lifetime cost by that of the cheapest model of its loss, less 1."""
+    """Its lifetime cost over that of the cheapest model of its loss, minus 1."""
 
 
 @dataclass(frozen=True)
@@ -93,22 +95,24 @@ class SizePlan:
     compute_optimal_same_loss: Costed
     compute_optimal_same_budget: Costed
     budget_binds: bool
-    """The cheapest model of the loss that was asked for would cost more to train than the budget."""
+    """Training the cheapest model of the requested loss would exceed the budget."""
     law_optima: dict[str, Allocation]
-    """By law, for the FLOPs that the optimum is trained with."""
+    """Optimum of each law at the optimum's training FLOPs."""
     paper: list[PaperModel]
     data: DataPlan
 
     @property
     def saving(self) -> float:
-        """How much less the recommended model costs over its life than the compute-optimal of its loss."""
+        """Share of lifetime cost that the recommended model saves against the compute-optimal of its loss."""
         other = self.request.law.optimum_of_loss(self.recommended.loss)
         return 1 - self.recommended.lifetime_flops / other.lifetime_flops(self.request.inference_tokens)
 
     @property
     def gpus(self) -> int:
-        """Those asked for, else a power of two of nodes that trains it in 30 days: most batches are shared
-        evenly by so many."""
+        """Requested number of GPUs, else a power of two of nodes that trains it in 30 days.
+
+        Most batches are divisible by a power of two.
+        """
         if self.request.gpus:
             return self.request.gpus
         nodes = self.recommended.training_gpu_hours / (24 * _USUAL_DAYS * _GPUS_PER_NODE)
@@ -131,20 +135,20 @@ class SizePlan:
         return self.request.mfu * token_flops(self.shape.model).full / (6 * self.shape.params)
 
     def hfu(self, recompute: Recompute) -> tuple[float, float]:
-        """With causal and with full attention counted."""
+        """HFU with causal and with full attention counted."""
         executed = executed_flops(self.shape.model, recompute)
         per_operation = self.request.mfu / (6 * self.shape.params)
         return per_operation * executed.causal, per_operation * executed.full
 
     @property
     def layout_command(self) -> list[str]:
-        """The command that finds how to train it."""
+        """Command that finds layouts to train it."""
         tokens = f"{self.recommended.allocation.tokens / 1e9:.5g}B"
         where = ["--gpus", str(self.gpus), "--gpu", self.request.gpu.name]
         return ["llama-mcore", "plan", "layout", *self.shape.arguments, *where, "--tokens", tokens]
 
 
-def request(
+def parse_request(
     *,
     flops: str = "",
     gpus: str = "",
@@ -155,50 +159,49 @@ def request(
     loss: str = "",
     law: str = DEFAULT_LAW,
 ) -> Request:
-    """What the command line asks for, numbers as people write them and "" for what is not said.
+    """Request from the options of `plan size`: numbers as text such as 1.4T, "" for those not given.
 
     Raises ConfigError with every problem.
     """
-    problems: list[Problem] = []
-    found_gpu = listed_gpu(problems, gpu)
-    share = number(problems, "--mfu", mfu, 0.001, 1) if mfu else USUAL_MFU
-    served = number(problems, "--inference-tokens", inference_tokens, 0, 1e20)
-    count = int(number(problems, "--gpus", gpus, 1, 1e7, whole=True)) if gpus else None
-    length = number(problems, "--days", days, 1e-3, 1e5) if days else None
-    budget = number(problems, "--flops", flops, SMALLEST_BUDGET, LARGEST_BUDGET) if flops else None
-    target = number(problems, "--loss", loss, 0.001, 100) if loss else None
-    problems += _check_budget(flops, gpus, days, loss) + _check_law(law)
-    if problems or not found_gpu:
-        raise ConfigError(problems)
-    asked = Request(law, found_gpu, share, bool(mfu), served, budget, count, length, target)
-    asked = at_mfu(asked, share)
-    if asked_too_much := _check_reachable(asked):
-        raise ConfigError(asked_too_much)
-    return asked
+    found_gpu, share, served, count, length, budget, target, *_ = all_of(
+        lambda: gpu_named(gpu),
+        lambda: parse_count("--mfu", mfu, 0.001, 1) if mfu else USUAL_MFU,
+        lambda: parse_count("--inference-tokens", inference_tokens, 0, 1e20),
+        lambda: int(parse_count("--gpus", gpus, 1, 1e7, whole=True)) if gpus else None,
+        lambda: parse_count("--days", days, 1e-3, 1e5) if days else None,
+        lambda: parse_count("--flops", flops, SMALLEST_BUDGET, LARGEST_BUDGET) if flops else None,
+        lambda: parse_count("--loss", loss, 0.001, 100) if loss else None,
+        lambda: _check_budget(flops, gpus, days, loss),
+        lambda: _check_law(law),
+    )
+    request = Request(law, found_gpu, share, bool(mfu), served, budget, count, length, target)
+    request = with_mfu(request, share)
+    _check_reachable(request)
+    return request
 
 
-def at_mfu(asked: Request, mfu: float) -> Request:
-    """The same at another MFU, which says what GPUs and days come to."""
-    flops = asked.flops
-    if asked.gpus and asked.days:
-        flops = asked.gpus * asked.days * 86400 * asked.gpu.peak.bf16_flops * mfu
-    return replace(asked, mfu=mfu, flops=flops)
+def with_mfu(request: Request, mfu: float) -> Request:
+    """The request at another MFU, which changes the budget of its GPUs and days."""
+    flops = request.flops
+    if request.gpus and request.days:
+        flops = request.gpus * request.days * 86400 * request.gpu.peak.bf16_flops * mfu
+    return replace(request, mfu=mfu, flops=flops)
 
 
-def plan_size(asked: Request) -> SizePlan:
-    """Raises ConfigError where no LLaMA-like shape is of the size that comes out."""
-    law, served = asked.law, asked.inference_tokens
-    optimum, binds = _optimum(asked)
+def plan_size(request: Request) -> SizePlan:
+    """The best model for a request. Raises ConfigError if no LLaMA-like shape is near its size."""
+    law, served = request.law, request.inference_tokens
+    optimum, binds = _optimum(request)
     loss = law.loss(optimum.params, optimum.tokens)
-    shape, recommended = _shaped(asked, optimum)
-    flops = asked.flops or optimum.training_flops
+    shape, recommended = _shaped(request, optimum)
+    flops = request.flops or optimum.training_flops
     return SizePlan(
-        request=asked,
+        request=request,
         shape=shape,
-        recommended=_cost(asked, recommended),
-        optimum=_cost(asked, optimum),
-        compute_optimal_same_loss=_cost(asked, law.optimum_of_loss(loss)),
-        compute_optimal_same_budget=_cost(asked, law.optimum(flops)),
+        recommended=_cost(request, recommended),
+        optimum=_cost(request, optimum),
+        compute_optimal_same_loss=_cost(request, law.optimum_of_loss(loss)),
+        compute_optimal_same_budget=_cost(request, law.optimum(flops)),
         budget_binds=binds,
         law_optima={name: each.optimum(flops) for name, each in LAWS.items()},
         paper=[_paper_model(name, law, served) for name in PAPER_RUNS],
@@ -206,63 +209,63 @@ def plan_size(asked: Request) -> SizePlan:
     )
 
 
-def _check_budget(flops: str, gpus: str, days: str, loss: str) -> list[Problem]:
+def _check_budget(flops: str, gpus: str, days: str, loss: str) -> None:
     if flops and days:
-        return [Problem("--days", days, "says the budget again, beside --flops", "drop one of them")]
+        raise ConfigError(Problem("--days", days, "cannot be combined with --flops", "drop one of them"))
     if bool(gpus) != bool(days) and not flops:
         missing = "--days" if gpus else "--gpus"
-        return [Problem(missing, "(not given)", "is required for a budget of GPUs and days", "add it")]
+        raise ConfigError(
+            Problem(missing, "(not given)", "is required for a budget in GPUs and days", "add it")
+        )
     if not (flops or gpus or loss):
         remedy = "give --flops 1e23, or --gpus 64 --gpu h100 --days 30, or --loss 2.0"
-        return [Problem("--flops", "(not given)", "a budget or a loss is required", remedy)]
-    return []
+        raise ConfigError(
+            Problem("--flops", "(not given)", "is required, or another budget or a loss", remedy)
+        )
 
 
-def _check_law(name: str) -> list[Problem]:
-    if name in PARAMETRIC_LAWS:
-        return []
-    reason = "says no loss" if name in LAWS else "is not known"
-    return [Problem("--law", name, reason, nearest(name, PARAMETRIC_LAWS))]
+def _check_law(name: str) -> None:
+    if name not in PARAMETRIC_LAWS:
+        reason = "predicts no loss" if name in LAWS else "is not known"
+        raise ConfigError(Problem("--law", name, reason, nearest(name, PARAMETRIC_LAWS)))
 
 
-def _check_reachable(asked: Request) -> list[Problem]:
-    """A loss below what text allows, or than what the budget buys; a budget beyond all bounds."""
-    law, flops = asked.law, asked.flops
+def _check_reachable(request: Request) -> None:
+    """Raise ConfigError for a loss that no model within the budget reaches, or a budget out of bounds."""
+    law, flops, loss = request.law, request.flops, request.loss
     if flops is not None and not SMALLEST_BUDGET <= flops <= LARGEST_BUDGET:
-        reason = f"must come to {SMALLEST_BUDGET:g} to {LARGEST_BUDGET:g} FLOPs of training"
-        return [Problem("--gpus x --days", f"{flops:.2e} FLOPs", reason)]
-    if asked.loss is None:
-        return []
-    if asked.loss <= law.irreducible:
-        reason = f"must be above {law.irreducible:g}, which no model of this law gets below"
-        return [Problem("--loss", f"{asked.loss:g}", reason)]
-    least = law.optimum_of_loss(asked.loss).training_flops
-    most = flops or LARGEST_BUDGET
+        reason = f"must be worth {SMALLEST_BUDGET:g} to {LARGEST_BUDGET:g} FLOPs of training"
+        raise ConfigError(Problem("--gpus x --days", f"{flops:.2e} FLOPs", reason))
+    if loss is None:
+        return
+    if loss <= law.irreducible:
+        reason = f"must be above {law.irreducible:g}, the lowest loss under this law"
+        raise ConfigError(Problem("--loss", f"{loss:g}", reason))
+    least, most = law.optimum_of_loss(loss).training_flops, flops or LARGEST_BUDGET
     if least > most:
         best = law.optimum(most)
         reachable = math.ceil(1e4 * law.loss(best.params, best.tokens)) / 1e4
-        reason = f"takes at least {least:.2e} FLOPs of training, and the budget is {most:.2e}"
-        return [Problem("--loss", f"{asked.loss:g}", reason, f"aim for {reachable:.4f}, or raise the budget")]
-    return []
+        reason = f"takes at least {least:.2e} FLOPs of training, but the budget is {most:.2e}"
+        remedy = f"aim for {reachable:.4f}, or raise the budget"
+        raise ConfigError(Problem("--loss", f"{loss:g}", reason, remedy))
 
 
-def _optimum(asked: Request) -> tuple[Allocation, bool]:
-    """The best model, and whether the budget kept it from costing less."""
-    law, served = asked.law, asked.inference_tokens
-    if asked.loss is None:
-        assert asked.flops is not None
-        return law.cheapest_of_budget(asked.flops, served), False
-    cheapest = law.cheapest_of_loss(asked.loss, served)
-    within = law.cheapest_within(asked.loss, asked.flops or math.inf, served)
+def _optimum(request: Request) -> tuple[Allocation, bool]:
+    """The best model, and True if the budget excludes a cheaper one."""
+    law, served = request.law, request.inference_tokens
+    if request.loss is None:
+        assert request.flops is not None
+        return law.cheapest_of_budget(request.flops, served), False
+    cheapest = law.cheapest_of_loss(request.loss, served)
+    within = law.cheapest_within(request.loss, request.flops or math.inf, served)
     assert within is not None  # _check_reachable
     return within, within != cheapest
 
 
-def _shaped(asked: Request, optimum: Allocation) -> tuple[Shape, Allocation]:
-    """The nearest shape, with the tokens that spend the budget, or reach the loss within it, at its own
-    size."""
-    flops, loss, law = asked.flops, asked.loss, asked.law
-    dearest = _DEARER * optimum.lifetime_flops(asked.inference_tokens)
+def _shaped(request: Request, optimum: Allocation) -> tuple[Shape, Allocation]:
+    """The nearest shape, with the tokens that spend the budget or reach the loss at its own size."""
+    flops, loss, law = request.flops, request.loss, request.law
+    highest_cost = _DEARER * optimum.lifetime_flops(request.inference_tokens)
 
     def tokens(params: float) -> float | None:
         if loss is not None:
@@ -274,20 +277,22 @@ def _shaped(asked: Request, optimum: Allocation) -> tuple[Shape, Allocation]:
             return False
         found = Allocation(params, count)
         within = not flops or found.training_flops <= flops * (1 + 1e-9)
-        return within and found.lifetime_flops(asked.inference_tokens) <= dearest
+        return within and found.lifetime_flops(request.inference_tokens) <= highest_cost
 
     shape = nearest_shape(optimum.params, fits)
     found = tokens(shape.params) if shape else None
     if not shape or not found:
-        reason = f"asks for {optimum.params:.3g} parameters, and no LLaMA-like shape is near that"
+        reason = f"leads to {optimum.params:.3g} parameters, and no LLaMA-like shape is near that"
         field, value = ("--loss", f"{loss:g}") if loss else ("budget", f"{flops:.2e} FLOPs")
-        raise ConfigError(Problem(field, value, reason, "ask for a model of 100M to 10T parameters"))
+        raise ConfigError(
+            Problem(field, value, reason, "change it so that the model has 100M to 10T parameters")
+        )
     return shape, Allocation(shape.params, found)
 
 
-def _cost(asked: Request, allocation: Allocation) -> Costed:
-    hours = gpu_hours_of_flops(allocation.training_flops, asked.gpu.peak.bf16_flops, asked.mfu)
-    return _costed(allocation, asked.law, asked.inference_tokens, hours, asked.gpu.watts)
+def _cost(request: Request, allocation: Allocation) -> Costed:
+    hours = gpu_hours_of_flops(allocation.training_flops, request.gpu.peak.bf16_flops, request.mfu)
+    return _costed(allocation, request.law, request.inference_tokens, hours, request.gpu.watts)
 
 
 def _costed(

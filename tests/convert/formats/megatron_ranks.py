@@ -25,7 +25,7 @@ SAVED: list[tuple[str, int, dict[str, bool]]] = [
     ("gqa", 1, {"singleton_local_shards": True}),
     ("odd-vocabulary", 2, {}),
 ]
-LOADED = [("llama3", 1), ("odd-vocabulary", 2), ("tied", 2), ("mha", 4)]
+LOADED = [("llama3", 1), ("odd-vocabulary", 2), ("qk-norm", 1), ("tied", 2), ("mha", 4)]
 ROW = [1, 5, 3, 77, 2, 9, 95, 4]
 
 
@@ -46,12 +46,12 @@ def load_all(folder: Path) -> dict[str, tuple[list, list]]:
     return {shape: (logits[shape], run_ranks(1, ours, shape)[0]) for shape, tp in LOADED if tp == 1}
 
 
-def stock_model(shape: str, tp: int, dtype: torch.dtype) -> GPTModel:
+def mcore_model(shape: str, tp: int, dtype: torch.dtype) -> GPTModel:
     """With megatron-core's own layer, and as many rows of the vocabulary as ranks can share."""
     model = SHAPES[shape]
     return GPTModel(
         transformer_config(model, ParallelConfig(tp=tp, sequence_parallel=False), dtype),
-        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm),
         padded_rows(shape, tp),
         model.seq_length,
         position_embedding_type="rope",
@@ -78,7 +78,7 @@ def save(path: Path, shape: str, tp: int, metadata: dict[str, bool]) -> None:
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]  # its writer waits for a GPU
     parallel = ParallelConfig(tp=tp, sequence_parallel=False)
     with process_groups(parallel, seed=0) as groups, torch.no_grad():
-        model = stock_model(shape, tp, torch.bfloat16)
+        model = mcore_model(shape, tp, torch.bfloat16)
         shards = expected_shards(shape, Invented(SHAPES[shape]), WEIGHT, tp, groups.tp_rank)
         for name, parameter in model.named_parameters():
             parameter.copy_(shards[name])
@@ -89,7 +89,7 @@ def load(path: Path, shape: str, tp: int) -> list:
     """Load what we wrote with masters and moments: the model, and the optimizer's tensors as megatron-core
     describes them (DistributedOptimizer.sharded_param_state_fully_reshardable). On one rank: its logits."""
     with process_groups(ParallelConfig(tp=tp, sequence_parallel=False), seed=0) as groups, torch.no_grad():
-        model = stock_model(shape, tp, torch.float32)
+        model = mcore_model(shape, tp, torch.float32)
         parameters = dict(model.named_parameters())
         for parameter in parameters.values():
             parameter.fill_(7)

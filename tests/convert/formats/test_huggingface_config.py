@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3Config
 
 from llama_mcore.checkpoint.paths import WEIGHT
 from llama_mcore.convert.convert import convert
@@ -52,6 +52,8 @@ WITHOUT_EFFECT = {
     *("chunk_size_feed_forward", "id2label", "label2id", "problem_type", "pretraining_tp"),
     *("pad_token_id", "bos_token_id", "eos_token_id"),
 }
+# Of sliding windows, which `use_sliding_window` turns on.
+WITHOUT_EFFECT_IN_QWEN3 = {"sliding_window", "max_window_layers", "layer_types"}
 OTHERS = {
     "model_type": "mistral",
     "hidden_act": "gelu",
@@ -63,14 +65,26 @@ OTHERS = {
     "is_causal": False,
     "per_layer_config": {"0": {"num_key_value_heads": 1}},
     "quantization_config": {"quant_method": "fp8"},
+    "use_sliding_window": True,
 }
 
 
-def test_every_field_is_known() -> None:
-    found = {field.name for field in dataclasses.fields(LlamaConfig)}
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config])
+def test_every_field_is_known(kind: type) -> None:
+    found = {field.name for field in dataclasses.fields(kind)}
     known = {*CARRIED, *IN_ROPE_PARAMETERS, *WITHOUT_EFFECT, *_COMPUTED}
-    assert found <= known
-    assert OTHERS.keys() == _COMPUTED.keys()
+    assert found - WITHOUT_EFFECT_IN_QWEN3 <= known
+    assert OTHERS.keys() == {"model_type", *_COMPUTED}
+
+
+@pytest.mark.parametrize("name", ["head_dim", "num_key_value_heads"])
+def test_qwen3_has_to_say_what_its_defaults_say_otherwise(name: str) -> None:
+    config = hf_config(SHAPES["qk-norm"], torch.float32, None)
+    assert config["architectures"] == ["Qwen3ForCausalLM"]
+    assert model_of(config) == SHAPES["qk-norm"]
+    del config[name]
+    with refused(CheckpointError, f"{CONFIG}: {name}", "(not given)", remedy=False):
+        model_of(config)
 
 
 @pytest.mark.parametrize("name", CARRIED)

@@ -93,7 +93,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_megatron_core_saved_is_read(
     shape: str, tp: int, metadata: dict[str, bool], saved: Path, tmp_path: Path
 ) -> None:
-    """Its stock model holds norms in fp32: all comes in the wider dtype, which holds bf16 exactly."""
+    """Its own model holds norms in fp32: all comes in the wider dtype, which holds bf16 exactly."""
     path = saved / megatron_ranks.saved_name(shape, tp, metadata)
     with pytest.raises(CheckpointError, match="does not say what model it is of"):
         FORMAT.open(path, None)
@@ -146,8 +146,8 @@ def test_common_state_outside_of_the_folder_is_refused(folder: Path) -> None:
 def test_megatron_core_loads_what_we_wrote(tmp_path: Path) -> None:
     for shape, _ in megatron_ranks.LOADED:
         written(Invented(SHAPES[shape], torch.float32, KINDS), tmp_path / shape)
-    for shape, (stock, ours) in call(megatron_ranks.load_all, tmp_path).items():
-        torch.testing.assert_close(torch.tensor(stock), torch.tensor(ours), rtol=0, atol=2e-6, msg=shape)
+    for shape, (theirs, ours) in call(megatron_ranks.load_all, tmp_path).items():
+        torch.testing.assert_close(torch.tensor(theirs), torch.tensor(ours), rtol=0, atol=2e-6, msg=shape)
 
 
 @pytest.fixture
@@ -290,7 +290,6 @@ def test_the_model_of_megatron_lm(folder: Path) -> None:
 
 OTHERS = {
     "add_qkv_bias": True,
-    "qk_layernorm": True,
     "num_experts": 8,
     "rotary_percent": 0.5,
     "rotary_interleaved": True,

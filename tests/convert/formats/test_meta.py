@@ -197,12 +197,13 @@ def test_any_ffn_hidden_size_can_be_said(dim: int, ffn: int) -> None:
     [
         (SHAPES["wide-heads"], 1, "model.head_dim", 24, ""),
         (OTHER_SCALING, 1, "model.rope_scaling", OTHER_SCALING.rope_scaling, ""),
+        (SHAPES["qk-norm"], 1, "model.qk_norm", True, ""),
         (SHAPES["gqa"], 4, "--tp", 4, "1, 2"),
         (SHAPES["odd-vocabulary"], 2, "--tp", 2, "1"),
         (SHAPES["mha"], 0, "--tp", 0, "1, 2, 4"),
         (SHAPES["mha"], 100, "--tp", 100, "1, 2, 4"),
     ],
-    ids=["head_dim", "scaling", "groups", "vocabulary", "tp-0", "tp-100"],
+    ids=["head_dim", "scaling", "qk_norm", "groups", "vocabulary", "tp-0", "tp-100"],
 )
 def test_what_metas_code_cannot_compute_is_refused(
     model: ModelConfig, tp: int, field: str, value: object, possible: str, tmp_path: Path

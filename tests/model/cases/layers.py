@@ -20,7 +20,11 @@ from tests.model.building import (
     random_weights,
 )
 
-MODELS = {"multi-head": {}, "grouped": {"num_query_groups": 4}}
+MODELS = {
+    "multi-head": {},
+    "grouped": {"num_query_groups": 4},
+    "qk-norm": {"num_query_groups": 4, "qk_norm": True},
+}
 RECOMPUTE = ("none", "selective", "full")
 LENGTH, BATCH = 12, 3
 

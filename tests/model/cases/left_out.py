@@ -32,13 +32,17 @@ WITHOUT = [
 ]
 NOTHING = "nothing"
 PLAIN_NORM_SUM = "plain norm sum"
+HEADS_SUM, PLAIN_HEADS_SUM = "sum over heads", "plain sum over heads"
 
 
 def names(tp: int) -> list[str]:
     if tp != 2:
         return []
     collectives = [f"sp-on/{name}" for name in (NOTHING, *WITH_SEQUENCE_PARALLEL, PLAIN_NORM_SUM)]
-    return collectives + [f"sp-off/{name}" for name in (NOTHING, *WITHOUT)]
+    collectives += [f"sp-off/{name}" for name in (NOTHING, *WITHOUT)]
+    return collectives + [
+        f"{sp}/{name}" for sp in ("sp-on", "sp-off") for name in (HEADS_SUM, PLAIN_HEADS_SUM)
+    ]
 
 
 def cases(groups: Groups) -> Iterator[tuple[str, Callable[[], dict[str, object]]]]:
@@ -49,10 +53,16 @@ def cases(groups: Groups) -> Iterator[tuple[str, Callable[[], dict[str, object]]
 def _without(name: str, groups: Groups) -> dict[str, object]:
     layout, collective = name.split("/")
     sequence_parallel = layout == "sp-on"
-    if collective == PLAIN_NORM_SUM:
+    if collective in (PLAIN_NORM_SUM, PLAIN_HEADS_SUM):
+        model = model_config(num_layers=1, recompute="none", qk_norm=collective == PLAIN_HEADS_SUM)
         with patch.object(rmsnorm, "copy_to_tensor_model_parallel_region", lambda weight: weight):
-            errors = decoder_errors(model_config(num_layers=1, recompute="none"), groups, sequence_parallel)
-            return {"errors": errors}
+            return {"errors": decoder_errors(model, groups, sequence_parallel)}
+    if collective == HEADS_SUM:
+        model = model_config(num_layers=1, qk_norm=True)
+        with patch.object(
+            TensorParallel, "start_replicated_sum", lambda tp, gradient, **_: Pending(gradient)
+        ):
+            return {"errors": decoder_errors(model, groups, sequence_parallel)}
     order = WITH_SEQUENCE_PARALLEL if sequence_parallel else WITHOUT
     left_out = order.index(collective) if collective != NOTHING else None
     tp = LeavesOut(groups.tp_group, sequence_parallel, left_out)
@@ -82,10 +92,10 @@ class LeavesOut(TensorParallel):
             return super().start_reduce(x)
         return Pending(x.chunk(self.size)[self.group.rank()] if self.sequence_parallel else x)
 
-    def start_replicated_sum(self, gradient: Tensor) -> Pending:
-        if self.sequence_parallel and self._is_left_out():
+    def start_replicated_sum(self, gradient: Tensor, *, always: bool = False) -> Pending:
+        if (always or self.sequence_parallel) and self._is_left_out():
             return Pending(gradient)
-        return super().start_replicated_sum(gradient)
+        return super().start_replicated_sum(gradient, always=always)
 
     def _is_left_out(self) -> bool:
         self.calls += 1

@@ -54,8 +54,8 @@ class Recording(TensorParallel):
     def start_reduce(self, x: Tensor) -> Pending:
         return self._recorded("reduce", super().start_reduce(x))
 
-    def start_replicated_sum(self, gradient: Tensor) -> Pending:
-        return self._recorded("sum", super().start_replicated_sum(gradient))
+    def start_replicated_sum(self, gradient: Tensor, *, always: bool = False) -> Pending:
+        return self._recorded("sum", super().start_replicated_sum(gradient, always=always))
 
     def _recorded(self, kind: str, pending: Pending) -> Pending:
         self._events.append(["start", kind])

@@ -18,6 +18,7 @@ BATCH = 3
 SHAPES: dict[str, dict[str, object]] = {
     "multi-head": {"hidden_size": 48},
     "grouped": {"hidden_size": 48, "num_query_groups": 4},
+    "qk-norm": {"hidden_size": 48, "num_query_groups": 4, "qk_norm": True},
     "7b-like": {"hidden_size": 256, "num_attention_heads": 2, "head_dim": 128, "ffn_hidden_size": 688},
 }
 RECOMPUTE = ("none", "selective", "full")

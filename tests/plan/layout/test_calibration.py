@@ -14,7 +14,7 @@ from llama_mcore.model.config import PRESETS, ModelConfig
 from llama_mcore.plan.layout.calibration import load_calibration
 from llama_mcore.plan.layout.efficiency import Efficiency
 from llama_mcore.plan.layout.hardware import gpu, network, peak_of
-from llama_mcore.plan.layout.throughput import Predictor, Work, shape_of
+from llama_mcore.plan.layout.throughput import Predictor, Shape, Work
 from tests.support.errors import ANY, refused
 
 MODEL = ModelConfig.model_validate(PRESETS["7b"])
@@ -55,7 +55,7 @@ def test_a_measured_step_is_then_predicted(tmp_path: Path) -> None:
         recompute="selective",
         sequence_parallel=False,
     )
-    step = Predictor(gpu("h200"), network("ib-400x8"), efficiency).step_time(shape_of(MODEL), work)
+    step = Predictor(gpu("h200"), network("ib-400x8"), efficiency).step_time(Shape(MODEL), work)
     assert step.total == pytest.approx(2.0, rel=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""llama_mcore.plan.layout.search: what it offers runs and fits, the fastest first; what it rules out it
+"""llama_mcore.plan.layout.search: what it offers is valid and fits, the fastest first; what it rules out it
 names."""
 
 import pytest

@@ -8,10 +8,10 @@ from llama_mcore.model.config import PRESETS, ModelConfig
 from llama_mcore.plan.layout.efficiency import Efficiency, gemm_flops
 from llama_mcore.plan.layout.flops import token_flops
 from llama_mcore.plan.layout.hardware import gpu, network
-from llama_mcore.plan.layout.throughput import Predictor, StepTime, Work, rank_params, shape_of
+from llama_mcore.plan.layout.throughput import Predictor, Shape, StepTime, Work, rank_params
 
 MODEL = ModelConfig.model_validate(PRESETS["65b"])
-SHAPE = shape_of(MODEL)
+SHAPE = Shape(MODEL)
 GPU, NETWORK = gpu("a100-80gb"), network("ib-200x8")
 # Hardware that reaches its best at once, whatever the shape: then parts are volumes over speeds.
 IDEAL = Efficiency(

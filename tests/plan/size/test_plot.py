@@ -9,7 +9,7 @@ import pytest
 from llama_mcore.errors import OutputError
 from llama_mcore.plan.size import plot
 from llama_mcore.plan.size.plot import LINE_COLOR, draw_size
-from llama_mcore.plan.size.solve import SizePlan, plan_size, request
+from llama_mcore.plan.size.solve import SizePlan, parse_request, plan_size
 from tests.support.errors import refused
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def plan() -> SizePlan:
-    return plan_size(request(gpus="64", gpu="h100", days="30", inference_tokens="10T"))
+    return plan_size(parse_request(gpus="64", gpu="h100", days="30", inference_tokens="10T"))
 
 
 @pytest.fixture(scope="module")

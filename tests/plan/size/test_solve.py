@@ -10,7 +10,7 @@ from llama_mcore.plan.layout.flops import token_flops
 from llama_mcore.plan.layout.hardware import GPUS
 from llama_mcore.plan.size.report import notes, size_dict
 from llama_mcore.plan.size.scaling import PARAMETRIC_LAWS
-from llama_mcore.plan.size.solve import SizePlan, plan_size, request
+from llama_mcore.plan.size.solve import SizePlan, parse_request, plan_size
 from tests.support.errors import check_problem
 
 LAW = PARAMETRIC_LAWS["epoch"]
@@ -19,7 +19,7 @@ CLUSTER_FLOPS = 64 * 30 * 86400 * 989.4e12 * 0.4
 
 
 def answer(**asked: str) -> SizePlan:
-    return plan_size(request(**asked))
+    return plan_size(parse_request(**asked))
 
 
 def problems(**asked: str) -> list[Problem]:

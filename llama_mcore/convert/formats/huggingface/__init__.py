@@ -1,4 +1,4 @@
-"""Hugging Face's LlamaForCausalLM: safetensors and config.json, read and written as a stream.
+"""Hugging Face's LlamaForCausalLM, or Qwen3ForCausalLM with QK-norm, read and written as a stream.
 
     config.json                        the model (config.py)
     model.safetensors                  its tensors, or model-00001-of-00002.safetensors, ...

@@ -13,14 +13,15 @@ from llama_mcore.tokenizer.tokenizer import Tokenizer
 CONFIG = "config.json"
 _DEFAULT_ROPE_THETA = 10000.0  # of LlamaConfig, where config.json is silent
 _MAX_INITIALIZER_RANGE = 1.0  # of LlamaConfig
+_MODEL_TYPES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # Keys of config.json that change the computation and have no field in ModelConfig -> the only value that is
 # computed here. A missing key has that value too, and so has null, except for `_NOT_NULL`.
 _COMPUTED: dict[str, object] = {
-    "model_type": "llama",
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
     "attention_dropout": 0.0,
+    "use_sliding_window": False,  # of Qwen3Config
     "is_encoder_decoder": False,
     # not fields of LlamaConfig, but transformers reads them from any configuration
     "partial_rotary_factor": 1.0,
@@ -29,7 +30,7 @@ _COMPUTED: dict[str, object] = {
     "quantization_config": None,
 }
 _REMEDIES = {"attention_dropout": "set it to 0.0: it acts in training alone, and here there is none"}
-_NOT_NULL = {"model_type", "hidden_act", "is_causal"}
+_NOT_NULL = {"hidden_act", "is_causal"}
 # Field of RopeScaling -> key of rope_parameters.
 _ROPE_SCALING = {
     "factor": "factor",
@@ -42,9 +43,10 @@ _ROPE_SCALING = {
 def hf_config(model: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Content of config.json, with rope and dtype spelled for transformers 5 as well as 4."""
     dtype_name = str(dtype).removeprefix("torch.")
+    model_type = "qwen3" if model.qk_norm else "llama"
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [_MODEL_TYPES[model_type]],
+        "model_type": model_type,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
         "num_hidden_layers": model.num_layers,
@@ -84,7 +86,7 @@ def _hf_rope(model: ModelConfig) -> dict[str, Any]:
 def inexpressible(model: ModelConfig) -> list[Problem]:
     """Properties of a model that LlamaConfig does not accept."""
     problems = []
-    if model.hidden_size % model.num_attention_heads:
+    if model.hidden_size % model.num_attention_heads and not model.qk_norm:
         reason = f"must divide hidden_size = {model.hidden_size} for transformers' LlamaConfig"
         problems.append(Problem("model.num_attention_heads", model.num_attention_heads, reason))
     if model.init_std > _MAX_INITIALIZER_RANGE:
@@ -98,6 +100,9 @@ def model_of(config: dict[str, Any]) -> ModelConfig:
 
     Where config.json states a value twice, the one that transformers 5 reads counts.
     """
+    is_qwen3 = config.get("model_type") == "qwen3"
+    # where config.json is silent, Qwen3Config has numbers of its own
+    derivable = config.__getitem__ if is_qwen3 else config.get
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise CheckpointError(Problem(f"{CONFIG}: rope_parameters", shown(rope), "must be an object"))
@@ -108,8 +113,8 @@ def model_of(config: dict[str, Any]) -> ModelConfig:
             num_layers=config["num_hidden_layers"],
             hidden_size=config["hidden_size"],
             num_attention_heads=config["num_attention_heads"],
-            num_query_groups=config.get("num_key_value_heads") or 0,
-            head_dim=config.get("head_dim") or 0,
+            num_query_groups=derivable("num_key_value_heads") or 0,
+            head_dim=derivable("head_dim") or 0,
             ffn_hidden_size=config["intermediate_size"],
             vocab_size=config["vocab_size"],
             seq_length=config["max_position_embeddings"],
@@ -117,6 +122,7 @@ def model_of(config: dict[str, Any]) -> ModelConfig:
             rope_theta=rope.get("rope_theta", config.get("rope_theta", _DEFAULT_ROPE_THETA)),
             rope_scaling=_rope_scaling(rope) if _rope_type(rope) == "llama3" else None,
             tie_embeddings=config.get("tie_word_embeddings", False),
+            qk_norm=is_qwen3,
             init_std=config.get("initializer_range", 0.02),
         )
     except KeyError as error:
@@ -127,7 +133,11 @@ def model_of(config: dict[str, Any]) -> ModelConfig:
 
 
 def _not_computed(config: dict[str, Any]) -> list[Problem]:
-    return [
+    model_type = config.get("model_type", "llama")
+    known = isinstance(model_type, str) and model_type in _MODEL_TYPES
+    reason = f"is not supported: only {' and '.join(_MODEL_TYPES)} are"
+    problems = [] if known else [Problem(f"{CONFIG}: model_type", shown(model_type), reason)]
+    return problems + [
         Problem(
             f"{CONFIG}: {key}",
             shown(config[key]),

@@ -45,7 +45,6 @@ _LLAMA = {
 # The same for arguments that older releases lack.
 _LLAMA_WHERE_GIVEN = {
     "add_qkv_bias": False,
-    "qk_layernorm": False,
     "num_experts": None,
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
@@ -107,6 +106,7 @@ def _args(model: ModelConfig, options: WriteOptions, has_optimizer: bool) -> dic
         **{theirs: getattr(model, ours) for ours, theirs in _SAME.items()},
         **_LLAMA,
         **_LLAMA_WHERE_GIVEN,
+        "qk_layernorm": model.qk_norm,
         "seq_length": model.seq_length,
         "group_query_attention": model.num_query_groups < model.num_attention_heads,
         "num_query_groups": model.num_query_groups,
@@ -200,6 +200,7 @@ def _fields(path: Path, args: dict[str, Any]) -> dict[str, Any]:
         "num_query_groups": groups,
         "vocab_size": args[vocabulary],
         "tie_embeddings": not args["untie_embeddings_and_output_weights"],
+        "qk_norm": args.get("qk_layernorm", False),  # older releases do not have it
         "rope_scaling": {"factor": args.get("rope_scaling_factor")} if args.get("use_rope_scaling") else None,
     }
 

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 
 from llama_mcore.checkpoint.paths import KINDS
+from llama_mcore.model.config import ModelConfig
+from llama_mcore.model.parameters import PARAMETERS, layer_parameters
 
 CONFIG = "metadata.json"
 CONTENT = {
@@ -29,26 +31,26 @@ OPTIMIZER = dict(
 MASTERS = (OPTIMIZER[KINDS[0]], "optimizer.state.fp32_param")
 """Prefixes of master weights: of the distributed optimizer, and of Float16OptimizerWithFloat16Params."""
 
-LAYER_EXTRA_STATES = tuple(
-    f"decoder.layers.{module}._extra_state"
-    for module in (
-        "self_attention.linear_qkv",
-        "self_attention.linear_proj",
-        "mlp.linear_fc1",
-        "mlp.linear_fc2",
-        # Transformer Engine's alone
-        "self_attention.core_attention",
-    )
-)
 EXTRA_STATES = ("decoder.final_layernorm._extra_state",)
 
-_NORMS = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+_FUSED_NORMS = {
+    parameter.name.removeprefix("decoder.layers.{}."): parameter.transformer_engine
+    for parameter in PARAMETERS
+    if parameter.transformer_engine
 }
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 Source = tuple[str, int | None]
 """A key, and an index into the first dimension of its tensor (None: the whole tensor)."""
+
+
+def layer_extra_states(model: ModelConfig) -> list[str]:
+    """Keys of the extra states of a layer's modules, one for each module of Transformer Engine."""
+    modules = [
+        parameter.name.removeprefix("decoder.layers.{}.").removesuffix(".weight")
+        for parameter in layer_parameters(model)
+        if not parameter.transformer_engine
+    ]
+    return [f"decoder.layers.{module}._extra_state" for module in (*modules, "self_attention.core_attention")]
 
 
 def stacked_key(name: str) -> Source:
@@ -56,7 +58,7 @@ def stacked_key(name: str) -> Source:
     found = _LAYER.fullmatch(name)
     if found is None:
         return name, None
-    return f"decoder.layers.{_NORMS.get(found[2], found[2])}", int(found[1])
+    return f"decoder.layers.{_FUSED_NORMS.get(found[2], found[2])}", int(found[1])
 
 
 def sources(name: str) -> Iterator[tuple[Source, ...]]:
@@ -69,7 +71,7 @@ def sources(name: str) -> Iterator[tuple[Source, ...]]:
         yield ((name, None),)
         return
     layer, inner = found.groups()
-    for each in dict.fromkeys((_NORMS.get(inner, inner), inner)):
+    for each in dict.fromkeys((_FUSED_NORMS.get(inner, inner), inner)):
         for key, index in ((f"decoder.layers.{each}", int(layer)), (f"decoder.layers.{layer}.{each}", None)):
             yield ((key, index),)
             yield ((f"{key}_w", index), (f"{key}_v", index))

@@ -32,8 +32,8 @@ from llama_mcore.convert.formats.megatron.names import (
     CONFIG,
     CONTENT,
     EXTRA_STATES,
-    LAYER_EXTRA_STATES,
     OPTIMIZER,
+    layer_extra_states,
     stacked_key,
 )
 from llama_mcore.convert.model_weights import Weights
@@ -79,7 +79,7 @@ def _add(
 def _extra_states(model: ModelConfig) -> list[str]:
     """Keys of the objects that modules keep for fp8, empty here."""
     layers = range(model.num_layers)
-    keys = [f"{key}/shard_{i}_{model.num_layers}" for key in LAYER_EXTRA_STATES for i in layers]
+    keys = [f"{key}/shard_{i}_{model.num_layers}" for key in layer_extra_states(model) for i in layers]
     return keys + [f"{key}/shard_0_1" for key in EXTRA_STATES]
 
 

@@ -43,7 +43,7 @@ from llama_mcore.convert.torch_pickle.client import read_pickled
 from llama_mcore.convert.torch_pickle.writer import TorchFile
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, Problem, input_problem
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.model.parameters import COLUMNS, EMBEDDING, OUTPUT, ROWS, TpSplit
+from llama_mcore.model.parameters import COLUMNS, EMBEDDING, FUSED, OUTPUT, ROWS, TpSplit, parameter_of
 from llama_mcore.model.sharding import full_shape, local_shape, parameter_shapes, shard, split_of, unshard
 
 (EMBEDDING_PART,), (OUTPUT_PART,) = META.parts(EMBEDDING), META.parts(OUTPUT)
@@ -271,9 +271,9 @@ def _parts(name: str, weight: Tensor, model: ModelConfig) -> Iterator[tuple[str,
 
 def _rotated_heads(part: str, model: ModelConfig) -> int:
     """Number of heads in a projection that rotary embedding rotates; 0 for others."""
-    if part.endswith("wq.weight"):
-        return model.num_attention_heads
-    return model.num_query_groups if part.endswith("wk.weight") else 0
+    name = META.canonical(part)
+    role = FUSED[parameter_of(name).fused][META.parts(name).index(part)]
+    return {"q": model.num_attention_heads, "k": model.num_query_groups}.get(role, 0)
 
 
 def _file_name(rank: int) -> str:

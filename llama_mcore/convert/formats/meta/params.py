@@ -15,6 +15,7 @@ from llama_mcore.config.section import Section
 from llama_mcore.convert.folder import parsed_model
 from llama_mcore.errors import CheckpointError, Problem, shown
 from llama_mcore.model.config import ModelConfig, RopeScaling
+from llama_mcore.model.parameters import PARAMETERS
 
 PARAMS = "params.json"
 LLAMA_THETA = 10000.0
@@ -139,7 +140,12 @@ def is_llama3(model: ModelConfig) -> bool:
 
 def inexpressible(model: ModelConfig) -> list[Problem]:
     """Properties of a model that Meta's code cannot compute."""
-    problems = []
+    problems = [
+        Problem(f"model.{field}", value, f"cannot be computed by Meta's code, which has no {parameter.name}")
+        for parameter in PARAMETERS
+        if parameter.is_in(model) and not parameter.meta
+        for field, value in [parameter.only_if or ("", "")]
+    ]
     if model.head_dim * model.num_attention_heads != model.hidden_size or model.head_dim % 2:
         width = f"{model.hidden_size} / {model.num_attention_heads}"
         reason = f"cannot be computed by Meta's code, where it must be {width} and even"

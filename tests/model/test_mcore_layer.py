@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.model.cases import stock
+from tests.model.cases import mcore_layer
 from tests.model.conftest import OnRanks
 
 pytestmark = pytest.mark.process
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.process
 TOLERANCE = 1e-5
 
 
-@pytest.mark.parametrize(("tp", "name"), [(tp, name) for tp in (1, 2) for name in stock.names(tp)])
+@pytest.mark.parametrize(("tp", "name"), [(tp, name) for tp in (1, 2) for name in mcore_layer.names(tp)])
 def test_logits_and_gradients(on_ranks: OnRanks, tp: int, name: str) -> None:
-    for errors in on_ranks(stock, tp)[name]:
+    for errors in on_ranks(mcore_layer, tp)[name]:
         assert max(errors.values()) < TOLERANCE, errors

@@ -1,5 +1,4 @@
-"""Published training speeds of dense bf16 models whose layout is known: what the predictor is checked
-against.
+"""Published training speeds of dense bf16 models with known layouts, to check the predictor.
 
 Imports no torch. Of the first 27, rows at even places fit the constants, the others only check them: the
 order decides, and it is that of the sources. The later ones only check. Of llm-foundry's many rows these are
@@ -12,7 +11,7 @@ checkpointing of FSDP, and GPUs with a lowered power limit (torchtitan).
 from dataclasses import dataclass, replace
 
 from llama_mcore.model.config import PRESETS, ModelConfig
-from llama_mcore.plan.layout.throughput import Shape, Work, shape_of
+from llama_mcore.plan.layout.throughput import Shape, Work
 
 
 @dataclass(frozen=True)
@@ -28,11 +27,27 @@ class Published:
 
 def _gpt(layers: int, hidden: int, heads: int, vocab: int) -> Shape:
     """GPT-3's proportions; the output layer is the embedding."""
-    return Shape(layers, hidden, heads, heads, hidden // heads, 4 * hidden, vocab, 2048, gated=False)
+    model = ModelConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        ffn_hidden_size=4 * hidden,
+        vocab_size=vocab,
+        seq_length=2048,
+    )
+    return Shape(model, gated=False)
 
 
 def _llama2(layers: int, hidden: int, heads: int, groups: int, ffn: int) -> Shape:
-    return Shape(layers, hidden, heads, groups, hidden // heads, ffn, 32000, 4096)
+    model = ModelConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        ffn_hidden_size=ffn,
+        seq_length=4096,
+    )
+    return Shape(model)
 
 
 def _paper(name: str, tp: int, speed: float) -> Published:
@@ -48,7 +63,7 @@ def _paper(name: str, tp: int, speed: float) -> Published:
         recompute="selective",
         overlaps_gather=True,
     )
-    shape = shape_of(ModelConfig.model_validate(PRESETS[name.lower()]))
+    shape = Shape(ModelConfig.model_validate(PRESETS[name.lower()]))
     return Published(f"LLaMA {name}", "a100-80gb", "ib-200x8", shape, work, speed, _LLAMA)
 
 
@@ -68,7 +83,7 @@ _MPT = {
 def _foundry(
     model: str, gpu: str, gpus: int, micro_batch: int, micro_batches: int, full: bool, speed: float
 ) -> Published:
-    """PyTorch FSDP over all ranks."""
+    """A row of llm-foundry: PyTorch FSDP over all ranks."""
     # PURE mixed precision (A100 at 70B, and all of the 40 GB) reduces in bf16, DEFAULT in fp32.
     pure = gpu == "a100-40gb" or (gpu == "a100-80gb" and model == "70b")
     work = Work(
@@ -131,7 +146,7 @@ def _korthikanti(
         overlaps_backward_entry=False,
     )
     policy = "full" if full else "selective"
-    speed = batch * shape.sequence / seconds / gpus
+    speed = batch * shape.model.seq_length / seconds / gpus
     return Published(f"Megatron {name}, {policy}", "a100-80gb", "ib-200x8", shape, work, speed, _KORTHIKANTI)
 
 

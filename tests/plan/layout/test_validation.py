@@ -1,4 +1,4 @@
-"""llama_mcore.plan.validate.compare: the bar on published runs, and where the constants come from."""
+"""llama_mcore.plan.layout.validation: the bar on published runs, and where the constants come from."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from llama_mcore.model.config import PRESETS, ModelConfig
+from llama_mcore.plan.layout import validation
 from llama_mcore.plan.layout.efficiency import FITTED, Efficiency, dump_efficiency, parse_efficiency
 from llama_mcore.plan.layout.flops import mfu, token_flops
+from llama_mcore.plan.layout.published import FITTED_ON, HELD_OUT, PUBLISHED
 from llama_mcore.plan.layout.report import validation_markdown
-from llama_mcore.plan.validate import compare
-from llama_mcore.plan.validate.compare import fit, largest_error, median_error, validate
-from llama_mcore.plan.validate.published import FITTED_ON, HELD_OUT, PUBLISHED
+from llama_mcore.plan.layout.validation import fit, largest_error, median_error, validate
 
 DOC = Path(__file__).parents[3] / "docs" / "planner.md"
 
@@ -34,8 +34,8 @@ def test_half_of_the_rows_or_more_are_held_out() -> None:
 
 def test_the_fit_reads_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
-    plain = compare.predict_speed
-    monkeypatch.setattr(compare, "predict_speed", lambda row, e: (seen.add(row), plain(row, e))[1])
+    plain = validation.predict_speed
+    monkeypatch.setattr(validation, "predict_speed", lambda row, e: (seen.add(row), plain(row, e))[1])
     fit(rounds=1)
     assert seen == set(FITTED_ON)
 
@@ -85,8 +85,8 @@ def test_speeds_follow_from_what_was_published(name: str, speed: float) -> None:
 def test_shapes_have_the_published_number_of_parameters(name: str, params: float) -> None:
     """Within 0.5 %: norms, biases and learned positions are not in a Shape; MPT ties its embeddings."""
     shape = next(row.shape for row in PUBLISHED if row.name == name)
-    embeddings = (2 if shape.gated else 1) * shape.vocab * shape.hidden
-    assert shape.layers * shape.layer_params + embeddings == pytest.approx(params, rel=5e-3)
+    embeddings = (2 if shape.gated else 1) * shape.model.vocab_size * shape.model.hidden_size
+    assert shape.model.num_layers * shape.layer_params + embeddings == pytest.approx(params, rel=5e-3)
 
 
 def test_the_documented_table_is_the_command_s() -> None:

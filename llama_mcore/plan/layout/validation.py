@@ -6,12 +6,12 @@ from statistics import median
 
 from llama_mcore.plan.layout.efficiency import FITTED, Efficiency
 from llama_mcore.plan.layout.hardware import gpu, network
+from llama_mcore.plan.layout.published import FITTED_ON, PUBLISHED, Published
 from llama_mcore.plan.layout.throughput import Predictor
-from llama_mcore.plan.validate.published import FITTED_ON, PUBLISHED, Published
 
 MEDIAN_BAR, LARGEST_BAR = 0.10, 0.25
 
-# Where the search may look: what a constant can mean at all.
+# Bounds of the search: beyond them a constant has no meaning.
 _BOUNDS = {
     "gemm_share": (0.70, 1.0),
     "gemm_half_side": (0.0, 400.0),
@@ -22,6 +22,8 @@ _BOUNDS = {
 
 @dataclass(frozen=True)
 class Row:
+    """A published run and its prediction."""
+
     name: str
     published: float
     predicted: float
@@ -31,7 +33,7 @@ class Row:
 
     @property
     def error(self) -> float:
-        """Of the prediction, as a share of what was published."""
+        """Relative error of the prediction."""
         return self.predicted / self.published - 1
 
 
@@ -46,7 +48,7 @@ def predict_speed(row: Published, efficiency: Efficiency) -> float:
     """Tokens per second and GPU."""
     predictor = Predictor(gpu(row.gpu), network(row.network), efficiency)
     work = row.work
-    tokens = work.dp * work.micro_batches * work.micro_batch * row.shape.sequence
+    tokens = work.dp * work.micro_batches * work.micro_batch * row.shape.model.seq_length
     return tokens / predictor.step_time(row.shape, work).total / work.gpus
 
 
@@ -59,8 +61,11 @@ def largest_error(rows: Sequence[Row]) -> float:
 
 
 def fit(rounds: int = 60) -> Efficiency:
-    """Coordinate search on FITTED_ON from the middle of the bounds: a step up or down for one constant after
-    the other, half as far when none helps. Minimised is the sum of the squared errors."""
+    """Constants that minimise the sum of squared errors on FITTED_ON.
+
+    A coordinate search from the middle of the bounds: a step up or down for one constant after the other,
+    half as far when none helps.
+    """
     best = replace(Efficiency(), **{name: (low + high) / 2 for name, (low, high) in _BOUNDS.items()})
     loss = _loss(best)
     steps = {name: (high - low) / 4 for name, (low, high) in _BOUNDS.items()}

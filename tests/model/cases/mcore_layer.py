@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from llama_mcore.distributed.groups import Groups
+from llama_mcore.model.build import mcore_layer
 from tests.model.building import build, error, model_config, random_weights
 from tests.model.cases.layers import Errors
 
@@ -31,13 +32,14 @@ def _errors(name: str, groups: Groups) -> Errors:
     shape, layout = name.split("/")
     tokens = torch.randint(52, (3, 16), generator=torch.Generator().manual_seed(0))
     results = []
-    for layer in ("llama", "stock"):
-        model = model_config(layer=layer, **MODELS[shape])
-        gpt = build(model, groups, layout == "sp-on", torch.float32, random_weights(model))
+    model = model_config(**MODELS[shape])
+    for layer in (None, mcore_layer()):
+        weights = random_weights(model)
+        gpt = build(model, groups, layout == "sp-on", torch.float32, weights, layer)
         logits = gpt(tokens)
         logits.square().mean().backward()
         grads = {name: parameter.grad for name, parameter in gpt.named_parameters()}
         results.append({"logits": logits.detach(), **grads})
-    ours, stock = results
-    assert ours.keys() == stock.keys()
-    return {name: error(ours[name], stock[name]) for name in ours}
+    ours, mcore = results
+    assert ours.keys() == mcore.keys()
+    return {name: error(ours[name], mcore[name]) for name in ours}

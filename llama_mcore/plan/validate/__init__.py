@@ -1,1 +1,0 @@
-"""`plan validate`: the predictions against published runs. published.py lists them, compare.py compares."""
