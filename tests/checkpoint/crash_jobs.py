@@ -29,7 +29,7 @@ PAGE = 4096
 CASES_AN_ATTEMPT = 200
 EVERYTHING: Mapping[str, int] = {}
 SAMPLE = {"kills": 12, "errors": 30, "strace": 5}
-"""How many of each kind of fault; of those that are not named all."""
+"""Number of faults of each kind; all of a kind that is not named."""
 
 Break = Callable[[Rank], AbstractContextManager[Callable[[], bool]]]
 """Breaks something of a rank for as long as the context lasts, which gives whether it has come to that."""
@@ -50,13 +50,13 @@ class Case:
     after: int = -1
     """Version that it would resume from after one more save."""
     names: list[str] = field(default_factory=list)
-    """What that save left in the folder of the checkpoints."""
+    """Names that the save left in the folder of checkpoints."""
 
 
 @dataclass
 class Tried:
     cases: dict[str, list[Case] | str]
-    """Of each kind of fault; or why it cannot be made here."""
+    """Count of each kind of fault; or the reason why it cannot be made here."""
     retention: tuple[int, list[str]]
     """Version found, and names, where newer checkpoints are damaged."""
     among_others: tuple[list[list[str]], str]
@@ -85,7 +85,7 @@ def some(cases: list[T], count: int | None) -> list[T]:
 
 
 def undisturbed(folder: Path) -> list[str]:
-    """This rank's operations in `SAVES`, with the exchanges between the ranks."""
+    """Operations of this rank in `SAVES`, with the exchanges between ranks."""
     with joined() as groups, watched(Watch(), agreements=True) as watch:
         save_all(Rank(folder / "undisturbed", groups), folder / "acknowledged")
     return watch.operations
@@ -116,7 +116,7 @@ def newest_noted(acknowledged: Path) -> int:
 
 
 def go_on(case: Case, rank: Rank) -> None:
-    """What every fault is followed by."""
+    """The saves that follow every fault."""
     case.found = rank.newest()
     rank.save(*LAST)
     case.after = rank.newest()
@@ -256,7 +256,7 @@ def short_write(at: int, rank: Rank) -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def broken_snapshot(rank: Rank) -> Iterator[Callable[[], bool]]:
-    """Without the disk: the state cannot be copied."""
+    """A fault outside the disk: the state cannot be copied."""
     rank.engine.broken_at = SAVES[1][1]
     yield lambda: True  # the message says whether it was so
     rank.engine.broken_at = -1

@@ -64,7 +64,7 @@ class Forked:
 
 
 class Launched:
-    """By the command of a user."""
+    """An attempt that is started by the command of a user."""
 
     passes_signals_on = True
 

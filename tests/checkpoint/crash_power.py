@@ -1,4 +1,4 @@
-"""What a power cut can leave of the saves of two ranks, and what a run would resume from.
+"""States that a power cut can leave of two ranks' saves, and what a run would resume from.
 
 Every operation of real saves is recorded with its content. After each of them the power may fail: content
 that was not fsynced is there, torn, zero or absent; of the names whose folder was not fsynced, any may be
@@ -58,7 +58,7 @@ class Operation:
     """Relative to the folder that is recorded; of `acknowledge` the version."""
     to: str = ""
     content: bytes = b""
-    """Of a write."""
+    """Content of a write."""
 
 
 Log = list[Operation]
@@ -67,7 +67,7 @@ Log = list[Operation]
 @dataclass
 class Found:
     states: int
-    """Of the disk, that were looked at."""
+    """Number of states of the disk that were checked."""
     violations: list[str]
     fsyncs: dict[str, list[str]]
     """Violations without a single fsync."""
@@ -134,7 +134,7 @@ def together(log: Log) -> Log:
 
 @contextmanager
 def recording(folder: Path) -> Iterator[Log]:
-    """What this process does in `folder`: of what makes things durable the calls themselves are recorded."""
+    """Log of what this process does in `folder`, with the calls that make something durable."""
     operations: Log = []
     write, fsync, rename = os.write, os.fsync, Path.rename
 
@@ -270,7 +270,7 @@ class Disk:
             node.durable, node.pending = dict(node.entries), []
 
     def states(self) -> Iterator[State]:
-        """What may be there after a power cut. Of several files that were not fsynced, all suffer alike, or
+        """States after a power cut. Of several files that were not fsynced, all suffer alike, or
         one alone does."""
         files = [node for node in nodes(self.root) if isinstance(node, File) and node.content != node.durable]
         suffering = [[]] + [[file] for file in files] + ([files] if len(files) > 1 else [])
@@ -331,7 +331,7 @@ class Checker:
         self._folder, self._groups = folder, groups
 
     def violations(self, log: Log, until: int = 1000) -> list[str]:
-        """Of a power cut after each operation of the log; at most `until`."""
+        """Violations by a power cut after each operation of the log; at most `until`."""
         disk, acknowledged, found = Disk(), 0, []
         for number, operation in enumerate(log):
             if operation.kind == "acknowledge":
@@ -381,7 +381,7 @@ def hint_is_whole(state: State) -> bool:
 
 
 def significant_fsyncs(log: Log) -> list[int]:
-    """Those that made something durable: at others all was so already."""
+    """Fsyncs that made something durable; before the others everything already was."""
     disk, found = Disk(), []
     for number, operation in enumerate(log):
         if operation.kind == "fsync":
@@ -457,7 +457,7 @@ ORDERS: dict[str, tuple[int, Callable[[Log], Log]]] = {
     "old ones removed before the rename": (2, removal_early),
     "the step's earlier checkpoint removed first": (3, earlier_removed),
 }
-"""How many saves show it, and how to make it."""
+"""Number of saves that show it, and the way to make it."""
 
 
 def lose_a_page(folder: Path) -> None:
@@ -483,11 +483,11 @@ CHECKS = {
     "hashes of the files": (lose_a_page, take_its_hash),
     "hash of the manifest": (change_the_manifest, seal),
 }
-"""What a disk does that has lost what it said it had, and what makes the hash fit that."""
+"""The damage by a disk that lost acknowledged writes, and the change that makes the hash fit."""
 
 
 def checked(sound: Path, name: str, checker: Checker) -> dict[str, int]:
-    """What is found after the damage, and where the hash is that of what is there."""
+    """Results after the damage, and after the hash was made to fit it."""
     damage, make_fit = CHECKS[name]
     folder = shutil.copytree(sound, sound.with_name(name))
     checkpoint = step_dir(folder / RUN, SAVES[0][0])

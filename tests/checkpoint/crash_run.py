@@ -122,7 +122,7 @@ class Rank:
         self.saver = Saver(cast(DeepSpeedEngine, self.engine), run, self.groups)
 
     def save(self, step: int, version: int) -> None:
-        """Raises OutputError. When it returns, the version is acknowledged."""
+        """Save a version, which is acknowledged when this returns. Raises OutputError."""
         self.engine.fill(version)
         self.saver.begin(TrainState(step, version, run_id=RUN_ID), lr=0.0)
         assert self.saver.finish()
@@ -144,7 +144,7 @@ def version_of(reader: CheckpointReader) -> int:
 
 
 def names_in(run_dir: Path) -> list[str]:
-    """What is in the folder of the checkpoints, temporary names included."""
+    """Names in the folder of checkpoints, temporary ones included."""
     return sorted(path.name for path in checkpoints_dir(run_dir).iterdir())
 
 

@@ -31,7 +31,7 @@ DEEP = 100_000
 
 Words = list[str]
 Content = bytes | Callable[[Path], bytes]
-"""Of a file; made in the folder of the case, where it is large or depends on that."""
+"""Content of a file, or a function that makes it in the folder of the case, where it is large."""
 
 
 def made(content: Content, folder: Path) -> bytes:
@@ -84,7 +84,7 @@ def tensors(header: str | dict, body: int = 16, length: int | None = None) -> by
 
 
 def entry(**changes: object) -> dict[str, object]:
-    """Of a tensor of four elements."""
+    """Header entry of a tensor of four elements."""
     return {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} | changes
 
 
@@ -307,7 +307,7 @@ def hugging_face(
     edit: Callable[[dict], object] = lambda config: None,
     files: dict[str, Content] | None = None,
 ) -> Callable[[Path], Words]:
-    """Of the tiny model. `edit` changes its config.json; `files` are added, or replace its own."""
+    """A folder of the tiny model. `edit` changes its config.json; `files` are added, or replace its own."""
 
     def prepare(folder: Path) -> Words:
         import torch

@@ -151,7 +151,7 @@ def go_on(engine: DeepSpeedEngine, job: Job, file: Path, groups: Groups) -> None
 
 
 def leave_interrupted(folder: Path) -> None:
-    """What a kill leaves in the middle of a save, and in the middle of the removal of this job's own step."""
+    """Leave what a kill leaves in the middle of a save, and of the removal of this job's own step."""
     for name in ("step-00000007.tmp", f"step-{STEPS:08d}.removed.tmp"):
         (folder / name).mkdir(parents=True)
         (folder / name / "rank-00000.safetensors").touch()
@@ -193,7 +193,7 @@ def take_steps(
 
 
 def batch(step: int, dp: int, dp_rank: int) -> MicroBatch:
-    """This rank's part of the sequences of a step, which are the same under every layout."""
+    """Sequences of a step that this rank reads; those of all ranks are the same under every layout."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(VOCAB, (SEQUENCES, SEQ_LENGTH + 1), generator=generator).chunk(dp)[dp_rank]
     return MicroBatch(tokens[:, :-1], tokens[:, 1:])

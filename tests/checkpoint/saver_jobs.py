@@ -74,7 +74,7 @@ class Disk:
 
 
 def waits_in(function: Callable[..., object]) -> bool:
-    """Whether the main thread is in `function`, and there waits for another thread."""
+    """True if the main thread is in `function` and waits there for another thread."""
     stack = sys._current_frames()[threading.main_thread().ident or 0]
     codes = [frame.f_code for frame, _ in traceback.walk_stack(stack)]
     return codes[0].co_filename == threading.__file__ and function.__code__ in codes
@@ -105,7 +105,7 @@ def slow_copies(waiting: Disk) -> Iterator[None]:
 
 @contextmanager
 def heard() -> Iterator[list[str]]:
-    """What is logged, on every rank."""
+    """Log lines, on every rank."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -140,7 +140,7 @@ class Rank:
         self.state = TrainState(start + steps, (start + steps) * SEQUENCES, run_id="r")
 
     def saver_with(self, **checkpoint: object) -> Saver:
-        """With other settings."""
+        """A saver with other settings."""
         return Saver(self.engine, self.run.changed(checkpoint=checkpoint), self.groups)
 
     def save_beside(self, name: str) -> None:
@@ -398,7 +398,7 @@ SCENARIOS = [
 
 
 def play(folder: Path) -> dict[str, dict]:
-    """What this rank saw in each scenario."""
+    """Observations of this rank in each scenario."""
     dist.init_process_group("gloo")
     seen = {}
     for scenario in SCENARIOS:
@@ -455,7 +455,7 @@ def hang() -> None:
 
 
 def copy_late(stream: CopyStream, pairs: Any) -> None:
-    """When training waits for that, at the next update or for the last save."""
+    """A late copy, for which training waits at the next update or the last save."""
     while not any(map(waits_in, (Saver.before_update, Saver.finish))):
         time.sleep(0.01)
     for target, source in pairs:

@@ -1,4 +1,4 @@
-"""What a power cut leaves of a save is the old checkpoint or the new one, whole, and what was acknowledged is
+"""Power cuts: a save leaves the old checkpoint or the new one, whole, and what was acknowledged is
 there; and no fsync, no order and no hash can go without that being seen.
 
 `make test` cuts the power in the first two saves of a run, `make test-crash` also where a step is saved
@@ -25,7 +25,7 @@ def test_a_power_cut_loses_nothing(sample: Found) -> None:
 
 
 def test_no_fsync_can_go(sample: Found) -> None:
-    """In each save of two files, the manifest, the folder, its name and the hint; above it in the first."""
+    """Each save needs those of two files, manifest, folder, name and hint; the first, of more folders."""
     assert len(sample.fsyncs) == 2 * 6 + 3
     assert [name for name, violations in sample.fsyncs.items() if not violations] == []
 
@@ -37,7 +37,7 @@ def test_no_order_can_change(sample: Found) -> None:
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_no_hash_can_go(sample: Found, name: str) -> None:
-    """It alone refuses what is damaged: with a hash that fits, that is read."""
+    """Only the hash refuses damage: with one that fits, the damage is read."""
     assert sample.checks[name] == {"damaged": REFUSED, "with its hash": MIXED}
 
 

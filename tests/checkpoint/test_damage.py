@@ -51,14 +51,14 @@ def _no_hang() -> Iterator[None]:
 
 
 def resume_check(folder: Path) -> CheckpointReader:
-    """What a run does to a checkpoint before it resumes from it."""
+    """The checks of a run before it resumes from a checkpoint."""
     reader = CheckpointReader(folder)
     reader.check_content()
     return reader
 
 
 def check_refused(folder: Path, field: str, value: object) -> None:
-    """By the check."""
+    """The check must refuse the checkpoint."""
     with refused(CheckpointError, field, value, remedy=False):
         resume_check(folder)
 
@@ -128,7 +128,7 @@ def test_a_flipped_bit_in_any_byte_of_the_manifest_is_found_or_means_nothing(
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_cut_at_any_length_is_found(checkpoint: Path, name: str) -> None:
-    """In the length of the header, in the header, between tensors, in one, and nothing left at all."""
+    """Cuts in the length of the header, in the header, between tensors, in one, and of everything."""
     path = checkpoint / name
     content = path.read_bytes()
     assert undetected(checkpoint, path, (content[:length] for length in range(len(content)))) == []
@@ -179,7 +179,7 @@ def trade(one: Path, other: Path) -> None:
 
 
 def test_files_exchanged_between_ranks_are_found(tmp_path: Path) -> None:
-    """Of one length, as the replicated layer norms of rank 0 are not: exchanged at tp 1 and at tp 2."""
+    """Files of one length, which rank 0 with the replicated norms does not have: at tp 1 and at tp 2."""
     checkpoint = write_checkpoint(tmp_path / "run")
     trade(checkpoint / FIRST_RANK, checkpoint / SECOND_RANK)
     check_not_opened(checkpoint, "file", checkpoint / FIRST_RANK)
@@ -259,7 +259,7 @@ def test_files_that_are_not_of_the_checkpoint_change_nothing(checkpoint: Path) -
 
 
 def link_to_a_good_copy(path: Path) -> None:
-    """As long as the file itself, if it is even: a link's size is the length of what it says."""
+    """A link as long as the file itself, if that is even: a link's size is the length of its target."""
     kept = path.with_suffix(".kept")
     length = kept.stat().st_size // 2 * 2
     path.symlink_to("./" * ((length - 4) // 2) + shutil.copyfile(kept, path.with_name("copy")).name)
@@ -394,7 +394,7 @@ SPOILED = {
         3,
     ),
 }
-"""How, and the problem: the file of what is no fragment, or a parameter and how much of it is there."""
+"""The edit and the problem: a file with no such fragment, or a parameter and its stored size."""
 
 
 @pytest.mark.parametrize("name", SPOILED)

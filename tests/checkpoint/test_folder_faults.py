@@ -95,7 +95,7 @@ def finished(uninterrupted: Callable[..., Path]) -> Path:
 
 
 def looks(run_dir: Path) -> dict[str, object]:
-    """What lies there, by name: the content of files, the kind of the rest."""
+    """Name -> content of each file, or kind of anything else."""
     found: dict[str, object] = {}
     for path in run_dir.rglob("*"):
         mode = path.lstat().st_mode

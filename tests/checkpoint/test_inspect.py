@@ -48,7 +48,7 @@ def checkpoint(run_dir: Path) -> Path:
 
 
 def flip_a_bit(path: Path) -> None:
-    """In its last byte, which lies in a tensor: no size, header or name shows it."""
+    """Flip a bit of the last byte, which is in a tensor: no size, header or name shows it."""
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)

@@ -24,12 +24,12 @@ pytestmark = pytest.mark.process
 FEW = 3
 MANY = int(os.environ.get("KILLS", "25"))
 MEASURED = {"tokens_per_s", "step_time_s", "memory_bytes", "attempt"}
-"""What depends on the clock and the process."""
+"""Fields that depend on the clock and the process."""
 
 
 def settings(kills: int) -> list[str]:
-    """Of a run of which enough is left after every kill: beside its new steps an attempt may take some before
-    the signal comes."""
+    """Settings of a run with enough steps left after every kill, since an attempt may do some before the
+    signal comes."""
     return [
         "parallel.tp=1",
         "zero.stage=1",

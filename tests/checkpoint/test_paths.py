@@ -114,7 +114,7 @@ def test_a_truncated_rank_file_is_named(checkpoint: Path, keep: int) -> None:
 
 
 def test_a_gap_in_a_parameter_is_named(checkpoint: Path) -> None:
-    """With what is left of it: half."""
+    """The message has the size of what is left, half."""
     name, numel = next((name, full.numel()) for (kind, name), full in tensors_of(0).items())
     edit_tensors(checkpoint, lambda tensors: tensors.pop(fragment_key("exp_avg", name, 0)))
     assert f"{numel} are needed" in refusal(checkpoint, f"exp_avg of {name}", numel // 2)
@@ -188,7 +188,7 @@ def test_exchanged_rank_files_are_refused(checkpoint: Path) -> None:
 
 
 def test_a_checkpoint_from_before_health_was_remembered_still_loads(tmp_path: Path) -> None:
-    """Its run is taken for healthy, and a rollback may return to it."""
+    """The run counts as healthy, and a rollback may return to the checkpoint."""
     folder = write_checkpoint(tmp_path, step=4)
     content = json.loads((folder / MANIFEST).read_text())
     del content["health"], content["manifest_sha256"]

@@ -47,7 +47,7 @@ def random_tensors(model: ModelConfig) -> dict[tuple[str, str], Tensor]:
 def write_checkpoint(
     folder: Path, model: ModelConfig, tensors: dict[tuple[str, str], Tensor], tp: int, dp: int
 ) -> CheckpointReader:
-    """What a run of tp * dp ranks would have saved if ZeRO cut every parameter at random places."""
+    """A checkpoint of tp * dp ranks, as if ZeRO had split every parameter at random places."""
     folder.mkdir(parents=True)
     draw = random.Random(tp * 100 + dp)
     files: list[dict[str, Tensor]] = [{} for _ in range(tp * dp)]
@@ -152,7 +152,7 @@ def test_a_rank_reads_only_what_it_needs(large: Path, saved: int, loaded: int) -
 
 
 def bytes_read() -> int:
-    """By this process, from files of all kinds."""
+    """Bytes that this process has read, from files of all kinds."""
     return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
 
 

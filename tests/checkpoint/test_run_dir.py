@@ -77,7 +77,7 @@ def test_a_whole_configuration_tells_runs_apart(run: RunConfig) -> None:
 
 @pytest.mark.process
 def test_a_start_that_is_killed_leaves_the_configuration_whole(small: Small, tmp_path: Path) -> None:
-    """As does one on a disk that fails when the new one is all but written."""
+    """The same for a start on a disk that fails just before the new one is written."""
     run_dir, output = tmp_path / "run", tmp_path / "output.txt"
     words = [*small.overrides(run_dir), "parallel.tp=1", "train.steps=5", "eval.interval=0"]
     done = train(words)

@@ -36,7 +36,7 @@ ELSEWHERE = "process 1 on elsewhere"
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """With something in it, so that it stays."""
+    """A run folder with something in it, so that it stays."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").touch()
     return tmp_path / "run"
@@ -105,7 +105,7 @@ def me() -> dict[str, object]:
 def test_a_changed_clock_makes_no_holder_of_a_lease_dead(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, off_s: float
 ) -> None:
-    """What the kernel says of a process in seconds since 1970 moves with the clock. The lock is left out."""
+    """Start times since 1970 move with the clock, ticks since the boot do not. The lock is left out."""
     written_by(run_dir, 1, **me())
     monkeypatch.setattr(run_lock, "_is_locked", lambda path: False)
     monkeypatch.setattr(run_lock, "time", Clock(off_s))
@@ -173,7 +173,7 @@ def test_a_name_without_a_number_is_not_a_lease(run_dir: Path) -> None:
 
 
 class Clock:
-    """In place of `time` in run_lock.py: it may be off, and nobody waits. `act` is called before each
+    """A clock in place of `time` in run_lock.py: it may be off, and nobody waits. `act` is called before each
     wait."""
 
     def __init__(self, off_s: float = 0.0, act: Callable[[], object] = lambda: None) -> None:
@@ -223,7 +223,7 @@ def test_a_requeued_job_takes_over_its_own_lease(run_dir: Path, monkeypatch: pyt
 
 
 def test_two_starts_in_one_job_do_not_share_a_lease(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As typed twice into a shell of salloc."""
+    """A command that was typed twice into a shell of salloc."""
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     with held_lease(run_dir), refused(PreflightError, "run.dir", run_dir), held_lease(run_dir):
         pass

@@ -36,7 +36,7 @@ OF_BOTH_RANKS = pytest.mark.parametrize("rank", [0, 1])
 class Played:
     folder: Path
     seen: list[dict[str, dict]]
-    """Of each rank, by the name of the scenario."""
+    """Observations of each rank, by the name of the scenario."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def same_state(one: Path, other: Path) -> bool:
 
 @OF_BOTH_RANKS
 def test_training_goes_on_while_the_disk_waits(played: Played, rank: int) -> None:
-    """When `begin` returned nothing was written, and later `poll` did not wait either."""
+    """Nothing was written when `begin` returned, and later `poll` did not wait either."""
     assert played.seen[rank]["moment"]["seen"] == [[0, True, 1], [0, True, 4]]
 
 
@@ -165,7 +165,7 @@ def test_all_ranks_learn_that_a_writer_died(played: Played, rank: int) -> None:
 
 @OF_BOTH_RANKS
 def test_a_job_that_lost_its_run_neither_publishes_nor_begins(played: Played, rank: int) -> None:
-    """What is unfinished there may be the other job's, and stays."""
+    """Unfinished folders may be the other job's, and stay."""
     found = played.seen[rank]["taken_over"]
     while_held, *later = found["said"]
     assert not while_held

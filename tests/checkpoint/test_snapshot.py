@@ -31,7 +31,7 @@ TOTAL = 24
 
 
 def ring_of(numel: int) -> HostCopy:
-    """With slots of so many elements."""
+    """A ring with slots of so many elements."""
     return HostCopy(SIZES, 4 * SLOTS * numel)
 
 

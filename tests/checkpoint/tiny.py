@@ -80,7 +80,7 @@ def tensors_of(seed: int) -> Tensors:
 
 
 def shards_of(full: Tensors, rank: int, tp: int) -> dict[str, Tensor]:
-    """What one tensor-parallel rank writes, by its key; what all of them hold only the first writes."""
+    """Key -> tensor that one tensor-parallel rank writes; replicated ones only the first."""
     return {
         fragment_key(kind, name, 0): shard(tensor, split_of(name), rank, tp).reshape(-1).contiguous()
         for (kind, name), tensor in full.items()
@@ -89,7 +89,7 @@ def shards_of(full: Tensors, rank: int, tp: int) -> dict[str, Tensor]:
 
 
 def part_of(shards: dict[str, Tensor], dp_rank: int, dp: int) -> dict[str, Tensor]:
-    """What ZeRO leaves to one of the ranks that hold the same shards."""
+    """Part of the shards that ZeRO gives to one of the ranks with the same ones."""
     if dp == 1:
         return shards
     parts = {}

@@ -52,7 +52,7 @@ def convert_all(folder: Path) -> None:
 
 
 def convert_one_large(folder: Path) -> bool:
-    """Whether it was refused for lack of memory."""
+    """Convert one large model; True if it was refused for lack of memory."""
     warm_up(folder)
     try:
         around(folder / "large", ONE_LARGE, ("hf", "native"), LIMIT)
@@ -98,7 +98,7 @@ def around(folder: Path, weights: Invented, formats: Sequence[str], limit: int |
 
 @contextmanager
 def limited(size: int | None) -> Iterator[None]:
-    """To so many bytes of address space beyond what there is."""
+    """Limit the address space to so many bytes beyond what is in use."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     if size is not None:
         used = 1024 * int(Path("/proc/self/status").read_text().split("VmSize:")[1].split()[0])

@@ -33,7 +33,7 @@ SPOILED = "decoder.final_layernorm.weight"
 
 @dataclass
 class Spoiled(Invented):
-    """With a nan in one tensor of this kind."""
+    """Weights with a NaN in one tensor of this kind."""
 
     spoiled: str = WEIGHT
 

@@ -1,4 +1,4 @@
-"""What `convert` does with the folder that it writes to, and with the tokenizer beside the weights."""
+"""Output folder of `convert`, and the tokenizer beside the weights."""
 
 import os
 import shutil
@@ -48,7 +48,7 @@ def test_an_export_makes_room_where_told(source: Path, tmp_path: Path) -> None:
 
 
 def test_no_export_tells_where_it_was_made(source: Path, tmp_path: Path) -> None:
-    """It is handed on."""
+    """An export is handed on to others."""
     export(source, tmp_path / "out")
     written = b"".join(contents(tmp_path / "out").values())
     assert source.name.encode() in written

@@ -82,7 +82,7 @@ def tensor_archive(
     size: tuple[int, ...] = (4,),
     stride: tuple[int, ...] = (1,),
 ) -> Path:
-    """As torch.save writes one tensor of four elements, whatever the numbers say."""
+    """A file with one tensor of four elements as torch.save writes it, whatever the numbers say."""
     arguments = (Storage(), offset, size, stride, False, OrderedDict())
     buffer = io.BytesIO()
     pickler = TensorPickler(buffer, protocol=2)
@@ -92,7 +92,7 @@ def tensor_archive(
 
 
 def reason(path: Path, **options: Any) -> str:
-    """Why it was refused, in a few lines."""
+    """The reason of the refusal, in a few lines."""
     with pytest.raises(CheckpointError) as caught:
         read_pickled([path], **options)
     message = str(caught.value)
@@ -247,7 +247,7 @@ def test_a_few_bytes_do_not_stand_for_many(tmp_path: Path) -> None:
 
 
 def repacked(path: Path, drop: str = "no such entry") -> Path:
-    """As by a program that unpacks a file of torch.save and packs it again."""
+    """A torch.save file that another program unpacked and packed again."""
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(path.with_suffix(".new"), "w") as new:
         for name in old.namelist():
             if drop not in name:

@@ -101,7 +101,7 @@ def test_it_ends_where_the_context_is_full(counting_up: Path, tokenizer: Tokeniz
 
 
 def test_an_empty_prompt_begins_a_document(counting_up: Path) -> None:
-    """It starts from EOS; the three tokens after it are the first bytes."""
+    """The text starts after EOS; its three tokens are the first bytes."""
     assert generate(counting_up, "", max_new_tokens=3, temperature=0) == "\x00\x01\x02"
 
 

@@ -64,7 +64,7 @@ LOADED = [
     Load(BF16, Job("on-zero1-tp2-dp2-bf16", tp=2, dp=2, stage=1, precision="bf16")),
 ]
 FRESH = Load(FP32, Job("fresh", tp=2, dp=1, stage=1), NEW)
-"""Of weights alone, with a token less than the ranks can share."""
+"""Universal folder of weights alone, with a token less than the ranks can share."""
 
 
 def invented() -> Invented:
@@ -143,7 +143,7 @@ def with_universal(run: RunConfig, file: Path) -> RunConfig:
 
 
 def train_llama(folder: Path) -> None:
-    """As a user of Hugging Face's model and DeepSpeed does, without our code."""
+    """Training by Hugging Face's model and DeepSpeed, without our code."""
     dist.init_process_group("gloo")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles for minutes
     torch.manual_seed(0)

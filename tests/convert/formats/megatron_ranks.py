@@ -47,7 +47,7 @@ def load_all(folder: Path) -> dict[str, tuple[list, list]]:
 
 
 def mcore_model(shape: str, tp: int, dtype: torch.dtype) -> GPTModel:
-    """With megatron-core's own layer, and as many rows of the vocabulary as ranks can share."""
+    """A model of megatron-core's own layers, with as many rows of the vocabulary as ranks can share."""
     model = SHAPES[shape]
     return GPTModel(
         transformer_config(model, ParallelConfig(tp=tp, sequence_parallel=False), dtype),
@@ -67,7 +67,7 @@ def padded_rows(shape: str, tp: int) -> int:
 
 
 def expected_shards(shape: str, weights: Invented, kind: str, tp: int, rank: int) -> dict[str, Tensor]:
-    """What a rank has to hold of every parameter."""
+    """Shard of every parameter that a rank has to hold."""
     full = {name: weights.full(name, kind) for name in weights.names()}
     rows = padded_rows(shape, tp)
     full = {name: padded(tensor, rows) if is_vocabulary(name) else tensor for name, tensor in full.items()}

@@ -374,6 +374,6 @@ def verify(run_dir: Path, folder: Path) -> Verification:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Without the report of a verification that held."""
+    """Names in a folder, without the report of a successful verification."""
     reports = [path for path in folder.glob("*.report.json") if json.loads(path.read_text())["verified"]]
     return sorted(path.name for path in folder.iterdir() if path not in reports)

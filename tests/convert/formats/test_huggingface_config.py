@@ -167,7 +167,7 @@ def test_an_original_length_that_transformers_takes_instead_is_refused() -> None
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """In several files."""
+    """A folder with several files of tensors."""
     (tmp_path / "hf").mkdir()
     options = WriteOptions(torch.float32, (WEIGHT,), max_shard_bytes=50_000)
     huggingface.write(Invented(SHAPES["llama3"], torch.float32), tmp_path / "hf", options, lambda size: None)

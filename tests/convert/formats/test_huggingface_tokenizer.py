@@ -58,7 +58,7 @@ def trained(**rules: Any) -> bytes:
 
 
 def written(model: bytes, folder: Path) -> Tokenizer:
-    """With what is written for Hugging Face beside it."""
+    """A tokenizer with the files for Hugging Face beside it."""
     (folder / "source.model").write_bytes(model)
     tokenizer = Tokenizer(folder / "source.model")
     for name, content in tokenizer_module.tokenizer_files(tokenizer, 64).items():
@@ -67,7 +67,7 @@ def written(model: bytes, folder: Path) -> Tokenizer:
 
 
 def texts(model: bytes) -> list[str]:
-    """Of what may be told apart wrongly, in every neighbourhood."""
+    """Texts that implementations may split differently, in every neighbourhood."""
     draw = random.Random(0)
     atoms = [
         "<0x0A>",

@@ -93,7 +93,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_megatron_core_saved_is_read(
     shape: str, tp: int, metadata: dict[str, bool], saved: Path, tmp_path: Path
 ) -> None:
-    """Its own model holds norms in fp32: all comes in the wider dtype, which holds bf16 exactly."""
+    """The mcore model has norms in fp32: everything is read in the wider dtype, which holds bf16 exactly."""
     path = saved / megatron_ranks.saved_name(shape, tp, metadata)
     with pytest.raises(CheckpointError, match="does not say what model it is of"):
         FORMAT.open(path, None)
@@ -104,7 +104,7 @@ def test_what_megatron_core_saved_is_read(
 
 
 def keep_common_in_chunks(folder: Path) -> None:
-    """As megatron-core 0.19 and later do (dist_checkpointing.save)."""
+    """Store the common state as megatron-core 0.19 and later do (dist_checkpointing.save)."""
     file = folder / "__0_9.distcp"
     torch.save([torch.load(folder / "common.pt", weights_only=False)], file)
     (folder / "common.pt").unlink()
@@ -239,7 +239,7 @@ def test_metadata_that_cannot_be_true_is_refused(
 
 
 class Payload:
-    """What a pickle runs that means harm."""
+    """A malicious pickle."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -271,7 +271,7 @@ def test_what_megatron_core_lets_through_is_allowed() -> None:
 
 
 def test_the_model_of_megatron_lm(folder: Path) -> None:
-    """Where there is no ModelConfig of ours the arguments of Megatron-LM say the same."""
+    """Without a ModelConfig of ours, the arguments of Megatron-LM give the same model."""
     common = torch.load(folder / "common.pt", weights_only=False)
     del common["llama_mcore"]
     torch.save(common, folder / "common.pt")

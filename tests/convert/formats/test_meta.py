@@ -50,7 +50,7 @@ def write_receipt(folder: Path, model: ModelConfig) -> None:
 
 
 def edit_params(folder: Path, **changes: Any) -> None:
-    """None removes a key."""
+    """Change params.json; None removes a key."""
     params = json.loads((folder / "params.json").read_text()) | changes
     kept = {key: value for key, value in params.items() if value is not None}
     (folder / "params.json").write_text(json.dumps(kept))
@@ -163,7 +163,7 @@ def test_params_are_those_of_the_releases(preset: str) -> None:
 
 
 def test_llama3s_code_is_told_the_rotation() -> None:
-    """It takes theta = 500,000 where params.json does not say, and knows one scaling."""
+    """Llama 3's code takes theta = 500,000 where params.json has none, and has one scaling."""
     scaled = params_of(ModelConfig(**PRESETS["7b"], rope_scaling=RopeScaling()))
     assert (scaled["rope_theta"], scaled["use_scaled_rope"]) == (10000.0, True)
 
@@ -243,7 +243,7 @@ def test_a_receipt_of_another_model_is_not_believed(tmp_path: Path) -> None:
 
 
 def test_the_model_that_the_user_names(tmp_path: Path) -> None:
-    """It says what params.json cannot: Llama 3.2 was trained with another scaling, and is tied."""
+    """The named model completes params.json: Llama 3.2 was trained with another scaling, and is tied."""
     written = SHAPES["tied"].model_copy(update={"rope_theta": 500000.0, "rope_scaling": RopeScaling()})
     folder = write(Invented(written), tmp_path)
     named = written.model_copy(update={"rope_scaling": RopeScaling(factor=32), "seq_length": 999})
