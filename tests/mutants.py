@@ -53,8 +53,8 @@ class Mutant:
 
 
 LAYER = "tests/model/test_layer_function.py"
-ATTENTION = f"{LAYER}::test_attention_half_by_finite_differences"
-MLP = f"{LAYER}::test_mlp_half_by_finite_differences"
+ATTENTION = f"{LAYER}::test_attention_block_by_finite_differences"
+MLP = f"{LAYER}::test_mlp_block_by_finite_differences"
 COLLECTIVES = "tests/distributed/test_tp_comm.py"
 FAULTS = "tests/train/test_faults.py"
 POWER_CUT = "tests/checkpoint/test_crash_power.py"

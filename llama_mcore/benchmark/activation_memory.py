@@ -19,7 +19,6 @@ from llama_mcore.benchmark.models import (
 )
 from llama_mcore.benchmark.runner import Bar, Result, say
 from llama_mcore.distributed.groups import Groups, process_groups
-from llama_mcore.model.build import mcore_layer
 from llama_mcore.model.config import ModelConfig
 
 # 7B / 8: ffn 2.6875 h, heads of 128 channels, s = 16 * 128, vocabulary 7.8125 h.
@@ -38,7 +37,7 @@ def mcore_contender(*modules: str) -> Callable[[Workload], Contender]:
     """megatron-core's own layer with its own selective recompute of `modules`."""
 
     def build(workload: Workload) -> Contender:
-        contender = McoreContender(workload, mcore_layer(), recompute="none")
+        contender = McoreContender(workload, own_layer=False, recompute="none")
         recompute_modules(contender.module, modules)
         return contender
 

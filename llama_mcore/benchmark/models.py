@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -53,14 +52,14 @@ class Contender(Protocol):
 class McoreContender:
     """A model of this package, under the product's own training step."""
 
-    def __init__(self, workload: Workload, layer: ModuleSpec | None = None, **changes: str) -> None:
-        """`layer`: another than ours; `changes` of the run's model section: recompute."""
+    def __init__(self, workload: Workload, *, own_layer: bool = True, **changes: str) -> None:
+        """`own_layer`: ours, not megatron-core's; `changes` of the run's model section: recompute."""
         self.workload = workload
         model = workload.run.model.model_copy(update=changes)
         self.run = workload.run.model_copy(update={"model": model})
         self.module = build_model(
             *(model, self.run.parallel, workload.groups, dtype_of(self.run.train), self.run.run.seed),
-            layer=layer,
+            layer=None if own_layer else mcore_layer(),
         )
 
     def loss(self) -> Tensor:
@@ -118,7 +117,7 @@ class HuggingFaceContender:
 
 CONTENDERS: dict[str, Callable[[Workload], Contender]] = {
     "ours": McoreContender,
-    "mcore": lambda workload: McoreContender(workload, mcore_layer(), recompute="none"),
+    "mcore": lambda workload: McoreContender(workload, own_layer=False, recompute="none"),
     "huggingface": HuggingFaceContender,
 }
 

@@ -1,4 +1,4 @@
-"""The manual backward: each part, each half, and the layers under every layout.
+"""The manual backward: each part, each block, and the layers under every layout.
 
 The layers are computed by tests/model/cases on 1, 2 and 4 ranks and compared with tests/model/paper.py.
 """
@@ -55,7 +55,7 @@ def test_qkv_lies_per_group_as_queries_key_value() -> None:
 
 
 class OneLayer:
-    """A layer in float64 on one process, its halves as functions of their tensors, and the paper's."""
+    """A layer in float64 on one process, its blocks as functions of their tensors, and the paper's."""
 
     def __init__(self, groups: Groups, **fields: object) -> None:
         self.model = model_config(num_layers=1, **fields)
@@ -82,7 +82,7 @@ class OneLayer:
 @pytest.mark.parametrize("length", [1, 4])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", MODELS)
-def test_attention_half_by_finite_differences(alone: Groups, shape: str, backend: str, length: int) -> None:
+def test_attention_block_by_finite_differences(alone: Groups, shape: str, backend: str, length: int) -> None:
     small = {"hidden_size": 6, "num_attention_heads": 2, "head_dim": 2, "attention": backend}
     one = OneLayer(alone, **small | MODELS[shape])
     names = ["input_layernorm", "self_attention.linear_qkv", "self_attention.linear_proj"]
@@ -93,7 +93,7 @@ def test_attention_half_by_finite_differences(alone: Groups, shape: str, backend
 
 
 @pytest.mark.parametrize("length", [1, 3])
-def test_mlp_half_by_finite_differences(alone: Groups, length: int) -> None:
+def test_mlp_block_by_finite_differences(alone: Groups, length: int) -> None:
     one = OneLayer(alone, hidden_size=6, ffn_hidden_size=5)
     names = ("pre_mlp_layernorm", "mlp.linear_fc1", "mlp.linear_fc2")
     inputs = [random_tensor(length, 2, 6).requires_grad_(), *(one.weight(f"{name}.weight") for name in names)]

@@ -34,7 +34,7 @@ def test_model_state(found: Found, tp: int, name: str) -> None:
 
 
 @pytest.mark.parametrize(("tp", "name"), [(tp, name) for tp in DP for name in allocated.savings(tp)])
-def test_what_a_forward_keeps(found: Found, tp: int, name: str) -> None:
+def test_activations_that_a_forward_keeps(found: Found, tp: int, name: str) -> None:
     layout, recompute, precision, tied = name.split("/")
     model = model_config(PADDED, recompute=recompute, tie_embeddings=tied == "tied")
     value = {"bf16": 2, "fp32": 4}[precision]

@@ -34,7 +34,7 @@ def test_any_size_has_a_shape_that_can_be_trained(exponent: float) -> None:
     assert 48 <= model.hidden_size / model.num_layers <= 192
 
 
-def test_a_drawn_shape_names_its_dimensions() -> None:
+def test_a_constructed_shape_names_its_dimensions() -> None:
     shape = nearest_shape(3e9)
     assert shape
     assert shape.preset is None
