@@ -1,10 +1,13 @@
-"""What only the node of a rank can tell before a run: the run's folder as it writes it, memory, and
-what would compute."""
+"""Checks before a run of what only the node of a rank can tell: whether it can write the run's folder,
+memory, kernels, and versions."""
 
+import hashlib
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from uuid import uuid4
 
@@ -14,15 +17,19 @@ from llama_mcore.checkpoint.run_dir import PREFLIGHT_MARK as MARK
 from llama_mcore.config.run import RunConfig
 from llama_mcore.diagnose.finding import Finding
 from llama_mcore.distributed.cgroup import available_memory, memory_limit
-from llama_mcore.distributed.device import gpu_memory_bytes
+from llama_mcore.distributed.device import device_name, gpu_library_versions, gpu_memory_bytes
 from llama_mcore.errors import ConfigError
 from llama_mcore.model.attention import Choice, attention_for
 from llama_mcore.model.kernels import kernels_for
 from llama_mcore.plan.layout.footprint import Footprint, memory_of
+from llama_mcore.small_file import read_small_file
 from llama_mcore.units import format_bytes
 
 FOREIGN_SHARE = 0.05
-"""Of a GPU's memory: less may be this process's own."""
+"""Share of a GPU's memory; less than this in use may be this process's own."""
+PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy")
+SOURCES = Path(__file__).parents[1]
+_LARGEST_SOURCE = 16 << 20
 
 
 @contextmanager
@@ -165,6 +172,29 @@ def kernels(run: RunConfig) -> list[Finding]:
             found = error.problems[0]
             findings.append(_problem("kernels", found.field, str(found.value), found.reason, found.remedy))
     return findings
+
+
+def versions() -> dict[str, str]:
+    """Versions on this node, by name: a node with another one may compute something else."""
+    return {
+        "Python": platform.python_version(),
+        **{name: metadata.version(name) for name in PACKAGES},
+        "llama_mcore": source_digest(SOURCES),
+        "device": device_name(),
+        **gpu_library_versions(),
+    }
+
+
+def source_digest(folder: Path) -> str:
+    """Digest of all Python files of a folder, since two checkouts of one version may differ."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        try:
+            content = read_small_file(path, _LARGEST_SOURCE, follow=True)
+        except (OSError, ValueError) as error:
+            content = str(error).encode()  # one that cannot be read is a difference too
+        digest.update(f"{path.relative_to(folder)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12]
 
 
 def _machine_memory() -> int:

@@ -17,7 +17,7 @@ from llama_mcore.data.data_plan import Segment, check_caps
 from llama_mcore.data.sources import OpenSource, missing_inputs, open_sources, plan_run
 from llama_mcore.diagnose.finding import Finding, problem_of
 from llama_mcore.errors import LlamaMcoreError, MissingInputError, OutputError, Problem, gathering
-from llama_mcore.observe.goodput.no_progress import check_progress
+from llama_mcore.observe.goodput.attempts import check_progress
 from llama_mcore.units import format_bytes, format_count
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_mcore.diagnose.loopback import START_S, failure_of
+from llama_mcore.diagnose.allreduce import START_S, failure_of_command
 from llama_mcore.distributed.device import compute_capability, on_gpu, select_device
 from llama_mcore.errors import LlamaMcoreError, shown
 from llama_mcore.model.attention import BACKENDS, AttentionBackend, Case, load_backend
@@ -51,7 +51,7 @@ def smoke_tests(names: Sequence[str], environ: Mapping[str, str]) -> dict[str, O
     environ = {**environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", MODULE, folder, *names]
-        failure = failure_of(command, environ, START_S + sum(map(_limit_s, names)))
+        failure = failure_of_command(command, environ, START_S + sum(map(_limit_s, names)))
         path = Path(folder, "outcomes")
         lines = path.read_text().splitlines() if path.exists() else []
     found = {name: Outcome(**fields) for name, fields in map(json.loads, lines)}

@@ -19,10 +19,10 @@ from llama_mcore.distributed.replicas import check_replicas
 from llama_mcore.errors import EXIT_SAVED, NumericalError, Problem
 from llama_mcore.observe.log import get_logger, setup_logging
 from llama_mcore.observe.metrics import StepReport, ValidationLoss
-from llama_mcore.observe.mfu import step_mfu
 from llama_mcore.observe.phases import Phase, Phases
 from llama_mcore.train.evaluation import evaluate_sources, evaluation_is_due
 from llama_mcore.train.health import Action, Judgement, judge, lr_scale
+from llama_mcore.train.mfu import step_mfu
 from llama_mcore.train.resume import Start
 from llama_mcore.train.rollback import roll_back
 from llama_mcore.train.schedule import learning_rate

@@ -9,8 +9,8 @@ import pytest
 
 from llama_mcore.config.run import RunConfig, load_run
 from llama_mcore.diagnose import checks_node
+from llama_mcore.diagnose.checks_node import source_digest
 from llama_mcore.diagnose.finding import Finding
-from llama_mcore.diagnose.versions import source_digest
 from llama_mcore.plan.layout.footprint import memory_of
 from tests.diagnose.preflights import SPEEDS, Seen, look_at_all
 from tests.support.models import Small

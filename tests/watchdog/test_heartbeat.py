@@ -9,8 +9,14 @@ import pytest
 
 from llama_mcore.observe.phases import Phase
 from llama_mcore.watchdog.config import WatchdogConfig
-from llama_mcore.watchdog.heartbeat import ALIVE_S, Heartbeat, HeartbeatRecord, HeartbeatWriter
-from llama_mcore.watchdog.timeouts import FIRST_STEPS, Timeouts
+from llama_mcore.watchdog.heartbeat import (
+    ALIVE_S,
+    FIRST_STEPS,
+    Heartbeat,
+    HeartbeatRecord,
+    HeartbeatWriter,
+    Timeouts,
+)
 
 CONFIG = WatchdogConfig(
     step_factor=4, min_step_s=10, first_step_s=50, start_s=1, setup_s=2, save_s=3, evaluate_s=4, end_s=5

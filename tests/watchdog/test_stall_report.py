@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_mcore.distributed.rank_on_host import RankOnHost
+from llama_mcore.distributed.launch_env import RankInfo
 from llama_mcore.small_file import read_json
 from llama_mcore.watchdog import stall_report
 from llama_mcore.watchdog.stall_report import Report, StallReport, behind, summary
@@ -83,7 +83,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def begun(run_dir: Path, rank: int, world_size: int, clock: Clock) -> StallReport:
     """Of a supervisor that has watched for a minute."""
-    made = StallReport(run_dir, RankOnHost(rank, world_size, f"node{rank + 1}"))
+    made = StallReport(run_dir, RankInfo(rank, world_size, host=f"node{rank + 1}"))
     clock.now += 60
     return made
 
@@ -187,5 +187,5 @@ def test_other_ranks_leave_the_summary_to_rank_0(tmp_path: Path, clock: Clock) -
 
 def test_an_unwritable_folder_still_gives_a_summary(tmp_path: Path) -> None:
     (tmp_path / "stalls").touch()
-    text = StallReport(tmp_path, RankOnHost(0, 1, "node1")).write(WELL, "")
+    text = StallReport(tmp_path, RankInfo(0, 1, host="node1")).write(WELL, "")
     assert "train of step 12" in text

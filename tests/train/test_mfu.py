@@ -1,10 +1,10 @@
-"""llama_mcore.observe.mfu: the MFU that a step reports."""
+"""llama_mcore.train.mfu: the MFU that a step reports."""
 
 import pytest
 
 from llama_mcore.config.run import load_run
 from llama_mcore.distributed.device import device_name
-from llama_mcore.observe.mfu import step_mfu
+from llama_mcore.train.mfu import step_mfu
 
 A100 = "NVIDIA A100-SXM4-80GB"
 RUN = load_run("65b")

@@ -1,4 +1,4 @@
-"""llama_mcore.observe.report: metrics read back, and the picture."""
+"""llama_mcore.observe.loss_curve: metrics read back, and the picture."""
 
 import math
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 from llama_mcore.errors import DataError, OutputError
-from llama_mcore.observe.report import loss_curve, smoothed
+from llama_mcore.observe.loss_curve import loss_curve, smoothed
 from tests.support.errors import refused
 
 
