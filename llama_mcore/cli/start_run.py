@@ -113,7 +113,7 @@ def preflight_run(run: RunConfig, place: RankInfo, asked: Start, *, json: bool, 
     if place.rank == 0 and not json:
         checks = {"run": plan, "data": data_plan}
         typer.echo("\n".join([*run_with_timeout(FILES_LIMIT_S, checks).values(), ""]))
-    preflight(run, json, partial(start, asked=asked, retry=retry))
+    preflight(run, json, partial(start, request=asked, retry=retry))
 
 
 def _data_plan(run: RunConfig) -> str:

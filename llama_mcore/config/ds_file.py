@@ -64,7 +64,7 @@ def read_ds_file(zero: ZeroConfig) -> tuple[Path, dict[str, Any]]:
 
 
 def offloads_optimizer(zero_optimization: dict[str, Any]) -> bool:
-    """Whether fp32 weights and Adam moments are in host memory."""
+    """True if fp32 weights and Adam moments are in host memory."""
     return zero_optimization.get("offload_optimizer", {}).get("device", "none") != "none"
 
 

@@ -5,7 +5,13 @@ import os
 
 from llama_mcore.diagnose.finding import Finding, as_json_text, as_text, problem_of
 from llama_mcore.diagnose.machine import MOUNTS, compile_cache, environment, limits
-from llama_mcore.diagnose.software import import_failure, optional_packages, programs, python_and_packages
+from llama_mcore.diagnose.software import (
+    OPTIONAL,
+    import_failure,
+    optional_package,
+    programs,
+    python_and_packages,
+)
 from llama_mcore.errors import PreflightError
 
 
@@ -29,14 +35,21 @@ def examine() -> list[Finding]:
 
 def _with_torch(environ: dict[str, str]) -> list[Finding]:
     from llama_mcore.diagnose.allreduce import loopback
-    from llama_mcore.diagnose.backends import attention_backends, compile_folder, kernels, to_test
+    from llama_mcore.diagnose.backends import (
+        attention_backends,
+        attention_packages,
+        compile_folder,
+        kernels,
+        to_test,
+    )
     from llama_mcore.diagnose.gpus import devices, loopback_ranks
     from llama_mcore.diagnose.smoke import smoke_tests
     from llama_mcore.distributed.device import on_gpu
 
     tested = smoke_tests(to_test(), environ)
+    optional = OPTIONAL | attention_packages()
     return [
-        *optional_packages(),
+        *(optional_package(name, package) for name, package in optional.items()),
         *devices(tested),
         *attention_backends(tested),
         *kernels(tested),

@@ -111,7 +111,7 @@ def memory(total: int, limit: int | None) -> Finding:
     if limit is None or limit >= total:
         return _finding("memory", "ok", _size(total))
     value = f"{_size(limit)} of the machine's {_size(total)}"
-    meaning = "the control group kills what takes more, although programs see all of the machine's"
+    meaning = "the control group kills a process that takes more, although programs see all of it"
     remedy = "request more from the scheduler or container if a run needs it"
     return _finding("memory", "note", value, meaning, remedy)
 
@@ -161,7 +161,7 @@ def compile_cache(folder: Path, mounts: str) -> Finding:
 
 
 def _can_be_written(folder: Path) -> bool:
-    """Whether a folder, or the parent in which it would be made, can be written."""
+    """True if a folder, or the parent in which it would be made, can be written."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 

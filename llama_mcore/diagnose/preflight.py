@@ -144,7 +144,12 @@ def _reports(
         clock, host = time.time(), socket.gethostname()
         ranks_here = Counter(_gathered(host, groups))[host]
         folder = _check_folder(run, groups.rank, mark) if responds else []
-        here = [*ahead, *findings, *folder, *memory(run, groups.world_size, ranks_here), *kernels(run)]
+        documents = run.data.attention_boundary is not None
+        here = [
+            *(*ahead, *findings, *folder),
+            *memory(run, groups.world_size, ranks_here),
+            *kernels(run.model, run.train.precision, documents),
+        ]
         return _gathered(Report(host, clock, versions(), speeds, here), groups)
 
 

@@ -53,7 +53,7 @@ class RankInfo:
 
     @property
     def is_single_process(self) -> bool:
-        """Whether it was started without a launcher."""
+        """True if it was started without a launcher."""
         return not self.master_address
 
     def variables(self) -> dict[str, str]:
@@ -92,13 +92,13 @@ def rank_info(variables: Mapping[str, str]) -> RankInfo:
 
 
 def started_by_torchrun(variables: Mapping[str, str]) -> bool:
-    """Whether torchrun started it: not another launcher that sets some of the same names, nor
+    """True if torchrun started it: not another launcher that sets some of the same names, nor
     `rank_from_environment`."""
     return "TORCHELASTIC_RESTART_COUNT" in variables
 
 
 def started_by_our_torchrun(variables: Mapping[str, str]) -> bool:
-    """Whether `llama-mcore torchrun` did, which passes stop requests on as USR1: its TERM never is one."""
+    """True if `llama-mcore torchrun` did, which passes stop requests on as USR1: its TERM never is one."""
     return started_by_torchrun(variables) and OUR_TORCHRUN in variables
 
 

@@ -1,4 +1,4 @@
-"""Tensor-parallel communication that runs beside computation: start it, compute something else, wait.
+"""Tensor-parallel communication that overlaps computation: start it, compute something else, wait.
 
 Sequence parallelism (Korthikanti et al., 2022) keeps activations outside the GEMMs split along the sequence;
 then a column-parallel GEMM is entered by an all-gather and a row-parallel one left by a reduce-scatter, and
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Pending:
-    """The result of a collective that may still be running."""
+    """Result of a collective that may still be running."""
 
     def __init__(self, result: Tensor, work: dist.Work | None = None) -> None:
         self._result = result
@@ -25,7 +25,7 @@ class Pending:
 
 
 class TensorParallel:
-    """The collectives of one tensor-parallel group, on [s, b, h] split along s."""
+    """Collectives of one tensor-parallel group, on [s, b, h] split along s."""
 
     def __init__(self, group: dist.ProcessGroup, sequence_parallel: bool) -> None:
         self.group = group
@@ -51,7 +51,7 @@ class TensorParallel:
         return Pending(part, dist.reduce_scatter_tensor(part, x, group=self.group, async_op=True))
 
     def start_replicated_sum(self, gradient: Tensor) -> Pending:
-        """Sum, in place, the gradient of a replicated weight; each rank saw its part of the sequence."""
+        """Sum the gradient of a replicated weight in place, since each rank saw its part of the sequence."""
         if not self.sequence_parallel:
             return Pending(gradient)
         return Pending(gradient, dist.all_reduce(gradient, group=self.group, async_op=True))

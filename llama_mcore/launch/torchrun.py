@@ -95,7 +95,7 @@ def parsed(args: Sequence[str]) -> Namespace:
 
 
 def _check(settings: Namespace) -> None:
-    """Raises ConfigError for numbers that torchrun would answer with a traceback."""
+    """Check the numbers that torchrun would answer with a traceback. Raises ConfigError."""
     problems = []
     if not re.fullmatch(r"[1-9]\d{0,5}(:[1-9]\d{0,5})?", settings.nnodes):
         problems.append(

@@ -145,7 +145,9 @@ def _report(
     run, rollbacks = job.run, job.state.health.rollbacks
     acted = judgement.action is not Action.GO_ON
     tokens_per_s = run.tokens_per_step / done.seconds
-    mfu_causal, mfu_full = step_mfu(run, tokens_per_s / job.groups.world_size, device_name())
+    mfu_causal, mfu_full = step_mfu(
+        run.model, run.train.precision, tokens_per_s / job.groups.world_size, device_name()
+    )
     return StepReport(
         step=job.state.step,
         loss=done.loss,

@@ -180,7 +180,7 @@ class _Record:
         self._memory[self._offset : self._offset + len(data)] = data
 
     def read(self) -> tuple | None:
-        """None where the writer was stopped in the middle of it."""
+        """The numbers; None where the writer was stopped in the middle of a write."""
         for _ in range(_READS):
             data = self._memory[self._offset : self._offset + self._layout.size + _CHECKSUM.size]
             body, checksum = data[: self._layout.size], data[self._layout.size :]

@@ -135,7 +135,7 @@ class Supervisor:
         return None
 
     def _is_request(self, got: signal.struct_siginfo) -> bool:
-        """Whether a signal is a stop request: not where torchrun ends this rank since another has ended. (It
+        """True if a signal is a stop request: not where torchrun ends this rank since another has ended. (It
         passes stop requests on as USR1.)"""
         by_launcher = got.si_signo == signal.SIGTERM and got.si_pid == os.getppid()
         return not (by_launcher and started_by_torchrun(os.environ))
@@ -151,7 +151,7 @@ class Supervisor:
         return now - signalled_at > SETUP_ENDS_S and self._heartbeat.read().phase is Phase.SETUP
 
     def _has_lost_torchrun(self) -> bool:
-        """Whether torchrun is gone. Other parents may leave before the run ends, as a shell does."""
+        """True if torchrun has ended. Other parents may leave before the run ends, as a shell does."""
         return started_by_torchrun(os.environ) and os.getppid() != self._launcher
 
     def _pass_on(self, number: int) -> None:

@@ -123,7 +123,7 @@ def cases(folder: Path, settings: list[str]) -> dict[str, Case]:
         "start-hangs": Case(settings, everywhere=(gives_up(preflight.START),), start=hang),
         "another-model": Case([*in_prepared["continues"], "model.num_layers=3"]),
         "retried": Case(in_prepared["no-progress"], start=partial(checks_run.start, retry=True)),
-        "fresh": Case(in_prepared["foreign"], start=partial(checks_run.start, asked=Start(fresh=True))),
+        "fresh": Case(in_prepared["foreign"], start=partial(checks_run.start, request=Start(fresh=True))),
         "slow-group": Case(settings, everywhere=((preflight, "all_reduce_speed", measured),), ranks=4),
     }
 

@@ -506,4 +506,4 @@ def test_the_text_says_what_stops_a_run_and_wraps() -> None:
 def test_a_cpu_without_bf16_arithmetic_is_a_note_with_a_remedy() -> None:
     assert bf16_on_cpu(True).status == "ok"
     found = bf16_on_cpu(False)
-    assert (found.status, found.remedy) == ("note", "train.precision=fp32 for runs on it")
+    assert (found.status, found.remedy) == ("note", "set train.precision=fp32 for runs on it")

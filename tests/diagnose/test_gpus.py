@@ -26,7 +26,7 @@ def test_a_gpu_that_is_free_is_described() -> None:
 @pytest.mark.parametrize(
     ("gpu", "tested", "status", "stops", "meaning", "remedy"),
     [
-        (replace(HOPPER, free=70 * GIB), WORKS, "note", False, "others use", "nvidia-smi"),
+        (replace(HOPPER, free=70 * GIB), WORKS, "note", False, "other processes", "nvidia-smi"),
         (replace(HOPPER, mode="Exclusive_Process"), WORKS, "note", False, "Exclusive_Process", "-c DEFAULT"),
         (replace(HOPPER, mode="Prohibited"), WORKS, "problem", True, "Prohibited", "-i GPU-8a1c -c DEFAULT"),
         (replace(HOPPER, capability=(7, 5)), WORKS, "problem", False, "bf16", "train.precision=fp32"),

@@ -45,6 +45,8 @@ class Limits:
 
     package: str | None = None
     """Package that it needs besides torch, by its name for pip."""
+    install: str = ""
+    """How to install that package, for people."""
     on_cpu: bool = False
     """There it takes every dtype and head width, and gives the same bits each time."""
     oldest: Mapping[torch.dtype, tuple[int, int]] = field(

@@ -99,7 +99,7 @@ def last_fruitless(attempts: Sequence[AttemptStarted], job: str) -> list[Attempt
 
 
 def made_no_progress(attempt: AttemptStarted) -> bool:
-    """Whether it saved nothing and ended without an explanation: a crash, a kill, or a stall (75)."""
+    """True if it saved nothing and ended without an explanation: a crash, a kill, or a stall (75)."""
     if not isinstance(attempt, AttemptEnded):
         return not attempt.saved  # killed with its supervisor
     explained = attempt.exit_code == 0 or was_explained(attempt.exit_code)
@@ -108,7 +108,7 @@ def made_no_progress(attempt: AttemptStarted) -> bool:
 
 
 def was_explained(exit_code: int) -> bool:
-    """Whether the exit code is that of an error which the user was told about and can fix."""
+    """True if the exit code is that of an error which the user was told about and can fix."""
     # not 70: the numbers may do the same again, or a process ended early
     codes = {error.exit_code for error in LlamaMcoreError.__subclasses__()}
     return exit_code in codes - {EXIT_SOFTWARE}
@@ -124,7 +124,7 @@ def _end_of(attempt: AttemptStarted) -> str:
 
 
 def is_requeued(run_dir: Path) -> bool:
-    """Whether Slurm has requeued this job after it began the run: arguments that are meant for its first
+    """True if Slurm has requeued this job after it began the run: arguments that are meant for its first
     start must not count again."""
     job = os.environ.get("SLURM_JOB_ID", "")
     # The number of restarts alone does not tell: a job that another one submits inherits it.
