@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import torch
 
+from llama_mcore.checkpoint.config import CheckpointConfig
 from llama_mcore.checkpoint.run_dir import PREFLIGHT_MARK as MARK
 from llama_mcore.config.run import RunConfig
 from llama_mcore.diagnose.finding import Finding
@@ -110,7 +111,7 @@ def memory(run: RunConfig, ranks: int, ranks_here: int) -> list[Finding]:
     """
     found = memory_of(run, ranks)
     gpu = gpu_memory_bytes()
-    saves = _saves(run, found, ranks_here, gpu=gpu is not None)
+    saves = _saves(run.checkpoint, found, ranks_here, gpu=gpu is not None)
     if gpu is None:
         return [_fits(found, _machine_memory() // ranks_here, gpu=False), saves]
     free, total = gpu
@@ -124,18 +125,18 @@ def memory(run: RunConfig, ranks: int, ranks_here: int) -> list[Finding]:
     return [fits, saves, Finding("memory", "in use", "note", value, meaning, remedy, required=True)]
 
 
-def _saves(run: RunConfig, found: Footprint, ranks_here: int, *, gpu: bool) -> Finding:
+def _saves(checkpoint: CheckpointConfig, found: Footprint, ranks_here: int, *, gpu: bool) -> Finding:
     """Finding on the host memory of saves."""
     # checkpoint/snapshot.py decides alike, once training has allocated its own
     training = found.host_state + (0 if gpu else found.total - found.libraries)
-    limit = run.checkpoint.copy_limit(max(0, available_memory() // ranks_here - training))
+    limit = checkpoint.copy_limit(max(0, available_memory() // ranks_here - training))
     name, value = (
         "checkpoints",
         f"{format_bytes(found.state.saved)} of host memory per rank, for copies of what it saves",
     )
     if found.state.saved <= limit:
         return _ok("memory", name, value)
-    ring = format_bytes(run.checkpoint.ring_bytes)
+    ring = format_bytes(checkpoint.ring_bytes)
     meaning = (
         f"more than the limit: it uses a ring of {ring}, and training waits while a checkpoint is written"
     )

@@ -14,6 +14,7 @@ from typing import Annotated, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llama_mcore.errors import DataError, MissingInputError, Problem, input_problem
+from llama_mcore.files import replace_durably
 from llama_mcore.observe.line_file import append, ends_torn, open_to_append, read_lines
 from llama_mcore.observe.log import get_logger
 
@@ -147,21 +148,14 @@ def drop_steps_after(metrics: Path, step: int) -> list[Key]:
     kept = {place: key for place in counted if (key := keys[place]) and key.step <= step}
     lost = [key.step for place, key in enumerate(keys) if key and key.step <= step and place not in kept]
     if lost:
-        steps = describe_steps(as_ranges(lost))
-        get_logger().warning(
-            "%s: DROPPED %s lines of steps %s, which a later attempt replaced",
-            metrics,
-            f"{len(lost):,}",
-            steps,
-        )
+        text = "%s: DROPPED %d lines of steps %s, which a later attempt replaced"
+        get_logger().warning(text, metrics, len(lost), describe_steps(as_ranges(lost)))
     if len(kept) < len(keys) or size < metrics.stat().st_size:
         temporary = metrics.with_name(metrics.name + ".tmp")
         temporary.unlink(missing_ok=True)
         with temporary.open("xb") as file:
             file.writelines(line + b"\n" for place, line in enumerate(read_lines(metrics)) if place in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(metrics)
+        replace_durably(temporary, metrics)
     return list(kept.values())
 
 

@@ -51,7 +51,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a rank came to."""
+    """Findings and exit of a rank."""
 
     exit_code: int
     findings: list[Finding]
@@ -195,7 +195,7 @@ def prepared(folder: Path, name: str, run: RunConfig) -> Path:
 
 
 def checkpoint(run_dir: Path, run: RunConfig, step: int) -> Path:
-    """As far as its manifest and the sizes of its files show, of a run that has begun there."""
+    """A checkpoint, as far as its manifest and the sizes of its files show, of a run that has begun there."""
     write_lineage(run_dir, new_lineage("r"))
     folder = step_dir(run_dir, step)
     folder.mkdir(parents=True)

@@ -245,7 +245,7 @@ def test_a_required_package(text: str, pins: dict[str, str], status: str) -> Non
 
 
 def test_python_must_be_in_the_range_of_the_metadata(monkeypatch, tmp_path) -> None:
-    """Of a clone's pyproject.toml, if there is one; else of what is installed."""
+    """The range in a clone's pyproject.toml, if there is one; else that of what is installed."""
     distribution(tmp_path, "llama_mcore", "9.9", "Requires-Python: <3")
     monkeypatch.syspath_prepend(tmp_path)
     assert software.python_and_packages()[0].status == "ok"
@@ -296,7 +296,7 @@ def test_a_module_without_metadata_is_there_all_the_same(monkeypatch, tmp_path) 
 
 
 def test_the_tested_versions_are_read(tmp_path: Path) -> None:
-    """Of packages that have one for each Python, this Python's."""
+    """This Python's versions, of packages that have one for each Python."""
     pins = tmp_path / "pins.txt"
     old, new = (f'megatron-core=={n}.0; python_version {c} "3"  # why' for n, c in ((1, "<"), (2, ">=")))
     pins.write_text(f"# exactly\n{new}\n{old}\nPyYAML==6.0.3\n")

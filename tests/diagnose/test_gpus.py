@@ -88,7 +88,7 @@ def test_a_machine_without_a_gpu_is_asked(monkeypatch, tmp_path) -> None:
 
 
 def test_what_would_end_a_run_ends_the_doctor(monkeypatch) -> None:
-    """As a driver that is too old for torch: not a run beside the GPUs on the CPU."""
+    """A driver that is too old for torch must not lead to a run on the CPU beside the GPUs."""
 
     def refuse() -> None:
         raise PreflightError(Problem("run.device", "auto", "the driver is too old", "update it"))

@@ -141,7 +141,7 @@ def test_it_leaves_nothing_behind(looks: Looks, folder: Path) -> None:
 
 @pytest.mark.process
 def test_a_group_far_slower_than_its_kind_is_a_note_with_its_host(looks: Looks) -> None:
-    """Of tp; a dp group is about half as fast, and the ranks of the only group of all differ by chance."""
+    """Groups of tp: a dp group is about half as fast, and the only group of all ranks differs by chance."""
     seen = looks["slow-group"][0]
     found = of_group(seen, "collectives")
     slow = found["2 ranks of tp"]

@@ -132,7 +132,7 @@ def test_candidates_are_ports() -> None:
 
 
 def meet(place: RankInfo) -> list[bytes]:
-    """What each rank reads of what its neighbour has written."""
+    """Values that each rank reads of its neighbour's."""
     read, stores = [b""] * place.world_size, []
 
     def rank_main(rank: int) -> None:

@@ -131,7 +131,7 @@ def on_node(folder: Path, port: int, ranks: int, what: str) -> None:
 
 
 def test_a_rank_that_fails_ends_the_other_node_with_the_same_exit_code(tmp_path: Path) -> None:
-    """Its rank waits for ever, as one does in a collective of NCCL."""
+    """The rank there waits for ever, as one does in a collective of NCCL."""
     assert on_two_nodes(tmp_path, 1, "fails") == [3, 3]
     assert (tmp_path / "told").read_text() == "SIGTERM"
     assert (tmp_path / "node-0.txt").read_text() == ""
@@ -160,7 +160,7 @@ def supervised(folder: Path) -> None:
     run_command(["torchrun", "--nproc-per-node", "2", str(JOB), "watched", str(folder)])
 
 
-def test_a_supervisor_that_is_stopped_ends_the_run(tmp_path: Path) -> None:
+def test_liveness_of_a_supervisor_that_is_stopped_ends_the_run(tmp_path: Path) -> None:
     job = Call(exit_codes_of, 1, supervised, tmp_path)
     wait_for_workers(tmp_path, job)
     pid = int((tmp_path / "supervisor-1").read_text())

@@ -25,7 +25,7 @@ from tests.support.errors import refused
 
 
 def keys(*lines: tuple[int, int]) -> list[Key]:
-    """Of lines given as step and attempt."""
+    """Keys of lines given as step and attempt."""
     return [Key(step, attempt, False) for step, attempt in lines]
 
 

@@ -45,7 +45,7 @@ def write(
     lease: Held = LEASE,
     continues: Path | None = None,
 ) -> str:
-    """What a person sees of a run of 40 steps that reports `reports`."""
+    """Output for a person of a run of 40 steps that reports `reports`."""
     screen = io.StringIO()
     console = Console(
         file=screen,
@@ -151,7 +151,7 @@ def test_who_lost_the_run_adds_nothing(tmp_path: Path) -> None:
 
 
 def test_who_lost_the_run_before_the_first_step_drops_nothing(tmp_path: Path) -> None:
-    """Those are the lines of the one that has it now."""
+    """The lines are those of the job that holds it now."""
     write(tmp_path, [report(1), report(2)])
     before = (tmp_path / METRICS_FILE).read_bytes()
     with refused(OutputError, "run.dir", tmp_path):
@@ -354,7 +354,7 @@ def test_a_full_disk_is_one_clear_error_and_the_next_run_goes_on(tmp_path: Path)
 
 
 def test_a_console_that_takes_nothing_ends_no_run(tmp_path: Path) -> None:
-    """As where the job's output goes to a full disk."""
+    """The job's output may go to a full disk."""
     full = io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True)
     console = Console(file=full, width=100)
     with MetricSinks(QUIET, tmp_path, 40, 0, LEASE, console=console) as sinks:

@@ -54,7 +54,7 @@ def test_a_long_list_is_cut() -> None:
 
 
 class Clock:
-    """In place of `time` in stall_report.py: nobody waits, and what waits would have seen happens in
+    """Stand-in for `time` in stall_report.py: nobody waits, and what waits would have seen happens in
     between."""
 
     def __init__(self, ahead_s: float = 0.0) -> None:
@@ -82,14 +82,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def begun(run_dir: Path, rank: int, world_size: int, clock: Clock) -> StallReport:
-    """Of a supervisor that has watched for a minute."""
+    """Report of a supervisor that has watched for a minute."""
     made = StallReport(run_dir, RankInfo(rank, world_size, host=f"node{rank + 1}"))
     clock.now += 60
     return made
 
 
 def put(folder: Path, *reports: Report) -> None:
-    """As other ranks write them."""
+    """Write reports as other ranks do."""
     folder.mkdir(parents=True, exist_ok=True)
     for other in reports:
         (folder / f"rank-{other.rank:05d}.json").write_text(json.dumps(other.__dict__))
@@ -171,7 +171,7 @@ def test_other_ranks_look_seldom(tmp_path: Path, clock: Clock) -> None:
 
 
 def test_other_ranks_leave_when_the_summary_is_there(tmp_path: Path, clock: Clock) -> None:
-    """Of a rank 0 that had not begun the step."""
+    """The summary is of a rank 0 that had not begun the step."""
     folder = tmp_path / "stalls/00000011"
     clock.meanwhile = lambda: put(folder) or (folder / "summary.txt").touch()
     begun(tmp_path, 1, 2, clock).write(report(1), "")

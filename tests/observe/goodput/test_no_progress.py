@@ -1,4 +1,4 @@
-"""llama_mcore.observe.goodput.attempts: when a run may not be started again."""
+"""llama_mcore.observe.goodput.attempts: attempts without progress after which a run is not started again."""
 
 from pathlib import Path
 
