@@ -401,7 +401,7 @@ MUTANTS = [
     Mutant(
         name="a run without progress is not started again",
         symbol="check_progress",
-        old="if len(fruitless) < ATTEMPTS:",
+        old="if len(fruitless) < MAX_FRUITLESS:",
         new="if True:",
         tests=["tests/observe/goodput/test_no_progress.py"],
     ),

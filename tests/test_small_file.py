@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from llama_mcore import small_file
+from llama_mcore.config.ds_file import read_ds_file
 from llama_mcore.config.run import dump_run, load_run
 from llama_mcore.convert.folder import read_json_object
 from llama_mcore.convert.formats.huggingface.config import hf_config
 from llama_mcore.convert.registry import named_model
 from llama_mcore.data.manifest import manifest_path, read_manifest
 from llama_mcore.distributed.config import ZeroConfig
-from llama_mcore.distributed.ds_file import read_ds_file
 from llama_mcore.errors import DataError, LlamaMcoreError, MissingInputError
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.plan.layout.calibration import load_calibration

@@ -31,8 +31,8 @@ import llama_mcore.installed  # noqa: E402, F401
 # isort: split
 from llama_mcore.config.run import load_run  # noqa: E402
 from llama_mcore.errors import report_errors  # noqa: E402
+from llama_mcore.observe.loss_curve import Point, loss_curve  # noqa: E402
 from llama_mcore.observe.metrics_file import read_metrics  # noqa: E402
-from llama_mcore.observe.report import Point, loss_curve  # noqa: E402
 
 DEMO = Path("runs/demo")
 TRAIN, UNINTERRUPTED = DEMO / "train", DEMO / "uninterrupted"

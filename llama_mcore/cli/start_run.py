@@ -32,8 +32,7 @@ def check_world_size(world_size: int, dry_run: bool) -> None:
 def check_attempts(run: RunConfig, anyway: bool) -> None:
     """Each rank for itself, before anything slow. `anyway`: the user asked to start whatever the last
     attempts came to, which counts for the first start of a job."""
-    from llama_mcore.observe.goodput.attempts import is_requeued
-    from llama_mcore.observe.goodput.no_progress import check_progress
+    from llama_mcore.observe.goodput.attempts import check_progress, is_requeued
 
     if not anyway or is_requeued(Path(run.run.dir)):
         check_progress(Path(run.run.dir), os.environ.get("SLURM_JOB_ID", ""))
@@ -98,10 +97,10 @@ def preflight_run(run: RunConfig, place: RankInfo, asked: Start, *, json: bool, 
 
     choose_device(run.run.device)
     silence_libraries(cpu=not on_gpu())
+    from llama_mcore.background import run_with_timeout
     from llama_mcore.checkpoint.run_dir import state_of
     from llama_mcore.diagnose.checks_run import start
-    from llama_mcore.diagnose.limited import LIMIT_S, within
-    from llama_mcore.diagnose.preflight import preflight
+    from llama_mcore.diagnose.preflight import FILES_LIMIT_S, preflight
 
     def plan() -> str:
         return describe_run(run, place.world_size, state_of(Path(run.run.dir)))
@@ -112,8 +111,9 @@ def preflight_run(run: RunConfig, place: RankInfo, asked: Start, *, json: bool, 
         return ""
 
     if place.rank == 0 and not json:
-        typer.echo("\n".join([*within(LIMIT_S, {"run": plan, "data": data_plan}).values(), ""]))
-    preflight(run, json, partial(start, asked=asked, retry=retry))
+        checks = {"run": plan, "data": data_plan}
+        typer.echo("\n".join([*run_with_timeout(FILES_LIMIT_S, checks).values(), ""]))
+    preflight(run, json, partial(start, request=asked, retry=retry))
 
 
 def _data_plan(run: RunConfig) -> str:

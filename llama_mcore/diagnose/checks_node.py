@@ -1,38 +1,47 @@
-"""What only the node of a rank can tell before a run: the run's folder as it writes it, memory, and
-what would compute."""
+"""Checks before a run of what only the node of a rank can tell: whether it can write the run's folder,
+memory, kernels, and versions."""
 
+import hashlib
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from uuid import uuid4
 
 import torch
 
+from llama_mcore.checkpoint.config import CheckpointConfig
 from llama_mcore.checkpoint.run_dir import PREFLIGHT_MARK as MARK
 from llama_mcore.config.run import RunConfig
 from llama_mcore.diagnose.finding import Finding
 from llama_mcore.distributed.cgroup import available_memory, memory_limit
-from llama_mcore.distributed.device import gpu_memory_bytes
+from llama_mcore.distributed.device import device_name, gpu_library_versions, gpu_memory_bytes
 from llama_mcore.errors import ConfigError
 from llama_mcore.model.attention import Choice, attention_for
+from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.kernels import kernels_for
 from llama_mcore.plan.layout.footprint import Footprint, memory_of
+from llama_mcore.small_file import read_small_file
 from llama_mcore.units import format_bytes
 
 FOREIGN_SHARE = 0.05
-"""Of a GPU's memory: less may be this process's own."""
+"""Share of a GPU's memory; less than this in use may be this process's own."""
+PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy")
+SOURCES = Path(__file__).parents[1]
+_LARGEST_SOURCE = 16 << 20
 
 
 @contextmanager
 def shared_mark(run_dir: Path) -> Iterator[str]:
-    """Rank 0's part of `run_folder`: a file in the run's folder, by whose content others know that it is the
-    same folder. Removed again on leaving, with the folder where that was not there before."""
+    """Content of a file that rank 0 writes into the run's folder, by which the others know that they see the
+    same folder. Removed on leaving, as is the folder where it did not exist before."""
     made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
     content = ""
     try:
-        with suppress(OSError):  # every rank will say so
+        with suppress(OSError):  # every rank will report it
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / MARK).write_text(written := uuid4().hex)
             content = written
@@ -46,10 +55,10 @@ def shared_mark(run_dir: Path) -> Iterator[str]:
 
 
 def run_folder(run_dir: Path, rank: int, mark: str, wait_s: float = 10.0) -> Finding:
-    """What a save does works there: create, write, fsync, rename, read; and it is the folder of rank 0, which
-    a network file system may show `wait_s` later."""
+    """Finding on the run's folder: whether this rank can create, write, fsync, rename and read files in it as
+    a save does, and whether it is rank 0's, which a network file system may show up to `wait_s` later."""
     probe = run_dir / f"{MARK}-{rank:05d}"
-    shared = not mark or _shows(run_dir / MARK, mark, wait_s)
+    shared = not mark or _appears(run_dir / MARK, mark, wait_s)
     try:
         if shared:
             _write_and_read(probe)
@@ -62,8 +71,8 @@ def run_folder(run_dir: Path, rank: int, mark: str, wait_s: float = 10.0) -> Fin
             with suppress(OSError):
                 path.unlink()
     if not shared:
-        remedy = "choose one on a file system that all nodes mount"
-        return _problem("run folder", "run.dir", str(run_dir), "is not the folder that rank 0 sees", remedy)
+        remedy = "choose a folder on a file system that all nodes mount"
+        return _problem("run folder", "run.dir", str(run_dir), "is not the same folder as on rank 0", remedy)
     return _ok("run folder", "run.dir", f"{run_dir} can be written")
 
 
@@ -75,14 +84,14 @@ def _write_and_read(probe: Path) -> None:
         os.fsync(file.fileno())
     temporary.rename(probe)
     if probe.read_bytes() != content:
-        raise OSError(0, "gives back something else than was written")
+        raise OSError(0, "returns other bytes than were written")
 
 
 def _temporary(probe: Path) -> Path:
     return probe.with_name(f"{probe.name}.tmp")
 
 
-def _shows(path: Path, content: str, wait_s: float) -> bool:
+def _appears(path: Path, content: str, wait_s: float) -> bool:
     until = time.monotonic() + wait_s
     while True:
         with suppress(OSError):
@@ -94,41 +103,44 @@ def _shows(path: Path, content: str, wait_s: float) -> bool:
 
 
 def memory(run: RunConfig, ranks: int, ranks_here: int) -> list[Finding]:
-    """What training allocates against the memory of this rank's GPU, or its share of the machine's; the host
-    memory that saves go through; and what other processes hold of that GPU.
+    """Findings on memory: of training against that of this rank's GPU, or its share of the machine's; of
+    saves on the host; and of other processes on that GPU.
 
-    Model state and what the forward keeps are certain: without room for these nothing runs. Buffers, working
-    memory and the allocator's margin are estimates: without room for them too it may not.
+    Model state and activations are certain: without room for these nothing runs. Buffers, working memory and
+    the allocator's margin are estimates: without room for them too it may fail.
     """
     found = memory_of(run, ranks)
     gpu = gpu_memory_bytes()
-    saves = _saves(run, found, ranks_here, gpu=gpu is not None)
+    saves = _saves(run.checkpoint, found, ranks_here, gpu=gpu is not None)
     if gpu is None:
         return [_fits(found, _machine_memory() // ranks_here, gpu=False), saves]
     free, total = gpu
-    # What this process holds by now, a context and NCCL's buffers, is what the plan counts as libraries.
+    # This process holds a context and NCCL's buffers by now, which the plan counts as libraries.
     foreign = max(0, total - free - found.libraries)
     fits = _fits(found, total - foreign, gpu=True)
     if foreign < FOREIGN_SHARE * total:
         return [fits, saves]
     value = f"about {format_bytes(foreign)} of {format_bytes(total)}"
-    meaning, remedy = "another process uses this GPU", "nvidia-smi names it: end it, or take another GPU"
+    meaning, remedy = "other processes use this GPU", "nvidia-smi lists them: end them, or use another GPU"
     return [fits, saves, Finding("memory", "in use", "note", value, meaning, remedy, required=True)]
 
 
-def _saves(run: RunConfig, found: Footprint, ranks_here: int, *, gpu: bool) -> Finding:
-    """As checkpoint/snapshot.py decides when training has taken its own, which is not taken yet."""
+def _saves(checkpoint: CheckpointConfig, found: Footprint, ranks_here: int, *, gpu: bool) -> Finding:
+    """Finding on the host memory of saves."""
+    # checkpoint/snapshot.py decides alike, once training has allocated its own
     training = found.host_state + (0 if gpu else found.total - found.libraries)
-    limit = run.checkpoint.copy_limit(max(0, available_memory() // ranks_here - training))
+    limit = checkpoint.copy_limit(max(0, available_memory() // ranks_here - training))
     name, value = (
         "checkpoints",
-        f"{format_bytes(found.state.saved)} of host memory a rank, to copy what it saves",
+        f"{format_bytes(found.state.saved)} of host memory per rank, for copies of what it saves",
     )
     if found.state.saved <= limit:
         return _ok("memory", name, value)
-    ring = format_bytes(run.checkpoint.ring_bytes)
-    meaning = f"more than it may take: a ring of {ring}, and training waits while a checkpoint is written"
-    remedy = "more memory on each node, or more ranks; checkpoint.host_memory sets what a rank may take"
+    ring = format_bytes(checkpoint.ring_bytes)
+    meaning = (
+        f"more than the limit: it uses a ring of {ring}, and training waits while a checkpoint is written"
+    )
+    remedy = "use nodes with more memory, or more ranks; checkpoint.host_memory sets the limit of a rank"
     return Finding("memory", name, "note", value, meaning, remedy, required=True)
 
 
@@ -138,24 +150,23 @@ def _fits(found: Footprint, total: int, *, gpu: bool) -> Finding:
     certain = found.state.total - elsewhere + found.saved_layers + found.saved_rest
     estimate = found.total + (0 if gpu else found.host_state) - libraries
     name = "model state and activations"
-    value = f"{format_bytes(certain)}, about {format_bytes(estimate)} with all that comes and goes"
+    value = f"{format_bytes(certain)}, about {format_bytes(estimate)} with buffers and working memory"
     has = f"{format_bytes(total)} that a rank has here"
-    remedy = "more ranks, a higher zero.stage or parallel.tp; llama-mcore plan layout finds what fits"
+    remedy = "use more ranks, a higher zero.stage or parallel.tp; llama-mcore plan layout finds what fits"
     if certain > total:
         return _problem("memory", name, value, f"must be less than the {has}", remedy)
     if estimate > total:
-        meaning = f"the second figure, an estimate, is more than the {has}: it may run out of memory"
+        meaning = f"the second figure, an estimate, exceeds the {has}: the run may run out of memory"
         return Finding("memory", name, "note", value, meaning, remedy, required=True)
-    return _ok("memory", name, f"{value}, of {has}")
+    return _ok("memory", name, f"{value}, of the {has}")
 
 
-def kernels(run: RunConfig) -> list[Finding]:
-    """What would compute attention and the rest on this rank's device, or why nothing would."""
-    dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-    documents = run.data.attention_boundary is not None
+def kernels(model: ModelConfig, precision: str, documents: bool) -> list[Finding]:
+    """Findings on the attention backend and kernels of this rank's device, or why there are none."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     choices: dict[str, Callable[[], Choice]] = {
-        "attention": lambda: attention_for(run.model, dtype, documents),
-        "norms, rotation, SwiGLU": lambda: kernels_for(run.model.kernels),
+        "attention": lambda: attention_for(model, dtype, documents),
+        "norms, rotation, SwiGLU": lambda: kernels_for(model.kernels),
     }
     findings = []
     for name, choose in choices.items():
@@ -165,6 +176,29 @@ def kernels(run: RunConfig) -> list[Finding]:
             found = error.problems[0]
             findings.append(_problem("kernels", found.field, str(found.value), found.reason, found.remedy))
     return findings
+
+
+def versions() -> dict[str, str]:
+    """Versions on this node, by name: a node with another one may compute something else."""
+    return {
+        "Python": platform.python_version(),
+        **{name: metadata.version(name) for name in PACKAGES},
+        "llama_mcore": source_digest(SOURCES),
+        "device": device_name(),
+        **gpu_library_versions(),
+    }
+
+
+def source_digest(folder: Path) -> str:
+    """Digest of all Python files of a folder, since two checkouts of one version may differ."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        try:
+            content = read_small_file(path, _LARGEST_SOURCE, follow=True)
+        except (OSError, ValueError) as error:
+            content = str(error).encode()  # one that cannot be read is a difference too
+        digest.update(f"{path.relative_to(folder)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12]
 
 
 def _machine_memory() -> int:

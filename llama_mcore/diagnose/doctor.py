@@ -1,23 +1,22 @@
-"""`llama-mcore doctor`: what is installed here, what this machine offers, and what that means for a run."""
+"""`llama-mcore doctor`: installed software, devices and limits of this machine, and what follows for a
+run."""
 
-import json
 import os
-import textwrap
-from collections.abc import Sequence
-from dataclasses import asdict
-from itertools import groupby
 
-from llama_mcore.diagnose.environment import environment
-from llama_mcore.diagnose.finding import Finding, problem_of
-from llama_mcore.diagnose.limits import MOUNTS, compile_cache, limits
-from llama_mcore.diagnose.software import import_failure, optional_packages, programs, python_and_packages
+from llama_mcore.diagnose.finding import Finding, as_json_text, as_text, problem_of
+from llama_mcore.diagnose.machine import MOUNTS, compile_cache, environment, limits
+from llama_mcore.diagnose.software import (
+    OPTIONAL,
+    import_failure,
+    optional_package,
+    programs,
+    python_and_packages,
+)
 from llama_mcore.errors import PreflightError
-
-WIDTH = 110
 
 
 def doctor(as_json: bool) -> None:
-    """Print what is found. PreflightError, with all problems, where a training run could not start."""
+    """Print all findings. Raises PreflightError, with all problems, where a training run could not start."""
     findings = examine()
     print(as_json_text(findings) if as_json else as_text(findings))
     problems = [problem_of(finding) for finding in findings if finding.stops_training]
@@ -26,7 +25,7 @@ def doctor(as_json: bool) -> None:
 
 
 def examine() -> list[Finding]:
-    """Everything, in the order in which it is shown. Without torch, nothing that needs it."""
+    """All findings, in the order in which they are shown; without torch, none that need it."""
     before = dict(os.environ)
     packages = python_and_packages()
     if import_failure("torch"):
@@ -35,15 +34,22 @@ def examine() -> list[Finding]:
 
 
 def _with_torch(environ: dict[str, str]) -> list[Finding]:
-    from llama_mcore.diagnose.backends import attention_backends, compile_folder, kernels, to_test
+    from llama_mcore.diagnose.allreduce import loopback
+    from llama_mcore.diagnose.backends import (
+        attention_backends,
+        attention_packages,
+        compile_folder,
+        kernels,
+        to_test,
+    )
     from llama_mcore.diagnose.gpus import devices, loopback_ranks
-    from llama_mcore.diagnose.loopback import loopback
     from llama_mcore.diagnose.smoke import smoke_tests
     from llama_mcore.distributed.device import on_gpu
 
     tested = smoke_tests(to_test(), environ)
+    optional = OPTIONAL | attention_packages()
     return [
-        *optional_packages(),
+        *(optional_package(name, package) for name, package in optional.items()),
         *devices(tested),
         *attention_backends(tested),
         *kernels(tested),
@@ -51,44 +57,3 @@ def _with_torch(environ: dict[str, str]) -> list[Finding]:
         *limits(on_gpu()),
         compile_cache(compile_folder(), MOUNTS.read_text()),
     ]
-
-
-def as_text(findings: Sequence[Finding]) -> str:
-    """A heading for each group and a line for each finding; remedies below."""
-    lines: list[str] = []
-    for group, members in groupby(findings, key=lambda finding: finding.group):
-        lines += ["", group]
-        for finding in members:
-            lines += _lines(finding)
-    stopping = sum(finding.stops_training for finding in findings)
-    count = f"{stopping} problem{'s' if stopping > 1 else ''}"
-    verdict = f"a training run cannot start: {count}" if stopping else "a training run can start"
-    return "\n".join([*lines[1:], "", verdict])
-
-
-def _lines(finding: Finding) -> list[str]:
-    meaning = f": {finding.meaning}" if finding.meaning else ""
-    head = f"  {finding.status:8}{finding.name:20} "
-    lines = _wrapped(f"{finding.value}{meaning}", head)
-    if finding.remedy and finding.status != "ok":
-        lines += _wrapped(f"-> {finding.remedy}", " " * len(head))
-    return lines
-
-
-def _wrapped(text: str, head: str) -> list[str]:
-    """Commands and paths stay whole, to be copied."""
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=head,
-        subsequent_indent=" " * len(head),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-
-
-def as_json_text(findings: Sequence[Finding]) -> str:
-    """{"ok": no finding stops training, "findings": [the fields of each Finding]}."""
-    ok = not any(finding.stops_training for finding in findings)
-    content = {"ok": ok, "findings": [asdict(finding) for finding in findings]}
-    return json.dumps(content, indent=2)

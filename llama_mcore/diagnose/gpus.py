@@ -1,4 +1,4 @@
-"""The devices that torch finds here, and what is wrong with them."""
+"""Devices that torch finds here, and problems with them."""
 
 import os
 import re
@@ -30,15 +30,15 @@ SMI_LIMIT_S = 30.0
 BF16 = (8, 0)
 """Ampere's compute capability, the first with bf16."""
 CROWDED = 0.9
-"""A GPU of which less is free is not the run's alone."""
+"""Share of a GPU's memory; where less is free, other processes use it."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What torch says of a GPU, and what nvidia-smi does, which needs no context on it."""
+    """A GPU, as torch describes it, and nvidia-smi, which needs no context on it."""
 
     index: int
-    """Among those that this process sees."""
+    """Index among the GPUs that this process sees."""
     name: str
     uuid: str
     capability: tuple[int, int]
@@ -51,9 +51,9 @@ class Gpu:
 
 
 def devices(tested: Mapping[str, Outcome]) -> list[Finding]:
-    """torch's build, the driver, and each GPU; problems where there are GPUs that a run cannot use.
+    """Findings on torch's build, the driver, and each GPU; problems where a run cannot use a GPU.
 
-    `tested`: the outcome of `smoke.gpu_tests`.
+    `tested`: the outcomes of `backends.to_test`.
     """
     build = torch.version.cuda
     findings = [Finding(GROUP, "torch", "ok", f"built for CUDA {build}" if build else "built for the CPU")]
@@ -67,7 +67,7 @@ def devices(tested: Mapping[str, Outcome]) -> list[Finding]:
 
 
 def gpu_finding(gpu: Gpu, tested: Outcome) -> Finding:
-    """`tested`: whether it takes work."""
+    """Finding on a GPU. `tested`: the outcome of its smoke test."""
     free = "" if gpu.free is None else f"{_gib(gpu.free)} of "
     capability = "{}.{}".format(*gpu.capability)
     value = f"{gpu.name}, {free}{_gib(gpu.total)} GiB{' free' * bool(free)}, compute capability {capability}"
@@ -77,28 +77,24 @@ def gpu_finding(gpu: Gpu, tested: Outcome) -> Finding:
 
 
 def _fault(gpu: Gpu, tested: Outcome) -> tuple[Status, str, str]:
-    """Status, meaning and remedy; the worst that is wrong."""
+    """Status, meaning and remedy of the worst fault."""
     share_it = f"as root: nvidia-smi -i GPU-{gpu.uuid} -c DEFAULT"
     if gpu.mode == "Prohibited":
         return "problem", "its compute mode lets no process use it (Prohibited)", share_it
     if not tested.passed:
-        return "problem", tested.said, tested.remedy or "look at nvidia-smi and dmesg"
+        return "problem", tested.text, tested.remedy or "check nvidia-smi and dmesg"
     if gpu.capability < BF16:
-        meaning = "has no bf16, which train.precision is by default: that takes compute capability 8.0"
-        return "problem", meaning, "train.precision=fp32, or a newer GPU"
+        meaning = "does not support bf16, the default of train.precision, which needs compute capability 8.0"
+        return "problem", meaning, "set train.precision=fp32, or use a newer GPU"
     if gpu.free is not None and gpu.free < CROWDED * gpu.total:
-        return "note", "others use the rest, which a run may need", "nvidia-smi shows who"
+        return "note", "other processes use the rest, which a run may need", "nvidia-smi lists them"
     if gpu.mode != "Default":
-        return (
-            "note",
-            f"one process has it alone at a time ({gpu.mode}): no other can while a run does",
-            share_it,
-        )
+        return "note", f"only one process can use it at a time ({gpu.mode})", share_it
     return "ok", "", ""
 
 
 def _gpus() -> list[Gpu]:
-    seen = by_smi(_ask_smi())
+    seen = by_smi(_smi_output())
     gpus = []
     for index in range(usable_gpus()):
         found = torch.cuda.get_device_properties(index)
@@ -108,15 +104,15 @@ def _gpus() -> list[Gpu]:
     return gpus
 
 
-def _ask_smi() -> str:
+def _smi_output() -> str:
     with suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(SMI, capture_output=True, text=True, timeout=SMI_LIMIT_S).stdout
     return ""
 
 
 def by_smi(text: str) -> dict[str, tuple[int | None, str]]:
-    """UUID -> free bytes and compute mode, of what SMI prints. Some GPUs, and all parts of one that is shared
-    out (MIG), have no such number."""
+    """Free bytes and compute mode by UUID, from the output of SMI. Some GPUs, and all parts of a GPU that is
+    divided (MIG), have no number of free bytes."""
     found: dict[str, tuple[int | None, str]] = {}
     for line in text.splitlines():
         uuid, *rest = [field.strip() for field in line.split(",")]
@@ -126,49 +122,51 @@ def by_smi(text: str) -> dict[str, tuple[int | None, str]]:
 
 
 def _no_gpu(driver: bool) -> Finding:
-    """What becomes of a run; of one that would end, what its first message would be."""
+    """Finding on a machine without a usable GPU: the error that a run would end with, or where it would
+    run."""
     try:
         choose_device()
     except PreflightError as error:
         (problem,) = error.problems
         return Finding(GROUP, "GPU", "problem", "none", problem.reason, problem.remedy, required=True)
     if torch.cuda.is_available():
-        meaning = "this machine's GPUs are left alone: everything goes on the CPU"
+        meaning = "this machine's GPUs are not used: everything runs on the CPU"
         return Finding(GROUP, "GPU", "note", f"none: {DEVICE}=cpu", meaning, f"unset {DEVICE} to use them")
     there = driver or shutil.which("nvidia-smi") is not None
     return no_gpu_finding(torch.version.cuda, there, os.environ.get("CUDA_VISIBLE_DEVICES"), *why_no_gpu())
 
 
 def no_gpu_finding(build: str | None, driver: bool, visible: str | None, reason: str, remedy: str) -> Finding:
-    """A problem where somebody wanted GPUs: has installed torch for them, or NVIDIA's driver, and hides none.
+    """Problem where GPUs were meant to be used (torch's build for CUDA or a driver is installed, and no GPU
+    is hidden), else a note.
 
     `build`: the CUDA that torch was built for; `visible`: CUDA_VISIBLE_DEVICES.
     """
     value = f"none: CPU, {communication_backend()}"
     if build is None and not driver:
         return Finding(GROUP, "GPU", "note", value, reason)
-    meaning = f"a run goes on the CPU: {shown(reason)}"
+    meaning = f"a run uses the CPU: {shown(reason)}"
     if visible is not None and build is not None:
         return Finding(GROUP, "GPU", "note", value, meaning, remedy)
-    return Finding(GROUP, "GPU", "problem", value, meaning, f"{remedy}; on a CPU node ignore it")
+    return Finding(GROUP, "GPU", "problem", value, meaning, f"{remedy}; ignore this on a CPU node")
 
 
 def bf16_on_cpu(in_hardware: bool) -> Finding:
-    """Without AVX-512 or the like a matrix product was seen to take a hundred times as long as in fp32."""
+    """Finding on the CPU's bf16: in software a matrix product was seen to take a hundred times as long."""
     if in_hardware:
         return Finding(GROUP, "bf16 on the CPU", "ok", "in hardware")
-    meaning = "this CPU has no instructions for bf16, in which products take far longer than in fp32"
-    remedy = "train.precision=fp32 for runs on it"
+    meaning = "this CPU has no instructions for bf16, so that products take far longer than in fp32"
+    remedy = "set train.precision=fp32 for runs on it"
     return Finding(GROUP, "bf16 on the CPU", "note", "in software", meaning, remedy)
 
 
 def loopback_ranks() -> int:
-    """Ranks of the collective check: NCCL takes one for each GPU."""
+    """Ranks of the loopback check: NCCL takes one for each GPU."""
     return min(2, usable_gpus()) if on_gpu() else 2
 
 
 def driver_version(path: Path) -> str:
-    """NVIDIA's kernel driver by its own file; empty where there is none."""
+    """Version of NVIDIA's kernel driver by its own file; "" where there is none."""
     found = re.search(r"Kernel Module(?: for \S+)?\s+([\d.]+)", path.read_text()) if path.is_file() else None
     return found.group(1) if found else ""
 

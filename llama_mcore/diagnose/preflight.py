@@ -1,11 +1,11 @@
-"""`llama-mcore preflight`: what would stop a run, found from every rank before it begins.
+"""`llama-mcore preflight`: problems that would stop a run, found from every rank before it begins.
 
-    each rank      its data, the run's folder, room on the disk, memory
-    rank 0         what a start would do in the run's folder
+    each rank      its data, the run's folder, space on the disk, memory
+    rank 0         the effect of a start in the run's folder
     all together   an all_reduce, clocks, versions
 
-No model is built, so it takes seconds; ranks that do not answer are given up after a minute, and before that
-a file system that does not answer one of them.
+No model is built, so it takes seconds; it waits a minute for ranks that do not answer, and less for a file
+system that does not answer one of them.
 """
 
 import socket
@@ -21,38 +21,38 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from llama_mcore.background import run_with_timeout
 from llama_mcore.config.run import RunConfig
 from llama_mcore.diagnose.allreduce import all_reduce_speed
-from llama_mcore.diagnose.checks_node import kernels, memory, run_folder, shared_mark
+from llama_mcore.diagnose.checks_node import kernels, memory, run_folder, shared_mark, versions
 from llama_mcore.diagnose.checks_run import data, free_space, start
-from llama_mcore.diagnose.doctor import as_json_text, as_text
-from llama_mcore.diagnose.finding import Finding, problem_of
-from llama_mcore.diagnose.limited import LIMIT_S, within
-from llama_mcore.diagnose.versions import versions
+from llama_mcore.diagnose.finding import Finding, as_json_text, as_text, problem_of
 from llama_mcore.distributed.groups import Groups, process_groups
 from llama_mcore.errors import PreflightError, Problem
 from llama_mcore.train.consistency import REMEDY, Difference, contents_of, differences, settings_of, where
 
 LIMIT = timedelta(seconds=60)
+FILES_LIMIT_S = 25.0
+"""Seconds for a check of files: two in a row leave time within the LIMIT of ranks that wait."""
 LARGEST_SKEW_S = 5.0
-"""Leases, logs and the ledger of time compare clocks of different nodes."""
+"""Leases, logs and timelines compare clocks of different nodes."""
 SLOW = 0.5
-"""Of the median of its kind: so slow a group is worth a look."""
+"""Share of the median of its kind below which a group's speed is reported."""
 SLOW_REMEDY = "compare that node's links with the others', e.g. by ibstat and nvidia-smi topo -m"
-NETWORK_REMEDY = "look at NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME; NCCL_DEBUG=INFO says more"
+NETWORK_REMEDY = "check NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME; NCCL_DEBUG=INFO shows details"
 
 
 T = TypeVar("T")
 DATA, START, FOLDER = ("data", "datasets"), ("run folder", "start"), ("run folder", "run.dir")
-"""Group and name of a look at a file system."""
-Look = Callable[[], list[Finding]]
+"""Group and name of a check of files."""
+Check = Callable[[], list[Finding]]
 StartCheck = Callable[[RunConfig], list[Finding]]
-"""Says what a start would do in the run's folder, or what would refuse it there."""
+"""Findings on a start in the run's folder, as by `checks_run.start`."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of an all_reduce in a group of this rank."""
+    """Speed of an all_reduce in a group of this rank."""
 
     kind: str
     ranks: int
@@ -61,19 +61,19 @@ class Speed:
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank tells the others."""
+    """Report of a rank to the others."""
 
     host: str
     clock: float
-    """Seconds since 1970, when all ranks had come together."""
+    """Seconds since 1970, right after a barrier of all ranks."""
     versions: dict[str, str]
     speeds: list[Speed]
     findings: list[Finding]
 
 
 def preflight(run: RunConfig, as_json: bool = False, start: StartCheck = start) -> None:
-    """Print, on rank 0, what all ranks found. All ranks call it. PreflightError, with all problems, on every
-    rank where a run could not start."""
+    """Print, on rank 0, the findings of all ranks, which must all call it. Raises PreflightError on every
+    rank, with all problems, where a run could not start."""
     with process_groups(run.parallel, run.run.seed, LIMIT) as groups:
         findings = examine(run, groups, start)
         if groups.rank == 0:
@@ -84,15 +84,21 @@ def preflight(run: RunConfig, as_json: bool = False, start: StartCheck = start) 
 
 
 def examine(run: RunConfig, groups: Groups, start: StartCheck = start) -> list[Finding]:
-    """Everything, the same on every rank."""
+    """All findings, the same on every rank."""
     try:
         speeds = _measured(groups)
-        ahead, findings, contents = _look_at_run(run, groups, start)
+        ahead, findings, contents = _check_files(run, groups, start)
         unlike = differences(settings_of(run), contents, groups)
         reports = _reports(run, groups, speeds, ahead, findings)
     except (RuntimeError, ArithmeticError) as error:
         raise PreflightError(Problem("collectives", str(error), "must work", NETWORK_REMEDY)) from None
-    return [*_merged(reports), *_speeds(reports), _clocks(reports), *_alike(unlike), *_versions(reports)]
+    return [
+        *_merged(reports),
+        *_speeds(reports),
+        _clocks(reports),
+        *_settings(unlike),
+        *_versions(reports),
+    ]
 
 
 def _measured(groups: Groups) -> list[Speed]:
@@ -107,51 +113,56 @@ def _measured(groups: Groups) -> list[Speed]:
     ]
 
 
-def _look_at_run(
+def _check_files(
     run: RunConfig, groups: Groups, start: StartCheck
 ) -> tuple[list[Finding], list[Finding], dict[str, str]]:
-    """What a start would do, as rank 0 sees it for all; what this rank finds; the content of its data."""
+    """Rank 0's findings on a start, for all; this rank's on its data; the content of that data."""
     contents: dict[str, str] = {}
 
-    def look_at_data() -> list[Finding]:
+    def check_data() -> list[Finding]:
         findings, sources = data(run)
         contents.update(contents_of(sources))
         return findings
 
-    looks: dict[tuple[str, str], Look] = {DATA: look_at_data}
+    checks: dict[tuple[str, str], Check] = {DATA: check_data}
     if groups.rank == 0:
-        looks[START] = lambda: start(run)
-    found = within(LIMIT_S, looks)
+        checks[START] = lambda: start(run)
+    found = run_with_timeout(FILES_LIMIT_S, checks)
     ahead = _gathered(found.get(START, []), groups)[0]
-    silent = [_silent(*name) for name in looks if name not in found]
+    silent = [_silent(*name) for name in checks if name not in found]
     return ahead, [*found.get(DATA, []), *silent], contents if DATA in found else {}
 
 
 def _reports(
     run: RunConfig, groups: Groups, speeds: list[Speed], ahead: list[Finding], findings: list[Finding]
 ) -> list[Report]:
-    """Of every rank: what it found so far, and what its node can tell."""
-    answers = bool(ahead)  # else rank 0 could not even make the folder for the others
-    with shared_mark(Path(run.run.dir)) if groups.rank == 0 and answers else nullcontext("") as mark:
+    """Reports of all ranks: the findings so far, and those on their nodes."""
+    responds = bool(ahead)  # else rank 0 could not even make the folder for the others
+    with shared_mark(Path(run.run.dir)) if groups.rank == 0 and responds else nullcontext("") as mark:
         mark = _gathered(mark, groups)[0]
         dist.barrier()
         clock, host = time.time(), socket.gethostname()
         ranks_here = Counter(_gathered(host, groups))[host]
-        folder = _look_at_folder(run, groups.rank, mark) if answers else []
-        here = [*ahead, *findings, *folder, *memory(run, groups.world_size, ranks_here), *kernels(run)]
+        folder = _check_folder(run, groups.rank, mark) if responds else []
+        documents = run.data.attention_boundary is not None
+        here = [
+            *(*ahead, *findings, *folder),
+            *memory(run, groups.world_size, ranks_here),
+            *kernels(run.model, run.train.precision, documents),
+        ]
         return _gathered(Report(host, clock, versions(), speeds, here), groups)
 
 
-def _look_at_folder(run: RunConfig, rank: int, mark: str) -> list[Finding]:
-    looks: dict[tuple[str, str], Look] = {
-        FOLDER: lambda: [run_folder(Path(run.run.dir), rank, mark), free_space(run)]
-    }
-    return within(LIMIT_S, looks).get(FOLDER, [_silent(*FOLDER)])
+def _check_folder(run: RunConfig, rank: int, mark: str) -> list[Finding]:
+    def check() -> list[Finding]:
+        return [run_folder(Path(run.run.dir), rank, mark), free_space(run)]
+
+    return run_with_timeout(FILES_LIMIT_S, {FOLDER: check}).get(FOLDER, [_silent(*FOLDER)])
 
 
 def _silent(group: str, name: str) -> Finding:
-    value, meaning = f"no answer in {LIMIT_S:g} s", "a file system hangs"
-    remedy = "look at its mounts there; what waits for one cannot be killed"
+    value, meaning = f"no answer within {FILES_LIMIT_S:g} s", "a file system hangs"
+    remedy = "check that node's mounts; a process that waits for one cannot be killed"
     return Finding(group, name, "problem", value, meaning, remedy, required=True)
 
 
@@ -162,7 +173,7 @@ def _gathered(mine: T, groups: Groups) -> list[T]:
 
 
 def _merged(reports: Sequence[Report]) -> list[Finding]:
-    """A finding once, however many ranks have it: before those of rank 0 what others miss or should know."""
+    """Findings of all ranks, each once: problems and notes with their ranks, then what is ok on all."""
     ranks_of: dict[Finding, list[int]] = defaultdict(list)
     for rank, report in enumerate(reports):
         for finding in report.findings:
@@ -173,15 +184,17 @@ def _merged(reports: Sequence[Report]) -> list[Finding]:
         if finding.status != "ok"
     ]
     failed = {(finding.group, finding.name) for finding in problems}
-    sound = [one for one in reports[0].findings if one.status == "ok" and (one.group, one.name) not in failed]
-    return sorted([*problems, *sound], key=lambda finding: _ORDER.index(finding.group))
+    passed = [
+        one for one in reports[0].findings if one.status == "ok" and (one.group, one.name) not in failed
+    ]
+    return sorted([*problems, *passed], key=lambda finding: _ORDER.index(finding.group))
 
 
 _ORDER = ("data", "run folder", "memory", "kernels")
 
 
 def _speeds(reports: Sequence[Report]) -> list[Finding]:
-    """The slowest group of each kind: it is the one that all others wait for."""
+    """Findings on the slowest group of each kind, which all others wait for."""
     return [
         _slowest([report.speeds[kind] for report in reports], reports)
         for kind in range(len(reports[0].speeds))
@@ -189,16 +202,16 @@ def _speeds(reports: Sequence[Report]) -> list[Finding]:
 
 
 def _slowest(speeds: Sequence[Speed], reports: Sequence[Report]) -> Finding:
-    """Of the groups of one kind; `speeds`: of each rank's."""
+    """Finding on the slowest group of a kind. `speeds`: each rank's group's."""
     slowest, host = min(
         ((speed, report.host) for speed, report in zip(speeds, reports, strict=True)),
         key=lambda one: one[0].bytes_per_s,
     )
     name = f"{slowest.ranks} {slowest.kind}"
     value = f"{slowest.bytes_per_s / 1e9:.2f} GB/s, the slowest on {host}"
-    meaning = "an all_reduce of 16 MB: the buffer's size by the time that it takes"
+    meaning = "an all_reduce of 16 MB: the size of the buffer divided by the time"
     usual = median(speed.bytes_per_s for speed in speeds)
-    # The ranks of a single group wait for each other: how they differ is noise.
+    # The ranks of a single group wait for each other: their differences are noise.
     if slowest.ranks == len(reports) or slowest.bytes_per_s >= SLOW * usual:
         return Finding("collectives", name, "ok", value, meaning, required=True)
     meaning = f"less than half of the usual {usual / 1e9:.2f} GB/s: every step waits for this group"
@@ -211,13 +224,15 @@ def _clocks(reports: Sequence[Report]) -> Finding:
     value = f"{skew:.1f} s between the first and the last"
     if skew <= LARGEST_SKEW_S:
         return Finding("nodes", "clocks", "ok", value, required=True)
-    meaning = f"{ordered[0].host} is behind {ordered[-1].host}; must be within {LARGEST_SKEW_S:g} s"
-    return Finding("nodes", "clocks", "problem", value, meaning, "set the clocks by NTP", required=True)
+    meaning = f"{ordered[0].host} is behind {ordered[-1].host}: clocks must agree within {LARGEST_SKEW_S:g} s"
+    return Finding(
+        "nodes", "clocks", "problem", value, meaning, "synchronise the clocks by NTP", required=True
+    )
 
 
-def _alike(unlike: Sequence[Difference]) -> list[Finding]:
+def _settings(unlike: Sequence[Difference]) -> list[Finding]:
     if not unlike:
-        value = "equal on all ranks, and so is the data"
+        value = "equal on all ranks, as is the data"
         return [Finding("nodes", "settings", "ok", value, required=True)]
     return [
         Finding(
@@ -234,7 +249,7 @@ def _alike(unlike: Sequence[Difference]) -> list[Finding]:
 
 
 def _versions(reports: Sequence[Report]) -> list[Finding]:
-    """One finding for what is equal, one for each version that is not."""
+    """A finding for each version that differs; a single one if none does."""
     findings = []
     for name in reports[0].versions:
         counts = Counter(report.versions.get(name, "none") for report in reports)

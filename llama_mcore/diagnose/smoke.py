@@ -1,9 +1,10 @@
-"""Smoke tests: GPUs, attention kernels and compiled functions do a little work, each in a process of its own,
-since a kernel of somebody else's may crash, hang, or leave its GPU of no use to what comes after.
+"""Smoke tests of GPUs, attention backends and kernels: each does a little work in a process of its own.
+
+A third-party kernel may crash, hang, or leave its GPU unusable for what comes after.
 
     python -m llama_mcore.diagnose.smoke FOLDER NAME...
 
-writes to FOLDER/outcomes a line of JSON for each name: [name, the fields of its Outcome]. Not to stdout,
+writes to FOLDER/outcomes a line of JSON for each name: [name, the fields of its Outcome]; not to stdout,
 where such kernels may print.
 """
 
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_mcore.diagnose.loopback import START_S, failure_of
+from llama_mcore.diagnose.allreduce import START_S, failure_of_command
 from llama_mcore.distributed.device import compute_capability, on_gpu, select_device
 from llama_mcore.errors import LlamaMcoreError, shown
 from llama_mcore.model.attention import BACKENDS, AttentionBackend, Case, load_backend
@@ -30,47 +31,50 @@ from llama_mcore.model.rope import rope_table
 
 MODULE = "llama_mcore.diagnose.smoke"
 LIMITS_S = {"gpu": 120.0, "attention": 120.0, "kernels": 300.0}
-"""By the first word of a name. To compile takes half a minute of a core, and a crowded machine has few."""
+"""Seconds, by the first word of a name. Compiling takes half a minute of a core, and a busy machine has
+few."""
 DTYPES = (torch.bfloat16, torch.float32)
-"""What train.precision may be."""
+"""Dtypes of train.precision."""
 S, B, N, G, D = 128, 1, 4, 2, 64
-_SAID = 400
+_LONGEST_TEXT = 400
 
 
 @dataclass(frozen=True)
 class Outcome:
+    """Outcome of a smoke test."""
+
     passed: bool
-    said: str
+    text: str
     """What it was compared with, or why it failed, on one line."""
     remedy: str = ""
 
 
 def smoke_tests(names: Sequence[str], environ: Mapping[str, str]) -> dict[str, Outcome]:
-    """The outcome of each; one that has not ended after its LIMITS_S has failed, and is killed."""
+    """Outcomes of the tests of these names; one that exceeds its LIMITS_S is killed and has failed."""
     # else Inductor starts a pool of processes, which would outlive a test
     environ = {**environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", MODULE, folder, *names]
-        failure = failure_of(command, environ, START_S + sum(map(_limit_s, names)))
+        failure = failure_of_command(command, environ, START_S + sum(map(_limit_s, names)))
         path = Path(folder, "outcomes")
         lines = path.read_text().splitlines() if path.exists() else []
     found = {name: Outcome(**fields) for name, fields in map(json.loads, lines)}
-    return {name: found.get(name) or Outcome(False, failure or "said nothing") for name in names}
+    return {name: found.get(name) or Outcome(False, failure or "gave no result") for name in names}
 
 
 def attention_cases(name: str) -> list[Case]:
-    """What a run here may ask of an attention backend, as far as that says that it can: each dtype, by hand
-    where it has halves."""
+    """Cases that a run may give an attention backend here and that it supports: one for each dtype, with the
+    manual backward where it has one."""
     refusal = BACKENDS[name].limits.refusal
     cases = []
     for dtype in DTYPES:
-        asked = [attention_case(dtype, manual_backward) for manual_backward in (True, False)]
-        cases += [case for case in asked if refusal(case) is None][:1]
+        possible = [attention_case(dtype, manual_backward) for manual_backward in (True, False)]
+        cases += [case for case in possible if refusal(case) is None][:1]
     return cases
 
 
 def attention_case(dtype: torch.dtype, manual_backward: bool = True) -> Case:
-    """Of the tensors that are tested with, on this rank's device."""
+    """Case of the tensors of these tests, on this rank's device."""
     return Case(capability=compute_capability(), dtype=dtype, head_dim=D, manual_backward=manual_backward)
 
 
@@ -113,18 +117,18 @@ def _run(name: str, sender: Connection) -> None:
     except LlamaMcoreError as error:
         problem = error.problems[0]
         outcome = Outcome(False, problem.reason, problem.remedy)
-    except BaseException as error:  # of whatever kind: it comes from another's package
+    except BaseException as error:  # a third-party package may raise anything
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        outcome = Outcome(False, shown(text, _SAID))
+        outcome = Outcome(False, shown(text, _LONGEST_TEXT))
     sender.send(outcome)
 
 
 def _gpu(index: str) -> str:
-    """A product of two matrices on it."""
+    """Multiply two matrices on a GPU."""
     os.environ["LOCAL_RANK"] = index
     ones = torch.ones(D, D, device=select_device())
-    _compare("a product", [ones @ ones], [ones * D], torch.float32)
-    return "takes work"
+    _compare("a matrix product", [ones @ ones], [ones * D], torch.float32)
+    return "computes"
 
 
 def _attention(name: str) -> str:
@@ -134,13 +138,14 @@ def _attention(name: str) -> str:
     for case in cases:
         inputs = [_normal(S, B, heads, D, seed=seed) for seed, heads in enumerate((N, G, G, N))]
         narrow = [tensor.to(device, case.dtype) for tensor in inputs]
-        expected = _by_hand(reference, *(tensor.float() for tensor in narrow))
-        answer = _by_hand if case.manual_backward else _by_autograd
+        expected = _manually(reference, *(tensor.float() for tensor in narrow))
+        answer = _manually if case.manual_backward else _by_autograd
         _compare(f"in {short(case.dtype)}", answer(backend, *narrow), expected, case.dtype)
-    return f"forward and backward as the reference in {' and '.join(short(case.dtype) for case in cases)}"
+    dtypes = " and ".join(short(case.dtype) for case in cases)
+    return f"forward and backward agree with the reference in {dtypes}"
 
 
-def _by_hand(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
+def _manually(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
     out, log_sum_exp = backend.forward(q, k, v)
     return [out, *backend.backward(grad, q, k, v, out, log_sum_exp)]
 
@@ -152,13 +157,13 @@ def _by_autograd(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, gra
 
 
 def _kernels(name: str) -> str:
-    """Norms, rotations and SwiGLU in the dtype of training here, against the plain functions in fp32."""
+    """Compare norms, rotations and SwiGLU in the dtype of training here with the plain functions in fp32."""
     device, dtype = select_device(), torch.bfloat16 if on_gpu() else torch.float32
     shapes = ((S, B, D), (S, B, D), (S, B, N, D), (S, B, 2 * D))
     narrow = [_normal(*shape, seed=seed).to(device, dtype) for seed, shape in enumerate(shapes)]
     expected = _answers(PLAIN, *(tensor.float() for tensor in narrow))
     _compare(f"in {short(dtype)}", _answers(load_kernels(name), *narrow), expected, dtype)
-    return f"forward and backward as plain in {short(dtype)}"
+    return f"forward and backward agree with plain in {short(dtype)}"
 
 
 def _answers(kernels: Kernels, x: Tensor, grad: Tensor, heads: Tensor, gate_up: Tensor) -> list[Tensor]:
@@ -175,15 +180,20 @@ def _answers(kernels: Kernels, x: Tensor, grad: Tensor, heads: Tensor, gate_up: 
 
 
 def _compare(what: str, found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """By norms. A kernel rounds to the dtype at most eight times on the way from its input to a result
-    (weights, products, the output and its gradient), and sums up to S numbers in fp32: each rounding adds at
-    most its unit, eps / 2, to the relative error. What is wrong is off by about 1."""
+    """Compare by norms. Raises ArithmeticError beyond rounding.
+
+    A kernel rounds to the dtype at most eight times on the way from its input to a result (weights, products,
+    the output and its gradient), and sums up to S numbers in fp32: each rounding adds at most its unit, eps /
+    2, to the relative error. Wrong results are off by about 1.
+    """
     bound = 4 * torch.finfo(dtype).eps + S / 2 * torch.finfo(torch.float32).eps
     for mine, theirs in zip(found, expected, strict=True):
         mine, theirs = mine.double(), theirs.double()
         error = float((mine - theirs).norm() / theirs.norm())
         if not error <= bound:  # NaN is an error too
-            raise ArithmeticError(f"{what}: relative error {error:.2g}, at most {bound:.2g} is rounding")
+            raise ArithmeticError(
+                f"{what}: relative error {error:.2g}, but rounding explains {bound:.2g} at most"
+            )
 
 
 def _normal(*shape: int, seed: int) -> Tensor:

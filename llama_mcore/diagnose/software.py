@@ -1,6 +1,7 @@
-"""What is installed: Python, the packages a run needs against their versions, optional packages, programs.
+"""Installed software: Python, the packages that a run needs and their versions, optional packages, programs.
 
-Every package is imported, since one that is installed may still be broken.
+Every package is imported, since one that is installed may still be broken. Loads no torch by itself: the
+doctor must work where torch is broken.
 """
 
 import platform
@@ -27,23 +28,23 @@ from llama_mcore.errors import shown
 
 GROUP = "required packages"
 PRODUCT = "llama-mcore"
-# Holds pyproject.toml and requirements.txt; beside an installed wheel is neither.
+# Has pyproject.toml and requirements.txt; beside an installed wheel there is neither.
 CLONE = Path(__file__).parents[2]
-# What is looked at where nothing says what is required.
+# Packages that are checked where there is no list of the required ones.
 ESSENTIAL = ("torch", "megatron-core", "deepspeed", "numpy", "pydantic", "PyYAML", "sentencepiece")
 INSTALL = "pip install -r requirements.txt, then pip install -e . (or make, in a clone)"
-# megatron-core imports those that it finds.
-UNINSTALL = "uninstall a broken optional package that it stumbles over"
-# Modules that are not called like their package.
+# megatron-core imports the optional packages that it finds.
+UNINSTALL = "uninstall an optional package that breaks this import"
+# Modules whose names differ from their packages'.
 MODULES = {"megatron-core": "megatron.core", "pyyaml": "yaml", "protobuf": "google.protobuf"}
 
 
 @dataclass(frozen=True)
 class Demands:
-    """What llama-mcore requires."""
+    """Requirements of llama-mcore."""
 
     python: str
-    """As a specifier, ">=3.11"."""
+    """Specifier, e.g. ">=3.11"."""
     packages: tuple[str, ...]
 
 
@@ -53,58 +54,46 @@ class Optional:
 
     module: str
     extensions: tuple[str, ...]
-    """Compiled modules that its use needs, installed beside it."""
+    """Compiled modules that it needs, installed beside it."""
     cost: str
     remedy: str
 
 
 ON_GPU = "on a machine with a GPU:"
-OPTIONAL = {
+OPTIONAL = {  # besides those of attention backends, which name their own
     "transformers": Optional(
         "transformers",
         (),
-        "conversions are not compared with the logits and tokens that it computes",
+        "conversions are not compared with logits and tokens computed by it",
         "pip install -e '.[hf]'",
-    ),
-    "flash-attn": Optional(
-        "flash_attn", (), "model.attention=flash_attn cannot be chosen", f"{ON_GPU} pip install -e '.[flash]'"
-    ),
-    "xformers": Optional(
-        "xformers", (), "model.attention=xformers cannot be chosen", f"{ON_GPU} pip install -e '.[gpu]'"
-    ),
-    "transformer-engine": Optional(
-        "transformer_engine",
-        (),
-        "model.attention=te cannot be chosen",
-        f"{ON_GPU} NVIDIA's instructions; it must match CUDA and torch",
     ),
     "apex": Optional(
         "apex",
         ("amp_C", "fused_layer_norm_cuda"),
         "model.kernels=apex and optim.implementation=apex cannot be chosen; the default AdamW is fused",
-        f"{ON_GPU} build NVIDIA's from source (README, Optional kernels), not PyPI's apex",
+        f"{ON_GPU} build NVIDIA's from source (README, Optional kernels); PyPI's apex is another package",
     ),
     "triton": Optional(
         "triton",
         (),
-        "model.kernels=auto is plain on a GPU, which is slower; the CPU needs none",
-        "torch's builds for CUDA bring it",
+        "model.kernels=auto is plain on a GPU, which is slower; not needed on the CPU",
+        "torch's builds for CUDA include it",
     ),
 }
 
 PROGRAMS = {
-    "sbatch": "jobs are submitted with it",
-    "srun": "starts a job's processes on its nodes",
-    "scontrol": "names a job's nodes and puts a job back into the queue",
+    "sbatch": "submits jobs",
+    "srun": "starts the processes of a job on its nodes",
+    "scontrol": "lists the nodes of a job and requeues it",
 }
 
 
 def python_and_packages() -> list[Finding]:
-    """Python and the packages that llama-mcore requires: in its range, and as the tests have it."""
+    """Findings on Python and the required packages: whether they are in range, and as the tests have them."""
     demands = demands_of_clone(CLONE) or demands_of_installed(PRODUCT)
     pins = tested_versions(CLONE / "requirements.txt")
     if demands is None:
-        meaning = "neither pyproject.toml nor metadata is there: the versions of others cannot be checked"
+        meaning = "has neither pyproject.toml nor metadata here: other packages' versions cannot be checked"
         unknown = Finding(GROUP, PRODUCT, "note", __version__, meaning, INSTALL)
         return [unknown, *(required_package(Requirement(name), pins) for name in ESSENTIAL)]
     requirements = filter(applies, map(Requirement, demands.packages))
@@ -115,7 +104,7 @@ def python_and_packages() -> list[Finding]:
 
 
 def demands_of_clone(folder: Path) -> Demands | None:
-    """By the pyproject.toml of a clone, where it is newer than the metadata of what was once installed."""
+    """Demands in a clone's pyproject.toml, which may be newer than the metadata of what was installed."""
     path = folder / "pyproject.toml"
     project = tomllib.loads(path.read_text(encoding="utf-8")).get("project", {}) if path.is_file() else {}
     if project.get("name") != PRODUCT:
@@ -124,6 +113,7 @@ def demands_of_clone(folder: Path) -> Demands | None:
 
 
 def demands_of_installed(product: str) -> Demands | None:
+    """Demands in the metadata of an installed package."""
     try:
         found = metadata.metadata(product)
     except metadata.PackageNotFoundError:
@@ -133,12 +123,12 @@ def demands_of_installed(product: str) -> Demands | None:
 
 def python(wanted: SpecifierSet, version: str) -> Finding:
     fault = misfit(wanted, version)
-    remedy = "make a new environment with such a Python"
+    remedy = "create a new environment with a Python in that range"
     return Finding(GROUP, "Python", "problem" if fault else "ok", version, fault, fault and remedy, True)
 
 
 def misfit(wanted: SpecifierSet, version: str) -> str:
-    """What is wrong with a version; empty where it is in the range."""
+    """Reason why a version does not fit; "" where it does."""
     if wanted.contains(version, prereleases=True):
         return ""
     lowest = (Version(one.version) for one in wanted if one.operator in (">=", "~=", "=="))
@@ -146,13 +136,12 @@ def misfit(wanted: SpecifierSet, version: str) -> str:
 
 
 def applies(requirement: Requirement) -> bool:
-    """To this Python, and without extras."""
+    """True if a requirement applies to this Python, without extras."""
     return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
 
 
 def tested_versions(path: Path) -> dict[str, str]:
-    """Canonical name of a package -> the version that `path` pins for this Python; nothing where there is no
-    such file."""
+    """Versions that `path` pins for this Python, by canonical name; none where it does not exist."""
     if not path.is_file():
         return {}
     lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
@@ -173,17 +162,13 @@ def required_package(requirement: Requirement, pins: dict[str, str]) -> Finding:
         meaning = f"cannot be imported: {failure}"
         return found("problem", version or "", meaning, f"{INSTALL}; {UNINSTALL}")
     if version is None:
-        return found("note", "version unknown", "without its metadata it cannot be checked", INSTALL)
+        return found("note", "version unknown", "cannot be checked without the package's metadata", INSTALL)
     if fault := misfit(wanted, version):
         return found("problem", version, fault, INSTALL)
     tested = pins.get(canonicalize_name(name))
     if tested and version.partition("+")[0] != tested:
-        return found("note", version, f"fits, but untested: the tests run on {tested}", INSTALL)
+        return found("note", version, f"is in range, but untested: the tests run on {tested}", INSTALL)
     return found("ok", version)
-
-
-def optional_packages() -> list[Finding]:
-    return [optional_package(name, package) for name, package in OPTIONAL.items()]
 
 
 def optional_package(name: str, package: Optional) -> Finding:
@@ -206,8 +191,8 @@ def programs(which: Callable[[str], str | None] = shutil.which) -> list[Finding]
     for name, purpose in PROGRAMS.items():
         path = which(name)
         status: Status = "ok" if path else "missing"
-        meaning = "" if path else f"{purpose}: without Slurm, start runs with llama-mcore torchrun"
-        remedy = "" if path else "only on a Slurm cluster: use a node where its commands are installed"
+        meaning = "" if path else f"{purpose}; without Slurm, start runs with llama-mcore torchrun"
+        remedy = "" if path else "on a Slurm cluster, use a node where its commands are installed"
         findings.append(Finding("programs", name, status, path or "not found", meaning, remedy))
     return findings
 
@@ -220,7 +205,7 @@ def installed_version(name: str) -> str | None:
 
 
 def import_failure(module: str) -> str:
-    """Why `module` cannot be imported, on one line; empty if it can. What it prints meanwhile is dropped."""
+    """Reason why `module` cannot be imported, on one line; "" if it can. Its output is dropped."""
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")

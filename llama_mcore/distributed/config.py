@@ -1,4 +1,4 @@
-"""How a run is spread over ranks, and how its optimizer state is sharded. Imports no torch."""
+"""Parallelism of a run over ranks, and sharding of its optimizer state. Imports no torch."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from llama_mcore.config.section import Section
 
 
 class ParallelConfig(Section):
-    """Tensor parallelism. Data parallelism is what remains of the world: dp = world_size / tp."""
+    """Tensor parallelism; data parallelism is over the remaining ranks: dp = world_size / tp."""
 
     tp: int = Field(default=1, ge=1)
     """Tensor-parallel ranks; consecutive ranks form a group, so keep it within a node."""
@@ -17,7 +17,7 @@ class ParallelConfig(Section):
     Has no effect at tp = 1, where there is nothing to split."""
 
     def dp(self, world_size: int) -> int:
-        """Data-parallel ranks of a world."""
+        """Number of data-parallel ranks in a world."""
         return world_size // self.tp
 
 
@@ -25,10 +25,10 @@ class ZeroConfig(Section):
     """DeepSpeed ZeRO over the data-parallel ranks."""
 
     stage: Literal[0, 1, 2, 3] = 1
-    """What is sharded: 1 optimizer states, 2 gradients too, 3 weights too.
+    """Stage of sharding: 1 optimizer states, 2 also gradients, 3 also weights.
     0 shards nothing and exists as an fp32 reference."""
     config: str | None = None
-    """DeepSpeed JSON with what DeepSpeed alone understands; default: ds_configs/zero{stage}.json."""
+    """DeepSpeed JSON file with DeepSpeed's own settings; default: ds_configs/zero{stage}.json."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Precision in which gradients travel between data-parallel ranks. bf16 halves the bytes and
+    """Precision in which gradients are reduced over data-parallel ranks. bf16 halves the bytes and
     rounds the fp32 accumulated gradients."""

@@ -1,7 +1,7 @@
-"""Every rank has a GPU of its own that works, or all compute on CPUs: agreed before anything is built.
+"""Check that every rank has a working GPU of its own, or that all use CPUs, before anything is built.
 
-NCCL finds two ranks on one GPU in its first collective, and says so in a traceback of each. Here ranks tell
-each other through the job's store, which needs no device.
+NCCL notices two ranks on one GPU in its first collective, and reports it in a traceback of each. Here ranks
+exchange their devices through the job's store, which needs no device.
 """
 
 import json
@@ -19,43 +19,41 @@ from llama_mcore.distributed.device import device_identity, local_device, select
 from llama_mcore.errors import PreflightError, Problem
 
 _NAMED_RANKS = 8
-_LEAVE_S, _LOOK_S = 10.0, 0.02
+_LEAVE_S, _LEAVE_POLL_S = 10.0, 0.02
 _rounds = count()
 """A process may join several jobs through one store, one after another."""
 
 
 @dataclass(frozen=True)
 class RankDevice:
-    """What a rank computes on."""
+    """Device of a rank."""
 
     rank: int
     host: str
     gpu: str
-    """Its identity; "" for a CPU."""
+    """UUID of the GPU; "" for a CPU."""
     gpus: int
-    """How many the rank sees."""
+    """Number of GPUs that the rank sees."""
     problem: Problem | None = None
 
 
 def take_device(store: Store, rank: int, world_size: int) -> torch.device:
     """Make this rank's device the current one and return it.
 
-    Raises PreflightError on every rank with what is wrong on any.
+    Raises PreflightError on every rank with the problems of all.
     Collective: all ranks call it.
     """
     prefix = PrefixStore(f"llama_mcore/devices/{next(_rounds)}", store)
     device, mine = _taken(rank)
     prefix.append("ranks", f"{json.dumps(asdict(mine))}\n")  # type: ignore[attr-defined]
-    if prefix.add("count", 1) == world_size:  # the last one judges, for all
+    if prefix.add("count", 1) == world_size:  # the last one checks, for all
         everyone = [_read(line) for line in prefix.get("ranks").decode().splitlines()]
         prefix.set("problems", json.dumps([asdict(problem) for problem in device_problems(everyone)]))
     try:
         problems = [Problem(**fields) for fields in json.loads(prefix.get("problems"))]
-    except DistError:  # somebody did not come, or left with the store
-        remedy = "see in the output above what became of the others"
-        raise PreflightError(
-            Problem("ranks", world_size, "not all have told what they compute on", remedy)
-        ) from None
+    except DistError:  # a rank did not come, or the store's left
+        remedy = "look above for errors of the others"
+        raise PreflightError(Problem("ranks", world_size, "not all reported their device", remedy)) from None
     if problems:
         _leave(prefix, rank, world_size)
         raise PreflightError(problems)
@@ -63,10 +61,10 @@ def take_device(store: Store, rank: int, world_size: int) -> torch.device:
 
 
 def _leave(prefix: Store, rank: int, world_size: int) -> None:
-    """Rank 0, which may serve the store, leaves last: others may still be reading from it."""
+    """Let rank 0, which may serve the store, leave last: others may still be reading from it."""
     until, left = time.monotonic() + _LEAVE_S, prefix.add("left", 1)
     while rank == 0 and left < world_size and time.monotonic() < until:
-        time.sleep(_LOOK_S)
+        time.sleep(_LEAVE_POLL_S)
         left = prefix.add("left", 0)
 
 
@@ -89,7 +87,7 @@ def _read(line: str) -> RankDevice:
 
 
 def device_problems(ranks: Sequence[RankDevice]) -> list[Problem]:
-    """What keeps these ranks from computing together, in the order in which it should be fixed."""
+    """Problems that keep these ranks from computing together, in the order in which to fix them."""
     return [*_mixed(ranks), *_shared(ranks), *_failed(ranks)]
 
 
@@ -97,12 +95,12 @@ def _mixed(ranks: Sequence[RankDevice]) -> list[Problem]:
     without = [one for one in ranks if not one.gpu]
     if len(without) in (0, len(ranks)):
         return []
-    remedy = "see there what llama-mcore doctor says, or set run.device=cpu for all"
-    return [Problem("ranks without a GPU", _named(without), "the others have one each", remedy)]
+    remedy = "run llama-mcore doctor on that host, or set run.device=cpu for all"
+    return [Problem("ranks without a GPU", _named(without), "all others have a GPU", remedy)]
 
 
 def _shared(ranks: Sequence[RankDevice]) -> list[Problem]:
-    """One problem a host, however many of its GPUs have several ranks."""
+    """Problems of ranks that share a GPU, one for each host."""
     of_gpu: dict[tuple[str, str], list[RankDevice]] = defaultdict(list)
     for one in ranks:
         if one.gpu:
@@ -129,7 +127,7 @@ def _fewer(gpus: int) -> str:
 
 
 def _failed(ranks: Sequence[RankDevice]) -> list[Problem]:
-    """One problem for all ranks of which the same is wrong."""
+    """Problems of single ranks, one for all ranks that have the same."""
     of_problem: dict[Problem, list[RankDevice]] = defaultdict(list)
     for one in ranks:
         if one.problem:
@@ -141,7 +139,7 @@ def _failed(ranks: Sequence[RankDevice]) -> list[Problem]:
 
 
 def _named(ranks: Sequence[RankDevice]) -> str:
-    """ "0, 1 on n1": ranks and their hosts, of many the first."""
+    """Ranks and their hosts, e.g. "0, 1 on n1"; of many the first."""
     of_host: dict[str, list[int]] = defaultdict(list)
     for one in sorted(ranks, key=lambda one: one.rank)[:_NAMED_RANKS]:
         of_host[one.host].append(one.rank)

@@ -16,15 +16,14 @@ from llama_mcore.distributed.device import communication_backend, on_gpu
 from llama_mcore.distributed.gpu_check import take_device
 from llama_mcore.distributed.launch_env import RankInfo, rank_info
 from llama_mcore.distributed.mcore_cpu import patch_mcore_for_cpu
-from llama_mcore.distributed.rendezvous import LIMIT_S
-from llama_mcore.distributed.store import job_store
+from llama_mcore.distributed.rendezvous import LIMIT_S, job_store
 
 TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Where this rank stands. Ranks of one tensor-parallel group are consecutive."""
+    """Place and groups of this rank. Ranks of one tensor-parallel group are consecutive."""
 
     rank: int
     world_size: int
@@ -39,7 +38,7 @@ class Groups:
 
 @contextmanager
 def process_groups(parallel: ParallelConfig, seed: int, timeout: timedelta = TIMEOUT) -> Iterator[Groups]:
-    """Join the job that a launcher describes in the environment; alone if there is none.
+    """The groups of the job that the launcher's variables describe; of this process alone if there is none.
 
     Raises PreflightError where ranks cannot compute together (distributed/gpu_check.py), or do not find each
     other. Leaving without an error waits for all ranks (a rank that tears down early breaks the others'
@@ -69,9 +68,9 @@ def process_groups(parallel: ParallelConfig, seed: int, timeout: timedelta = TIM
 def model_parallel_groups(
     parallel: ParallelConfig, seed: int, device: torch.device, timeout: timedelta = TIMEOUT
 ) -> Iterator[Groups]:
-    """Split the world into tensor- and data-parallel groups for as long as the context lasts.
+    """Tensor- and data-parallel groups of the world, for as long as the context lasts.
 
-    `timeout`: of their collectives, in whole minutes.
+    `timeout`: of their collectives, rounded up to whole minutes.
     """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
@@ -95,7 +94,7 @@ def model_parallel_groups(
 
 
 def _store(place: RankInfo, timeout: timedelta) -> dist.Store:
-    """Through which the processes of the job find each other."""
+    """Store through which the processes of the job find each other."""
     if place.is_single_process:
         return dist.HashStore()
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun serves one, for all its attempts

@@ -1,4 +1,4 @@
-"""Which process of which job this is: the one place that reads what launchers say of it. Loads no torch.
+"""Rank, world and rendezvous address of this process, read from its launcher's variables. Loads no torch.
 
 | started by | it has set | then |
 |---|---|---|
@@ -12,17 +12,18 @@
 | a person | nothing | alone |
 
 SLURM_NTASKS is the job's in some of these shells and the step's in others: the step's own are
-SLURM_STEP_NUM_TASKS and SLURM_STEP_TASKS_PER_NODE. MASTER_ADDR and MASTER_PORT go before what is worked out.
+SLURM_STEP_NUM_TASKS and SLURM_STEP_TASKS_PER_NODE. MASTER_ADDR and MASTER_PORT, where set, take precedence.
 """
 
 import os
 import re
+import socket
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llama_mcore.errors import PreflightError, Problem
 
-# Set by `llama-mcore torchrun` for its workers: where they show signs of life (watchdog/signs.py).
+# Set by `llama-mcore torchrun` for its workers: where they report that they are alive (watchdog/liveness.py).
 OUR_TORCHRUN = "LLAMA_MCORE_TORCHRUN"
 # slurm.h: steps from SLURM_INTERACTIVE_STEP on are shells, batch scripts and the like; srun counts from 0.
 FIRST_SPECIAL_STEP = 0xFFFFFFFA
@@ -34,7 +35,7 @@ PORTS_BETWEEN_STEPS = 101
 
 @dataclass(frozen=True)
 class RankInfo:
-    """One process of a job. Alone: rank 0 of 1, with no address."""
+    """Place of a process in its job. Alone: rank 0 of 1, with no address."""
 
     rank: int = 0
     world_size: int = 1
@@ -45,14 +46,18 @@ class RankInfo:
     master_port: int = 0
     job: str = ""
     """Tells jobs apart that share a machine; empty where the launcher has no name for it."""
+    host: str = field(default_factory=socket.gethostname)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}"
 
     @property
     def is_single_process(self) -> bool:
-        """No launcher started it."""
+        """True if it was started without a launcher."""
         return not self.master_address
 
     def variables(self) -> dict[str, str]:
-        """What torchrun would have set: torch and DeepSpeed read these. Nothing if alone."""
+        """Variables that torchrun would have set, for torch and DeepSpeed; none if alone."""
         if self.is_single_process:
             return {}
         return {
@@ -68,9 +73,9 @@ class RankInfo:
 
 
 def rank_from_environment(variables: MutableMapping[str, str] = os.environ) -> RankInfo:
-    """Find this process's place and announce it as torchrun would, for all that reads torchrun's variables.
+    """The place of this process, also set in `variables` as torchrun would have.
 
-    Call it before anything else does. Raises PreflightError as `rank_info` does.
+    Call it before anything reads torchrun's variables. Raises PreflightError as `rank_info` does.
     """
     place = rank_info(variables)
     variables.update(place.variables())
@@ -78,7 +83,7 @@ def rank_from_environment(variables: MutableMapping[str, str] = os.environ) -> R
 
 
 def rank_info(variables: Mapping[str, str]) -> RankInfo:
-    """Raises PreflightError with every variable that is missing or wrong."""
+    """The place of this process. Raises PreflightError with every variable that is missing or wrong."""
     if "RANK" in variables:
         return _by_torchrun(variables)
     if _in_step_of_srun(variables):
@@ -87,22 +92,23 @@ def rank_info(variables: Mapping[str, str]) -> RankInfo:
 
 
 def started_by_torchrun(variables: Mapping[str, str]) -> bool:
-    """And not by a launcher that sets some of the same names, nor announced by `rank_from_environment`."""
+    """True if torchrun started it: not another launcher that sets some of the same names, nor
+    `rank_from_environment`."""
     return "TORCHELASTIC_RESTART_COUNT" in variables
 
 
 def started_by_our_torchrun(variables: Mapping[str, str]) -> bool:
-    """By `llama-mcore torchrun`, which passes requests to stop on as USR1: its TERM never is one."""
+    """True if `llama-mcore torchrun` did, which passes stop requests on as USR1: its TERM never is one."""
     return started_by_torchrun(variables) and OUR_TORCHRUN in variables
 
 
 def first_host(nodes: str) -> str:
-    """`n1` of "n[1-3,7],m2": Slurm writes lists of nodes like that. Raises ValueError for any other form."""
+    """First host of a list as Slurm writes it: `n1` of "n[1-3,7],m2". Raises ValueError for other forms."""
     numbers = r"\d+(?:-\d+)?"
     ranges = rf"\[{numbers}(?:,{numbers})*\]"
     found = re.match(rf"(?:[\w.-]|{ranges})+(?=,|$)", nodes, re.ASCII)
     if found is None:
-        raise ValueError(f"{nodes!r} is no list of nodes")
+        raise ValueError(f"{nodes!r} is not a list of nodes")
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", found[0])
 
 
@@ -112,14 +118,14 @@ def _in_step_of_srun(variables: Mapping[str, str]) -> bool:
 
 
 class _Reader:
-    """Reads variables and collects what is wrong with them."""
+    """Reader of variables that collects the problems with them."""
 
     def __init__(self, variables: Mapping[str, str], launcher: str, remedy: str) -> None:
         self._variables, self._launcher, self._remedy = variables, launcher, remedy
         self._problems: list[Problem] = []
 
     def number(self, *names: str, default: int | None = None) -> int:
-        """The first of `names` that is set; `default` if none is."""
+        """Value of the first of `names` that is set; `default` if none is."""
         name = next((name for name in names if self._variables.get(name)), names[0])
         text = self._variables.get(name, "")
         if not text and default is not None:
@@ -134,11 +140,11 @@ class _Reader:
             self.refuse(name, "(not set)", "must be set")
         return self._variables.get(name, "")
 
-    def refuse(self, name: str, value: object, bound: str, remedy: str = "") -> None:
-        self._problems.append(Problem(name, value, f"{bound} ({self._launcher})", remedy or self._remedy))
+    def refuse(self, name: str, value: object, reason: str, remedy: str = "") -> None:
+        self._problems.append(Problem(name, value, f"{reason} ({self._launcher})", remedy or self._remedy))
 
     def check(self, place: RankInfo, rank: str, local_rank: str) -> RankInfo:
-        """The place, if nothing was wrong with it; `rank` and `local_rank` are names of variables."""
+        """`place`, unless there are problems; `rank` and `local_rank` are names of variables."""
         if not self._problems:
             pairs = (
                 (rank, place.rank, place.world_size),
@@ -192,7 +198,7 @@ def _by_srun(variables: Mapping[str, str]) -> RankInfo:
 
 
 def _first_node(read: _Reader) -> str:
-    """Where task 0 runs. A step on one node needs no name that resolves."""
+    """Host of task 0. A step on one node needs no name that resolves."""
     if read.number("SLURM_STEP_NUM_NODES", "SLURM_NNODES") == 1:
         return "localhost"
     nodes = read.text("SLURM_STEP_NODELIST")
@@ -200,12 +206,12 @@ def _first_node(read: _Reader) -> str:
         return first_host(nodes) if nodes else ""
     except ValueError:
         remedy = "set MASTER_ADDR to the address of the node that runs task 0"
-        read.refuse("SLURM_STEP_NODELIST", nodes, "has a form that is not known here", remedy)
+        read.refuse("SLURM_STEP_NODELIST", nodes, "is not a list of nodes in a known form", remedy)
         return ""
 
 
 def _tasks_on_node(read: _Reader, node: int) -> int:
-    """From "2(x3),1": tasks of the step on each of its nodes."""
+    """Number of the step's tasks on a node, from a list like "2(x3),1"."""
     name = "SLURM_STEP_TASKS_PER_NODE"
     text = read.text(name)
     counts: list[int] = []

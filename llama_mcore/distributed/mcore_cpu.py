@@ -1,4 +1,4 @@
-"""Every patch that lets megatron-core run on CPU, one function each; none applies where CUDA is.
+"""Patches that let megatron-core run on a CPU, one function each; none applies where there is CUDA.
 
 megatron-core has no device setting: it names CUDA in the places below, 0.16.1 (whose lines are given) and
 0.19.2 alike. Nothing here changes a number, and tests/distributed/test_mcore_cpu.py goes red for each patch

@@ -1,8 +1,8 @@
-"""What DeepSpeed asks about model parallelism, answered from our groups.
+"""Adapter through which DeepSpeed sees our model parallelism.
 
-megatron-core's `parallel_state` cannot be passed: it lacks three of these methods, and DeepSpeed also
-sniffs for names (an `initialize_sequence_parallel` makes it drop the groups). So the adapter is explicit:
-exactly the methods that DeepSpeed 0.19.8 calls for a job without pipeline or context parallelism.
+megatron-core's `parallel_state` cannot be passed: it lacks three of these methods, and DeepSpeed also looks
+for names (an `initialize_sequence_parallel` makes it drop the groups). So the adapter has exactly the methods
+that DeepSpeed 0.19.8 calls for a job without pipeline or context parallelism.
 """
 
 import torch.distributed as dist

@@ -1,8 +1,8 @@
-"""Are the weights that several ranks hold alike still equal, bit for bit?
+"""Comparison of replicated weights over the ranks that should hold them equal, bit for bit.
 
-Each rank updates its copy of a norm weight by itself, and nothing ever compares them: a wrong bit, or a
-rounding that differs, goes on unseen (so the layer norms of BLOOM drifted apart over tensor-parallel ranks).
-A hash of the bits, made where they are, is compared over the ranks that should have the same.
+Each rank updates its copy of a norm weight by itself, and nothing else compares the copies: a wrong bit, or a
+rounding that differs, would go unnoticed (so the layer norms of BLOOM drifted apart over tensor-parallel
+ranks). Ranks exchange hashes of the bits, computed on their devices.
 """
 
 import socket
@@ -37,9 +37,9 @@ class _Copies:
 
 
 def check_replicas(model: nn.Module, groups: Groups, step: int) -> None:
-    """Raise NumericalError on all ranks where a copy differs on any; it names those that are in the minority.
+    """Raise NumericalError on all ranks if a copy differs on any, naming those in the minority.
 
-    One element that differs is always found; several are missed once in 2^64.
+    A single element that differs is always found; several are missed once in 2^64.
     Collective: all ranks call it.
     """
     kinds = _copies(model, groups)
@@ -60,7 +60,7 @@ def check_replicas(model: nn.Module, groups: Groups, step: int) -> None:
 
 
 def bit_hash(values: Tensor) -> Tensor:
-    """Sum of the elements' bits, each times an odd number of its own, modulo 2^64; int64 []."""
+    """Sum of the elements' bits, each multiplied by an odd number of its own, modulo 2^64; int64 []."""
     flat = values.detach().reshape(-1).view(_BITS[values.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=values.device)
     for start in range(0, flat.numel(), _CHUNK):
@@ -71,10 +71,11 @@ def bit_hash(values: Tensor) -> Tensor:
 
 
 def _copies(model: nn.Module, groups: Groups) -> tuple[_Copies, _Copies]:
-    """What data-parallel ranks hold alike, and what tensor-parallel ranks do.
+    """Weights replicated over data-parallel ranks, and those replicated over tensor-parallel ranks.
 
-    ZeRO-3 leaves an empty tensor of a weight that it has cut up, and puts this rank's part into `ds_tensor`:
-    that has no copy over data parallelism, but over tensor parallelism if the weight is not cut there.
+    ZeRO-3 leaves an empty tensor of a weight that it has partitioned, and puts this rank's part into
+    `ds_tensor`: that is not replicated over data parallelism, but is over tensor parallelism if the weight is
+    not split there.
     """
     named: dict[str, Any] = dict(model.named_parameters())
     whole = {name: weight for name, weight in named.items() if weight.numel()}
@@ -90,13 +91,13 @@ def _copies(model: nn.Module, groups: Groups) -> tuple[_Copies, _Copies]:
 
 
 def _hashes(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """int64 [number of tensors]"""
+    """Hashes of tensors, int64 [number of tensors]."""
     hashes = [bit_hash(tensor) for tensor in tensors]
     return torch.stack(hashes) if hashes else torch.zeros(0, dtype=torch.int64, device=device)
 
 
 def _differing(copies: _Copies, mine: Tensor, rank: int) -> Iterator[Problem]:
-    """Problems of the copies that differ from most of the group; where no value has a majority, all do.
+    """Weights that differ here from the majority of the group; without a majority all ranks differ.
 
     Collective: all ranks of the group call it.
     """
@@ -109,13 +110,13 @@ def _differing(copies: _Copies, mine: Tensor, rank: int) -> Iterator[Problem]:
             continue
         majority = 2 * count > len(values)
         if not majority or int(mine[number]) != common:
-            most = f"the {count} others that agree" if majority else "others, and no value has a majority"
+            most = f"the {count} others that agree" if majority else "others, without a majority,"
             where = f"rank {rank} on {socket.gethostname()}"
-            yield Problem(name, where, f"differs from {most} of its {copies.group_name} group")
+            yield Problem(name, where, f"differs from {most} in its {copies.group_name} group")
 
 
 def _of_all_ranks(problems: Sequence[Problem], groups: Groups, step: int) -> list[Problem]:
-    """The first problems of each rank, with a remedy.
+    """Problems of all ranks, the first few of each, with a remedy.
 
     Collective: all ranks call it.
     """
@@ -125,6 +126,6 @@ def _of_all_ranks(problems: Sequence[Problem], groups: Groups, step: int) -> lis
     found = [problem for of_rank in gather_on_all_ranks(groups, shown) for problem in of_rank]
     remedy = (
         f"found after step {step:,}, which is not saved; check that machine, then start the same command "
-        "again: it goes on from the newest checkpoint"
+        "again: it continues from the newest checkpoint"
     )
     return [*found[:-1], Problem(found[-1].field, found[-1].value, found[-1].reason, remedy)]

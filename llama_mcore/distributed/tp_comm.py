@@ -1,4 +1,4 @@
-"""Tensor-parallel communication that runs beside computation: start it, compute something else, wait.
+"""Tensor-parallel communication that overlaps computation: start it, compute something else, wait.
 
 Sequence parallelism (Korthikanti et al., 2022) keeps activations outside the GEMMs split along the sequence;
 then a column-parallel GEMM is entered by an all-gather and a row-parallel one left by a reduce-scatter, and
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Pending:
-    """The result of a collective that may still be running."""
+    """Result of a collective that may still be running."""
 
     def __init__(self, result: Tensor, work: dist.Work | None = None) -> None:
         self._result = result

@@ -1,8 +1,8 @@
 """`llama-mcore slurm`: a job script like those in slurm/, for any run, after all checks that need no GPU.
 
-Two readers take the script apart. Bash reads the command, where `bash_word` writes any text as one word.
-sbatch reads the #SBATCH lines: between double quotes it takes everything as it is but `"` and a backslash,
-which a backslash escapes, and the end of the line, for which there is no escape (Slurm 22.05, tried).
+Two programs parse the script. Bash reads the command, where `bash_word` writes any text as one word. sbatch
+reads the #SBATCH lines: between double quotes it takes everything literally except `"` and a backslash, which
+a backslash escapes, and the end of the line, for which there is no escape (Slurm 22.05, tried).
 """
 
 import re
@@ -30,13 +30,13 @@ EXECUTABLE = 0o755
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What sbatch is asked for. A field that is None is left to the site."""
+    """Options of sbatch. A field that is None is left to the site."""
 
     nodes: int
     gpus_per_node: int = 8
     time: str = "24:00:00"
     signal_seconds: int = 180
-    """How long before the time limit the run is told to save."""
+    """Seconds before the time limit at which the run is told to save."""
     job_name: str | None = None
     """Default: the name of the run's folder."""
     partition: str | None = None
@@ -45,10 +45,10 @@ class SlurmJob:
 
 
 def job_script(config: str, overrides: Sequence[str], job: SlurmJob, *, data_later: bool = False) -> str:
-    """The script that trains what `llama-mcore train --config CONFIG OVERRIDES` would, on the nodes of `job`.
+    """Script that runs `llama-mcore train --config CONFIG OVERRIDES` on the nodes of `job`.
 
-    Raises one error with all problems: that of their kind if all are of one, else ConfigError. With
-    `data_later` the script comes before its data, and no files are looked at; the job itself does that.
+    Raises one error with all problems: of their kind if all share one, else ConfigError. With `data_later` no
+    files are checked, since the data need not exist yet; the job itself checks them.
     """
     failures: list[LlamaMcoreError] = []
     problems = [*_check_job(job), *_check_words(config, overrides)]
@@ -71,16 +71,17 @@ def job_script(config: str, overrides: Sequence[str], job: SlurmJob, *, data_lat
 
 
 def write_script(text: str, path: Path, *, force: bool) -> None:
-    """An executable file, whole or not at all. Raises OutputError, without `force` also if it is there."""
+    """Write an executable file, whole or not at all. Raises OutputError, without `force` also if it
+    exists."""
     if path.exists() and not force:
-        raise OutputError(Problem("--output", path, "is already there", "give another name, or --force"))
+        raise OutputError(Problem("--output", path, "already exists", "give another name, or --force"))
     with published(path) as temporary, output_errors(path):
         temporary.write_text(text, encoding="utf-8")
         temporary.chmod(EXECUTABLE)
 
 
 def bash_word(text: str) -> str:
-    """`text` as one word of bash that shellcheck has nothing against, and without what is invisible."""
+    """`text` as one word of bash, without invisible characters, that shellcheck accepts."""
     plain = all(c.isalnum() or (c.isascii() and c.isprintable() and c not in "$`'\\") for c in text)
     if plain:
         return shlex.quote(text)
@@ -88,7 +89,7 @@ def bash_word(text: str) -> str:
 
 
 def sbatch_value(text: str) -> str:
-    """`text` as the value of an option in a #SBATCH line; it must not end that line."""
+    """`text`, which is a single line, as the value of an option in a #SBATCH line."""
     if re.fullmatch(r"[\w.:,@%+/-]+", text, re.ASCII):
         return text
     return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
@@ -150,15 +151,16 @@ def _render(config: str, overrides: Sequence[str], run: RunConfig, job: SlurmJob
 
 
 def _findable(config: str) -> str:
-    """A file is named from the root: the job may start elsewhere. Other names are of shipped ones."""
+    """Absolute path of a file, since the job may start elsewhere; other names are those of shipped
+    configs."""
     return str(Path(config).absolute()) if Path(config).is_file() else config
 
 
 def _check_run(run: RunConfig, job: SlurmJob) -> list[Problem]:
-    """What `train` would say on so many ranks."""
+    """Problems that `train` would report on so many ranks."""
     ranks = job.nodes * job.gpus_per_node
     if ranks < 1:
-        return []  # said of the nodes
+        return []  # a problem of --nodes or --gpus-per-node
     try:
         check_run(run, ranks)
         deepspeed_config(run.zero, run.train, run.optim, run.data_parallel_size(ranks))
@@ -174,49 +176,51 @@ def _check_job(job: SlurmJob) -> list[Problem]:
         if value < 1
     ]
     if not 1 <= job.signal_seconds <= LONGEST_WARNING_S:
-        reason = f"must be from 1 to {LONGEST_WARNING_S}: seconds before the time limit"
+        reason = f"must be from 1 to {LONGEST_WARNING_S:,} seconds before the time limit"
         problems.append(Problem("--signal-seconds", job.signal_seconds, reason))
     if not re.fullmatch(TIME, job.time, re.ASCII):
         remedy = "e.g. 90 (minutes), 12:00:00 or 2-12:00:00 (days-hours:minutes:seconds)"
-        problems.append(Problem("--time", job.time, "is no time limit of Slurm", remedy))
+        problems.append(Problem("--time", job.time, "is not a time limit that Slurm accepts", remedy))
     elif (limit := _seconds(job.time)) and job.signal_seconds >= limit:
         reason = (
-            f"must be below the {limit:,} s of --time {job.time}: the job would be asked to stop as it starts"
+            f"must be below the {limit:,} s of --time {job.time}, or the job is asked to stop as it starts"
         )
         problems.append(Problem("--signal-seconds", job.signal_seconds, reason))
     for option, name in (("--partition", job.partition), ("--account", job.account), ("--qos", job.qos)):
         if name is not None and not re.fullmatch(SITE_NAME, name, re.ASCII):
-            reason = "must be of letters, digits and _ . + @ : , / -"
-            problems.append(Problem(option, name, reason, "see what the site's Slurm calls it"))
+            reason = "must consist of letters, digits and _ . + @ : , / -"
+            problems.append(
+                Problem(option, name, reason, "look up its name in the site's Slurm (sinfo, sacctmgr)")
+            )
     return problems
 
 
 def _seconds(limit: str) -> int:
-    """Of a time limit in one of the forms of TIME; 0 for none, as Slurm has it."""
+    """Seconds of a time limit in one of the forms of TIME; 0 for none, as in Slurm."""
     if not limit[0].isdigit():
         return 0
     days, dash, clock = limit.rpartition("-")
     numbers = [int(number) for number in clock.split(":")]
-    # After days, hours come first; else minutes, but where there are three.
+    # After days, hours come first; else minutes, unless there are three numbers.
     first = 3600 if dash or len(numbers) == 3 else 60
     return int(days or 0) * 86_400 + sum(n * first // 60**i for i, n in enumerate(numbers))
 
 
 def _check_name(name: str) -> list[Problem]:
-    remedy = "give --job-name; without it, the run's folder names the job"
+    remedy = "give --job-name; it defaults to the name of the run's folder"
     if not name or not name.isprintable() or "/" in name:
-        reason = "must be of printable characters other than /: it begins the name of the output file"
+        reason = "must consist of printable characters other than /: the output file's name begins with it"
         return [Problem("--job-name", name, reason, remedy)]
     if len(name.encode()) > LONGEST_NAME:
-        reason = f"must not exceed {LONGEST_NAME} bytes: it begins the name of the output file"
+        reason = f"must not exceed {LONGEST_NAME} bytes: the output file's name begins with it"
         return [Problem("--job-name", name, reason, remedy)]
     return []
 
 
 def _check_words(config: str, overrides: Sequence[str]) -> list[Problem]:
-    """Python stands bytes of a command line that are no UTF-8 by halves of surrogate pairs."""
+    """Problems of words that are not UTF-8: Python turns such bytes into halves of surrogate pairs."""
     return [
-        Problem(field, ascii(word), "must be UTF-8", "rename what it names")
+        Problem(field, ascii(word), "must be UTF-8", "rename the file, or fix the text")
         for field, word in (("--config", config), *(("override", word) for word in overrides))
         if any("\ud800" <= character <= "\udfff" for character in word)
     ]

@@ -1,4 +1,4 @@
-"""One logger for the package, and the start-up noise of the libraries kept out of it."""
+"""Logger of the package, without the start-up noise of the libraries."""
 
 import io
 import logging
@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import TextIO
 
 NAME = "llama_mcore"
-TIME = "%Y-%m-%d %H:%M:%S"  # local, as Slurm's own log has it
+TIME = "%Y-%m-%d %H:%M:%S"  # local time, as in Slurm's own log
 
 
 def get_logger() -> logging.Logger:
@@ -18,7 +18,8 @@ def get_logger() -> logging.Logger:
 
 
 def setup_logging(rank: int) -> logging.Logger:
-    """Log to stderr: rank 0 from INFO on, the others warnings and errors under their rank."""
+    """Set up logging to stderr: rank 0 from INFO on, the others warnings and errors, prefixed with the
+    rank."""
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler = _StderrHandler()
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(levelname)s %(message)s", TIME))
@@ -30,10 +31,10 @@ def setup_logging(rank: int) -> logging.Logger:
 
 
 def silence_libraries(cpu: bool) -> None:
-    """Filter what megatron-core and DeepSpeed say at every start; call before either is imported.
+    """Filter the messages of megatron-core and DeepSpeed at every start; call before either is imported.
 
-    `cpu`: this job runs without a GPU; DeepSpeed then need not look for one and warn that it found none.
-    Warnings of other modules, errors and exceptions stay.
+    `cpu`: this job uses no GPU, so DeepSpeed need not search for one and warn that it found none. Warnings of
+    other modules, errors and exceptions stay.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.")
     # Both libraries call these collectives by their old names; the warning names the caller's module.
@@ -42,24 +43,22 @@ def silence_libraries(cpu: bool) -> None:
         message=r"`torch\.distributed\.(_?all_gather|_?reduce_scatter)\w*` is .*deprecated",
         category=FutureWarning,
     )
-    logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(_is_no_advice)
+    logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(_is_not_deprecation)
     if cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # it misses a GPU wherever the CUDA toolkit lies
+        # it warns of a missing GPU wherever the CUDA toolkit is installed
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
-def _is_no_advice(record: logging.LogRecord) -> bool:
-    """megatron-core 0.19 recommends another model at each start."""
+def _is_not_deprecation(record: logging.LogRecord) -> bool:
+    # megatron-core 0.19 recommends another model class at each start
     return "GPTModel IS DEPRECATED" not in record.getMessage()
 
 
 @contextmanager
 def prints_as_debug() -> Iterator[None]:
-    """Log what is printed inside at DEBUG: `deepspeed.initialize` prints its memory use unasked.
-
-    What was printed before an exception may explain it, and is logged as a warning.
-    """
+    """Log printed lines at DEBUG, as of `deepspeed.initialize`, which prints its memory use; before an
+    exception, which they may explain, as warnings."""
     captured, level = io.StringIO(), logging.WARNING
     try:
         with redirect_stdout(captured):
@@ -71,7 +70,7 @@ def prints_as_debug() -> Iterator[None]:
 
 
 class _StderrHandler(logging.StreamHandler):
-    """Writes to whatever sys.stderr is now: rich replaces it while a progress line is drawn."""
+    """Handler for the current sys.stderr, which rich replaces while it draws a progress line."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)

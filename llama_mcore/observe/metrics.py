@@ -1,4 +1,4 @@
-"""What one optimizer step reports, and how it reads as text."""
+"""Report of one optimizer step, and its text."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -7,15 +7,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """An evaluation of one source."""
+    """Result of an evaluation on one source."""
 
     loss: float
     """Mean over its tokens, in nats."""
     tokens: int
     bytes_per_token: float | None = None
-    """Of its text; None where the dataset does not say."""
+    """Bytes of text per token; None where the dataset does not tell."""
     windows: int = 0
-    """How many were read, of the whole set's `of_windows`."""
+    """Windows that were read, of the whole set's `of_windows`."""
     of_windows: int = 0
 
     @property
@@ -42,47 +42,47 @@ _RARE = (
     "stragglers",
     "damaged_checkpoints",
 )
-"""What most steps have nothing to say of."""
+"""Keys that most steps leave out."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step. `loss` and `grad_norm` may be NaN or infinite."""
+    """Report of one optimizer step. `loss` and `grad_norm` may be NaN or infinite."""
 
     step: int
-    """Steps done, this one included: the first step of a run is 1."""
+    """Number of the step: the first of a run is 1."""
     loss: float
     """Mean over the tokens of the global batch, in nats."""
     grad_norm: float
     """Global norm before clipping."""
     lr: float
     tokens: int
-    """Tokens consumed since the start of the run, before a resume included."""
+    """Tokens consumed since the start of the run, including those before a resume."""
     tokens_per_s: float
-    """Of the whole job."""
+    """Tokens per second of the whole job."""
     step_time_s: float
     memory_bytes: int
-    """Peak of the reporting rank."""
+    """Peak of the reporting rank's memory."""
     device: str = ""
-    """What the reporting rank computed on; the names of the attention backend and of the kernels."""
+    """Device of the reporting rank, and below the names of its attention backend and kernels."""
     attention: str = ""
     kernels: str = ""
     windows: dict[str, int] = field(default_factory=dict)
-    """The ledger: windows read of each source since the start of the run, repeated ones counted each time."""
+    """Windows read of each source since the start of the run, repeated ones counted each time."""
     valid: dict[str, ValidationLoss] = field(default_factory=dict)
     """By source, after a step with an evaluation."""
     evaluation_stopped: bool = False
-    """An evaluation was due and was given up, as the run was asked to stop; it is not made up for."""
+    """Whether a due evaluation was abandoned since the run was asked to stop; it is not made up for."""
     skipped: bool = False
-    """The update was not applied because loss or gradient was not finite."""
+    """Whether the update was left out since loss or gradient was not finite."""
     decision: str = ""
-    """What the run's health called for after the step, and why; empty if nothing."""
+    """Decision about the run's health after the step, with its reason; "" if there was none."""
     rolled_back: list[dict[str, Any]] = field(default_factory=list)
-    """At the first step after a rollback: what was given up."""
+    """At the first step after a rollback: the abandoned steps."""
     stragglers: list[dict[str, object]] = field(default_factory=list)
     """At the end of a window, the ranks that were slower than the others: rank, host, times_median."""
     damaged_checkpoints: list[str] = field(default_factory=list)
-    """At the first step after a resume: newer checkpoints that were damaged and passed over."""
+    """At the first step after a resume: newer checkpoints that were damaged and skipped."""
     mfu_causal: float | None = None
     """Share of the GPU's bf16 peak, with causal attention counted; None where no peak is known."""
     mfu_full: float | None = None
@@ -97,14 +97,14 @@ class StepReport:
 
     @property
     def validation_windows(self) -> str:
-        """How much of the validation text was read, in words."""
+        """Number of validation windows that were read, in words."""
         read, there = (
             sum(getattr(v, name) for v in self.valid.values()) for name in ("windows", "of_windows")
         )
         return f"all {there:,} windows" if read == there else f"{read:,} of {there:,} windows"
 
     def to_dict(self) -> dict[str, Any]:
-        """Keys of a line of metrics.jsonl: those of every step, and the others where they say something."""
+        """Content of a line of metrics.jsonl; rare keys only where they have a value."""
         row = asdict(self)
         del row["valid"]
         if self.mfu_causal is None:
@@ -119,7 +119,7 @@ class StepReport:
 
 
 def describe_step(report: StepReport) -> str:
-    """Loss, gradient norm, learning rate and speed in one short line."""
+    """Short line with loss, gradient norm, learning rate and speed."""
     parts = [
         f"loss {report.loss:.4f}",
         f"grad norm {report.grad_norm:.3f}",
@@ -140,12 +140,12 @@ def describe_step(report: StepReport) -> str:
 
 
 def describe_mfu(report: StepReport) -> str:
-    """Both counts, of a report that has them."""
+    """Text of both MFU counts, of a report that has them."""
     return f"MFU {report.mfu_causal:.1%} causal {report.mfu_full:.1%} full"
 
 
 def describe_duration(seconds: float) -> str:
-    """12s, 3m05s, 2h07m, 20d19h."""
+    """Duration as in 12s, 3m05s, 2h07m, 20d19h."""
     whole = round(seconds)
     minutes, s = divmod(whole, 60)
     hours, m = divmod(minutes, 60)

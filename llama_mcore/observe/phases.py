@@ -1,4 +1,4 @@
-"""What this rank is doing, told to those who want to know: the watchdog, and the ledger of time."""
+"""Phases of a rank, reported to listeners: the watchdog, and the timeline."""
 
 import time
 from collections.abc import Sequence
@@ -6,46 +6,46 @@ from enum import StrEnum
 
 
 class Phase(StrEnum):
-    """All time of a rank belongs to one of these."""
+    """Phase of a rank; all its time belongs to one."""
 
     START = "start"
     """Imports, and the other ranks joining."""
     SETUP = "setup"
-    """Data, model, engine, and the checkpoint to go on from."""
+    """Data, model, engine, and the checkpoint to resume from."""
     TRAIN = "train"
-    """A step, from the wait for its data to the report of it."""
+    """A step, from the wait for its data to its report."""
     EVALUATE = "evaluate"
     SAVE = "save"
-    """What training waits for of a save."""
+    """The part of a save that training waits for."""
     END = "end"
-    """All is done but to leave."""
+    """Everything after the last step."""
 
 
 class PhaseListener:
-    """One who wants to know. What it does not override it does not care about."""
+    """Listener to the phases of a rank; each method that it does not override does nothing."""
 
     def enter(self, phase: Phase, step: int) -> None:
         """`phase` begins, of `step`; the one before has ended. Entered again, it starts from scratch."""
 
     def beat(self) -> None:
-        """Something of the phase is done: a rank that waits for others stops beating."""
+        """A part of the phase is done: a rank that waits for others stops beating."""
 
     def progress(self) -> None:
-        """It goes on with something of which ranks have unequal shares, and which so tells of no rank that it
-        is behind."""
+        """Work continues of which ranks have unequal shares, so that it does not tell which rank is
+        behind."""
 
     def run_dir_ready(self) -> None:
-        """The run's folder is there, and is this run's."""
+        """The run's folder exists and belongs to this run."""
 
     def saved(self, step: int) -> None:
         """The checkpoint of `step` is on the disk."""
 
 
 class Phases:
-    """Every rank has one and tells it the same things."""
+    """Reporter of the phases of a rank; every rank has one and reports the same."""
 
     def __init__(self, listeners: Sequence[PhaseListener] = (), began: float | None = None) -> None:
-        """`began`: when this attempt of the run did, in seconds since 1970; now, if left out."""
+        """`began`: start of this attempt of the run, in seconds since 1970; default: now."""
         self._listeners = list(listeners)
         self.began = time.time() if began is None else began
 
@@ -53,17 +53,17 @@ class Phases:
         self._listeners.append(listener)
 
     def enter(self, phase: Phase, step: int) -> None:
-        """Say that `phase` begins. `step` is the one at work, counted from 1; 0 before the first."""
+        """Report that `phase` begins. `step` is the current one, counted from 1; 0 before the first."""
         for listener in self._listeners:
             listener.enter(phase, step)
 
     def beat(self) -> None:
-        """Say that this rank got on: between what it does alone and what it does with others."""
+        """Report that a part is done: between work of this rank alone and work with others."""
         for listener in self._listeners:
             listener.beat()
 
     def progress(self) -> None:
-        """Say that this rank is still at something that takes others less or longer, and no beat yet."""
+        """Report that this rank is still at work that takes others less or more time, and no beat yet."""
         for listener in self._listeners:
             listener.progress()
 

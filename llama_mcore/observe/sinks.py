@@ -1,4 +1,4 @@
-"""Where step reports go: metrics.jsonl, TensorBoard, and a line for the person who watches."""
+"""Sinks of step reports: metrics.jsonl, TensorBoard, and lines on the terminal or in the log."""
 
 import os
 import sys
@@ -10,13 +10,12 @@ from statistics import median
 from types import TracebackType
 from typing import Self
 
-import orjson
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from llama_mcore.errors import OutputError, Problem
 from llama_mcore.observe.config import ObserveConfig
-from llama_mcore.observe.line_file import Fence, append, open_to_append
+from llama_mcore.observe.line_file import Fence, append, json_line, open_to_append
 from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.metrics import StepReport, describe_duration, describe_mfu, describe_step
 from llama_mcore.observe.metrics_file import (
@@ -35,10 +34,10 @@ _VALID_SCALARS = ("loss", "perplexity", "bits_per_byte", "tokens")
 
 
 class MetricSinks:
-    """Writes every step of one run; made by one rank alone, which holds the run's lease.
+    """Writer of every step of a run, on the one rank that holds the run's lease.
 
-    A run that resumes at `start_step` has lost what came after it: those lines leave metrics.jsonl
-    and those TensorBoard events are hidden, so that no step appears twice.
+    A run that resumes at `start_step` has lost the steps after it: their lines leave metrics.jsonl and their
+    TensorBoard events are hidden, so that no step appears twice.
     Raises OutputError where the run folder cannot be written, or another job has taken the run over.
     """
 
@@ -52,8 +51,8 @@ class MetricSinks:
         continues: Path | None = None,
         console: Console | None = None,
     ) -> None:
-        """`continues`: the checkpoint that the run goes on from, if steps before it may be told of in another
-        folder: they are where this one tells of none."""
+        """`continues`: the checkpoint that the run resumes from, if the steps before it may be in the metrics
+        of another folder; they are if this one has none."""
         self._config = config
         self._run_dir = run_dir
         self._total_steps = total_steps
@@ -66,7 +65,7 @@ class MetricSinks:
     def __enter__(self) -> Self:
         with _writing(self._run_dir), ExitStack() as stack:
             self._run_dir.mkdir(parents=True, exist_ok=True)
-            self._lease.check()  # what is dropped may be another job's
+            self._lease.check()  # the dropped lines may be another job's
             metrics = self._run_dir / METRICS_FILE
             kept = drop_steps_after(metrics, self._start_step)
             if kept:
@@ -74,7 +73,9 @@ class MetricSinks:
             missing = [] if self._continues else missing_steps(kept, self._start_step)
             if missing:
                 steps = describe_steps(missing)
-                get_logger().warning("%s LACKS steps %s: they are lost, and audit-data fails", metrics, steps)
+                get_logger().warning(
+                    "%s LACKS steps %s: they are lost, and audit-data will fail", metrics, steps
+                )
             self._metrics = stack.enter_context(open_to_append(metrics))
             sync_listing(self._run_dir)
             self._events = self._open_events(stack)
@@ -95,11 +96,11 @@ class MetricSinks:
             row["continues"] = str(self._continues)
         with _writing(self._run_dir):
             self._lease.check()  # at each step: this process may have been stopped at any moment
-            append(self._metrics, orjson.dumps(row) + b"\n")
+            append(self._metrics, json_line(row))
             if self._events:
                 self._events.write(report)
         self._continues = None
-        with suppress(OSError):  # its output may go to a full disk too: no reason to end a run
+        with suppress(OSError):  # stdout may be on a full disk too: no reason to end a run
             self._watcher.write(report)
 
     def check(self) -> None:
@@ -108,12 +109,12 @@ class MetricSinks:
             self._lease.check()
 
     def sync(self) -> None:
-        """See the lines on the disk: before a checkpoint that counts on them."""
+        """Fsync the lines, before a checkpoint that relies on them."""
         with _writing(self._run_dir):
             os.fsync(self._metrics.fileno())
 
     def go_back(self, step: int) -> None:
-        """Go on after `step`: the lines of later steps move to the file of what was given up."""
+        """Roll back to `step`: the lines of later steps move to the file of abandoned steps."""
         with _writing(self._run_dir):
             self._lease.check()
             keep_steps_after(self._run_dir / METRICS_FILE, step, self._run_dir / GIVEN_UP_METRICS)
@@ -143,12 +144,15 @@ def _writing(run_dir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        remedy = "choose another folder or make room" if error.errno else "nothing: that job goes on"
+        remedy = (
+            "free space or choose another folder" if error.errno else "nothing: that job continues the run"
+        )
         raise OutputError(Problem("run.dir", run_dir, f"cannot be written ({reason})", remedy)) from error
 
 
 class _TensorBoard:
-    """Scalars at `train/*`, `valid*/*`, `data/*` and `speed/*`; events from `purge_step` on are hidden."""
+    """TensorBoard scalars `train/*`, `valid*/*`, `data/*` and `speed/*`; events from `purge_step` on are
+    hidden."""
 
     def __init__(self, log_dir: Path, purge_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -181,7 +185,7 @@ class _TensorBoard:
 
 
 class _Eta:
-    """Time to the last step from the median of recent steps, which evaluations and saves do not disturb."""
+    """Time to the last step, by the median of recent steps, which evaluations and saves do not affect."""
 
     def __init__(self, total_steps: int) -> None:
         self._total_steps = total_steps
@@ -193,7 +197,7 @@ class _Eta:
 
 
 class _PlainLines:
-    """One line every `log_interval` steps, at the first and last step and at every evaluation."""
+    """Lines for a log: every `log_interval` steps, at the first and last step and at every evaluation."""
 
     def __init__(self, console: Console, total_steps: int, start_step: int, log_interval: int) -> None:
         self._console = console
@@ -221,8 +225,8 @@ class _PlainLines:
 
 
 class _ProgressLine:
-    """A line that redraws itself, cut at the terminal's width: the ETA comes before the rest. Evaluations,
-    skipped updates and decisions leave a line that stays."""
+    """Progress line on a terminal, cut at its width, so that the ETA comes first. Evaluations, skipped
+    updates and decisions leave a line that stays."""
 
     def __init__(self, console: Console, total_steps: int, start_step: int) -> None:
         self._eta = _Eta(total_steps)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llama_mcore.config.ds_file import read_ds_file
 from llama_mcore.config.run import RunConfig
 from llama_mcore.data.sources import OpenSource
 from llama_mcore.distributed.collectives import (
@@ -17,7 +18,6 @@ from llama_mcore.distributed.collectives import (
     gather_on_all_ranks,
     run_on_all_ranks,
 )
-from llama_mcore.distributed.ds_file import read_ds_file
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.errors import ConfigError, Problem
 

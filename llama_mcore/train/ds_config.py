@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llama_mcore.config.ds_file import read_ds_file, unknown_keys
 from llama_mcore.distributed.config import ZeroConfig
-from llama_mcore.distributed.ds_file import read_ds_file, unknown_keys
 from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.train.config import OptimConfig, TrainConfig
 

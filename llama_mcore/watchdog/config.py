@@ -1,24 +1,24 @@
-"""How long each part of a run may take without a sign of life. Imports no torch."""
+"""Timeouts of the watchdog. Imports no torch."""
 
 from pydantic import Field
 
 from llama_mcore.config.section import Section
 
-# Collectives wait longer than the longest of these, and hold no time beyond thirty years.
+# Collectives wait longer than the longest of these, and take no more than thirty years.
 LONGEST_S = 1e9
 
 
 class WatchdogConfig(Section):
-    """A rank without a sign of life for so long ends the run with exit code 75: see docs/operations.md."""
+    """A rank without a heartbeat for so long ends the run with exit code 75: see docs/operations.md."""
 
     enabled: bool = True
-    """End a run that shows no sign of life."""
+    """End a run whose heartbeat is overdue."""
     step_factor: float = Field(default=10.0, ge=2, le=LONGEST_S)
-    """A step may take so many times the median of the steps before it,"""
+    """A step may take this many times the median of the steps before it,"""
     min_step_s: float = Field(default=180.0, gt=0, le=LONGEST_S)
-    """and at least so many seconds."""
+    """and at least this many seconds."""
     first_step_s: float = Field(default=1800.0, gt=0, le=LONGEST_S)
-    """Seconds for each of the first three steps after a start: kernels are compiled, connections made."""
+    """Seconds for each of the first three steps after a start, which compile kernels and open connections."""
     start_s: float = Field(default=1200.0, gt=0, le=LONGEST_S)
     """Seconds for imports and until all ranks have joined."""
     setup_s: float = Field(default=1800.0, gt=0, le=LONGEST_S)
@@ -34,7 +34,7 @@ class WatchdogConfig(Section):
 
     @property
     def longest_s(self) -> float:
-        """The longest of these; steps that take longer than a tenth of it by the median may exceed it."""
+        """The longest of these; steps whose median is above a tenth of it may take longer."""
         return max(
             *(self.min_step_s, self.first_step_s, self.start_s, self.setup_s),
             *(self.save_s, self.evaluate_s, self.end_s),

@@ -1,22 +1,28 @@
-"""Signs of life of the process that trains, in memory that it shares with the one that watches it.
+"""Heartbeat of a training process, in memory that it shares with its supervisor, and its timeouts.
 
-Two kinds, since a process can be stuck in two ways: the main thread says what it does and how far it got;
-a second thread says only that Python runs, which it does not while the process is stopped or one thread keeps
-the interpreter to itself.
+A process can be stuck in two ways, so there are two: the main thread writes its phase and how far it got; a
+second thread writes only that Python runs, which it does not while the process is stopped or one thread holds
+the interpreter's lock.
 """
 
 import mmap
 import threading
 import time
 import zlib
+from collections import deque
 from dataclasses import dataclass, replace
+from statistics import median
 from struct import Struct
 
 from llama_mcore.observe.phases import Phase, PhaseListener
-from llama_mcore.watchdog.timeouts import Timeouts
+from llama_mcore.watchdog.config import WatchdogConfig
 
 ALIVE_S = 0.5
-"""Seconds between the signs of the second thread."""
+"""Seconds between the beats of the second thread."""
+FIRST_STEPS = 3
+"""Steps after a start that compile kernels and say nothing about those to come."""
+WINDOW = 50
+"""Steps that the median is taken over."""
 
 _PHASES = list(Phase)
 _CHECKSUM = Struct("<I")
@@ -25,15 +31,15 @@ _READS = 100
 
 @dataclass(frozen=True)
 class HeartbeatRecord:
-    """The last sign of life of the main thread. Times are monotonic, the same for all processes."""
+    """The last beat of the main thread. Times are monotonic, the same for all processes."""
 
     phase: Phase
     step: int
     count: int
-    """Signs of life so far: the rank that is behind has the fewest."""
+    """Beats so far: the rank that is behind has the fewest."""
     at: float
     allowed_s: float
-    """Seconds until the next one is overdue."""
+    """Seconds until the next beat is overdue."""
 
     def is_overdue(self, now: float, awake_since: float = 0.0) -> bool:
         """`awake_since`: when the processes of the job ran again, if they were suspended."""
@@ -42,16 +48,16 @@ class HeartbeatRecord:
 
 @dataclass(frozen=True)
 class Milestones:
-    """What an attempt has come to: it stays reached."""
+    """Milestones of an attempt, which stay reached."""
 
     settled: bool = False
-    """The run's folder is there, and is this run's."""
+    """The run's folder exists and belongs to this run."""
     saved: bool = False
     """A checkpoint is on the disk."""
 
 
 class Heartbeat:
-    """Made before the fork: the process that trains writes it, the other reads it."""
+    """Shared memory, made before the fork: the training process writes it, its supervisor reads it."""
 
     def __init__(self, start_s: float) -> None:
         """`start_s`: seconds that the start may take."""
@@ -96,8 +102,37 @@ class Heartbeat:
         return self._last_reached
 
 
+class Timeouts:
+    """Seconds until the next beat is overdue, by phase and by the steps of this attempt."""
+
+    def __init__(self, config: WatchdogConfig, save_timeout_s: float) -> None:
+        """`save_timeout_s`: when a save fails by itself."""
+        self._config = config
+        self._limits = {
+            Phase.START: config.start_s,
+            Phase.SETUP: config.setup_s,
+            Phase.EVALUATE: config.evaluate_s,
+            Phase.SAVE: save_timeout_s + config.save_s,
+            Phase.END: config.end_s,
+        }
+        self._steps: deque[float] = deque(maxlen=WINDOW)
+        self._step_began: float | None = None
+
+    def enter(self, phase: Phase, now: float) -> float:
+        """Seconds from one beat to the next in `phase`, which begins `now` (seconds, monotonic)."""
+        if self._step_began is not None:
+            self._steps.append(now - self._step_began)
+        self._step_began = now if phase is Phase.TRAIN else None
+        return self._step_s() if phase is Phase.TRAIN else self._limits[phase]
+
+    def _step_s(self) -> float:
+        if len(self._steps) < FIRST_STEPS:
+            return max(self._config.first_step_s, self._config.min_step_s)
+        return max(self._config.min_step_s, self._config.step_factor * median(self._steps))
+
+
 class HeartbeatWriter(PhaseListener):
-    """Listens to the phases of the process that trains and writes its heartbeat."""
+    """Listener to the phases of a training process that writes its heartbeat."""
 
     def __init__(self, heartbeat: Heartbeat, timeouts: Timeouts) -> None:
         self._heartbeat, self._timeouts = heartbeat, timeouts
@@ -134,7 +169,7 @@ class HeartbeatWriter(PhaseListener):
 
 
 class _Record:
-    """Numbers at a fixed place, with a checksum: another process may read while they are written."""
+    """Numbers at a fixed place in shared memory, with a checksum, since a read may meet a write."""
 
     def __init__(self, memory: mmap.mmap, offset: int, layout: str) -> None:
         self._memory, self._offset, self._layout = memory, offset, Struct(layout)
@@ -145,7 +180,7 @@ class _Record:
         self._memory[self._offset : self._offset + len(data)] = data
 
     def read(self) -> tuple | None:
-        """None where the writer was stopped in the middle of it."""
+        """The numbers; None where the writer was stopped in the middle of a write."""
         for _ in range(_READS):
             data = self._memory[self._offset : self._offset + self._layout.size + _CHECKSUM.size]
             body, checksum = data[: self._layout.size], data[self._layout.size :]

@@ -1,4 +1,4 @@
-"""A request to stop, from Slurm or a person: noted at once, obeyed by all ranks after a step."""
+"""Stop requests, from Slurm or a person: noted at once, obeyed by all ranks after a step."""
 
 import signal
 import time
@@ -10,8 +10,8 @@ from llama_mcore.errors import EXIT_SAVED
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ECHO_S = 3.0
-"""Slurm gives a signal to every process of a step, and launchers pass theirs on: what comes so soon after the
-first is the same request."""
+"""Slurm signals every process of a step, and launchers pass their signals on: one that comes so soon after
+the first is the same request."""
 
 
 class StoppedEarly(Exception):
@@ -21,14 +21,14 @@ class StoppedEarly(Exception):
 
 
 class StopRequest:
-    """Whether this process was asked to stop."""
+    """A request to this process to stop, once it has come."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._since = 0.0
 
     def note(self, number: int, _: FrameType | None) -> None:
-        """Signal handler. A second request means now: it gets the system's own answer."""
+        """Signal handler. A second request means "now" and gets the signal's default action."""
         if self.received is None:
             self.received, self._since = signal.Signals(number), time.monotonic()
         elif time.monotonic() - self._since > ECHO_S:
@@ -38,9 +38,9 @@ class StopRequest:
 
 @contextmanager
 def held_stop_signals() -> Iterator[None]:
-    """Let the signals wait: those that come meanwhile are not lost, and kill nobody.
+    """Hold stop signals back while the context lasts: they are not lost, and kill no process.
 
-    What still waits at the end is dropped, since the process is about to leave with an exit code of its own.
+    Those still pending at the end are dropped, since the process is about to exit with a code of its own.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -53,8 +53,8 @@ def held_stop_signals() -> Iterator[None]:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Note SIGTERM, SIGUSR1 and SIGINT for as long as the context lasts, those that were held before it
-    included. Enter it before slow imports, so that a signal during start-up is not lost."""
+    """Note SIGTERM, SIGUSR1 and SIGINT while the context lasts, including those held before it. Enter it
+    before slow imports, so that a signal during start-up is not lost."""
     request = StopRequest()
     previous = {number: signal.signal(number, request.note) for number in STOP_SIGNALS}
     mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -1,16 +1,18 @@
-"""What is left of a run that stalled: the stacks of every rank, and the names of those that are behind.
+"""Report on a run that stalled: the stacks of every rank, and the ranks that are behind.
 
     RUN_DIR/stalls/00000012/rank-00003.txt     stacks of its threads
     RUN_DIR/stalls/00000012/rank-00003.json    its heartbeat
     RUN_DIR/stalls/00000012/summary.txt        rank 0's: who is behind
     RUN_DIR/stalls/00000012-2/                 the same, of another attempt that stalled at that step
 
-All ranks stall together, since those that are well wait for the others in a collective. So each rank reports
-on itself, and rank 0 reads the reports of all.
+All ranks stall together, since healthy ones wait for the others in a collective. So each rank reports on
+itself, and rank 0 reads the reports of all.
 """
 
+import faulthandler
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,25 +22,31 @@ from pathlib import Path
 
 import psutil
 
-from llama_mcore.distributed.rank_on_host import RankOnHost
+from llama_mcore.distributed.launch_env import RankInfo
 from llama_mcore.small_file import read_json
 from llama_mcore.watchdog.heartbeat import Heartbeat
 
 FOLDER = "stalls"
 SUMMARY = "summary.txt"
 SILENT_S = 3.0
-"""Python that has run nothing for so long is stopped, or one thread keeps it to itself."""
+"""A process in which no Python ran for so long is stopped, or one of its threads holds the interpreter's
+lock."""
 COLLECT_S = 15.0
 """How long rank 0 waits for the reports of the others, and they for its summary."""
+STACKS_REQUEST = signal.SIGUSR2
+STACKS_WAIT_S = 3.0
+_STACKS_POLL_S = 0.05
+_QUIET_POLLS = 4
+"""A dump that has not grown during so many polls is complete."""
 _LONGEST_LIST = 8
 _LARGEST_REPORT = 1 << 16
 _LONGEST_PAUSE_S = 4.0
-"""Between two looks: thousands of ranks look, and the file system may be what hangs."""
+"""Between two polls: thousands of ranks poll, and the file system may be what hangs."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the supervisor of a rank knows of its process."""
+    """State of a training process, as its supervisor sees it."""
 
     rank: int
     host: str
@@ -49,9 +57,9 @@ class Report:
     since_beat_s: float
     since_alive_s: float
     state: str
-    """The kernel's word for it: running, sleeping, disk-sleep, stopped."""
+    """By the kernel: running, sleeping, disk-sleep, stopped."""
     waits_in: str
-    """The kernel function that it sleeps in, where that may be read."""
+    """Kernel function that it sleeps in, where that may be read."""
     written: float
     """Seconds since 1970."""
 
@@ -67,7 +75,7 @@ class Report:
         return f"rank {self.rank} on {self.host}{why}"
 
 
-def take_report(place: RankOnHost, pid: int, heartbeat: Heartbeat) -> Report:
+def take_report(place: RankInfo, pid: int, heartbeat: Heartbeat) -> Report:
     now, beat = time.monotonic(), heartbeat.read()
     return Report(
         rank=place.rank,
@@ -84,18 +92,46 @@ def take_report(place: RankOnHost, pid: int, heartbeat: Heartbeat) -> Report:
     )
 
 
-class StallReport:
-    """Made when the supervisor starts; `write` says what it found when the rank has stalled."""
+class Stacks:
+    """Python stacks of another process, taken from outside, so also while it holds the interpreter's lock.
 
-    def __init__(self, run_dir: Path, place: RankOnHost) -> None:
+    Made before the fork: the child answers, the parent asks.
+    """
+
+    def __init__(self) -> None:
+        # Memory, not a file: what hangs may be the disk.
+        self._file = os.memfd_create("stacks")
+
+    def answer(self) -> None:
+        """Let this process write the stacks of all its threads whenever it is asked."""
+        # Written by the signal handler itself, in C, whatever Python is doing.
+        faulthandler.register(STACKS_REQUEST, file=self._file, all_threads=True, chain=False)
+
+    def ask(self, pid: int) -> str:
+        """The stacks; empty where the process does not answer: it is stopped, or waits in the kernel."""
+        os.ftruncate(self._file, 0)
+        os.lseek(self._file, 0, os.SEEK_SET)
+        os.kill(pid, STACKS_REQUEST)
+        until = time.monotonic() + STACKS_WAIT_S
+        size, quiet = 0, 0
+        while time.monotonic() < until and quiet < _QUIET_POLLS:
+            time.sleep(_STACKS_POLL_S)
+            before, size = size, os.fstat(self._file).st_size
+            quiet = quiet + 1 if size and size == before else 0
+        return os.pread(self._file, size, 0).decode(errors="replace")
+
+
+class StallReport:
+    """Writer of the reports of one rank, made when its supervisor starts."""
+
+    def __init__(self, run_dir: Path, place: RankInfo) -> None:
         self._folder, self._place, self._started = run_dir / FOLDER, place, time.monotonic()
         self._since = time.time()
-        """What was written before is of another attempt; by the file server's clock, once a file shows
-        that."""
+        """Older folders belong to another attempt; by the file server's clock, once a file has shown that."""
 
     def write(self, mine: Report, stacks: str) -> str:
-        """Write this rank's part; on rank 0 return the summary, on others wait until it is there and return
-        nothing. What cannot be written is left out."""
+        """Write this rank's part; on rank 0 return the summary, on others wait until it exists and return "".
+        What cannot be written is left out."""
         folder = self._folder / _name(mine.step)
         with suppress(OSError):
             folder = self._write_part(mine, stacks)
@@ -109,7 +145,7 @@ class StallReport:
         return text
 
     def _write_part(self, mine: Report, stacks: str) -> Path:
-        """Returns the folder that it is in. Raises OSError."""
+        """Write stacks and heartbeat, and return their folder. Raises OSError."""
         self._folder.mkdir(parents=True, exist_ok=True)
         temporary = self._folder / f"{_rank_name(mine.rank)}.tmp"
         temporary.write_text(stacks or _no_stacks(mine), encoding="utf-8")
@@ -125,7 +161,7 @@ class StallReport:
         return next(folder for folder in names if _made(folder) or self._is_of_this_attempt(folder))
 
     def _reports(self, mine: Report) -> list[Report]:
-        """Those of all ranks, as far as they come in time; each is read once."""
+        """Reports of all ranks that come in time; each file is read once."""
         found = {f"{_rank_name(mine.rank)}.json": mine}
 
         def all_there() -> bool:
@@ -139,7 +175,7 @@ class StallReport:
         return [found[name] for name in sorted(found)]
 
     def _near(self, step: int) -> list[Path]:
-        """This attempt's folders: a rank may have begun the next step while another has not."""
+        """This attempt's folders of a step and its neighbours: one rank may have begun the next already."""
         names = {f"{near:08d}" for near in range(max(0, step - 1), step + 2)}
         folders = [self._folder / name for name in _listed(self._folder) if name.partition("-")[0] in names]
         return [folder for folder in folders if self._is_of_this_attempt(folder)]
@@ -151,7 +187,8 @@ class StallReport:
 
 
 def behind(reports: Sequence[Report]) -> list[Report]:
-    """Those that the others wait for: silent ones; else those that did least, unless all did the same."""
+    """Ranks that the others wait for: silent ones, else those with the fewest beats unless all have as
+    many."""
     silent = [report for report in reports if report.silent]
     if silent:
         return silent
@@ -161,7 +198,7 @@ def behind(reports: Sequence[Report]) -> list[Report]:
 
 
 def summary(reports: Sequence[Report], world_size: int, folder: Path) -> str:
-    """Who is behind, in a few lines. `reports`: rank 0's, and those of other ranks that came."""
+    """Summary for the user, in a few lines. `reports`: rank 0's, and those of other ranks that came."""
     first = reports[0]
     lines = [
         f"stalled in {first.phase} of step {first.step}: no sign of life for {first.since_beat_s:.0f} s; "
@@ -174,7 +211,7 @@ def summary(reports: Sequence[Report], world_size: int, folder: Path) -> str:
     if missing:
         lines.append(f"no report from: {_shortened([f'rank {rank}' for rank in missing])}")
     if not late and not missing:
-        lines.append("behind: no rank more than the others; their stacks may tell")
+        lines.append("behind: no rank more than the others; compare their stacks")
     lines.append(f"stacks: {folder}")
     return "\n".join(lines)
 
@@ -212,7 +249,7 @@ def _rank_name(rank: int) -> str:
 
 
 def _made(folder: Path) -> bool:
-    """False if it was there."""
+    """Make a folder; False if it exists."""
     try:
         folder.mkdir()
     except FileExistsError:
@@ -221,14 +258,14 @@ def _made(folder: Path) -> bool:
 
 
 def _listed(folder: Path) -> list[str]:
-    """Nothing where it cannot be."""
+    """Names in a folder; none where it cannot be listed."""
     with suppress(OSError):
         return os.listdir(folder)
     return []
 
 
 def _read(path: Path) -> Report | None:
-    """None where it is of another version or half there."""
+    """The report in a file; None where it is incomplete or of another version."""
     try:
         return Report(**read_json(path, _LARGEST_REPORT))
     except (OSError, ValueError, TypeError):
@@ -242,7 +279,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _wait_until(holds: Callable[[], bool], pause_s: float) -> None:
-    """Looks now, after `pause_s`, and then ever more seldom."""
+    """Poll now, after `pause_s`, and then ever more seldom, for COLLECT_S at most."""
     until = time.monotonic() + COLLECT_S
     while not holds() and (left := until - time.monotonic()) > 0:
         time.sleep(min(pause_s, left))

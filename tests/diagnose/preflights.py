@@ -15,17 +15,16 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from llama_mcore.background import run_with_timeout
 from llama_mcore.checkpoint.manifest import Layout, Manifest, RankFile, manifest_bytes
 from llama_mcore.checkpoint.paths import step_dir
 from llama_mcore.checkpoint.run_dir import new_lineage, write_lineage
 from llama_mcore.checkpoint.start import Start
 from llama_mcore.config.run import RunConfig, load_run
-from llama_mcore.diagnose import allreduce, checks_node, checks_run, preflight, versions
+from llama_mcore.diagnose import allreduce, checks_node, checks_run, preflight
 from llama_mcore.diagnose.finding import Finding
-from llama_mcore.diagnose.limited import within
 from llama_mcore.errors import LlamaMcoreError, Problem
-from llama_mcore.observe.goodput.attempts import AttemptEnded, add_attempt
-from llama_mcore.observe.goodput.no_progress import ATTEMPTS
+from llama_mcore.observe.goodput.attempts import MAX_FRUITLESS, AttemptEnded, add_attempt
 from llama_mcore.plan.layout.footprint import memory_of
 from llama_mcore.train import consistency
 from tests.support.world import run_ranks, write_output_to
@@ -52,7 +51,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a rank came to."""
+    """Findings and exit of a rank."""
 
     exit_code: int
     findings: list[Finding]
@@ -113,7 +112,7 @@ def cases(folder: Path, settings: list[str]) -> dict[str, Case]:
         "too-little-data": Case([*settings, "train.steps=100000"]),
         "unwritable": Case([*settings, f"run.dir={folder / 'file' / 'run'}"]),
         "version": Case(settings, (has_numpy("1.0"),)),
-        "checkout": Case(settings, ((versions, "SOURCES", folder / "checkout"),)),
+        "checkout": Case(settings, ((checks_node, "SOURCES", folder / "checkout"),)),
         "clock": Case(settings, (clock_ahead(60.0),)),
         "full": Case(settings, (has_free(1000),)),
         "memory": Case(settings, ((checks_node, "memory_limit", lambda: memory.state.total + 1),)),
@@ -124,7 +123,7 @@ def cases(folder: Path, settings: list[str]) -> dict[str, Case]:
         "start-hangs": Case(settings, everywhere=(gives_up(preflight.START),), start=hang),
         "another-model": Case([*in_prepared["continues"], "model.num_layers=3"]),
         "retried": Case(in_prepared["no-progress"], start=partial(checks_run.start, retry=True)),
-        "fresh": Case(in_prepared["foreign"], start=partial(checks_run.start, asked=Start(fresh=True))),
+        "fresh": Case(in_prepared["foreign"], start=partial(checks_run.start, request=Start(fresh=True))),
         "slow-group": Case(settings, everywhere=((preflight, "all_reduce_speed", measured),), ranks=4),
     }
 
@@ -142,8 +141,8 @@ def sees_another_folder(run_dir: Path) -> tuple[object, str, object]:
 
 
 def has_numpy(numpy: str) -> tuple[object, str, object]:
-    version = versions.metadata.version
-    return versions.metadata, "version", lambda name: numpy if name == "numpy" else version(name)
+    version = checks_node.metadata.version
+    return checks_node.metadata, "version", lambda name: numpy if name == "numpy" else version(name)
 
 
 def clock_ahead(seconds: float) -> tuple[object, str, object]:
@@ -173,13 +172,14 @@ def measured(_: torch.device, group: dist.ProcessGroup | None = None) -> float:
 
 
 def gives_up(hanging: tuple[str, str]) -> tuple[object, str, object]:
-    """Soon on the look that hangs; the others may be slow."""
+    """Soon on the check that hangs; the others may be slow."""
 
-    def look(limit_s: float, looks: Mapping[tuple[str, str], preflight.Look]) -> dict:
-        others = {name: look for name, look in looks.items() if name != hanging}
-        return within(limit_s, others) | within(1.0, {name: looks[name] for name in looks.keys() - others})
+    def run(limit_s: float, checks: Mapping[tuple[str, str], preflight.Check]) -> dict:
+        others = {name: check for name, check in checks.items() if name != hanging}
+        hung = {name: checks[name] for name in checks.keys() - others}
+        return run_with_timeout(limit_s, others) | run_with_timeout(1.0, hung)
 
-    return preflight, "within", look
+    return preflight, "run_with_timeout", run
 
 
 def hang(*_: object) -> NoReturn:
@@ -195,7 +195,7 @@ def prepared(folder: Path, name: str, run: RunConfig) -> Path:
 
 
 def checkpoint(run_dir: Path, run: RunConfig, step: int) -> Path:
-    """As far as its manifest and the sizes of its files show, of a run that has begun there."""
+    """A checkpoint, as far as its manifest and the sizes of its files show, of a run that has begun there."""
     write_lineage(run_dir, new_lineage("r"))
     folder = step_dir(run_dir, step)
     folder.mkdir(parents=True)
@@ -244,7 +244,7 @@ def no_progress(run_dir: Path, run: RunConfig) -> None:
     attempt = AttemptEnded(
         began=1.0, ended=2.0, job="", host="n", ranks=1, exit_code=137, asked=False, saved=False, step=0
     )
-    for _ in range(ATTEMPTS):
+    for _ in range(MAX_FRUITLESS):
         add_attempt(run_dir, attempt)
 
 

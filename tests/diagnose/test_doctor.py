@@ -13,13 +13,13 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from llama_mcore.diagnose import limits, software
+from llama_mcore.diagnose import machine, software
+from llama_mcore.diagnose.allreduce import end_together, loopback
 from llama_mcore.diagnose.backends import attention_backends, kernels, to_test
 from llama_mcore.diagnose.doctor import as_json_text, as_text
-from llama_mcore.diagnose.environment import environment
 from llama_mcore.diagnose.finding import Finding
 from llama_mcore.diagnose.gpus import bf16_on_cpu
-from llama_mcore.diagnose.loopback import end_together, loopback
+from llama_mcore.diagnose.machine import environment
 from llama_mcore.diagnose.smoke import Outcome
 from llama_mcore.distributed.cgroup import cpu_limit, memory_limit
 from tests.support.errors import is_shown
@@ -185,7 +185,7 @@ def test_a_start_that_hangs_is_killed_with_all_it_started(tmp_path) -> None:
         start_s *= 2
         found = loopback(2, environment_with(tmp_path), limit_s=0.5, start_s=start_s)
         assert found.stops_training
-        assert f"did not end in {start_s + 0.5:g} s" in found.value
+        assert f"did not end within {start_s + 0.5:g} s" in found.value
     wait_until(lambda: not is_alive(int(pid.read_text())))
 
 
@@ -245,7 +245,7 @@ def test_a_required_package(text: str, pins: dict[str, str], status: str) -> Non
 
 
 def test_python_must_be_in_the_range_of_the_metadata(monkeypatch, tmp_path) -> None:
-    """Of a clone's pyproject.toml, if there is one; else of what is installed."""
+    """The range in a clone's pyproject.toml, if there is one; else that of what is installed."""
     distribution(tmp_path, "llama_mcore", "9.9", "Requires-Python: <3")
     monkeypatch.syspath_prepend(tmp_path)
     assert software.python_and_packages()[0].status == "ok"
@@ -296,7 +296,7 @@ def test_a_module_without_metadata_is_there_all_the_same(monkeypatch, tmp_path) 
 
 
 def test_the_tested_versions_are_read(tmp_path: Path) -> None:
-    """Of packages that have one for each Python, this Python's."""
+    """This Python's versions, of packages that have one for each Python."""
     pins = tmp_path / "pins.txt"
     old, new = (f'megatron-core=={n}.0; python_version {c} "3"  # why' for n, c in ((1, "<"), (2, ">=")))
     pins.write_text(f"# exactly\n{new}\n{old}\nPyYAML==6.0.3\n")
@@ -358,22 +358,22 @@ def test_what_is_not_installed_is_not_tested() -> None:
 @pytest.mark.parametrize(
     ("found", "status"),
     [
-        (limits.open_files(1024), "problem"),
-        (limits.open_files(4096), "ok"),
-        (limits.open_files(resource.RLIM_INFINITY), "ok"),
-        (limits.locked_memory(65536, on_gpu=True), "problem"),
-        (limits.locked_memory(65536, on_gpu=False), "ok"),
-        (limits.locked_memory(resource.RLIM_INFINITY, on_gpu=True), "ok"),
-        (limits.shared_memory(64 << 20, on_gpu=True), "problem"),
-        (limits.shared_memory(None, on_gpu=True), "problem"),
-        (limits.shared_memory(64 << 20, on_gpu=False), "ok"),
-        (limits.shared_memory(GIB, on_gpu=True), "ok"),
-        (limits.memory(64 * GIB, None), "ok"),
-        (limits.memory(64 * GIB, 64 * GIB), "ok"),
-        (limits.memory(64 * GIB, 4 * GIB), "note"),
-        (limits.processors(8, 8, None), "ok"),
-        (limits.processors(2, 8, 2.0), "ok"),
-        (limits.processors(8, 8, 2.0), "problem"),
+        (machine.open_files(1024), "problem"),
+        (machine.open_files(4096), "ok"),
+        (machine.open_files(resource.RLIM_INFINITY), "ok"),
+        (machine.locked_memory(65536, on_gpu=True), "problem"),
+        (machine.locked_memory(65536, on_gpu=False), "ok"),
+        (machine.locked_memory(resource.RLIM_INFINITY, on_gpu=True), "ok"),
+        (machine.shared_memory(64 << 20, on_gpu=True), "problem"),
+        (machine.shared_memory(None, on_gpu=True), "problem"),
+        (machine.shared_memory(64 << 20, on_gpu=False), "ok"),
+        (machine.shared_memory(GIB, on_gpu=True), "ok"),
+        (machine.memory(64 * GIB, None), "ok"),
+        (machine.memory(64 * GIB, 64 * GIB), "ok"),
+        (machine.memory(64 * GIB, 4 * GIB), "note"),
+        (machine.processors(8, 8, None), "ok"),
+        (machine.processors(2, 8, 2.0), "ok"),
+        (machine.processors(8, 8, 2.0), "problem"),
     ],
 )
 def test_a_limit(found: Finding, status: str) -> None:
@@ -387,10 +387,10 @@ def test_a_limit(found: Finding, status: str) -> None:
 )
 def test_huge_pages(tmp_path, setting: str, status: str) -> None:
     (tmp_path / "enabled").write_text(setting)
-    found = limits.huge_pages(tmp_path / "enabled")
+    found = machine.huge_pages(tmp_path / "enabled")
     assert found.status == status
     assert f"[{found.value}]" in setting
-    assert limits.huge_pages(tmp_path / "nowhere").status == "note"
+    assert machine.huge_pages(tmp_path / "nowhere").status == "note"
 
 
 MOUNTS = """\
@@ -414,7 +414,7 @@ MOUNTS = """\
     ],
 )
 def test_the_file_system_of_a_folder(folder: str, kind: str) -> None:
-    assert limits.file_system(Path(folder), MOUNTS) == kind
+    assert machine.file_system(Path(folder), MOUNTS) == kind
 
 
 @pytest.mark.parametrize(
@@ -429,14 +429,14 @@ def test_the_file_system_of_a_folder(folder: str, kind: str) -> None:
 )
 def test_the_cache_of_compiled_kernels_is_of_the_node(tmp_path, kind: str, status: str) -> None:
     mounts = f"22 1 8:1 / {tmp_path} rw shared:1 - {kind} device rw"
-    found = limits.compile_cache(tmp_path / "to/be/made", mounts)
+    found = machine.compile_cache(tmp_path / "to/be/made", mounts)
     assert found.status == status
     assert (status == "problem") == ("TORCHINDUCTOR_CACHE_DIR" in found.remedy)
 
 
 def test_the_cache_of_compiled_kernels_can_be_written(tmp_path) -> None:
     (tmp_path / "file").touch()
-    assert limits.compile_cache(tmp_path / "file/cache", "").status == "problem"
+    assert machine.compile_cache(tmp_path / "file/cache", "").status == "problem"
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -506,4 +506,4 @@ def test_the_text_says_what_stops_a_run_and_wraps() -> None:
 def test_a_cpu_without_bf16_arithmetic_is_a_note_with_a_remedy() -> None:
     assert bf16_on_cpu(True).status == "ok"
     found = bf16_on_cpu(False)
-    assert (found.status, found.remedy) == ("note", "train.precision=fp32 for runs on it")
+    assert (found.status, found.remedy) == ("note", "set train.precision=fp32 for runs on it")

@@ -26,7 +26,7 @@ def test_a_gpu_that_is_free_is_described() -> None:
 @pytest.mark.parametrize(
     ("gpu", "tested", "status", "stops", "meaning", "remedy"),
     [
-        (replace(HOPPER, free=70 * GIB), WORKS, "note", False, "others use", "nvidia-smi"),
+        (replace(HOPPER, free=70 * GIB), WORKS, "note", False, "other processes", "nvidia-smi"),
         (replace(HOPPER, mode="Exclusive_Process"), WORKS, "note", False, "Exclusive_Process", "-c DEFAULT"),
         (replace(HOPPER, mode="Prohibited"), WORKS, "problem", True, "Prohibited", "-i GPU-8a1c -c DEFAULT"),
         (replace(HOPPER, capability=(7, 5)), WORKS, "problem", False, "bf16", "train.precision=fp32"),
@@ -88,7 +88,7 @@ def test_a_machine_without_a_gpu_is_asked(monkeypatch, tmp_path) -> None:
 
 
 def test_what_would_end_a_run_ends_the_doctor(monkeypatch) -> None:
-    """As a driver that is too old for torch: not a run beside the GPUs on the CPU."""
+    """A driver that is too old for torch must not lead to a run on the CPU beside the GPUs."""
 
     def refuse() -> None:
         raise PreflightError(Problem("run.device", "auto", "the driver is too old", "update it"))

@@ -9,8 +9,8 @@ import pytest
 
 from llama_mcore.config.run import RunConfig, load_run
 from llama_mcore.diagnose import checks_node
+from llama_mcore.diagnose.checks_node import source_digest
 from llama_mcore.diagnose.finding import Finding
-from llama_mcore.diagnose.versions import source_digest
 from llama_mcore.plan.layout.footprint import memory_of
 from tests.diagnose.preflights import SPEEDS, Seen, look_at_all
 from tests.support.models import Small
@@ -141,7 +141,7 @@ def test_it_leaves_nothing_behind(looks: Looks, folder: Path) -> None:
 
 @pytest.mark.process
 def test_a_group_far_slower_than_its_kind_is_a_note_with_its_host(looks: Looks) -> None:
-    """Of tp; a dp group is about half as fast, and the ranks of the only group of all differ by chance."""
+    """Groups of tp: a dp group is about half as fast, and the only group of all ranks differs by chance."""
     seen = looks["slow-group"][0]
     found = of_group(seen, "collectives")
     slow = found["2 ranks of tp"]

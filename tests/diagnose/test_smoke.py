@@ -39,10 +39,10 @@ def outcomes(names: list[str], limit_s: float) -> list[Outcome]:
 @pytest.mark.process
 def test_ends_that_say_nothing_are_named() -> None:
     (crash, leave) = run_ranks(1, outcomes, ["crash", "leave"], TIMEOUT_S)[0]
-    assert (crash.passed, crash.said) == (False, "ended its process (SIGSEGV)")
-    assert (leave.passed, leave.said) == (False, "ended its process (exit code 3)")
+    assert (crash.passed, crash.text) == (False, "ended its process (SIGSEGV)")
+    assert (leave.passed, leave.text) == (False, "ended its process (exit code 3)")
     (hang,) = run_ranks(1, outcomes, ["hang"], LIMIT_S)[0]
-    assert (hang.passed, hang.said) == (False, "hung for 0.5 s and was killed")
+    assert (hang.passed, hang.text) == (False, "hung for 0.5 s and was killed")
 
 
 @pytest.mark.process
@@ -58,7 +58,7 @@ def test_what_runs_on_every_machine_passes() -> None:
     names = ["attention reference", "attention flash", "kernels plain"]
     found = smoke_tests(names, launched_environment())
     assert {name: outcome.passed for name, outcome in found.items()} == dict.fromkeys(names, True), found
-    assert found["attention flash"].said == "forward and backward as the reference in bf16 and fp32"
+    assert found["attention flash"].text == "forward and backward agree with the reference in bf16 and fp32"
 
 
 @pytest.mark.process
@@ -66,7 +66,7 @@ def test_a_start_that_fails_fails_them_all(tmp_path) -> None:
     module(tmp_path, "torch", "raise ImportError('libcudart.so.99: cannot open')")
     found = smoke_tests(["attention flash", "kernels plain"], environment_with(tmp_path))
     assert [outcome.passed for outcome in found.values()] == [False, False]
-    assert "libcudart.so.99" in found["kernels plain"].said
+    assert "libcudart.so.99" in found["kernels plain"].text
 
 
 @pytest.mark.parametrize("dtype", smoke.DTYPES)

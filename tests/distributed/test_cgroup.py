@@ -20,7 +20,7 @@ def available(root: Path, files: dict[str, str], machine_kib: int = 10_000) -> i
 
 
 def group(path: str, limit: object, used: int, cache: int) -> dict[str, str]:
-    """Of version 2."""
+    """Group of version 2."""
     stat = f"anon {used - cache}\ninactive_file {cache}"
     return {
         f"{path}/memory.max": str(limit),

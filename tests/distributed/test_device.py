@@ -119,7 +119,7 @@ REASONS = [
     ((None, None, "", True), "built for the CPU"),
     (("13.0", "", "", True), "CUDA_VISIBLE_DEVICES = '' hides"),
     (("13.0", "-1", "", True), "CUDA_VISIBLE_DEVICES = '-1' hides"),
-    (("13.0", "0", "", False), "shows no NVIDIA GPU"),
+    (("13.0", "0", "", False), "has no NVIDIA GPU"),
     (("13.0", None, "driver too old (Triggered internally at x.cpp)", True), "(driver too old)"),
     (("13.0", "7", "", True), "CUDA_VISIBLE_DEVICES = '7' names no GPU"),
     (("13.0", "0", "driver too old", True), "(driver too old)"),
@@ -169,7 +169,7 @@ def test_gpu_of_a_rank(local_rank: int, visible: int, expected: int | None) -> N
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        ("CUDA error: out of memory\nCUDA kernel errors might be ...", "no memory left"),
+        ("CUDA error: out of memory\nCUDA kernel errors might be ...", "no free memory"),
         ("CUDA error: all CUDA-capable devices are busy or unavailable\n...", "exclusive mode"),
         ("CUDA error: uncorrectable ECC error encountered\n...", "uncorrectable ECC error encountered)"),
     ],

@@ -36,7 +36,7 @@ def test_megatron_core_runs_with_every_patch() -> None:
 @pytest.mark.process
 @pytest.mark.parametrize("patch", PATCHES)
 def test_megatron_core_asks_for_cuda_without_one_of_them(patch: str) -> None:
-    """Where this fails, megatron-core has stopped needing the patch: remove it."""
+    """A failure means that megatron-core no longer needs the patch: remove it."""
     for outcome in run_ranks(2, megatron_without, patch):
         assert "cuda" in outcome.lower()
 

@@ -13,8 +13,15 @@ import pytest
 from torch.distributed import TCPStore
 
 from llama_mcore.distributed.launch_env import RankInfo
-from llama_mcore.distributed.rendezvous import announced, candidate_ports, find_store, heard_at, resolve
-from llama_mcore.distributed.store import job_store, store_port
+from llama_mcore.distributed.rendezvous import (
+    announced,
+    candidate_ports,
+    find_store,
+    heard_at,
+    job_store,
+    resolve,
+    store_port,
+)
 from llama_mcore.errors import PreflightError
 from tests.support.errors import refused
 from tests.support.world import reserved_port
@@ -125,7 +132,7 @@ def test_candidates_are_ports() -> None:
 
 
 def meet(place: RankInfo) -> list[bytes]:
-    """What each rank reads of what its neighbour has written."""
+    """Values that each rank reads of its neighbour's."""
     read, stores = [b""] * place.world_size, []
 
     def rank_main(rank: int) -> None:

@@ -20,7 +20,7 @@ Found = dict[str, list[Problem]]
 
 @pytest.fixture(scope="module")
 def found() -> list[Found]:
-    """What each of three ranks is told: of equal weights, and of those of rank 2, then of all, a bit off."""
+    """Messages to each of three ranks: with equal weights, and with rank 2's, then all, a bit off."""
     return run_ranks(3, problems_of_copies)
 
 
@@ -83,7 +83,7 @@ def test_an_exchange_of_two_elements_changes_the_hash() -> None:
 
 
 def test_the_hash_is_the_sum_by_its_definition() -> None:
-    """In Python's integers, which do not overflow; of more than are hashed at a time, most of them zeros."""
+    """The definition is in Python's integers, which do not overflow, over more than are hashed at a time."""
     values = torch.zeros(2**22 + 11)
     places = [0, 1, 2**22 - 1, 2**22, 2**22 + 1, 2**22 + 10]
     values[places] = torch.randn(len(places), generator=torch.Generator().manual_seed(2))

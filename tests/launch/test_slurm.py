@@ -96,7 +96,7 @@ def options(script: str) -> dict[str, str]:
 
 
 def words_of(command: str) -> list[str]:
-    """What bash makes of the arguments of `train`."""
+    """Arguments of `train` as bash reads them."""
     show = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]))"]
     program = f'train() {{ "${{SHOW[@]}}" "$@"; }}\nSHOW=({" ".join(map(bash_word, show))})\n{command}'
     done = subprocess.run(

@@ -18,7 +18,7 @@ import pytest
 
 from llama_mcore.distributed.launch_env import OUR_TORCHRUN
 from llama_mcore.launch import torchrun
-from llama_mcore.watchdog import signs, workers
+from llama_mcore.watchdog import liveness
 from tests.support.errors import is_shown
 from tests.support.product import Finished, Job, launched_environment, llama_mcore, run_command
 from tests.support.world import (
@@ -131,7 +131,7 @@ def on_node(folder: Path, port: int, ranks: int, what: str) -> None:
 
 
 def test_a_rank_that_fails_ends_the_other_node_with_the_same_exit_code(tmp_path: Path) -> None:
-    """Its rank waits for ever, as one does in a collective of NCCL."""
+    """The rank there waits for ever, as one does in a collective of NCCL."""
     assert on_two_nodes(tmp_path, 1, "fails") == [3, 3]
     assert (tmp_path / "told").read_text() == "SIGTERM"
     assert (tmp_path / "node-0.txt").read_text() == ""
@@ -155,16 +155,16 @@ def wait_for_another_node(port: int) -> None:
 
 def supervised(folder: Path) -> None:
     """A launcher that is impatient with supervisors."""
-    signs.SILENT_S = 3.0
+    liveness.SILENT_S = 3.0
     write_output_to(folder / "output.txt")
     run_command(["torchrun", "--nproc-per-node", "2", str(JOB), "watched", str(folder)])
 
 
-def test_a_supervisor_that_is_stopped_ends_the_run(tmp_path: Path) -> None:
+def test_liveness_of_a_supervisor_that_is_stopped_ends_the_run(tmp_path: Path) -> None:
     job = Call(exit_codes_of, 1, supervised, tmp_path)
     wait_for_workers(tmp_path, job)
     pid = int((tmp_path / "supervisor-1").read_text())
-    time.sleep(2 * signs.SIGN_S)  # it has shown signs before
+    time.sleep(2 * liveness.ALIVE_S)  # it has reported before
     os.kill(pid, signal.SIGSTOP)
     assert job.result() == [75]
     (line,) = (tmp_path / "output.txt").read_text().splitlines()
@@ -173,10 +173,10 @@ def test_a_supervisor_that_is_stopped_ends_the_run(tmp_path: Path) -> None:
     wait_until(lambda: not psutil.pid_exists(trains))
 
 
-def test_nothing_is_left_of_where_signs_are_shown() -> None:
-    with signs.Signs():
+def test_liveness_records_leave_no_file() -> None:
+    with liveness.LivenessMonitor():
         path = os.environ[OUR_TORCHRUN]
-        signs.show_signs(os.environ)
+        liveness.report_alive(os.environ)
         wait_until(lambda: Path(path).read_bytes() != b"")
         pid, shown = Struct("<qd").unpack(Path(path).read_bytes())
     assert pid == os.getpid()
@@ -195,7 +195,7 @@ def test_a_second_request_ends_workers_that_hear_none(tmp_path: Path) -> None:
 
 
 def launch_impatiently(folder: Path) -> None:
-    torchrun.ECHO_S, workers.WORKERS_END_S = 0.0, 1.0
+    torchrun.ECHO_S, liveness.WORKERS_END_S = 0.0, 1.0
     run_command([*map(str, ON_TWO_RANKS), "deaf", str(folder)])
 
 

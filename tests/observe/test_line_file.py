@@ -1,5 +1,7 @@
 """llama_mcore.observe.line_file: lines are read one at a time, and nothing but a file is read or written."""
 
+import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llama_mcore.observe import line_file
-from llama_mcore.observe.line_file import append, ends_torn, open_to_append, read_lines
+from llama_mcore.observe.line_file import append, ends_torn, json_line, open_to_append, read_lines
 
 
 def test_whole_lines_come_back_in_order(tmp_path: Path) -> None:
@@ -54,3 +56,16 @@ def test_what_is_added_comes_last(tmp_path: Path) -> None:
             assert ends_torn(file) is torn
             append(file, line)
     assert list(read_lines(tmp_path / "lines")) == [b"1", b"2", b"3", b"4"]
+
+
+def test_a_json_line_has_null_for_numbers_that_are_not_finite() -> None:
+    line = json_line(
+        {"loss": math.nan, "valid": {"web": {"loss": math.inf}}, "ranks": [{"times": -math.inf}], "t": 0.1}
+    )
+    assert line.endswith(b"\n")
+    assert json.loads(line) == {
+        "loss": None,
+        "valid": {"web": {"loss": None}},
+        "ranks": [{"times": None}],
+        "t": 0.1,
+    }

@@ -125,7 +125,7 @@ def test_warnings_and_errors_still_show(imported: subprocess.CompletedProcess[st
 
 @pytest.fixture
 def unsilenced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[warnings.WarningMessage]]:
-    """As in a process that has silenced nothing yet: the warnings that it shows."""
+    """Warnings of a process that has silenced nothing yet."""
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")

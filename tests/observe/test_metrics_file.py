@@ -3,12 +3,12 @@
 import os
 from pathlib import Path
 
-import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_mcore.errors import DataError, MissingInputError
+from llama_mcore.observe.line_file import json_line
 from llama_mcore.observe.metrics_file import (
     METRICS_FILE,
     Key,
@@ -25,14 +25,14 @@ from tests.support.errors import refused
 
 
 def keys(*lines: tuple[int, int]) -> list[Key]:
-    """Of lines given as step and attempt."""
+    """Keys of lines given as step and attempt."""
     return [Key(step, attempt, False) for step, attempt in lines]
 
 
 def written(folder: Path, lines: list[Key]) -> Path:
     rows = [{"step": key.step, "attempt": key.attempt} for key in lines]
     path = folder / METRICS_FILE
-    path.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    path.write_bytes(b"".join(json_line(row) for row in rows))
     return path
 
 
@@ -97,7 +97,7 @@ def test_nothing_before_a_checkpoint_of_another_folder_is_missing() -> None:
 def test_steps_in_words() -> None:
     assert as_ranges([5, 3, 4, 9, 4]) == [(3, 5), (9, 9)]
     assert describe_steps([(1, 1), (3, 5), (1000, 2000)]) == "1, 3 to 5, 1,000 to 2,000"
-    assert describe_steps([(step, step) for step in range(1, 24, 2)]).endswith("17, 19, 2 ranges more")
+    assert describe_steps([(step, step) for step in range(1, 24, 2)]).endswith("17, 19, 2 more ranges")
 
 
 def test_numbers_go_on_after_the_highest(tmp_path: Path) -> None:

@@ -1,13 +1,13 @@
 """llama_mcore.observe.sinks: metrics.jsonl, TensorBoard events and what the terminal shows."""
 
 import io
+import json
 import os
 import resource
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from llama_mcore.errors import OutputError
 from llama_mcore.observe.config import ObserveConfig
+from llama_mcore.observe.line_file import json_line
 from llama_mcore.observe.metrics import StepReport, ValidationLoss
 from llama_mcore.observe.metrics_file import GIVEN_UP_METRICS, METRICS_FILE, drop_steps_after
 from llama_mcore.observe.sinks import TENSORBOARD_DIR, MetricSinks
@@ -44,7 +45,7 @@ def write(
     lease: Held = LEASE,
     continues: Path | None = None,
 ) -> str:
-    """What a person sees of a run of 40 steps that reports `reports`."""
+    """Output for a person of a run of 40 steps that reports `reports`."""
     screen = io.StringIO()
     console = Console(
         file=screen,
@@ -61,7 +62,7 @@ def write(
 
 
 def rows(run_dir: Path) -> list[dict]:
-    return [orjson.loads(line) for line in (run_dir / METRICS_FILE).read_bytes().splitlines()]
+    return [json.loads(line) for line in (run_dir / METRICS_FILE).read_bytes().splitlines()]
 
 
 def test_every_step_is_a_line(tmp_path: Path) -> None:
@@ -125,7 +126,7 @@ def test_steps_that_are_given_up_move_to_their_own_file(tmp_path: Path) -> None:
         sinks.go_back(4)
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(1, 2.0), (2, 2.0), (3, 1.0), (4, 1.0)]
     given_up = (tmp_path / GIVEN_UP_METRICS).read_bytes().splitlines()
-    assert [(row["step"], row["loss"]) for row in map(orjson.loads, given_up)] == [
+    assert [(row["step"], row["loss"]) for row in map(json.loads, given_up)] == [
         (3, 2.0),
         (4, 2.0),
         (5, 1.0),
@@ -150,7 +151,7 @@ def test_who_lost_the_run_adds_nothing(tmp_path: Path) -> None:
 
 
 def test_who_lost_the_run_before_the_first_step_drops_nothing(tmp_path: Path) -> None:
-    """Those are the lines of the one that has it now."""
+    """The lines are those of the job that holds it now."""
     write(tmp_path, [report(1), report(2)])
     before = (tmp_path / METRICS_FILE).read_bytes()
     with refused(OutputError, "run.dir", tmp_path):
@@ -165,10 +166,10 @@ def test_a_resume_drops_what_an_attempt_added_that_had_lost_the_run(
     write(tmp_path, [report(step, loss=3.0) for step in range(4, 8)], start_step=3, lease=Held(2))
     with (tmp_path / METRICS_FILE).open("ab") as file:  # of the first: a repeated step and one that was not
         for step in (5, 9):
-            file.write(orjson.dumps(report(step).to_dict() | {"attempt": 1}) + b"\n")
+            file.write(json_line(report(step).to_dict() | {"attempt": 1}))
     assert "DROPPED" not in caplog.text
     write(tmp_path, [report(step, loss=4.0) for step in (10, 11)], start_step=9, lease=Held(3))
-    assert "DROPPED 2 lines that count no more, of steps 5, 9:" in caplog.text
+    assert "DROPPED 2 lines of steps 5, 9," in caplog.text
     assert "LACKS steps 8 to 9:" in caplog.text
     assert [(row["step"], row["attempt"]) for row in rows(tmp_path)] == [
         *[(step, 1) for step in (1, 2, 3)],
@@ -244,7 +245,7 @@ def test_a_file_cut_anywhere_keeps_its_whole_lines(
     tmp_path_factory: pytest.TempPathFactory, steps: int, start: int, cut: int
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "cut.jsonl"
-    lines = [orjson.dumps(report(step).to_dict()) for step in range(1, steps + 1)]
+    lines = [json_line(report(step).to_dict())[:-1] for step in range(1, steps + 1)]
     content = b"".join(line + b"\n" for line in lines)[:cut]
     path.write_bytes(content)
     drop_steps_after(path, start)
@@ -353,7 +354,7 @@ def test_a_full_disk_is_one_clear_error_and_the_next_run_goes_on(tmp_path: Path)
 
 
 def test_a_console_that_takes_nothing_ends_no_run(tmp_path: Path) -> None:
-    """As where the job's output goes to a full disk."""
+    """The job's output may go to a full disk."""
     full = io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True)
     console = Console(file=full, width=100)
     with MetricSinks(QUIET, tmp_path, 40, 0, LEASE, console=console) as sinks:

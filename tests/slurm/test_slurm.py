@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_mcore.observe.goodput.attempts import read_ended_attempts
-from llama_mcore.observe.goodput.no_progress import ATTEMPTS
+from llama_mcore.observe.goodput.attempts import MAX_FRUITLESS, read_ended_attempts
 from tests.slurm.cluster import Job, cluster
 from tests.support.errors import is_shown
 from tests.support.models import Small
@@ -177,11 +176,11 @@ def step_killed(case: Case) -> Outcome:
 def no_progress(case: Case) -> Outcome:
     """A rank of its second node dies in each attempt, at a site that lets jobs come back after that."""
     job = case.submit(checkout=_site(case, requeue_on="75 137"))
-    for restarts in range(ATTEMPTS):
+    for restarts in range(MAX_FRUITLESS):
         job.comes_back(restarts)
         job.wait_until(lambda attempts=restarts + 1: job.said().count("parameters on 2 ranks") == attempts)
         job.processes(job.nodes()[1])[-1].kill()
-    job.comes_back(ATTEMPTS)
+    job.comes_back(MAX_FRUITLESS)
     job.wait_until(lambda: job.state() in ("SPECIAL_EXIT", "FAILED"))
     return Outcome(job, job.field("ExitCode"), case.run_dir)
 
@@ -315,5 +314,5 @@ def test_a_killed_rank_ends_the_job_and_it_fails(found: Outcome) -> None:
 def test_a_job_without_progress_is_held(found: Outcome) -> None:
     assert found.exit_code == "93:0", found.job.said()
     assert found.job.state() == "SPECIAL_EXIT"
-    assert found.job.said().count("parameters on 2 ranks") == ATTEMPTS
+    assert found.job.said().count("parameters on 2 ranks") == MAX_FRUITLESS
     assert "no progress: run.dir = " in found.job.said()

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from llama_mcore.watchdog.parent import die_with_parent
+from llama_mcore.watchdog.supervisor import die_with_parent
 
 ROOT = Path(__file__).parents[2]
 PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -10,8 +10,8 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 
+from llama_mcore.config.ds_file import CHECKOUT, KNOWN_KEYS
 from llama_mcore.config.run import RunConfig, load_run
-from llama_mcore.distributed.ds_file import CHECKOUT, KNOWN_KEYS
 from llama_mcore.errors import ConfigError, MissingInputError, Problem
 from llama_mcore.plan.layout.footprint import memory_of
 from llama_mcore.train.ds_config import deepspeed_config

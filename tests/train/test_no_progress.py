@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_mcore.observe.goodput.attempts import AttemptEnded, add_attempt, read_ended_attempts
-from llama_mcore.observe.goodput.no_progress import ATTEMPTS
+from llama_mcore.observe.goodput.attempts import MAX_FRUITLESS, AttemptEnded, add_attempt, read_ended_attempts
 from llama_mcore.observe.goodput.spans import read_attempts, spans_of
 from tests.support.errors import is_shown
 from tests.support.models import Small
@@ -48,7 +47,7 @@ def attempts(small: Small, folder: Path) -> dict[str, Lived]:
         return [*small.overrides(folder / run), *SETTINGS, *more]
 
     for run in ("anew", "dead"):
-        for _ in range(ATTEMPTS):
+        for _ in range(MAX_FRUITLESS):
             add_attempt(folder / run, DEAD_ATTEMPT)
     impatient = settings("run", "watchdog.start_s=4")
     plain = Attempt(settings("run"), job="7")
@@ -83,7 +82,7 @@ def test_the_fourth_is_refused_with_93_and_says_why(
     (said,) = [line for line in found.output.splitlines() if line.startswith("no progress: ")]
     assert is_shown(said, "run.dir", folder / "run")
     assert "--retry" in said
-    for end in read_ended_attempts(folder / "run")[:ATTEMPTS]:
+    for end in read_ended_attempts(folder / "run")[:MAX_FRUITLESS]:
         assert f" {end.exit_code} in step 0 on {end.host}" in said
 
 
@@ -104,7 +103,7 @@ def test_a_fresh_run_starts_and_has_no_past(attempts: dict[str, Lived], folder: 
     assert attempts["anew"].codes == [75, 75], attempts["anew"].output
     assert [one.exit_code for one in read_ended_attempts(folder / "anew")] == [75, 0]
     (aside,) = folder.glob("anew.before-*")
-    assert read_ended_attempts(aside) == [DEAD_ATTEMPT] * ATTEMPTS
+    assert read_ended_attempts(aside) == [DEAD_ATTEMPT] * MAX_FRUITLESS
 
 
 def test_a_job_that_was_put_back_does_not_start_from_scratch_again(

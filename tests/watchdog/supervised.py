@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from llama_mcore.observe.phases import Phase
-from llama_mcore.watchdog import signals, stacks, stall_report
+from llama_mcore.watchdog import signals, stall_report
 from llama_mcore.watchdog import supervisor as supervisor_module
 from llama_mcore.watchdog.config import WatchdogConfig
 from llama_mcore.watchdog.signals import held_stop_signals, stop_signals
@@ -58,7 +58,7 @@ with held_stop_signals():
     pulse = supervisor.fork()
     if pulse is None:
         if what == "unkillable":  # as one that waits in the kernel
-            supervisor_module.UNKILLABLE_S, stacks.WAIT_S = 1.0, 0.5
+            supervisor_module.UNKILLABLE_S, stall_report.STACKS_WAIT_S = 1.0, 0.5
             os.kill = lambda *_: None
         os._exit(supervisor.watch())
     with stop_signals() as stop:

@@ -1,4 +1,5 @@
-"""llama_mcore.watchdog.heartbeat and patience: what another process reads, and when it is too old."""
+"""llama_mcore.watchdog.heartbeat: beats that another process reads, and timeouts after which they are
+overdue."""
 
 import mmap
 import os
@@ -9,8 +10,14 @@ import pytest
 
 from llama_mcore.observe.phases import Phase
 from llama_mcore.watchdog.config import WatchdogConfig
-from llama_mcore.watchdog.heartbeat import ALIVE_S, Heartbeat, HeartbeatRecord, HeartbeatWriter
-from llama_mcore.watchdog.timeouts import FIRST_STEPS, Timeouts
+from llama_mcore.watchdog.heartbeat import (
+    ALIVE_S,
+    FIRST_STEPS,
+    Heartbeat,
+    HeartbeatRecord,
+    HeartbeatWriter,
+    Timeouts,
+)
 
 CONFIG = WatchdogConfig(
     step_factor=4, min_step_s=10, first_step_s=50, start_s=1, setup_s=2, save_s=3, evaluate_s=4, end_s=5
@@ -99,12 +106,12 @@ def test_a_beat_is_overdue_after_what_is_allowed(now: float, overdue: bool) -> N
         (Phase.TRAIN, 50),
     ],
 )
-def test_each_phase_has_its_limit(phase: Phase, allowed: float) -> None:
+def test_timeouts_of_each_phase(phase: Phase, allowed: float) -> None:
     assert Timeouts(CONFIG, save_timeout_s=100).enter(phase, 0.0) == allowed
 
 
 def steps_of(patience: Timeouts, durations: list[float]) -> float:
-    """What the step after these may take; each is followed by a save of 1,000 s, which is no part of it."""
+    """Timeout of the step after these, each of which is followed by a save of 1,000 s that does not count."""
     now = 0.0
     for seconds in durations:
         patience.enter(Phase.TRAIN, now)
@@ -113,15 +120,15 @@ def steps_of(patience: Timeouts, durations: list[float]) -> float:
     return patience.enter(Phase.TRAIN, now)
 
 
-def test_a_step_may_take_a_multiple_of_the_median() -> None:
+def test_timeouts_of_steps_are_a_multiple_of_their_median() -> None:
     durations = [90.0, 5.0, 6.0, 7.0, 5.0]  # median 6
     assert steps_of(Timeouts(CONFIG, save_timeout_s=100), durations) == 4 * 6
 
 
-def test_the_first_steps_may_take_long_and_short_ones_never_count_below_the_least() -> None:
+def test_timeouts_of_first_steps_are_long_and_none_is_below_the_least() -> None:
     assert steps_of(Timeouts(CONFIG, 100), [1.0] * (FIRST_STEPS - 1)) == 50
     assert steps_of(Timeouts(CONFIG, 100), [1.0] * FIRST_STEPS) == 10
 
 
-def test_only_recent_steps_count() -> None:
+def test_timeouts_follow_recent_steps_alone() -> None:
     assert steps_of(Timeouts(CONFIG, 100), [100.0] * 60 + [5.0] * 50) == 20

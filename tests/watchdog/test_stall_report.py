@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_mcore.distributed.rank_on_host import RankOnHost
+from llama_mcore.distributed.launch_env import RankInfo
 from llama_mcore.small_file import read_json
 from llama_mcore.watchdog import stall_report
 from llama_mcore.watchdog.stall_report import Report, StallReport, behind, summary
@@ -54,7 +54,7 @@ def test_a_long_list_is_cut() -> None:
 
 
 class Clock:
-    """In place of `time` in stall_report.py: nobody waits, and what waits would have seen happens in
+    """Stand-in for `time` in stall_report.py: nobody waits, and what waits would have seen happens in
     between."""
 
     def __init__(self, ahead_s: float = 0.0) -> None:
@@ -82,14 +82,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def begun(run_dir: Path, rank: int, world_size: int, clock: Clock) -> StallReport:
-    """Of a supervisor that has watched for a minute."""
-    made = StallReport(run_dir, RankOnHost(rank, world_size, f"node{rank + 1}"))
+    """Report of a supervisor that has watched for a minute."""
+    made = StallReport(run_dir, RankInfo(rank, world_size, host=f"node{rank + 1}"))
     clock.now += 60
     return made
 
 
 def put(folder: Path, *reports: Report) -> None:
-    """As other ranks write them."""
+    """Write reports as other ranks do."""
     folder.mkdir(parents=True, exist_ok=True)
     for other in reports:
         (folder / f"rank-{other.rank:05d}.json").write_text(json.dumps(other.__dict__))
@@ -171,7 +171,7 @@ def test_other_ranks_look_seldom(tmp_path: Path, clock: Clock) -> None:
 
 
 def test_other_ranks_leave_when_the_summary_is_there(tmp_path: Path, clock: Clock) -> None:
-    """Of a rank 0 that had not begun the step."""
+    """The summary is of a rank 0 that had not begun the step."""
     folder = tmp_path / "stalls/00000011"
     clock.meanwhile = lambda: put(folder) or (folder / "summary.txt").touch()
     begun(tmp_path, 1, 2, clock).write(report(1), "")
@@ -187,5 +187,5 @@ def test_other_ranks_leave_the_summary_to_rank_0(tmp_path: Path, clock: Clock) -
 
 def test_an_unwritable_folder_still_gives_a_summary(tmp_path: Path) -> None:
     (tmp_path / "stalls").touch()
-    text = StallReport(tmp_path, RankOnHost(0, 1, "node1")).write(WELL, "")
+    text = StallReport(tmp_path, RankInfo(0, 1, host="node1")).write(WELL, "")
     assert "train of step 12" in text

@@ -71,7 +71,7 @@ def test_a_signal_that_nobody_asked_for_is_named(tmp_path: Path) -> None:
 
 
 def test_it_is_named_after_a_request_too(tmp_path: Path) -> None:
-    """As where memory runs out in the save that was asked for."""
+    """Memory may run out in the save after a request."""
     job = start("killed-saving", tmp_path)
     ready(job)
     job.send_signal(signal.SIGUSR1)
@@ -219,7 +219,7 @@ def test_the_watchdog_can_be_switched_off(tmp_path: Path) -> None:
 
 
 def ends(run_dir: Path) -> list[tuple[int, bool, bool, int]]:
-    """What attempts.jsonl says of each attempt."""
+    """Exit codes in attempts.jsonl of each attempt."""
     return [
         (attempt.exit_code, attempt.asked, attempt.saved, attempt.step)
         for attempt in read_ended_attempts(run_dir)
@@ -236,7 +236,7 @@ def test_an_attempt_is_written_down_with_what_came_of_it(tmp_path: Path) -> None
     assert before - tick < attempt.began < attempt.ended < time.time() + tick
 
 
-def test_a_request_is_written_down(tmp_path: Path) -> None:
+def test_an_attempt_that_was_asked_to_stop_says_so(tmp_path: Path) -> None:
     job = start("obeys", tmp_path)
     ready(job)
     job.send_signal(signal.SIGTERM)

@@ -27,6 +27,7 @@ __all__ = [
     "documents_of",
     "installed_packages",
     "load_backend",
+    "module_of",
     "per_document",
 ]
 
@@ -60,16 +61,17 @@ def case_of(model: ModelConfig, dtype: torch.dtype, documents: bool = False) -> 
 def installed_packages() -> set[str]:
     """Installed packages among those that backends need, by their names for pip."""
     needed = {backend.limits.package for backend in BACKENDS.values() if backend.limits.package}
-    return {package for package in needed if find_spec(_module_of(package))}
+    return {package for package in needed if find_spec(module_of(package))}
 
 
 def load_backend(name: str) -> AttentionBackend:
     """Backend by name, its package imported. Raises whatever that import raises."""
     backend = BACKENDS[name]
     if backend.limits.package:
-        import_module(_module_of(backend.limits.package))
+        import_module(module_of(backend.limits.package))
     return backend
 
 
-def _module_of(package: str) -> str:
+def module_of(package: str) -> str:
+    """Module of a package that a backend needs."""
     return package.replace("-", "_")

@@ -44,7 +44,9 @@ class Limits:
     """Cases that a backend supports. All support grouped queries, some by repeating the keys."""
 
     package: str | None = None
-    """Package needed besides torch, by its name for pip."""
+    """Package that it needs besides torch, by its name for pip."""
+    install: str = ""
+    """How to install that package, for people."""
     on_cpu: bool = False
     """Runs on the CPU, with every dtype and head width, and gives the same bits each time."""
     oldest: Mapping[torch.dtype, tuple[int, int]] = field(

@@ -57,7 +57,12 @@ def _batch_first(x: Tensor) -> Tensor:
 
 BACKEND = AttentionBackend(
     "FlashAttention 2",
-    Limits(package="flash-attn", largest_in_small_memory=192, deterministic=True),
+    Limits(
+        package="flash-attn",
+        install="pip install -e '.[flash]'",
+        largest_in_small_memory=192,
+        deterministic=True,
+    ),
     attend,
     forward,
     backward,

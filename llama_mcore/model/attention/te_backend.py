@@ -28,6 +28,10 @@ def _module(heads: int, groups: int, head_dim: int) -> nn.Module:
 
 BACKEND = AttentionBackend(
     "TransformerEngine's, with model.recompute=none",
-    Limits(package="transformer-engine", manual_backward=False),
+    Limits(
+        package="transformer-engine",
+        install="by NVIDIA's instructions; it must match CUDA and torch",
+        manual_backward=False,
+    ),
     attend,
 )

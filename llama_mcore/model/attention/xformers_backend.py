@@ -56,7 +56,11 @@ def _sum_groups(grad: Tensor, groups: int) -> Tensor:
 
 BACKEND = AttentionBackend(
     "the paper's attention",
-    Limits(package="xformers", oldest=dict.fromkeys((*NARROW, torch.float32), AMPERE)),
+    Limits(
+        package="xformers",
+        install="pip install -e '.[gpu]'",
+        oldest=dict.fromkeys((*NARROW, torch.float32), AMPERE),
+    ),
     attend,
     forward,
     backward,

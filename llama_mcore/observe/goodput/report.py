@@ -1,4 +1,4 @@
-"""Where the time of a run went, as text or JSON: what `llama-mcore goodput` prints."""
+"""Report of `llama-mcore goodput`: where the time of a run went, as text, JSON or a picture."""
 
 import json
 import sys
@@ -22,17 +22,34 @@ from llama_mcore.observe.goodput.spans import (
 )
 from llama_mcore.observe.goodput.timeline import TIMELINE_FILE
 from llama_mcore.observe.metrics import describe_duration
+from llama_mcore.picture import save_figure
+
+COLORS = {
+    "productive": "#2e7d32",
+    "lost": "#c62828",
+    "saving": "#1565c0",
+    "evaluation": "#6a1b9a",
+    "restarting": "#ef6c00",
+    "ending": "#8d6e63",
+    "down": "#bdbdbd",
+}
+_HOUR = 3600
 
 
 def show_goodput(run_dir: Path, *, as_json: bool = False, picture: Path | None = None) -> None:
-    """Print where the time went, of each attempt and in total. Raises MissingInputError and DataError."""
+    """Print where the time of each attempt and of all went. Raises MissingInputError and DataError."""
     attempts = read_attempts(run_dir)
     spans = spans_of(attempts)
     if not spans:
-        raise DataError(Problem("timeline", run_dir / TIMELINE_FILE, "holds no time of a run yet"))
+        raise DataError(
+            Problem(
+                "timeline",
+                run_dir / TIMELINE_FILE,
+                "does not show any time yet",
+                "wait until the run has set up",
+            )
+        )
     if picture:
-        from llama_mcore.observe.goodput.plot import draw
-
         draw(spans, picture, run_dir.resolve().name)
     if as_json:
         print(json.dumps(to_dict(attempts, spans), indent=2))
@@ -43,7 +60,7 @@ def show_goodput(run_dir: Path, *, as_json: bool = False, picture: Path | None =
 
 
 def to_dict(attempts: Sequence[Attempt], spans: Sequence[Span]) -> dict[str, Any]:
-    """Keys of --json."""
+    """Content of --json."""
     total = seconds_by_kind(spans)
     return {
         "goodput": total[PRODUCTIVE] / sum(total.values()),
@@ -65,7 +82,7 @@ def to_dict(attempts: Sequence[Attempt], spans: Sequence[Span]) -> dict[str, Any
 
 
 def _table(attempts: Sequence[Attempt], spans: Sequence[Span]) -> Table:
-    """A row for each attempt."""
+    """Table with a row for each attempt, their total and its shares."""
     table = Table("attempt", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for name in (*KINDS, "all", "exit"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -87,3 +104,34 @@ def _ending(attempt: Attempt) -> str:
     if attempt.left is not None:
         return str(attempt.left)
     return "runs" if attempt.runs else "killed"
+
+
+def draw(spans: Sequence[Span], output: Path, title: str) -> None:
+    """Draw bars over time, a row for each attempt and one for all. Raises OutputError."""
+    from matplotlib.figure import Figure
+
+    attempts = sorted({span.attempt for span in spans})
+    rows = {attempt: row for row, attempt in enumerate(attempts, start=1)}
+    figure = Figure(figsize=(11, 1.6 + 0.4 * len(attempts)), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    start, unit, name = spans[0].began, *_unit(spans[-1].ended - spans[0].began)
+    seconds = seconds_by_kind(spans)
+    for kind in KINDS:
+        for row in (0, *rows.values()):
+            bars = [
+                ((span.began - start) / unit, span.seconds / unit)
+                for span in spans
+                if span.kind == kind and row in (0, rows[span.attempt])
+            ]
+            label = f"{kind} {seconds[kind] / sum(seconds.values()):.1%}" if row == 0 else None
+            axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=COLORS[kind], label=label)
+    axes.set_yticks([0, *rows.values()], ["all", *(f"attempt {attempt}" for attempt in attempts)])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{name} since the first start")
+    axes.set_title(f"{title}: {conclusion(spans)}", loc="left", fontweight="bold", fontsize=10)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=len(KINDS), frameon=False, fontsize=8)
+    save_figure(figure, output)
+
+
+def _unit(seconds: float) -> tuple[float, str]:
+    return (_HOUR, "hours") if seconds > 2 * _HOUR else (60.0, "minutes")

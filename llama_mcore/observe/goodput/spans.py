@@ -1,6 +1,8 @@
-"""Where the time of a run went, second by second: productive steps, lost steps, saving, evaluating,
-restarting, and the time between its attempts. Read from RUN_DIR/timeline.jsonl, and from attempts.jsonl how
-attempts ended; report.py prints it."""
+"""Spans of the time of a run, without gaps: productive steps, lost steps, saving, evaluation, restarting, and
+the time between its attempts.
+
+Read from RUN_DIR/timeline.jsonl, and the ends of attempts from attempts.jsonl; report.py prints them.
+"""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,17 +11,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from llama_mcore.errors import DataError, MissingInputError, Problem, input_problem
 from llama_mcore.observe.goodput.attempts import AttemptEnded, read_ended_attempts
 from llama_mcore.observe.goodput.timeline import TIMELINE_FILE
 from llama_mcore.observe.line_file import read_lines
 from llama_mcore.observe.metrics import describe_duration
 from llama_mcore.observe.phases import Phase
+from llama_mcore.small_file import parse_json
 
 STALE_S = 60.0
-"""An attempt whose lease was not touched for so long is over; as in checkpoint/run_lock.py."""
+"""Seconds after which an attempt is over whose lease was not touched; as in checkpoint/run_lock.py."""
 PRODUCTIVE, LOST, EVALUATION, DOWN = "productive", "lost", "evaluation", "down"
 KINDS = (PRODUCTIVE, LOST, "saving", EVALUATION, "restarting", "ending", DOWN)
 _END_OF_TIME = 1e11
@@ -35,7 +36,7 @@ _KIND_OF_PHASE: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Span:
-    """Time that went into one thing; seconds since 1970."""
+    """Stretch of time of one kind; seconds since 1970."""
 
     attempt: int
     kind: str
@@ -50,36 +51,36 @@ class Span:
 
 @dataclass
 class Attempt:
-    """One start of the run."""
+    """An attempt of the run."""
 
     lease: int
-    """What it was written under; 0 if it ended before it held one."""
+    """Number of its lease; 0 if it ended before it held one."""
     began: float
     job: str
     ranks: int
     entries: list[tuple[float, str, int]] = field(default_factory=list)
-    """Beginning, kind and step of what it did."""
+    """Beginning, kind and step of each of its phases."""
     saved: list[int] = field(default_factory=list)
     """Steps of its checkpoints."""
     left: int | None = None
-    """Exit code; None if it was killed, or runs."""
+    """Exit code; None if it was killed, or still runs."""
     ended: float = 0.0
     number: int = 0
-    """Of the attempt among all, from 1."""
+    """Number of the attempt among all, from 1."""
 
     @property
     def took_over(self) -> float:
-        """When it came to hold the run, which is when its first line says that it did something."""
+        """Time from which it held the run: that of its first phase."""
         return self.entries[0][0] if self.entries else self.began
 
     @property
     def runs(self) -> bool:
-        """It was not noted as over, and its lease was touched lately."""
+        """True if it still runs: its end was not noted, and its lease was touched lately."""
         return self.left is None and time.time() - self.ended < STALE_S
 
 
 def read_attempts(run_dir: Path) -> list[Attempt]:
-    """All attempts in the order of their beginnings. Lines that a kill or a full disk cut are passed over.
+    """All attempts in the order of their beginnings. Lines that a kill or a full disk cut are skipped.
 
     Raises MissingInputError where there is no run, DataError where its files cannot be read.
     """
@@ -88,13 +89,13 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
     try:
         for line in read_lines(timeline):
             with suppress(LookupError, TypeError, ValueError, OverflowError):
-                _add_row(attempts, orjson.loads(line))
+                _add_row(attempts, parse_json(line))
     except FileNotFoundError:  # a run may end before it has one
         if not noted:
-            reason, remedy = f"has no {TIMELINE_FILE}", "give a run's folder"
+            reason, remedy = f"has no {TIMELINE_FILE}", "give the folder of a run"
             raise MissingInputError(Problem("RUN_DIR", run_dir, reason, remedy)) from None
     except OSError as error:
-        remedy = "give a run's folder that you may read"
+        remedy = "give the folder of a run that you may read"
         raise DataError(input_problem("timeline", timeline, remedy, error)) from None
     _add_ends(attempts, noted)
     for number, attempt in enumerate(attempts, start=1):
@@ -116,15 +117,15 @@ def _add_row(attempts: list[Attempt], row: object) -> None:
 
 
 def _time(seconds: Any) -> float:
-    """Raises ValueError for what no clock says."""
+    """Seconds since 1970. Raises ValueError for what no clock shows."""
     if not 0 <= float(seconds) < _END_OF_TIME:
         raise ValueError
     return float(seconds)
 
 
 def _place(attempts: Sequence[Attempt], attempt: Attempt) -> int:
-    """Before those that took the run over from it and yet came to write first. A clock alone is not believed,
-    nor is a lease: their numbers start from scratch where somebody deleted the folder."""
+    """Index of a new attempt: before those that took the run over from it and yet wrote first."""
+    # neither clocks nor leases decide alone: lease numbers start again where the folder was deleted
     place = len(attempts)
     while place and attempts[place - 1].lease > attempt.lease and attempts[place - 1].began > attempt.began:
         place -= 1
@@ -132,7 +133,8 @@ def _place(attempts: Sequence[Attempt], attempt: Attempt) -> int:
 
 
 def _writer(attempts: Sequence[Attempt], row: dict[str, Any]) -> Attempt:
-    """Whose line it is: the newest attempt's, if it is of a version that did not say. Raises LookupError."""
+    """Attempt that wrote a line; the newest, if a version wrote it that did not name it. Raises
+    LookupError."""
     for attempt in reversed(attempts):
         if row.get("of", attempt.lease) == attempt.lease:
             return attempt
@@ -151,13 +153,13 @@ def _add(attempt: Attempt, row: dict[str, Any]) -> None:
 
 
 def _add_ends(attempts: list[Attempt], noted: Sequence[AttemptEnded]) -> None:
-    """Give attempts the ends that their supervisors noted, and put those in that never came to a timeline."""
+    """Add the ends that supervisors noted, and the attempts that never came to write a timeline."""
     known = {attempt.began: attempt for attempt in attempts}
     place = 0
     for number, end in enumerate(noted):
         attempt = known.get(end.began)
         if attempt is None:
-            # Before the next that is known, also where a clock ran ahead.
+            # Before the next known attempt, even where a clock ran ahead.
             following = [known[later.began] for later in noted[number:] if later.began in known]
             limit = min(map(attempts.index, following), default=len(attempts))
             while place < limit and attempts[place].began < end.began:
@@ -170,7 +172,8 @@ def _add_ends(attempts: list[Attempt], noted: Sequence[AttemptEnded]) -> None:
 
 
 def _last_sign(run_dir: Path, attempt: Attempt) -> float:
-    """When a killed attempt was seen last: its lease is touched every few seconds, and stays behind."""
+    """Time of the last sign of a killed attempt: its lease, which was touched every few seconds, and
+    stays."""
     try:
         return (run_dir / "lease" / f"{attempt.lease:08d}.json").stat().st_mtime
     except OSError:
@@ -178,7 +181,7 @@ def _last_sign(run_dir: Path, attempt: Attempt) -> float:
 
 
 def spans_of(attempts: Sequence[Attempt]) -> list[Span]:
-    """The time from the first beginning to the last end, without a gap or an overlap."""
+    """Spans from the first beginning to the last end, without gaps or overlaps."""
     spans: list[Span] = []
     for i, attempt in enumerate(attempts):
         if spans:
@@ -190,13 +193,13 @@ def spans_of(attempts: Sequence[Attempt]) -> list[Span]:
 
 
 def _taken_over(attempts: Sequence[Attempt], i: int) -> float:
-    """When the next attempt took the run from attempt `i`, whose later time counts for nothing."""
+    """Time at which the next attempt took the run over from attempt `i`, whose later time does not count."""
     following = next((attempt.took_over for attempt in attempts[i + 1 :] if attempt.lease), float("inf"))
     return following if following > attempts[i].began else float("inf")  # a clock was set back
 
 
 def _spans_of_attempt(attempt: Attempt, began: float, not_after: float) -> Iterator[Span]:
-    """From `began` on, also where a clock says less: no time is counted twice."""
+    """Spans of an attempt from `began` on, even where a clock shows less: no time is counted twice."""
     kinds = [(_KIND_OF_PHASE[Phase.START], 0), *((kind, step) for _, kind, step in attempt.entries)]
     ends = [*(entry[0] for entry in attempt.entries), attempt.ended]
     for (kind, step), end in zip(kinds, ends, strict=True):
@@ -206,7 +209,8 @@ def _spans_of_attempt(attempt: Attempt, began: float, not_after: float) -> Itera
 
 
 def _marked(spans: Sequence[Span], saved: float) -> list[Span]:
-    """Steps, and evaluations after them, that came again later are lost, and those after step `saved`."""
+    """The spans, with steps and evaluations marked as lost that were repeated later or are after step
+    `saved`."""
     marked: list[Span] = []
     first_redone = saved + 1
     for span in reversed(spans):
@@ -219,14 +223,14 @@ def _marked(spans: Sequence[Span], saved: float) -> list[Span]:
 
 
 def _last_saved(attempts: Sequence[Attempt]) -> float:
-    """The step from which the run would go on; of one that trains, its own is."""
+    """Step from which the run would resume; infinite while it trains."""
     if not attempts or attempts[-1].runs:
         return float("inf")
     return next((attempt.saved[-1] for attempt in reversed(attempts) if attempt.saved), 0)
 
 
 def seconds_by_kind(spans: Iterable[Span]) -> dict[str, float]:
-    """All kinds, those without time too."""
+    """Seconds of each kind, including those with none."""
     seconds = dict.fromkeys(KINDS, 0.0)
     for span in spans:
         seconds[span.kind] += span.seconds
@@ -234,10 +238,11 @@ def seconds_by_kind(spans: Iterable[Span]) -> dict[str, float]:
 
 
 def conclusion(spans: Sequence[Span]) -> str:
+    """Sentence with the goodput and the largest other share."""
     seconds = seconds_by_kind(spans)
     total = sum(seconds.values())
     worst = max((kind for kind in KINDS if kind != PRODUCTIVE), key=lambda kind: seconds[kind])
     return (
         f"goodput {seconds[PRODUCTIVE] / total:.1%} of {describe_duration(total)}; "
-        f"the most of the rest: {worst}, {seconds[worst] / total:.1%}"
+        f"largest other share: {worst}, {seconds[worst] / total:.1%}"
     )

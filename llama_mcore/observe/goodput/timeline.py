@@ -1,16 +1,16 @@
-"""How a run spent its time: a line whenever rank 0 begins something else. `llama-mcore goodput` reads it.
+"""Timeline of a run: a line whenever rank 0 enters another phase. `llama-mcore goodput` reads it.
 
-RUN_DIR/timeline.jsonl, of all attempts of a run. Times are seconds since 1970; inside an attempt they follow
-the monotonic clock, so that a clock that is set in between does not bend them.
+RUN_DIR/timeline.jsonl has all attempts of a run. Times are seconds since 1970; within an attempt they follow
+the monotonic clock, so that they stay right when a clock is set.
 
     {"attempt": 3, "began": 1763920000.1, "job": "4711", "host": "n1", "ranks": 16}
     {"of": 3, "t": 1763920021.5, "phase": "train", "step": 1201}
     {"of": 3, "t": 1763920031.5, "saved": 1200}
     {"of": 3, "t": 1763920099.9, "left": 75}
 
-An attempt without "left" was killed: attempts.jsonl says when, with the same "began". Each line says of which
-attempt it is: one that was thought dead may still write when the next has begun. Earlier versions did not say
-that.
+An attempt without "left" was killed: attempts.jsonl says when, under the same "began". Each line names its
+attempt, since one that was thought dead may still write when the next has begun; those of earlier versions do
+not.
 """
 
 import os
@@ -20,9 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-import orjson
-
-from llama_mcore.observe.line_file import Fence, append, ends_torn, open_to_append
+from llama_mcore.observe.line_file import Fence, append, ends_torn, json_line, open_to_append
 from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.phases import Phase, PhaseListener
 
@@ -30,15 +28,15 @@ TIMELINE_FILE = "timeline.jsonl"
 
 
 class Timeline(PhaseListener):
-    """One attempt's part of the file, written by rank 0.
+    """Writer of one attempt's part of the file, on rank 0.
 
-    Nothing is written before `run_dir_ready`: until then it is not certain that the folder is this run's; and
-    nothing once another job has taken it over. A full disk costs lines, and a warning, but never the run.
+    It writes nothing before `run_dir_ready`, as the folder may not be this run's until then, and nothing once
+    another job has taken the run over. A full disk costs lines, and a warning, but never the run.
     """
 
     def __init__(self, run_dir: Path, lease: Fence, ranks: int, began: float) -> None:
-        """`lease`: what the run is held by; its number is that of the attempt. `began`: when the process did
-        that the launcher started."""
+        """`lease`: the run's, whose number is that of the attempt. `began`: start of the process that the
+        launcher started."""
         self._path, self._lease = run_dir / TIMELINE_FILE, lease
         self._clock_offset = time.time() - time.monotonic()
         self._held_back: list[bytes] | None = []
@@ -72,7 +70,7 @@ class Timeline(PhaseListener):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """The attempt is over, and not by a kill: the last line says with which exit code."""
+        """Write the last line, with the exit code: the attempt is over, and was not killed."""
         if error is not None:
             self.exit_code = getattr(error, "exit_code", 1)
         self._note({"left": self.exit_code})
@@ -85,7 +83,7 @@ class Timeline(PhaseListener):
         self._write({"of": self._lease.number, "t": now, **what})
 
     def _write(self, line: dict[str, Any]) -> None:
-        encoded = orjson.dumps(line) + b"\n"
+        encoded = json_line(line)
         if self._held_back is None:
             self._append(encoded)
         else:
@@ -105,6 +103,6 @@ class Timeline(PhaseListener):
     def _fail(self, error: OSError) -> None:
         if not self._failed:
             get_logger().warning(
-                "%s cannot be written (%s): goodput will lack this", TIMELINE_FILE, error.strerror
+                "%s cannot be written (%s): goodput will not cover this time", TIMELINE_FILE, error.strerror
             )
         self._failed = True

@@ -119,7 +119,7 @@ def test_an_attempt_that_was_taken_over_counts_until_then(tmp_path: Path, place:
 
 
 def test_an_attempt_may_write_first_when_it_was_taken_over(tmp_path: Path) -> None:
-    """It had not read its checkpoint when it was cut off."""
+    """The earlier one had not read its checkpoint when it was cut off."""
     rows = [*named(FINISHED), *named(KILLED)[:2], {"of": 1, "t": 1113.0, "left": 73}]
     attempts = read_attempts(write(tmp_path, rows))
     seconds = seconds_by_kind(spans_of(attempts))
@@ -355,7 +355,7 @@ def test_a_clock_that_was_set_back_takes_nothing_from_the_attempt_before(tmp_pat
 
 
 def test_a_start_that_never_held_the_run_takes_nothing_from_it(tmp_path: Path) -> None:
-    """As one typed by mistake while the run was at work."""
+    """A start may be typed by mistake while the run is at work."""
     write(tmp_path, named(KILLED))
     note(tmp_path, 1011.0, 1013.0, 1)
     attempts = read_attempts(tmp_path)
@@ -373,7 +373,7 @@ def test_steps_that_no_checkpoint_has_are_lost_when_the_run_is_over(tmp_path: Pa
 
 
 def test_the_next_attempt_begins_on_a_line_of_its_own(tmp_path: Path) -> None:
-    """Where a kill or a full disk cut the last one."""
+    """A kill or a full disk may have cut the last line."""
     write(tmp_path, KILLED, tail=b'{"t": 1021.0, "ph')
     with Timeline(tmp_path, Held(2), ranks=2, began=2000.0) as timeline:
         timeline.run_dir_ready()

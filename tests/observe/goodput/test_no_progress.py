@@ -1,4 +1,4 @@
-"""llama_mcore.observe.goodput.no_progress: when a run may not be started again."""
+"""llama_mcore.observe.goodput.attempts: attempts without progress after which a run is not started again."""
 
 from pathlib import Path
 
@@ -7,8 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_mcore.errors import NoProgressError
-from llama_mcore.observe.goodput.attempts import AttemptEnded, AttemptStarted, add_attempt
-from llama_mcore.observe.goodput.no_progress import ATTEMPTS, check_progress, last_fruitless, made_no_progress
+from llama_mcore.observe.goodput.attempts import (
+    MAX_FRUITLESS,
+    AttemptEnded,
+    AttemptStarted,
+    add_attempt,
+    check_progress,
+    last_fruitless,
+    made_no_progress,
+)
 from tests.support.errors import refused
 
 CODES = (0, 1, 2, 64, 65, 66, 69, 70, 73, 75, 93, 134, 137, 139)
@@ -24,7 +31,7 @@ any_attempt = st.builds(attempt, st.sampled_from(CODES), JOBS, st.booleans(), st
 
 
 def refuses(attempts: list[AttemptEnded], job: str) -> bool:
-    return len(last_fruitless(attempts, job)) >= ATTEMPTS
+    return len(last_fruitless(attempts, job)) >= MAX_FRUITLESS
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -44,7 +51,7 @@ def test_the_rule(attempts: list[AttemptEnded], job: str) -> None:
     """The last three of the job, and nothing else, decide."""
     own = [one for one in attempts if not job or one.job == job]
     assert refuses(attempts, job) == (
-        len(own) >= ATTEMPTS and all(made_no_progress(one) for one in own[-ATTEMPTS:])
+        len(own) >= MAX_FRUITLESS and all(made_no_progress(one) for one in own[-MAX_FRUITLESS:])
     )
 
 
@@ -56,12 +63,12 @@ def test_a_new_job_starts_whatever_was(attempts: list[AttemptEnded]) -> None:
 @given(st.lists(any_attempt, max_size=8), JOBS)
 def test_a_checkpoint_breaks_the_row(attempts: list[AttemptEnded], job: str) -> None:
     assert not refuses([*attempts, attempt(137, job, saved=True), attempt(1, job), attempt(1, job)], job)
-    assert refuses([*attempts, *[attempt(137, job)] * ATTEMPTS], job)
+    assert refuses([*attempts, *[attempt(137, job)] * MAX_FRUITLESS], job)
 
 
 def test_an_attempt_that_nobody_saw_end_counts(tmp_path: Path) -> None:
     killed = AttemptStarted(began=1.0, job="7", host="n7", ranks=2, saved=False, step=0)
-    for began in range(ATTEMPTS):
+    for began in range(MAX_FRUITLESS):
         check_progress(tmp_path, "7")
         add_attempt(tmp_path, killed.model_copy(update={"began": float(began)}))
     with refused(NoProgressError, "run.dir", tmp_path) as caught:

@@ -1,4 +1,4 @@
-"""The DeepSpeed file of a run, found, read and checked; train/ds_config.py fills it. Loads no torch."""
+"""DeepSpeed's file of a run: found, read and checked. train/ds_config.py fills it in. Loads no torch."""
 
 from pathlib import Path
 from typing import Any
@@ -30,26 +30,26 @@ KNOWN_KEYS = {
     "zero_optimization.offload_optimizer": """buffer_count cpuadam_cores_perc device fast_init nvme_path
         pin_memory pipeline_read pipeline_write ratio super_offload""",
 }
-# Keys that DeepSpeed knows and a run must not set there -> whose they are.
+# Keys that DeepSpeed knows and a run must not set there -> what sets them.
 _OURS = {
-    "optimizer": "the optimizer is llama_mcore's: set optim.lr and the other fields of optim",
-    "scheduler": "the schedule is llama_mcore's: set optim.warmup_steps and optim.min_lr_ratio",
-    "fp16": "there is no fp16 here: set train.precision",
-    "amp": "there is none here: set train.precision",
-    "torch_autocast": "there is none here: set train.precision",
+    "optimizer": "set optim.lr and the other fields of optim instead",
+    "scheduler": "set optim.warmup_steps and optim.min_lr_ratio instead",
+    "fp16": "fp16 is not supported: set train.precision",
+    "amp": "automatic mixed precision is not supported: set train.precision",
+    "torch_autocast": "autocast is not supported: set train.precision",
     "activation_checkpointing": "set model.recompute",
     "tensor_parallel": "set parallel.tp",
     "tensorboard": "set observe.tensorboard",
-    "elasticity": "a run resumes on any number of ranks without it",
+    "elasticity": "remove it: a run resumes on any number of ranks without it",
 }
 _SIZES = ("zero_optimization.reduce_bucket_size", "zero_optimization.stage3_prefetch_bucket_size")
 
 
 def read_ds_file(zero: ZeroConfig) -> tuple[Path, dict[str, Any]]:
-    """Where it is, and what it says, with "auto" where we own the value.
+    """Path and content of the file, with "auto" where we own the value.
 
-    Raises MissingInputError if it is not there, ConfigError if it is not JSON or what is read of it here has
-    another type than DeepSpeed takes.
+    Raises MissingInputError if it does not exist, ConfigError if it is not JSON or a value that is read here
+    has a type that DeepSpeed does not take.
     """
     path = _path(zero)
     try:
@@ -64,7 +64,7 @@ def read_ds_file(zero: ZeroConfig) -> tuple[Path, dict[str, Any]]:
 
 
 def offloads_optimizer(zero_optimization: dict[str, Any]) -> bool:
-    """Whether masters and moments are in host memory."""
+    """True if fp32 weights and Adam moments are in host memory."""
     return zero_optimization.get("offload_optimizer", {}).get("device", "none") != "none"
 
 
@@ -86,28 +86,28 @@ def _wrong_types(content: dict[str, Any], path: Path) -> list[Problem]:
         # DeepSpeed takes 5e8 too
         value = _at(content, key, 1)
         if not isinstance(value, int | float) or isinstance(value, bool) or value < 1 or value % 1:
-            reason = f"in {path} must be a whole number of values from 1 on"
+            reason = f"in {path} must be a whole number of values, at least 1"
             problems.append(Problem(key, shown(value), reason, "e.g. 200000000"))
     return problems
 
 
 def unknown_keys(content: dict[str, Any], path: Path) -> list[Problem]:
-    """What a file says that training would not read; DeepSpeed passes most of it by in silence."""
+    """Problems of keys that training would not read, most of which DeepSpeed ignores without a word."""
     problems = []
     for section, names in KNOWN_KEYS.items():
         there, known = _at(content, section, {}) if section else content, names.split()
         prefix = f"{section}." if section else ""
         for key in there if isinstance(there, dict) else ():
             if key in _OURS and not section:
-                problems.append(Problem(key, shown(there[key]), f"in {path} is not DeepSpeed's", _OURS[key]))
+                problems.append(Problem(key, shown(there[key]), f"must not be set in {path}", _OURS[key]))
             elif key not in known:
-                reason = f"in {path} is no key that training uses"
+                reason = f"in {path} is not a key that training uses"
                 problems.append(Problem(prefix + shown(key), shown(there[key]), reason, nearest(key, known)))
     return problems
 
 
 def _at(content: Any, key: str, default: Any) -> Any:
-    """What is at a dotted key; `default` if there is nothing."""
+    """Value at a dotted key; `default` if there is none."""
     for part in key.split("."):
         if not isinstance(content, dict) or part not in content:
             return default

@@ -1,4 +1,4 @@
-"""What a run looked like: a picture of the loss."""
+"""Loss curve of a run, as a PNG."""
 
 from itertools import accumulate
 from pathlib import Path
@@ -16,7 +16,7 @@ TRAIN_COLOR, VALID_COLOR, LR_COLOR, STOP_COLOR = "#1f4e79", "#c8501e", "#8a8a8a"
 
 
 class Point(Row):
-    """What the picture shows of a step."""
+    """A step, as far as the picture shows it."""
 
     loss: float | None
     """None if it was not finite."""
@@ -25,15 +25,15 @@ class Point(Row):
 
 
 def loss_curve(metrics: Path, output: Path, title: str | None = None) -> None:
-    """Draw the losses and the learning rate of a run as a PNG, with a mark wherever a later start of the run
-    went on, as timeline.jsonl beside the metrics tells.
+    """Draw the losses and the learning rate of a run, with a mark at each resume that is in timeline.jsonl
+    beside the metrics.
 
     `title` defaults to the name of the run's folder. Raises DataError where no step has a finite loss,
     OutputError where `output` cannot be written.
     """
     rows = read_metrics(metrics, Point)
     if not any(row.loss is not None for row in rows):
-        raise DataError(Problem("metrics", metrics, "holds no finite loss", "let the run do a step first"))
+        raise DataError(Problem("metrics", metrics, "contains no finite loss", "let the run do a step first"))
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
@@ -45,7 +45,8 @@ def loss_curve(metrics: Path, output: Path, title: str | None = None) -> None:
 
 
 def smoothed(values: list[float], window: int) -> list[float]:
-    """Centred moving average over `window` values (one more if that is even), which follows without lagging.
+    """Centred moving average over `window` values (one more if that is even), which does not lag.
+
     It leaves out `window // 2` values at each end, where an average over fewer would be as noisy as they are.
     """
     sums, width = [0.0, *accumulate(values)], 2 * (window // 2) + 1
@@ -53,11 +54,11 @@ def smoothed(values: list[float], window: int) -> list[float]:
 
 
 def _resumed_after(run_dir: Path) -> list[int]:
-    """The steps after which later starts of the run went on, without those that trained nothing."""
+    """Steps from which later attempts resumed, without attempts that trained nothing."""
     try:
         attempts = read_attempts(run_dir)
     except LlamaMcoreError:
-        return []  # of metrics alone, there is a picture too
+        return []  # the picture needs the metrics alone
     trained = [[step for _, kind, step in attempt.entries if kind == PRODUCTIVE] for attempt in attempts]
     return [steps[0] - 1 for steps in trained if steps and steps[0] > 1]
 

@@ -1,19 +1,19 @@
-"""llama_mcore.observe.report: metrics read back, and the picture."""
+"""llama_mcore.observe.loss_curve: metrics read back, and the picture."""
 
 import math
 from pathlib import Path
 
-import orjson
 import pytest
 from matplotlib.image import imread
 
 from llama_mcore.errors import DataError, OutputError
-from llama_mcore.observe.report import loss_curve, smoothed
+from llama_mcore.observe.line_file import json_line
+from llama_mcore.observe.loss_curve import loss_curve, smoothed
 from tests.support.errors import refused
 
 
 def row(step: int, **fields: object) -> bytes:
-    return orjson.dumps({"step": step, "loss": 8 * math.exp(-step / 20), "lr": 1e-3, **fields}) + b"\n"
+    return json_line({"step": step, "loss": 8 * math.exp(-step / 20), "lr": 1e-3, **fields})
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_the_picture_marks_where_the_run_was_stopped(
             {"of": attempt, "t": 100.0 * attempt + 1, "phase": "train", "step": first},
             {"of": attempt, "t": 100.0 * attempt + 2, "left": 75},
         ]
-    (metrics.parent / "timeline.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    (metrics.parent / "timeline.jsonl").write_bytes(b"".join(json_line(line) for line in lines))
     loss_curve(metrics, tmp_path / "loss.png")
     image = imread(tmp_path / "loss.png")
     green = (image[..., 1] - image[..., 0] > 0.2) & (image[..., 1] - image[..., 2] > 0.2)
