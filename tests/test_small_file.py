@@ -14,6 +14,7 @@ from llama_mcore.convert.formats.huggingface import hf_config
 from llama_mcore.convert.json_object import read_json_object
 from llama_mcore.convert.named_model import named_model
 from llama_mcore.data.manifest import manifest_path, read_manifest
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.distributed.config import ZeroConfig
 from llama_mcore.distributed.ds_file import read_ds_file
 from llama_mcore.errors import DataError, LlamaMcoreError, MissingInputError
@@ -21,7 +22,6 @@ from llama_mcore.model.config import ModelConfig
 from llama_mcore.plan.layout.calibration import load_calibration
 from llama_mcore.plan.layout.efficiency import Efficiency
 from llama_mcore.small_file import read_small_file
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 from tests.support.errors import refused
 from tests.support.models import PLAIN
 

@@ -44,18 +44,18 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("observe.phases", "observe.goodput.attempts", "observe.goodput.no_progress"),
     },
     # A leaf, as the sections of a configuration are.
-    "tokenizer.tokenizer": BASE,
-    "data": BASE | {"data", "tokenizer.tokenizer"},
-    "preprocess": BASE | {"preprocess", "data", "tokenizer.tokenizer"},
+    "data.tokenizer": BASE,
+    "data": BASE | {"data", "data.tokenizer"},
+    "preprocess": BASE | {"preprocess", "data", "data.tokenizer"},
     "tokenizer": BASE | {"tokenizer", "preprocess", "data"},
     "checkpoint": BASE | {"checkpoint", "model", "distributed", "data", "observe", "config"},
     # Records without behaviour: what a checkpoint stores beside the tensors.
     "checkpoint.train_state": {"data.data_plan", "config.section"},
     "convert": BASE
-    | {"convert", "checkpoint", "model", "distributed", "data", "tokenizer.tokenizer", "config"}
+    | {"convert", "checkpoint", "model", "distributed", "data", "data.tokenizer", "config"}
     | {"observe.log"},
     "generate": BASE
-    | {"generate", "convert", "model", "distributed", "tokenizer.tokenizer", "observe.log", "config"},
+    | {"generate", "convert", "model", "distributed", "data.tokenizer", "observe.log", "config"},
     "train": BASE
     | {"train", "model", "distributed", "data", "checkpoint", "observe", "watchdog.signals", "config"},
     # Decides by numbers alone: no tensor, no clock, no file.

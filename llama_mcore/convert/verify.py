@@ -21,8 +21,8 @@ from torch import Tensor
 from llama_mcore.checkpoint.paths import WEIGHT
 from llama_mcore.convert.model_weights import Rounded, Weights, loaded_model
 from llama_mcore.convert.registry import NOT_CARRIED, Format, WriteOptions
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import CheckpointError, Problem, shown
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 LOGITS_TOLERANCE = 1e-5
 """Largest difference of two logits, as a share of the largest logit."""

@@ -11,6 +11,7 @@ from llama_mcore.data.data_plan import Segment, plan_segment
 from llama_mcore.data.index import missing_dataset
 from llama_mcore.data.indexed_dataset import IndexedDataset
 from llama_mcore.data.manifest import DatasetManifest
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.data.windows import WindowDataset
 from llama_mcore.errors import (
     DataError,
@@ -21,7 +22,6 @@ from llama_mcore.errors import (
     input_problem,
     raise_all,
 )
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 _DEMO = "runs/demo/"
 """Where the shipped configuration `tiny` has its data."""

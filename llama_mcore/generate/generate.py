@@ -8,11 +8,11 @@ from torch import Tensor
 from llama_mcore.convert.model_weights import Weights
 from llama_mcore.convert.named_model import named_model
 from llama_mcore.convert.registry import check_there, detect, get_format
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.distributed.device import choose_device, local_device, on_gpu
 from llama_mcore.errors import CheckpointError, DataError, MissingInputError, Problem, input_problem, say
 from llama_mcore.generate.decoder import Decoder
 from llama_mcore.observe.log import silence_libraries
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 
 def generate(

@@ -10,6 +10,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.preprocess.encoders import load_encoder, self_check
 from llama_mcore.preprocess.inputs import Unit
 from llama_mcore.preprocess.job import Job
@@ -17,7 +18,6 @@ from llama_mcore.preprocess.part_store import OutputCounts, Part, PartRecord
 from llama_mcore.preprocess.readers import make_reader, payload_reader
 from llama_mcore.preprocess.readers.blocks import BLOCK_BYTES, BadLine, Block, Reader, bad_line_error
 from llama_mcore.preprocess.readers.lines import lines_before
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 _CHECKED_CHARACTERS = 50_000
 """Of the first texts that a worker meets, encoded by sentencepiece too."""

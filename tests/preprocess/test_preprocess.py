@@ -24,13 +24,13 @@ from llama_mcore import progress
 from llama_mcore.cli import app
 from llama_mcore.data.indexed_dataset import IndexedDataset
 from llama_mcore.data.manifest import build_manifest
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import ConfigError, DataError, PreflightError
 from llama_mcore.preprocess import pipeline
 from llama_mcore.preprocess import worker as worker_module
 from llama_mcore.preprocess.inputs import Unit
 from llama_mcore.preprocess.preprocess import preprocess
 from llama_mcore.preprocess.worker import shuffle
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 from tests.support.errors import is_shown, refused
 from tests.support.text import write_jsonl
 from tests.support.world import ROOT, TIMEOUT_S, wait_until

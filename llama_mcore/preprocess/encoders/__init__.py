@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import DataError, Problem
 from llama_mcore.preprocess.encoders.gigatoken import GigatokenEncoder, why_not_gigatoken
 from llama_mcore.preprocess.encoders.text_split import PART_CHARACTERS, TextCutter
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 EncoderName = Literal["gigatoken", "sentencepiece"]
 

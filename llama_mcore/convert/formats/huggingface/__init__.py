@@ -22,10 +22,10 @@ from llama_mcore.convert.model_weights import Weights
 from llama_mcore.convert.names import HUGGING_FACE
 from llama_mcore.convert.registry import Advance, Format, WriteOptions, check_named
 from llama_mcore.convert.safetensors_stream import TensorStream
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import CheckpointError, ConfigError, Problem, shown
 from llama_mcore.model.config import ModelConfig, RopeScaling
 from llama_mcore.model.sharding import parameter_shapes
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"

@@ -15,8 +15,8 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import ConfigError, Problem, shown
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 TOKENIZER_MODEL = "tokenizer.model"
 _SPACE = "\u2581"
