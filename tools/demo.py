@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))  # llama_mcore of this checkout, also where it is 
 import llama_mcore.installed  # noqa: E402, F401
 
 # isort: split
-from llama_mcore.config.run import load_run  # noqa: E402
+from llama_mcore.config.load import load_config  # noqa: E402
 from llama_mcore.errors import report_errors  # noqa: E402
 from llama_mcore.observe.metrics_file import read_metrics  # noqa: E402
 from llama_mcore.observe.report import Point, loss_curve  # noqa: E402
@@ -248,7 +248,7 @@ def steps_done(run_dir: Path) -> int:
 
 
 def configured_steps() -> int:
-    return load_run("tiny").train.steps
+    return load_config("tiny").train.steps
 
 
 def check(holds: bool, failure: str) -> None:

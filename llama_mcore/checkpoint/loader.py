@@ -19,7 +19,7 @@ from llama_mcore.checkpoint.optimizer_shards import (
 from llama_mcore.checkpoint.paths import WEIGHT
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.checkpoint.same_model import model_differences
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.distributed.device import CopyStream, host_block
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.errors import ConfigError

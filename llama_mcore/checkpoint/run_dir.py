@@ -6,7 +6,8 @@ from pathlib import Path
 from llama_mcore.checkpoint.lineage import RUN_FILE
 from llama_mcore.checkpoint.paths import step_folders
 from llama_mcore.checkpoint.run_lock import FOLDER as LEASE
-from llama_mcore.config.run import LARGEST_CONFIG, RunConfig
+from llama_mcore.config.load import LARGEST_CONFIG
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.observe.goodput.attempts import ATTEMPTS_FILE
 from llama_mcore.observe.goodput.timeline import TIMELINE_FILE

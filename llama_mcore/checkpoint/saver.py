@@ -49,7 +49,7 @@ from llama_mcore.checkpoint.run_lock import Lease
 from llama_mcore.checkpoint.snapshot import SLOTS, Copying, check_finite, host_copy, not_finite, saved_tensors
 from llama_mcore.checkpoint.tensor_file import write_tensors
 from llama_mcore.checkpoint.train_state import TrainState
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.errors import shown
 from llama_mcore.observe.log import get_logger

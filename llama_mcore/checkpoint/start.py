@@ -27,7 +27,7 @@ from llama_mcore.checkpoint.run_dir import is_same_run, would_start_from_scratch
 from llama_mcore.checkpoint.run_lock import FOLDER as LEASE
 from llama_mcore.checkpoint.same_model import model_differences
 from llama_mcore.checkpoint.train_state import Origin
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.errors import (
     CheckpointError,
     ConfigError,

@@ -313,16 +313,17 @@ def train(
         place = rank_from_environment()
         from llama_mcore.checkpoint.start import Start
         from llama_mcore.cli import start_run
-        from llama_mcore.config.run import check_run, load_run
+        from llama_mcore.config.checks import check_config
+        from llama_mcore.config.load import load_config
 
         start = Start(resume, init_from, fresh, accept_data_change)
         if world_size is not None:
             start_run.check_world_size(world_size, dry_run)
-        run = load_run(config, context.args)
+        run = load_config(config, context.args)
         ranks = place.world_size
         if dry_run and (world_size or place.is_single_process):
             ranks = world_size or run.parallel.tp
-        check_run(run, ranks)
+        check_config(run, ranks)
         if not dry_run:
             start_run.check_attempts(run, retry or fresh)
             leave(start_run.train_watched(run, start))
@@ -359,11 +360,12 @@ def preflight(
         place = rank_from_environment()
         from llama_mcore.checkpoint.start import Start
         from llama_mcore.cli import start_run
-        from llama_mcore.config.run import check_run, load_run
+        from llama_mcore.config.checks import check_config
+        from llama_mcore.config.load import load_config
         from llama_mcore.train.ds_config import deepspeed_config
 
-        run = load_run(config, context.args)
-        check_run(run, place.world_size)
+        run = load_config(config, context.args)
+        check_config(run, place.world_size)
         deepspeed_config(run, place.world_size)
         start_run.preflight_run(run, place, Start(init_from=init_from), json=json)
 

@@ -48,7 +48,7 @@ def memory(
 ) -> None:
     """Memory of one rank, line by line."""
     with report_errors(debug):
-        from llama_mcore.config.run import check_run
+        from llama_mcore.config.checks import check_config
         from llama_mcore.plan.arguments import all_of
         from llama_mcore.plan.layout.arguments import one_micro_batch, run_of_config
         from llama_mcore.plan.layout.footprint import memory_of
@@ -74,7 +74,7 @@ def memory(
             ),
             lambda: gpu_named(gpu) if gpu else None,
         )
-        check_run(run, ranks)
+        check_config(run, ranks)
         found = memory_of(run, ranks)
         if json:
             fits = {} if kind is None else {"gpu": kind.name, "fits": found.total <= kind.memory_bytes}

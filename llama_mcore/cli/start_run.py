@@ -15,7 +15,7 @@ import typer
 
 from llama_mcore.checkpoint.run_lock import was_taken_over
 from llama_mcore.checkpoint.start import Start
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.distributed.launch_env import RankInfo
 from llama_mcore.errors import ConfigError, LlamaMcoreError, Problem, raise_all
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from llama_mcore.config.run import LARGEST_CONFIG, load_run
+from llama_mcore.config.load import LARGEST_CONFIG, load_config
 from llama_mcore.errors import ConfigError, Problem, shown
 from llama_mcore.model.config import PRESETS, ModelConfig
 from llama_mcore.small_file import read_json
@@ -26,4 +26,4 @@ def named_model(name: str) -> ModelConfig:
             return model_of(read_json(path, LARGEST_CONFIG, follow=True))
         except (OSError, ValueError, ValidationError, AttributeError) as error:
             raise ConfigError(Problem("--model", name, f"cannot be read ({shown(error)})", _REMEDY)) from None
-    return load_run(name).model
+    return load_config(name).model

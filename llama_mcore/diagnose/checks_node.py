@@ -11,7 +11,7 @@ from uuid import uuid4
 import torch
 
 from llama_mcore.checkpoint.run_dir import PREFLIGHT_MARK as MARK
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.diagnose.finding import Finding
 from llama_mcore.distributed.cgroup import available_memory, memory_limit
 from llama_mcore.distributed.device import gpu_memory_bytes

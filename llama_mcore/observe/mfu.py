@@ -1,6 +1,6 @@
 """The share of the GPU's peak that a step made."""
 
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.plan.layout.flops import mfu, token_flops
 from llama_mcore.plan.layout.hardware import peak_of
 

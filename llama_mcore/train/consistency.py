@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.data.sources import OpenSource
 from llama_mcore.distributed.collectives import together
 from llama_mcore.distributed.ds_file import read_ds_file

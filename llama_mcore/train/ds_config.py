@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.distributed.ds_file import read_ds_file, unknown_keys
 from llama_mcore.errors import ConfigError, Problem
 

@@ -9,7 +9,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_fp32_param, set_z3_leaf_modules
 from torch import Tensor, nn
 
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.distributed.mpu import Mpu
 from llama_mcore.model.layer import LlamaLayer

@@ -16,7 +16,7 @@ from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.checkpoint.run_lock import FOLDER as LEASE
 from llama_mcore.checkpoint.start import Start, Way, none_valid, way_of
 from llama_mcore.checkpoint.train_state import TrainState
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.errors import CheckpointError, OutputError, Problem
 from llama_mcore.observe.goodput.attempts import is_requeued

@@ -6,7 +6,7 @@ from llama_mcore.checkpoint.loader import load_checkpoint
 from llama_mcore.checkpoint.paths import not_foreign, step_of, unreadable
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.checkpoint.train_state import TrainState
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.data.data_plan import check_caps
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.errors import CheckpointError, DataError, NumericalError, Problem

@@ -17,7 +17,8 @@ from llama_mcore.checkpoint.run_dir import CONFIG_FILE
 from llama_mcore.checkpoint.run_lock import Lease, held_lease
 from llama_mcore.checkpoint.saver import Saver
 from llama_mcore.checkpoint.train_state import TrainState
-from llama_mcore.config.run import RunConfig, dump_run
+from llama_mcore.config.load import dump_config
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.data.data_plan import Segment, check_caps, continued
 from llama_mcore.data.loader import MicroBatches, Samples
 from llama_mcore.data.sources import OpenSource, open_sources, plan_run
@@ -245,7 +246,7 @@ def _prepare_run_dir(run: RunConfig, computed_by: Computation, found: ResumePoin
         lease.check()  # what is moved aside or written over may be another job's
         settle(run, found)
         checkpoints_dir(run_dir).mkdir(parents=True, exist_ok=True)
-        replace_hint(run_dir / CONFIG_FILE, f"# {computed_by}\n{dump_run(run)}")
+        replace_hint(run_dir / CONFIG_FILE, f"# {computed_by}\n{dump_config(run)}")
     except OSError as error:
         raise _unwritable(run, error) from None
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from llama_mcore.checkpoint.deepspeed_export import save_deepspeed_folder
 from llama_mcore.checkpoint.saver import SavedCheckpoint
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.data.loader import MicroBatch
 from llama_mcore.distributed.collectives import together
 from llama_mcore.distributed.device import device_name, peak_memory_bytes, synchronize

@@ -22,7 +22,7 @@ from llama_mcore.checkpoint.paths import KINDS, checkpoints_dir
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.checkpoint.saver import Saver
 from llama_mcore.checkpoint.train_state import TrainState
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.distributed.collectives import together as all_together
 from llama_mcore.distributed.groups import Groups, model_parallel_groups
 from llama_mcore.model.sharding import parameter_shapes, shard, split_of

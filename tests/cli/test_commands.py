@@ -17,7 +17,7 @@ from llama_mcore.checkpoint.paths import room_for
 from llama_mcore.cli import app
 from llama_mcore.cli.benchmark import app as benchmark_app
 from llama_mcore.cli.plan import app as plan_app
-from llama_mcore.config.run import load_run
+from llama_mcore.config.load import load_config
 from llama_mcore.diagnose.checks_run import free_space
 from llama_mcore.distributed.launch_env import RankInfo
 from llama_mcore.errors import Problem, report_errors
@@ -212,7 +212,7 @@ def test_a_dry_run_looks_where_checkpoints_will_lie_and_changes_nothing(
         for read_only in (tmp_path, scratch):
             read_only.mkdir(parents=True, exist_ok=True)
             assert f"{read_only} cannot be written (Read-only file system)" in refusal()
-    disk_usage, checkpoint = shutil.disk_usage, room_for(1, load_run("tiny", []).model.num_params())
+    disk_usage, checkpoint = shutil.disk_usage, room_for(1, load_config("tiny", []).model.num_params())
     monkeypatch.setattr(shutil, "disk_usage", usage)
     settings = ["checkpoint.keep=3", "checkpoint.interval=10"]
     free = 4 * checkpoint - 9
@@ -220,7 +220,7 @@ def test_a_dry_run_looks_where_checkpoints_will_lie_and_changes_nothing(
     assert dry_run(*data_in(tmp_path), "checkpoint.keep=2", *settings[1:])[0] == 0
     assert dry_run(*data_in(tmp_path), *settings, "checkpoint.interval=50")[0] == 0  # it writes only two
     (scratch / "step-00000010").mkdir()
-    there = load_run("tiny", [f"run.dir={scratch.parent}", *settings])
+    there = load_config("tiny", [f"run.dir={scratch.parent}", *settings])
     assert free_space(there).status == "ok"  # one of the four is there
     assert "4 more checkpoints need" in refusal(*settings, "--fresh")
     free = checkpoint - 1

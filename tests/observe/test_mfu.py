@@ -2,12 +2,12 @@
 
 import pytest
 
-from llama_mcore.config.run import load_run
+from llama_mcore.config.load import load_config
 from llama_mcore.distributed.device import device_name
 from llama_mcore.observe.mfu import step_mfu
 
 A100 = "NVIDIA A100-SXM4-80GB"
-RUN = load_run("65b")
+RUN = load_config("65b")
 
 
 def test_65b_at_the_papers_speed() -> None:
@@ -21,7 +21,7 @@ def test_none_on_a_device_whose_peak_is_not_known(device: str) -> None:
 
 
 def test_none_in_fp32_whose_peak_is_another() -> None:
-    run = load_run("tiny", ["train.precision=fp32"])
+    run = load_config("tiny", ["train.precision=fp32"])
     assert step_mfu(run, 380, A100) == (None, None)
 
 

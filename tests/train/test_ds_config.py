@@ -9,7 +9,8 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 
-from llama_mcore.config.run import RunConfig, load_run
+from llama_mcore.config.load import load_config
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.distributed.ds_file import CHECKOUT, KNOWN_KEYS
 from llama_mcore.errors import ConfigError, MissingInputError, Problem
 from llama_mcore.plan.layout.footprint import memory_of
@@ -21,7 +22,7 @@ WORLD_SIZE = 4  # tp 2 x dp 2
 
 
 def tiny(*overrides: str) -> RunConfig:
-    return load_run("tiny", ["train.micro_batch_size=2", "train.global_batch_size=16", *overrides])
+    return load_config("tiny", ["train.micro_batch_size=2", "train.global_batch_size=16", *overrides])
 
 
 def values(run: RunConfig) -> list[tuple[str, object]]:

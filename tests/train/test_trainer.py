@@ -9,7 +9,8 @@ from unittest.mock import patch
 import pytest
 
 from llama_mcore.checkpoint.train_state import HealthState
-from llama_mcore.config.run import RunConfig, load_run
+from llama_mcore.config.load import load_config
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.distributed.config import ParallelConfig
 from llama_mcore.distributed.groups import TIMEOUT
 from llama_mcore.errors import OutputError, Problem
@@ -41,14 +42,14 @@ def timeout_of_collectives(run: RunConfig) -> timedelta:
 @pytest.mark.parametrize("limit", LIMITS)
 def test_collectives_outlast_every_limit_of_the_watchdog(limit: str) -> None:
     """Else they end the run first, and name nobody."""
-    run = load_run("7b", [f"watchdog.{limit}=7200"])
+    run = load_config("7b", [f"watchdog.{limit}=7200"])
     longest = timedelta(seconds=7200) + timedelta(seconds=run.checkpoint.timeout_s)
     assert timeout_of_collectives(run) > longest
 
 
 def test_short_limits_leave_the_usual_timeout() -> None:
     short = [f"watchdog.{limit}=1" for limit in LIMITS]
-    assert timeout_of_collectives(load_run("7b", [*short, "checkpoint.timeout_s=1"])) == TIMEOUT
+    assert timeout_of_collectives(load_config("7b", [*short, "checkpoint.timeout_s=1"])) == TIMEOUT
 
 
 def test_a_job_that_loses_its_run_while_it_rolls_back_puts_nothing_aside(

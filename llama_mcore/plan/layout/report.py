@@ -4,7 +4,7 @@ Python."""
 from collections.abc import Sequence
 from typing import Any
 
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.plan.layout.flops import token_flops
 from llama_mcore.plan.layout.footprint import Footprint
 from llama_mcore.plan.layout.hardware import GIB, Gpu
