@@ -136,9 +136,7 @@ def _check_mcore_layer(run: RunConfig) -> Iterator[Problem]:
         yield Problem("data.reset_attention_at_eod", True, reason)
     scaling = run.model.rope_scaling
     if scaling and scaling != RopeScaling(factor=scaling.factor):
-        reason = (
-            "needs model.layer = llama: megatron-core's own has Llama 3's bounds 1, 4 and 8192 only"
-        )
+        reason = "needs model.layer = llama: megatron-core's own has Llama 3's bounds 1, 4 and 8192 only"
         yield Problem("model.rope_scaling", scaling.model_dump(), reason)
 
 

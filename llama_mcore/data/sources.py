@@ -40,7 +40,7 @@ def missing_inputs(data: DataConfig) -> list[Problem]:
     """Datasets and tokenizer that are not there, each under the setting that names it."""
     problems = [_missing(setting, prefix) for setting, prefix in _prefixes(data)]
     if data.tokenizer and not os.path.isfile(data.tokenizer):
-        remedy = "give the tokenizer that the data was made with, or make one with tools/train_tokenizer.py"
+        remedy = "give the tokenizer that the data was made with, or train one (train-tokenizer)"
         problems.append(input_problem("data.tokenizer", data.tokenizer, remedy))
     found = [problem for problem in problems if problem]
     if found and all(str(problem.value).startswith(_DEMO) for problem in found):

@@ -127,7 +127,7 @@ def _append(writer: DatasetWriter, dataset: IndexedDataset, progress: InputProgr
         progress.advance(bytes=tokens.nbytes, documents=documents, tokens=len(tokens))
     if manifest and checksums and checksums.finish() != manifest.block_checksums:
         reason = "has blocks without the checksums of its manifest"
-        remedy = f"`python tools/inspect_dataset.py {dataset.prefix} --verify` says which"
+        remedy = f"`llama-mcore inspect-dataset {dataset.prefix} --verify` says which"
         raise DataError(Problem("dataset", bin_path(dataset.prefix), reason, remedy))
 
 

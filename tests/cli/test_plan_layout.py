@@ -5,25 +5,22 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner, Result
 
-from llama_mcore.cli.plan_layout import add_commands
+from llama_mcore.cli.plan import app
 from llama_mcore.config.checks import check_config
 from llama_mcore.config.load import load_config
 from llama_mcore.plan.layout.memory import model_state
 from tests.cli.fresh import LOOPS_OF_TWO_SECONDS, loaded_and_loops
 from tests.support.errors import is_shown
 
-APP = typer.Typer(pretty_exceptions_enable=False)
-add_commands(APP)
 LAYOUT = ["layout", "--model", "65b", "--gpus", "2048", "--gpu", "a100-80gb", "--tokens", "1.4T"]
 SMALL = ["layout", "--model", "7b", "--gpus", "64", "--gpu", "h100", "--tokens", "1T"]
 SHAPED = ["layout", "--num-layers=36", "--hidden-size=3584", "--num-attention-heads=28", *SMALL[3:]]
 
 
 def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(APP, arguments)
+    return CliRunner().invoke(app, arguments)
 
 
 def answer(*arguments: str) -> dict:

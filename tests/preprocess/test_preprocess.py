@@ -170,7 +170,7 @@ def test_all_formats_at_once_and_several_values_after_one_flag(tokenizer_model: 
     done = run(
         *("--input", folder / "a.jsonl", folder / "b.jsonl.gz", "--json-keys", "text", "text"),
         *("--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", tokenizer_model, "--workers", 1),
-        *("--output-prefix", tmp_path / "two", "--log-interval", 10, "--partitions", 1),
+        *("--output-prefix", tmp_path / "two"),
     )
     assert done.exit_code == 0, done.stderr
     assert "80 documents in = 80 written" in done.stdout

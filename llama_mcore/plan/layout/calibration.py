@@ -1,5 +1,6 @@
-"""A calibration file: constants by name, or what `tools/benchmark.py step --json` measured on one GPU. Pure
-Python."""
+"""A calibration file: constants by name, or what `llama-mcore benchmark step --json` measured on one GPU.
+
+Imports no torch."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -111,7 +112,7 @@ class _Environment(BaseModel):
 
 
 class _Measured(BaseModel):
-    """What is read of `tools/benchmark.py step --json`."""
+    """What is read of `llama-mcore benchmark step --json`."""
 
     benchmark: Literal["step"]
     environment: _Environment
