@@ -33,7 +33,7 @@ help:
 	@echo "make test-crash (every fault of a save, every layout, 25 kills; KILLS=1000 for more),"
 	@echo "make test-data (tokens of a whole corpus from both encoders; TEST_CORPUS_MB=25),"
 	@echo "make test-slurm (the job scripts on a real Slurm of virtual nodes; needs root; SAMPLE=1 for four jobs),"
-	@echo "make lint (ruff, mypy, shellcheck), make venv (only the environment), make clean (removes it and the caches)."
+	@echo "make lint (ruff, import contracts, mypy, shellcheck), make venv (only the environment), make clean (removes it and the caches)."
 	@echo "PYTHON=/path/to/python selects the interpreter: 3.11 or 3.12."
 
 demo: $(STAMP)
@@ -82,6 +82,7 @@ test-data: $(STAMP)
 lint: $(STAMP)
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
+	@$(VENV_PYTHON) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()' --no-cache --no-logo
 	@$(VENV_PYTHON) -m mypy
 	@.venv/bin/shellcheck -x slurm/*.sh tests/slurm/*.sh .ci/run
 

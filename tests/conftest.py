@@ -26,7 +26,7 @@ settings.register_profile("llama_mcore", deadline=None)
 settings.load_profile("llama_mcore")
 
 PACKAGE = Path(__file__).parents[1] / "llama_mcore"
-SOURCES = ("cli/commands.py", "config/run.py", "errors.py", "generate/generate.py")
+SOURCES = ("cli/plan.py", "config/load.py", "config/checks.py", "errors.py", "generate/generate.py")
 STARTS_A_PROCESS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "world.Call"}
 Once = Callable[[str, Callable[[Path], object]], Path]
 

@@ -344,17 +344,17 @@ MUTANTS = [
     ),
     Mutant(
         name="tensor parallelism divides what it splits",
-        symbol="_check_parallel",
-        old="if value % tp",
-        new="if value < tp",
-        tests=["tests/config/test_run.py::test_what_tensor_parallelism_splits_must_divide"],
+        symbol="_check_splits",
+        old="if value % parallel.tp",
+        new="if value < parallel.tp",
+        tests=["tests/config/test_config.py::test_what_tensor_parallelism_splits_must_divide"],
     ),
     Mutant(
         name="unknown keys are refused",
         symbol="Section",
         old='extra="forbid"',
         new='extra="ignore"',
-        tests=["tests/config/test_run.py::test_an_unknown_key_is_refused_with_the_nearest_name"],
+        tests=["tests/config/test_config.py::test_an_unknown_key_is_refused_with_the_nearest_name"],
     ),
     Mutant(
         name="no run begins in a folder that is not its own",

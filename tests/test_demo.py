@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from llama_mcore.config.run import check_run, load_run
+from llama_mcore.config.checks import check_config
+from llama_mcore.config.load import load_config
 from tests.support.errors import is_shown
 from tests.support.models import Small
 from tests.support.product import train
@@ -37,8 +38,8 @@ def demo() -> dict[str, Any]:
 @pytest.mark.parametrize("gpus", LAYOUTS)
 def test_the_model_trains_as_the_machine_allows(gpus: int, demo: dict[str, Any]) -> None:
     layout = demo["layout_for"](gpus)
-    run = load_run("tiny", list(layout.overrides))
-    check_run(run, layout.ranks)
+    run = load_config("tiny", list(layout.overrides))
+    check_config(run, layout.ranks)
     splits = run.parallel.sequence_parallel and run.parallel.tp > 1
     found = (layout.ranks, run.parallel.tp, splits, run.train.precision, run.run.deterministic)
     assert found == LAYOUTS[gpus]
@@ -59,7 +60,7 @@ def test_the_command_line_is_the_layout(gpus: int, steps: int, demo: dict[str, A
     assert words[words.index("--nproc-per-node") + 1] == str(layout.ranks)
     overrides = words[words.index("tiny") + 1 :]
     assert set(layout.overrides) <= set(overrides)
-    assert load_run("tiny", overrides).train.steps == steps
+    assert load_config("tiny", overrides).train.steps == steps
 
 
 @pytest.mark.process

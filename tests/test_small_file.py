@@ -10,18 +10,18 @@ import torch
 
 from llama_mcore import small_file
 from llama_mcore.config.ds_file import read_ds_file
-from llama_mcore.config.run import dump_run, load_run
+from llama_mcore.config.load import dump_config, load_config
 from llama_mcore.convert.folder import read_json_object
 from llama_mcore.convert.formats.huggingface.config import hf_config
 from llama_mcore.convert.registry import named_model
 from llama_mcore.data.manifest import manifest_path, read_manifest
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.distributed.config import ZeroConfig
 from llama_mcore.errors import DataError, LlamaMcoreError, MissingInputError
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.plan.layout.calibration import load_calibration
 from llama_mcore.plan.layout.efficiency import Efficiency
 from llama_mcore.small_file import read_small_file
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 from tests.support.errors import refused
 from tests.support.models import PLAIN
 
@@ -85,8 +85,8 @@ def test_a_file_that_a_user_names_may_be_a_link(tmp_path: Path) -> None:
         return tmp_path / name
 
     config = linked("config.json", json.dumps(hf_config(ModelConfig(**PLAIN), torch.float32, None)))
-    tiny = load_run("tiny", [])
-    assert load_run(str(linked("run.yaml", dump_run(tiny))), []) == tiny
+    tiny = load_config("tiny", [])
+    assert load_config(str(linked("run.yaml", dump_config(tiny))), []) == tiny
     assert read_ds_file(ZeroConfig(config=str(linked("ds.json", "{}"))))[1] == {}
     assert load_calibration(linked("calibration.json", "{}")) == Efficiency()
     assert named_model(str(config)).num_layers == PLAIN["num_layers"]

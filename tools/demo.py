@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))  # llama_mcore of this checkout, also where it is 
 import llama_mcore.installed  # noqa: E402, F401
 
 # isort: split
-from llama_mcore.config.run import load_run  # noqa: E402
+from llama_mcore.config.load import load_config  # noqa: E402
 from llama_mcore.errors import report_errors  # noqa: E402
 from llama_mcore.observe.loss_curve import Point, loss_curve  # noqa: E402
 from llama_mcore.observe.metrics_file import read_metrics  # noqa: E402
@@ -132,14 +132,14 @@ def demo(steps: int, layout: Layout) -> None:
 
 
 def corpus() -> str:
-    run("tools/build_corpus.py", "--output-dir", DEMO / "corpus")
+    run(["tools/build_corpus.py"], "--output-dir", DEMO / "corpus")
     return f"text of this machine's Python in {DEMO}/corpus"
 
 
 def tokenizer() -> str:
     model = DEMO / "tokenizer/tokenizer.model"
     run(
-        "tools/train_tokenizer.py",
+        subcommand("train-tokenizer"),
         *(word for source in VALIDATION for word in ("--input", f"{source}={DEMO}/corpus/{source}.jsonl")),
         *("--output", model, "--vocab-size", VOCAB_SIZE, "--report"),
     )
@@ -149,7 +149,7 @@ def tokenizer() -> str:
 def datasets() -> str:
     for source, validation in VALIDATION.items():
         run(
-            "tools/preprocess_data.py",
+            ["tools/preprocess_data.py"],
             *("--input", DEMO / f"corpus/{source}.jsonl"),
             *("--tokenizer-model", DEMO / "tokenizer/tokenizer.model"),
             *("--output-prefix", DEMO / f"data/{source}", "--workers", 2, "--append-eod"),
@@ -192,17 +192,17 @@ def compare_with_uninterrupted(command: list[object]) -> str:
 
 
 def audit() -> str:
-    run("tools/audit_data.py", TRAIN)
+    run(subcommand("audit-data"), TRAIN)
     return "the interrupted run read every window as often as planned"
 
 
 def export() -> str:
-    run("tools/convert_checkpoint.py", "--input", TRAIN, "--to", "hf", "--output", DEMO / "hf")
+    run(["tools/convert_checkpoint.py"], "--input", TRAIN, "--to", "hf", "--output", DEMO / "hf")
     return f"loaded by transformers with the same logits; {DEMO}/hf"
 
 
 def generate() -> str:
-    run("tools/generate.py", "--checkpoint", DEMO / "hf", "--prompt", PROMPT, "--max-new-tokens", 60)
+    run(subcommand("generate"), "--checkpoint", DEMO / "hf", "--prompt", PROMPT, "--max-new-tokens", 60)
     return "a continuation by six million parameters"
 
 
@@ -220,8 +220,13 @@ def train_command(steps: int, layout: Layout) -> list[object]:
     return [*launcher, *run, *layout.overrides, *fewer]
 
 
-def run(tool: str, *args: object) -> None:
-    execute([sys.executable, tool, *args])
+def run(program: list[str], *args: object) -> None:
+    execute([sys.executable, *program, *args])
+
+
+def subcommand(name: str) -> list[str]:
+    """`llama-mcore NAME`, which may not be installed."""
+    return ["-m", "llama_mcore.cli", name]
 
 
 def execute(command: list[object]) -> None:
@@ -248,7 +253,7 @@ def steps_done(run_dir: Path) -> int:
 
 
 def configured_steps() -> int:
-    return load_run("tiny").train.steps
+    return load_config("tiny").train.steps
 
 
 def check(holds: bool, failure: str) -> None:

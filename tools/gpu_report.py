@@ -156,12 +156,12 @@ def billion(output: Path) -> None:
 
 
 def benchmark(part: str, *words: str) -> Callable[[Path], None]:
-    """tools/benchmark.py WORDS."""
+    """`llama-mcore benchmark WORDS`."""
 
     def work(output: Path) -> None:
         result = output / f"{part}-result.json"
         result.unlink(missing_ok=True)
-        command = [sys.executable, "tools/benchmark.py", *words, "--json", str(result)]
+        command = [sys.executable, "-m", "llama_mcore.cli", "benchmark", *words, "--json", str(result)]
         subprocess.run(command, cwd=ROOT, check=True)
         tell_quantities(part, json.loads(result.read_text()))
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from llama_mcore.benchmark.gpu_report import check, showing, tell
 from llama_mcore.checkpoint.paths import step_dir
-from llama_mcore.config.run import load_run
+from llama_mcore.config.load import load_config
 from llama_mcore.data.indexed_dataset import IndexedWriter
 from llama_mcore.distributed.device import on_gpu
 from llama_mcore.errors import EXIT_SAVED
@@ -95,7 +95,7 @@ class Billion:
     @property
     def gigabytes(self) -> float:
         """Of a checkpoint."""
-        return 12 * load_run(str(self.config)).model.num_params() / 1e9
+        return 12 * load_config(str(self.config)).model.num_params() / 1e9
 
     def start(self, *words: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "llama_mcore.cli", "train", "--config", str(self.config), *words]
@@ -185,7 +185,7 @@ def _show_memory(run: Billion, peak: int) -> None:
     if not on_gpu():
         tell(MEMORY, "unproven", "the plan is that of a GPU")
         return
-    plan = memory_of(load_run(str(run.config)), world_size=1)
+    plan = memory_of(load_config(str(run.config)), world_size=1)
     planned = plan.total - plan.libraries - plan.margin
     error = peak / planned - 1
     with showing(MEMORY) as said:

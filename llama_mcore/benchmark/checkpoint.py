@@ -23,7 +23,7 @@ from llama_mcore.checkpoint.safetensors_io import write_tensors
 from llama_mcore.checkpoint.saver import Saver
 from llama_mcore.checkpoint.snapshot import saved_tensors
 from llama_mcore.checkpoint.train_state import TrainState
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.distributed.device import seconds_of
 from llama_mcore.distributed.groups import Groups, process_groups
 from llama_mcore.errors import MissingInputError, input_problem

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.data.loader import MicroBatch
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.model.build import build_model, mcore_layer

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from llama_mcore.benchmark.memory import kept_bytes
 from llama_mcore.benchmark.models import CONTENDERS, Contender, Workload, benchmark_run, random_batch
 from llama_mcore.benchmark.runner import Bar, OtherWork, Result, say
-from llama_mcore.config.run import check_run
+from llama_mcore.config.checks import check_config
 from llama_mcore.distributed.device import (
     device_name,
     on_gpu,
@@ -114,7 +114,7 @@ def request(
             [Problem(f"--{e['loc'][0]}".replace("_", "-"), e["input"], e["msg"]) for e in error.errors()]
         ) from None
     size = micro_batch_size or CPU_MICRO_BATCH
-    check_run(benchmark_run(model, size), world_size=1)
+    check_config(benchmark_run(model, size), world_size=1)
     return Request(model, size, rounds, repeats, chosen)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from llama_mcore.checkpoint.durable_io import replace_hint
 from llama_mcore.checkpoint.paths import LATEST
 from llama_mcore.checkpoint.train_state import TrainState
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.parameters import COLUMNS, PARAMETERS, Parameter

@@ -30,7 +30,8 @@ from llama_mcore.checkpoint.manifest import (
 from llama_mcore.checkpoint.paths import MANIFEST, checkpoints_dir, step_folders, unreadable
 from llama_mcore.checkpoint.run_lock import FOLDER as LEASE
 from llama_mcore.checkpoint.train_state import Origin
-from llama_mcore.config.run import LARGEST_CONFIG, RunConfig
+from llama_mcore.config.load import LARGEST_CONFIG
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.config.section import Section
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, Problem, input_problem, shown
 from llama_mcore.observe.goodput.attempts import ATTEMPTS_FILE

@@ -47,7 +47,7 @@ from llama_mcore.checkpoint.run_lock import Lease
 from llama_mcore.checkpoint.safetensors_io import write_tensors
 from llama_mcore.checkpoint.snapshot import SLOTS, Copying, check_finite, host_copy, not_finite, saved_tensors
 from llama_mcore.checkpoint.train_state import TrainState
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.distributed.collectives import any_rank, gather_results
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.errors import Problem, shown

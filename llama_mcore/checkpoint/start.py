@@ -31,7 +31,7 @@ from llama_mcore.checkpoint.run_dir import (
 )
 from llama_mcore.checkpoint.run_lock import FOLDER as LEASE
 from llama_mcore.checkpoint.train_state import Origin
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.errors import (
     CheckpointError,
     ConfigError,

@@ -1,11 +1,11 @@
-"""The command line: options in, exit codes out. What a command does lies in the other rooms.
+"""The command line: options in, exit codes out. What a command does lies in the other packages.
 
-`commands.py` has the commands of `llama-mcore`, `plan.py` and `plan_layout.py` those of `llama-mcore plan`,
-`benchmark.py` those of tools/benchmark.py; `start_run.py` is what `train` and `preflight` do before ranks
-meet. A command imports what it needs when it runs: `--help` and `--dry-run` load no torch. This room may
-import every other, and no other imports it. Begin with commands.py.
+`main.py` is `llama-mcore`; its commands lie in `data.py`, `train.py`, `launch.py`, `checkpoint.py`, `plan.py`
+and `benchmark.py`, by who needs them; `options.py` has what they share. A command imports what it needs when
+it runs, so that `--help` and `--dry-run` load no torch. May import every package; none imports it. Begin with
+main.py.
 """
 
-from llama_mcore.cli.commands import app, main
+from llama_mcore.cli.main import app, main
 
 __all__ = ["app", "main"]

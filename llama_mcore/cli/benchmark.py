@@ -1,4 +1,4 @@
-"""The commands of tools/benchmark.py. Each imports what it needs when it runs."""
+"""Commands of `llama-mcore benchmark`."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,29 +6,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llama_mcore.cli.options import Debug, command_group
 from llama_mcore.errors import report_errors
 
 if TYPE_CHECKING:
     from llama_mcore.benchmark.runner import Bar, Result
 
-app = typer.Typer(
-    name="benchmark",
-    help="Measure this product. docs/benchmarks.md says what is compared, how, and what was found.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+app = command_group(
+    "benchmark",
+    "Measure this product. docs/benchmarks.md says what is compared, how, and what was found.",
 )
-
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
-Check = Annotated[bool, typer.Option("--check", help="Exit 1 when a stated bar is not held.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Print a traceback with an error.")]
-Dimension = Annotated[int | None, typer.Option(min=1, help="In place of what the model has.")]
-
-
-@app.callback()
-def _root() -> None:
-    """Keeps NAME an argument however many benchmarks there are."""
+Check = Annotated[bool, typer.Option("--check", help="Exit with 1 if a stated bar is missed.")]
+Dimension = Annotated[int | None, typer.Option(min=1, help="Replaces the model's own.")]
 
 
 @app.command("step")
@@ -47,8 +37,8 @@ def step(
         str | None, typer.Option(help="Recomputation of our layer: none, selective or full.")
     ] = None,
     attention: Annotated[str | None, typer.Option(help="Attention of our layer: cudnn, flash ...")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 5,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed passes in one turn.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each contender.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed passes in one round.")] = 2,
     contender: Annotated[
         list[str] | None, typer.Option(help="Only this one; repeat for several: ours, mcore, huggingface.")
     ] = None,
@@ -56,7 +46,7 @@ def step(
     check: Check = False,
     debug: Debug = False,
 ) -> None:
-    """A training step beside megatron-core's own layers and Hugging Face: time, memory, MFU."""
+    """Measure a training step beside megatron-core's own layers and Hugging Face: time, memory, MFU."""
     fields = {
         "num_layers": num_layers,
         "hidden_size": hidden_size,
@@ -70,7 +60,7 @@ def step(
         "attention": attention,
     }
     with report_errors(debug):
-        _silence()
+        _prepare()
         from llama_mcore.benchmark.step import measure, request, stated_bars
 
         asked = request(model, fields, micro_batch_size, rounds, repeats, contender)
@@ -80,9 +70,9 @@ def step(
 
 @app.command("activation-memory")
 def activation_memory(json: Json = None, check: Check = False, debug: Debug = False) -> None:
-    """Bytes that one layer keeps for its backward under each recompute policy."""
+    """Measure the bytes that one layer keeps for its backward under each recompute policy."""
     with report_errors(debug):
-        _silence()
+        _prepare()
         from llama_mcore.benchmark.activation_memory import BARS, SHAPE, measure
 
         code = _run("activation-memory", lambda: measure(SHAPE), BARS, json, check)
@@ -92,14 +82,14 @@ def activation_memory(json: Json = None, check: Check = False, debug: Debug = Fa
 @app.command("preprocess")
 def preprocess(
     megabytes: Annotated[int, typer.Option(min=1, help="Size of the corpus.")] = 1000,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each contender.")] = 3,
     json: Json = None,
     check: Check = False,
     debug: Debug = False,
 ) -> None:
-    """tools/preprocess_data.py beside itself with sentencepiece and the bare encoder: MB/s, memory."""
+    """Measure preprocessing beside the same with sentencepiece and the bare encoder: MB/s, memory."""
     with report_errors(debug):
-        _silence()
+        _prepare()
         from llama_mcore.benchmark.preprocess import BARS, measure
 
         code = _run("preprocess", lambda: measure(megabytes, rounds), BARS, json, check)
@@ -108,9 +98,9 @@ def preprocess(
 
 @app.command("loader")
 def loader(json: Json = None, check: Check = False, debug: Debug = False) -> None:
-    """Tokens/s that one process reads, and how fast the order of 1.4T tokens starts."""
+    """Measure the tokens/s that one process reads, and how fast the order of 1.4T tokens starts."""
     with report_errors(debug):
-        _silence()
+        _prepare()
         from llama_mcore.benchmark.loader import BARS, measure
 
         code = _run("loader", measure, BARS, json, check)
@@ -120,16 +110,16 @@ def loader(json: Json = None, check: Check = False, debug: Debug = False) -> Non
 @app.command("checkpoint")
 def checkpoint(
     folder: Annotated[
-        Path | None, typer.Option(help="On the disk to measure; default: that of temporary files.")
+        Path | None, typer.Option(help="Folder on the disk to measure; default: that of temporary files.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each thing that is measured.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each measurement.")] = 5,
     json: Json = None,
     check: Check = False,
     debug: Debug = False,
 ) -> None:
-    """Saves beside training and without: stall, write speed with hashing, verification, loading."""
+    """Measure saves during training and without: stall, write speed with hashing, verification, loading."""
     with report_errors(debug):
-        _silence()
+        _prepare()
         from llama_mcore.benchmark.checkpoint import BARS, measure
 
         code = _run("checkpoint", lambda: measure(rounds, folder), BARS, json, check)
@@ -139,19 +129,19 @@ def checkpoint(
 @app.command("convert")
 def convert(
     folder: Annotated[
-        Path | None, typer.Option(help="On the disk to measure; default: that of temporary files.")
+        Path | None, typer.Option(help="Folder on the disk to measure; default: that of temporary files.")
     ] = None,
     layers: Annotated[
         int, typer.Option(min=1, help="Layers of the model, of about 100 MB each in bf16.")
     ] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each conversion.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each conversion.")] = 3,
     json: Json = None,
     check: Check = False,
     debug: Debug = False,
 ) -> None:
-    """Conversions between formats beside cp of the same bytes: speed, memory."""
+    """Measure conversions between formats beside cp of the same bytes: speed, memory."""
     with report_errors(debug):
-        _silence()
+        _prepare()
         from llama_mcore.benchmark.convert import BARS, measure
 
         code = _run("convert", lambda: measure(layers, rounds, folder), BARS, json, check)
@@ -168,11 +158,10 @@ def _run(
     return finish(measure(), json, check)
 
 
-def _silence() -> None:
-    """Before megatron-core and DeepSpeed are imported."""
-    from llama_mcore.distributed.device import choose_device, on_gpu
-    from llama_mcore.observe.log import setup_logging, silence_libraries
+def _prepare() -> None:
+    """Choose the device and silence the libraries, before megatron-core and DeepSpeed are imported."""
+    from llama_mcore.api import prepare_process
+    from llama_mcore.observe.log import setup_logging
 
-    choose_device()
     setup_logging(rank=0)
-    silence_libraries(cpu=not on_gpu())
+    prepare_process()

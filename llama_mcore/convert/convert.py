@@ -18,6 +18,7 @@ from llama_mcore.convert.folder import RECEIPT, TOKENIZER_MODEL
 from llama_mcore.convert.model_weights import Rounded, Weights
 from llama_mcore.convert.registry import Format, WriteOptions, check_there, detect, get_format, named_model
 from llama_mcore.data.finished import cannot_replace
+from llama_mcore.data.tokenizer import LARGEST_MODEL, Tokenizer
 from llama_mcore.distributed.device import choose_device, on_gpu
 from llama_mcore.errors import (
     CheckpointError,
@@ -32,7 +33,6 @@ from llama_mcore.errors import (
 from llama_mcore.observe.log import silence_libraries
 from llama_mcore.progress import ByteProgress
 from llama_mcore.small_file import read_json, read_small_file
-from llama_mcore.tokenizer.tokenizer import LARGEST_MODEL, Tokenizer
 from llama_mcore.units import parse_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from llama_mcore.checkpoint.manifest import changed_fields
 from llama_mcore.checkpoint.paths import unreadable
-from llama_mcore.config.run import LARGEST_CONFIG, load_run
+from llama_mcore.config.load import LARGEST_CONFIG, load_config
 from llama_mcore.convert.model_weights import Weights
 from llama_mcore.errors import ConfigError, MissingInputError, Problem, input_problem, shown
 from llama_mcore.model.config import PRESETS, ModelConfig
@@ -126,7 +126,7 @@ def named_model(name: str) -> ModelConfig:
             return model_of(read_json(path, LARGEST_CONFIG, follow=True))
         except (OSError, ValueError, ValidationError, AttributeError) as error:
             raise ConfigError(Problem("--model", name, f"cannot be read ({shown(error)})", remedy)) from None
-    return load_run(name).model
+    return load_config(name).model
 
 
 def check_named(named: ModelConfig | None, found: ModelConfig, place: Path) -> None:

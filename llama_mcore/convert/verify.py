@@ -23,8 +23,8 @@ from llama_mcore.checkpoint.paths import WEIGHT
 from llama_mcore.checkpoint.safetensors_io import bytes_of
 from llama_mcore.convert.model_weights import Rounded, Weights, loaded_model
 from llama_mcore.convert.registry import Format, WriteOptions
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import CheckpointError, Problem, shown
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 LOGITS_TOLERANCE = 1e-5
 """Largest difference of two logits, relative to the largest logit."""

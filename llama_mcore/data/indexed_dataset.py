@@ -158,7 +158,7 @@ def _warn_without_manifest(prefix: str) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(
             f"warning: dataset {prefix} has no manifest: its tokenizer is unknown, and changed tokens go "
-            f"unnoticed; add one with `python tools/inspect_dataset.py {prefix} --write-manifest "
+            f"unnoticed; add one with `llama-mcore inspect-dataset {prefix} --write-manifest "
             "--tokenizer-model MODEL`",
             file=sys.stderr,
             flush=True,

@@ -21,10 +21,10 @@ from llama_mcore.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.data.verify import Damage, count_problems, damaged_blocks, index_problems, open_problems
 from llama_mcore.errors import ConfigError, DataError, Problem
 from llama_mcore.progress import ByteProgress
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 _SHOWN_TOKENS = 1000
 _BAR_WIDTH = 40

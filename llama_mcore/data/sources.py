@@ -11,6 +11,7 @@ from llama_mcore.data.data_plan import Segment, plan_segment
 from llama_mcore.data.index import missing_dataset
 from llama_mcore.data.indexed_dataset import IndexedDataset
 from llama_mcore.data.manifest import DatasetManifest
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.data.windows import WindowDataset
 from llama_mcore.errors import (
     DataError,
@@ -21,7 +22,6 @@ from llama_mcore.errors import (
     input_problem,
     raise_all,
 )
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 _DEMO = "runs/demo/"
 """Folder of the data of the configuration `tiny`."""
@@ -40,7 +40,9 @@ def missing_inputs(data: DataConfig) -> list[Problem]:
     """Problems of missing datasets and of a missing tokenizer, under the settings that name them."""
     problems = [_missing(setting, prefix) for setting, prefix in _prefixes(data)]
     if data.tokenizer and not os.path.isfile(data.tokenizer):
-        remedy = "give the tokenizer that the data was made with, or train one with tools/train_tokenizer.py"
+        remedy = (
+            "give the tokenizer that the data was made with, or train one with llama-mcore train-tokenizer"
+        )
         problems.append(input_problem("data.tokenizer", data.tokenizer, remedy))
     found = [problem for problem in problems if problem]
     if found and all(str(problem.value).startswith(_DEMO) for problem in found):

@@ -15,7 +15,7 @@ import torch
 
 from llama_mcore.checkpoint.config import CheckpointConfig
 from llama_mcore.checkpoint.run_dir import PREFLIGHT_MARK as MARK
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.diagnose.finding import Finding
 from llama_mcore.distributed.cgroup import available_memory, memory_limit
 from llama_mcore.distributed.device import device_name, gpu_library_versions, gpu_memory_bytes

@@ -12,7 +12,7 @@ from pathlib import Path
 from llama_mcore.checkpoint.paths import checkpoints_dir, room_for, step_folders
 from llama_mcore.checkpoint.run_lock import check_free
 from llama_mcore.checkpoint.start import Outlook, Start, outlook
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.data.data_plan import Segment, check_caps
 from llama_mcore.data.sources import OpenSource, missing_inputs, open_sources, plan_run
 from llama_mcore.diagnose.finding import Finding, problem_of

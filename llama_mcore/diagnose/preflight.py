@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from llama_mcore.background import run_with_timeout
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.diagnose.allreduce import all_reduce_speed
 from llama_mcore.diagnose.checks_node import kernels, memory, run_folder, shared_mark, versions
 from llama_mcore.diagnose.checks_run import data, free_space, start

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from llama_mcore.convert.model_weights import Weights
 from llama_mcore.convert.registry import open_weights
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.distributed.device import choose_device, local_device, on_gpu
 from llama_mcore.errors import CheckpointError, DataError, MissingInputError, Problem, input_problem, say
 from llama_mcore.generate.decoder import Decoder
 from llama_mcore.observe.log import silence_libraries
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 
 def generate(

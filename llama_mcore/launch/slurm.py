@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llama_mcore.config.run import RunConfig, check_run, load_run
+from llama_mcore.config.checks import check_config
+from llama_mcore.config.load import load_config
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.errors import ConfigError, LlamaMcoreError, OutputError, Problem, gathering, raise_all
 from llama_mcore.files import output_errors, published
 from llama_mcore.train.ds_config import deepspeed_config
@@ -53,7 +55,7 @@ def job_script(config: str, overrides: Sequence[str], job: SlurmJob, *, data_lat
     failures: list[LlamaMcoreError] = []
     problems = [*_check_job(job), *_check_words(config, overrides)]
     with gathering(failures):
-        run = load_run(config, overrides)
+        run = load_config(config, overrides)
     if failures:
         raise_all([ConfigError(problems), *failures] if problems else failures)
     job = replace(job, job_name=job.job_name or Path(run.run.dir).name)
@@ -132,7 +134,7 @@ def _render(config: str, overrides: Sequence[str], run: RunConfig, job: SlurmJob
             "#!/usr/bin/env bash",
             *lines,
             f"# {format_count(run.model.num_params())} parameters on {ranks:,} ranks: tensor parallel "
-            f"{run.parallel.tp} x data parallel {run.data_parallel_size(ranks):,},",
+            f"{run.parallel.tp} x data parallel {run.parallel.dp(ranks):,},",
             f"# ZeRO-{run.zero.stage}; {format_count(run.tokens_per_step * run.train.steps)} tokens. "
             "Written by llama-mcore slurm.",
             "#",
@@ -162,8 +164,8 @@ def _check_run(run: RunConfig, job: SlurmJob) -> list[Problem]:
     if ranks < 1:
         return []  # a problem of --nodes or --gpus-per-node
     try:
-        check_run(run, ranks)
-        deepspeed_config(run.zero, run.train, run.optim, run.data_parallel_size(ranks))
+        check_config(run, ranks)
+        deepspeed_config(run.zero, run.train, run.optim, run.parallel.dp(ranks))
     except LlamaMcoreError as error:
         return error.problems
     return []

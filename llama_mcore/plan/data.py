@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llama_mcore.config.run import load_mixture
+from llama_mcore.config.load import load_mixture
 from llama_mcore.data.config import SourceConfig
 from llama_mcore.errors import ConfigError, Problem, nearest
 from llama_mcore.plan.arguments import all_of

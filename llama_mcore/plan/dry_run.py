@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.data.config import DataConfig
 from llama_mcore.errors import on_a_line
 from llama_mcore.model.config import ModelConfig
@@ -53,7 +53,7 @@ def _describe_model(model: ModelConfig) -> str:
 
 
 def _describe_layout(run: RunConfig, world_size: int) -> str:
-    tp, dp = run.parallel.tp, run.data_parallel_size(world_size)
+    tp, dp = run.parallel.tp, run.parallel.dp(world_size)
     sequence_parallel = "on" if run.parallel.sequence_parallel and tp > 1 else "off"
     return "\n".join(
         [
@@ -69,14 +69,14 @@ def _describe_tokens(run: RunConfig, world_size: int) -> str:
     train, steps = run.train, run.accumulation_steps(world_size)
     batch = (
         f"{train.global_batch_size:,} sequences = micro-batch {train.micro_batch_size} "
-        f"x dp {run.data_parallel_size(world_size):,} x accumulation {steps}"
+        f"x dp {run.parallel.dp(world_size):,} x accumulation {steps}"
     )
     tokens = f"{run.tokens_per_step:,} a step, {format_count(_total_tokens(run))} in {train.steps:,} steps"
     return "\n".join([_line("batch", batch), _line("tokens", tokens)])
 
 
 def _describe_memory(run: RunConfig, world_size: int) -> str:
-    found, stage, dp = memory_of(run, world_size), run.zero.stage, run.data_parallel_size(world_size)
+    found, stage, dp = memory_of(run, world_size), run.zero.stage, run.parallel.dp(world_size)
     state, kept = found.state, found.saved_layers + found.saved_rest
     host = ", host memory" if found.host_state else ""
 

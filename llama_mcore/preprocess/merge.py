@@ -133,7 +133,7 @@ def _append(writer: DatasetWriter, dataset: IndexedDataset, progress: ByteProgre
         progress.advance(tokens.nbytes, documents, len(tokens))
     if manifest and checksums and checksums.finish() != manifest.block_checksums:
         reason = "has blocks that do not match the checksums of its manifest"
-        remedy = f"`python tools/inspect_dataset.py {dataset.prefix} --verify` lists them"
+        remedy = f"`llama-mcore inspect-dataset {dataset.prefix} --verify` lists them"
         raise DataError(Problem("dataset", bin_path(dataset.prefix), reason, remedy))
 
 

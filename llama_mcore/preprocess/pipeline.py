@@ -23,6 +23,7 @@ from llama_mcore.data import finished
 from llama_mcore.data.index import bin_path
 from llama_mcore.data.indexed_dataset import optimal_dtype
 from llama_mcore.data.manifest import TOKENIZER_MODEL
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import DataError, LlamaMcoreError, Problem, gathering, raise_all
 from llama_mcore.files import prepare_output
 from llama_mcore.preprocess.concatenate import join_parts, remove_dataset, remove_leftovers, write_quarantine
@@ -42,7 +43,6 @@ from llama_mcore.preprocess.pool import Workers
 from llama_mcore.preprocess.summary import Totals, describe
 from llama_mcore.preprocess.work_queue import Shard, WorkQueue
 from llama_mcore.progress import ByteProgress
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 _FORMAT = 1
 """Version of the parts and of the rules that make them."""

@@ -23,6 +23,7 @@ from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 from llama_mcore import __version__
 from llama_mcore.data.finished import cannot_replace, job_sha256
+from llama_mcore.data.tokenizer import LARGEST_MODEL
 from llama_mcore.errors import ConfigError, DataError, Problem
 from llama_mcore.files import output_errors, prepare_output, published
 from llama_mcore.progress import SECONDS_BETWEEN_LINES
@@ -30,7 +31,6 @@ from llama_mcore.small_file import parse_json, read_small_file
 from llama_mcore.tokenizer.corpus import MAX_LINE_BYTES, Corpus, TextSource, find_sources
 from llama_mcore.tokenizer.memory import TrainerMemory
 from llama_mcore.tokenizer.report import TokenizerReport, report_on
-from llama_mcore.tokenizer.tokenizer import LARGEST_MODEL
 
 # The trainer_spec and normalizer_spec inside the tokenizer.model that Meta released with LLaMA. num_threads
 # stays at SentencePiece's default: the model stores it, and would otherwise differ from machine to machine.

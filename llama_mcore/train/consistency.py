@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama_mcore.config.ds_file import read_ds_file
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.data.sources import OpenSource
 from llama_mcore.distributed.collectives import (
     broadcast_from_rank0,

@@ -16,7 +16,7 @@ from llama_mcore.checkpoint.run_dir import not_foreign, read_lineage, write_line
 from llama_mcore.checkpoint.run_lock import FOLDER as LEASE
 from llama_mcore.checkpoint.start import Start, StartPlan, none_valid, plan_start
 from llama_mcore.checkpoint.train_state import TrainState
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.distributed.collectives import broadcast_from_rank0, run_on_all_ranks
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.errors import CheckpointError, OutputError, Problem

@@ -23,7 +23,8 @@ from llama_mcore.checkpoint.run_lock import Lease, held_lease
 from llama_mcore.checkpoint.saver import Saver
 from llama_mcore.checkpoint.start import Start
 from llama_mcore.checkpoint.train_state import TrainState
-from llama_mcore.config.run import RunConfig, dump_run
+from llama_mcore.config.load import dump_config
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.data.data_plan import Segment, check_caps, continued
 from llama_mcore.data.loader import MicroBatches, Samples
 from llama_mcore.data.sources import OpenSource, open_sources, plan_run
@@ -267,7 +268,7 @@ def _write_run_dir(run: RunConfig, computation: Computation, found: ResumePoint,
         lease.check()  # what is moved aside or replaced may be another job's
         prepare_run_dir(run_dir, found)
         checkpoints_dir(run_dir).mkdir(parents=True, exist_ok=True)
-        replace_hint(run_dir / CONFIG_FILE, f"# {computation}\n{dump_run(run)}")
+        replace_hint(run_dir / CONFIG_FILE, f"# {computation}\n{dump_config(run)}")
     except OSError as error:
         raise _unwritable(run_dir, error) from None
 

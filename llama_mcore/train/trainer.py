@@ -12,7 +12,7 @@ from pathlib import Path
 from llama_mcore.checkpoint.deepspeed_export import save_deepspeed_folder
 from llama_mcore.checkpoint.saver import SavedCheckpoint, Saver
 from llama_mcore.checkpoint.train_state import TrainState
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.data.loader import MicroBatch, MicroBatches, eval_batches, validation_windows
 from llama_mcore.data.sources import OpenSource
 from llama_mcore.data.windows import WindowDataset

@@ -23,7 +23,7 @@ from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.checkpoint.saver import Saver
 from llama_mcore.checkpoint.start import Start
 from llama_mcore.checkpoint.train_state import TrainState
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.distributed.groups import Groups, model_parallel_groups
 from llama_mcore.model.sharding import parameter_shapes, shard, split_of
 from llama_mcore.observe.phases import Phases

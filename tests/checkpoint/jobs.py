@@ -21,7 +21,7 @@ from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.checkpoint.run_dir import find_checkpoint
 from llama_mcore.checkpoint.saver import save_checkpoint
 from llama_mcore.checkpoint.train_state import TrainState
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.data.loader import MicroBatch
 from llama_mcore.distributed.groups import Groups, model_parallel_groups
 from llama_mcore.errors import OutputError

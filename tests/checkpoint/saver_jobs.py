@@ -26,7 +26,7 @@ from llama_mcore.checkpoint.run_dir import find_checkpoint
 from llama_mcore.checkpoint.run_lock import FOLDER, held_lease
 from llama_mcore.checkpoint.saver import Saver, save_checkpoint
 from llama_mcore.checkpoint.train_state import TrainState
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.distributed.device import CopyStream
 from llama_mcore.distributed.groups import Groups, model_parallel_groups
 from llama_mcore.errors import OutputError

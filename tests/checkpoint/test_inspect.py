@@ -214,7 +214,7 @@ def test_progress_names_rate_and_time_left(checkpoint: Path, monkeypatch: pytest
 
 @pytest.mark.process
 def test_the_script_in_tools_is_the_command(checkpoint: Path) -> None:
-    command = [sys.executable, "tools/inspect_checkpoint.py", str(checkpoint), "--verify"]
+    command = [sys.executable, "-m", "llama_mcore.cli", "inspect-checkpoint", str(checkpoint), "--verify"]
     done = subprocess.run(
         command, cwd=ROOT, env=launched_environment(), capture_output=True, text=True, timeout=TIMEOUT_S
     )

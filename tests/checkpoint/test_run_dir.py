@@ -7,7 +7,8 @@ import pytest
 from llama_mcore.checkpoint import durable_io
 from llama_mcore.checkpoint.run_dir import CONFIG_FILE, foreign, is_same_run, state_of
 from llama_mcore.checkpoint.start import outlook
-from llama_mcore.config.run import RunConfig, dump_run, load_run
+from llama_mcore.config.load import dump_config, load_config
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.errors import OutputError
 from tests.support.errors import is_shown, refused
 from tests.support.models import Small
@@ -26,7 +27,7 @@ LEFTOVERS = [
 @pytest.fixture
 def run(tmp_path: Path) -> RunConfig:
     (tmp_path / "run").mkdir()
-    return load_run("tiny", [f"run.dir={tmp_path / 'run'}"])
+    return load_config("tiny", [f"run.dir={tmp_path / 'run'}"])
 
 
 def test_leftovers_are_nobodys(run: RunConfig) -> None:
@@ -63,14 +64,14 @@ def test_a_file_is_no_folder(run: RunConfig, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [0, 30, 300])
 def test_a_configuration_that_was_cut_is_none(run: RunConfig, kept: int) -> None:
-    text = dump_run(run)[:kept]
+    text = dump_config(run)[:kept]
     assert not text.endswith("\n")
     (Path(run.run.dir) / "config.yaml").write_text(text)
     assert is_same_run(Path(run.run.dir), run)
 
 
 def test_a_whole_configuration_tells_runs_apart(run: RunConfig) -> None:
-    (Path(run.run.dir) / "config.yaml").write_text(dump_run(run))
+    (Path(run.run.dir) / "config.yaml").write_text(dump_config(run))
     assert is_same_run(Path(run.run.dir), run)
     assert not is_same_run(Path(run.run.dir), run.changed(run={"seed": 7}))
 

@@ -15,7 +15,7 @@ from llama_mcore.checkpoint import durable_io, snapshot
 from llama_mcore.checkpoint.config import RING_BYTES, CheckpointConfig
 from llama_mcore.checkpoint.durable_io import write_file
 from llama_mcore.checkpoint.snapshot import SLOTS, HostCopy, Need, not_finite, why_too_little
-from llama_mcore.config.run import load_run
+from llama_mcore.config.load import load_config
 from llama_mcore.distributed.device import CopyStream, host_block
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.errors import ConfigError, PreflightError
@@ -118,7 +118,7 @@ def test_the_ring_is_not_larger_than_what_a_run_allows() -> None:
 @pytest.mark.parametrize("value", ["63KiB", "much", "true", "-1"])
 def test_what_is_no_size_or_too_small_is_refused(value: str) -> None:
     with refused(ConfigError, "checkpoint.host_memory", remedy=False):
-        load_run("tiny", [f"checkpoint.host_memory={value}"])
+        load_config("tiny", [f"checkpoint.host_memory={value}"])
 
 
 def test_memory_that_is_not_there_is_refused() -> None:

@@ -22,7 +22,8 @@ from llama_mcore.checkpoint.run_dir import (
 )
 from llama_mcore.checkpoint.start import Outlook, Start, StartPlan, outlook, plan_start
 from llama_mcore.checkpoint.train_state import TrainState
-from llama_mcore.config.run import RunConfig, dump_run
+from llama_mcore.config.load import dump_config
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.errors import CheckpointError, ConfigError, LlamaMcoreError, MissingInputError
 from llama_mcore.train.resume import archive_checkpoints_after
 from tests.checkpoint.damage import edit_manifest
@@ -324,7 +325,7 @@ def test_a_plain_start_begins_again_with_the_same_weights(
     run: RunConfig, run_dir: Path, source: Path
 ) -> None:
     lineage = begun(run_dir, source)
-    (run_dir / "config.yaml").write_text(dump_run(run))
+    (run_dir / "config.yaml").write_text(dump_config(run))
     for start in (Start(), Start(init_from=str(source))):
         plan = plan_start(run, start)
         assert plan.lineage == lineage

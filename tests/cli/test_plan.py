@@ -2,8 +2,6 @@
 
 import json
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -181,19 +179,6 @@ def test_the_picture_is_drawn_and_kept(tmp_path: Path) -> None:
     picture = tmp_path / "size.png"
     assert run(*QUESTION, "--picture", str(picture))[0] == 0
     assert run(*QUESTION, "--picture", str(picture))[0] == 73
-
-
-@pytest.mark.process
-def test_the_script_is_the_command() -> None:
-    script = ROOT / "tools" / "plan.py"
-    result = subprocess.run(
-        [sys.executable, script, *QUESTION, "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-    )
-    assert json.loads(result.stdout) == json.loads(run(*QUESTION, "--json")[1])
 
 
 @pytest.mark.process

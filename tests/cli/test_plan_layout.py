@@ -5,24 +5,22 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner, Result
 
-from llama_mcore.cli.plan_layout import add_commands
-from llama_mcore.config.run import check_run, load_run
+from llama_mcore.cli.plan import app
+from llama_mcore.config.checks import check_config
+from llama_mcore.config.load import load_config
 from llama_mcore.plan.layout.memory import model_state
 from tests.cli.fresh import LOOPS_OF_TWO_SECONDS, loaded_and_loops
 from tests.support.errors import is_shown
 
-APP = typer.Typer(pretty_exceptions_enable=False)
-add_commands(APP)
 LAYOUT = ["layout", "--model", "65b", "--gpus", "2048", "--gpu", "a100-80gb", "--tokens", "1.4T"]
 SMALL = ["layout", "--model", "7b", "--gpus", "64", "--gpu", "h100", "--tokens", "1T"]
 SHAPED = ["layout", "--num-layers=36", "--hidden-size=3584", "--num-attention-heads=28", *SMALL[3:]]
 
 
 def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(APP, arguments)
+    return CliRunner().invoke(app, arguments)
 
 
 def answer(*arguments: str) -> dict:
@@ -71,8 +69,8 @@ def test_answers_in_two_seconds_and_without_torch() -> None:
 def test_a_written_layout_loads_and_passes_the_checks(tmp_path: Path) -> None:
     path = tmp_path / "my run.yaml"
     found = answer(*SMALL, "--write-config", str(path))
-    run = load_run(str(path))
-    check_run(run, 64)
+    run = load_config(str(path))
+    check_config(run, 64)
     layout = found["layout"]
     assert (run.parallel.tp, run.zero.stage) == (layout["tp"], layout["zero_stage"])
     assert run.model.recompute == layout["recompute"]
@@ -87,8 +85,8 @@ def test_a_written_script_starts_the_written_run(tmp_path: Path) -> None:
     config, script = tmp_path / "run.yaml", tmp_path / "job.sh"
     found = answer(*SHAPED, "--write-config", str(config), "--write-script", str(script))
     assert found["script"] == str(script)
-    run = load_run(str(config))
-    check_run(run, 64)
+    run = load_config(str(config))
+    check_config(run, 64)
     assert (run.model.num_layers, run.model.hidden_size, run.model.num_attention_heads) == (36, 3584, 28)
     assert run.run.dir == "runs/llama-5.84b"
     subprocess.run(["bash", "-n", script], check=True)
@@ -140,7 +138,7 @@ def test_a_layout_of_every_model_can_be_written(tmp_path: Path, model: str) -> N
     path = tmp_path / "run.yaml"
     cluster = ("--gpus=256", "--gpu=h200", "--tokens=1T")
     answer("layout", f"--model={model}", *cluster, f"--write-config={path}")
-    check_run(load_run(str(path)), 256)
+    check_config(load_config(str(path)), 256)
 
 
 def test_no_file_is_overwritten(tmp_path: Path) -> None:
@@ -214,7 +212,7 @@ def test_memory_by_config_and_by_options_is_the_same() -> None:
     )
     by_options = answer("memory", *options.split())
     assert by_options == answer("memory", "--config", "65b", "--world-size", "2048")
-    run = load_run("65b")
+    run = load_config("65b")
     state = model_state(run.model, run.parallel, run.zero, "bf16", 2048)
     assert by_options["model_state_bytes"] == state.total
     assert set(by_options["activations_per_layer"]) == {"none", "selective", "full"}

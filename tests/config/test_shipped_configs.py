@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from llama_mcore.config.run import CONFIG_DIR, check_run, load_run
+from llama_mcore.config.checks import check_config
+from llama_mcore.config.load import CONFIG_DIR, load_config
 from llama_mcore.plan.dry_run import describe_run
 from tests.support.world import ROOT
 
@@ -41,20 +42,20 @@ def test_all_that_is_shipped_is_tested() -> None:
 
 @pytest.mark.parametrize(("name", "world_size"), [(name, world) for name in WORLDS for world in WORLDS[name]])
 def test_a_shipped_run_fits_its_worlds(name: str, world_size: int) -> None:
-    run = load_run(name)
-    check_run(run, world_size)
+    run = load_config(name)
+    check_config(run, world_size)
     assert f"{world_size:,} ranks" in describe_run(run, world_size)
 
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_a_shipped_run_can_be_a_few_steps(name: str) -> None:
-    check_run(load_run(name, ["train.steps=10"]), WORLDS[name][0])
+    check_config(load_config(name, ["train.steps=10"]), WORLDS[name][0])
 
 
 @pytest.mark.parametrize("name", TABLE_2)
 def test_the_paper_sizes_have_the_settings_of_table_2(name: str) -> None:
     params, dimension, heads, layers, lr, tokens = TABLE_2[name]
-    run = load_run(name)
+    run = load_config(name)
     model = run.model
     assert model.num_params() == params
     assert (model.hidden_size, model.num_attention_heads, model.num_layers) == (dimension, heads, layers)
@@ -67,7 +68,7 @@ def test_the_paper_sizes_have_the_settings_of_table_2(name: str) -> None:
 
 @pytest.mark.parametrize("name", TABLE_2)
 def test_the_paper_sizes_have_the_optimizer_of_section_2_3(name: str) -> None:
-    run = load_run(name)
+    run = load_config(name)
     optim = run.optim
     assert (optim.beta1, optim.beta2, optim.weight_decay, optim.clip_grad) == (0.9, 0.95, 0.1, 1.0)
     assert (optim.warmup_steps, optim.min_lr_ratio) == (2000, 0.1)
@@ -75,7 +76,7 @@ def test_the_paper_sizes_have_the_optimizer_of_section_2_3(name: str) -> None:
 
 
 def test_65b_on_2048_ranks_has_one_micro_batch_a_step() -> None:
-    run = load_run("65b")
+    run = load_config("65b")
     assert run.accumulation_steps(2048) == 1
     assert run.zero.stage == 2
 
@@ -146,7 +147,7 @@ TABLE_1 = {
 
 @pytest.mark.parametrize("name", TABLE_2)
 def test_the_paper_sizes_read_table_1(name: str) -> None:
-    sources = load_run(name).data.named_sources
+    sources = load_config(name).data.named_sources
     assert {source: config.epochs for source, config in sources.items()} == {
         source: epochs for source, (_, epochs) in TABLE_1.items()
     }
@@ -161,7 +162,7 @@ def test_the_recipes_of_the_readme_are_runs_that_fit() -> None:
     fitted = []
     for words in commands:
         name = words[words.index("--config") + 1]
-        run = load_run(name, words[words.index(name) + 1 :])
-        check_run(run, int(words[words.index("--nproc-per-node") + 1]))
+        run = load_config(name, words[words.index(name) + 1 :])
+        check_config(run, int(words[words.index("--nproc-per-node") + 1]))
         fitted.append((name, run.data.train))
     assert fitted == [("tiny", "data/mine_text_document"), ("7b", "data/mine_text_document")]

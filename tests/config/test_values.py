@@ -8,7 +8,9 @@ from typing import get_args
 import pytest
 from pydantic.fields import FieldInfo
 
-from llama_mcore.config.run import RunConfig, check_run, load_run
+from llama_mcore.config.checks import check_config
+from llama_mcore.config.load import load_config
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.config.section import Section
 from llama_mcore.errors import ConfigError, MissingInputError, Problem
 from llama_mcore.plan.dry_run import describe_run
@@ -37,11 +39,11 @@ FIELDS = [*(name for name, _ in fields(RunConfig)), "data.sources.SOURCE", "data
 def problems(config: str, ranks: int, override: str) -> list[Problem]:
     """What is wrong with a run when it is read. What is read must be fit to be checked and described."""
     try:
-        run = load_run(config, [override])
+        run = load_config(config, [override])
     except ConfigError as error:
         return error.problems
     with suppress(ConfigError):
-        check_run(run, ranks)
+        check_config(run, ranks)
         assert describe_run(run, ranks)
     return []
 
@@ -84,18 +86,18 @@ def test_every_field_has_a_docstring() -> None:
 )
 def test_what_would_fail_later_is_refused(override: str, field: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_run(load_run("tiny", [override]), 2)
+        check_config(load_config("tiny", [override]), 2)
     assert [problem.field for problem in caught.value.problems] == [field]
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**63])
 def test_a_seed_has_32_bits(seed: int) -> None:
-    assert load_run("tiny", [f"run.seed={2**32 - 1}"]).run.seed == 2**32 - 1
+    assert load_config("tiny", [f"run.seed={2**32 - 1}"]).run.seed == 2**32 - 1
     assert [problem.field for problem in problems("tiny", 2, f"run.seed={seed}")] == ["run.seed"]
 
 
 def test_derived_sizes_follow_numbers_that_were_written_as_text() -> None:
-    model = load_run("tiny", ["model.num_attention_heads='2'"]).model
+    model = load_config("tiny", ["model.num_attention_heads='2'"]).model
     assert (model.num_attention_heads, model.num_query_groups, model.head_dim) == (2, 2, 128)
 
 
@@ -104,5 +106,5 @@ def test_a_key_that_is_a_number_is_no_known_key(key: str, tmp_path: Path) -> Non
     path = tmp_path / "run.yaml"
     path.write_text(key)
     with pytest.raises(ConfigError) as error:
-        load_run(str(path))
+        load_config(str(path))
     assert "3" in str(error.value)

@@ -171,7 +171,7 @@ def test_a_dataset_without_a_manifest_opens_with_one_warning(
     IndexedDataset(tmp_path / "d")
     warning = capsys.readouterr().err
     assert len(warning.splitlines()) == 1
-    assert f"python tools/inspect_dataset.py {tmp_path / 'd'} --write-manifest" in warning
+    assert f"llama-mcore inspect-dataset {tmp_path / 'd'} --write-manifest" in warning
 
 
 def test_only_the_first_rank_of_a_node_warns(

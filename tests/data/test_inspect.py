@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from llama_mcore.cli import app
 from llama_mcore.data.indexed_dataset import IndexedDataset
 from llama_mcore.data.manifest import build_manifest, write_manifest
-from llama_mcore.tokenizer.tokenizer import Tokenizer
+from llama_mcore.data.tokenizer import Tokenizer
 from tests.data.test_indexed_dataset import write
 from tests.support.errors import is_shown
 from tests.support.text import LINES

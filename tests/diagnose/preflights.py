@@ -20,7 +20,8 @@ from llama_mcore.checkpoint.manifest import Layout, Manifest, RankFile, manifest
 from llama_mcore.checkpoint.paths import step_dir
 from llama_mcore.checkpoint.run_dir import new_lineage, write_lineage
 from llama_mcore.checkpoint.start import Start
-from llama_mcore.config.run import RunConfig, load_run
+from llama_mcore.config.load import load_config
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.diagnose import allreduce, checks_node, checks_run, preflight
 from llama_mcore.diagnose.finding import Finding
 from llama_mcore.errors import LlamaMcoreError, Problem
@@ -83,7 +84,7 @@ def look(case: Case, output: Path) -> Seen:
 
     preflight.examine = observed
     try:
-        run = load_run("tiny", [*case.settings, *(case.of_rank_1 if rank == 1 else ())])
+        run = load_config("tiny", [*case.settings, *(case.of_rank_1 if rank == 1 else ())])
         preflight.preflight(run, case.as_json, case.start)
     except LlamaMcoreError as error:
         exit_code, problems = error.exit_code, error.problems
@@ -91,7 +92,7 @@ def look(case: Case, output: Path) -> Seen:
 
 
 def cases(folder: Path, settings: list[str]) -> dict[str, Case]:
-    run = load_run("tiny", settings)
+    run = load_config("tiny", settings)
     memory = memory_of(run, 2)
     certain = memory.state.total + memory.saved_layers + memory.saved_rest
     (folder / "file").touch()

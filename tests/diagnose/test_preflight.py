@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_mcore.config.run import RunConfig, load_run
+from llama_mcore.config.load import load_config
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.diagnose import checks_node
 from llama_mcore.diagnose.checks_node import source_digest
 from llama_mcore.diagnose.finding import Finding
@@ -166,7 +167,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, run: RunConfig, free: int, total: int) 
 
 
 def test_what_other_processes_hold_of_a_gpu_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = load_run("7b")
+    run = load_config("7b")
     plan, name = memory_of(run, 8), "model state and activations"
     own, total = plan.libraries, 100 * plan.total
     alone = gpu(monkeypatch, run, total - own, total)
@@ -187,7 +188,8 @@ def test_host_memory_of_saves_is_what_training_leaves(
     monkeypatch: pytest.MonkeyPatch, gpu: bool, zero: str, training: bool
 ) -> None:
     """Half of it is for copies; with less they go through a ring."""
-    run = load_run("7b", [f"zero.stage={3 if 'zero3' in zero else 1}", f"zero.config=ds_configs/{zero}.json"])
+    stage = 3 if "zero3" in zero else 1
+    run = load_config("7b", [f"zero.stage={stage}", f"zero.config=ds_configs/{zero}.json"])
     plan = memory_of(run, 8)
     own = 0 if not training else plan.host_state if gpu else plan.total - plan.libraries
     assert bool(own) == training

@@ -12,11 +12,11 @@ from llama_mcore.cli import app
 from llama_mcore.convert.convert import convert
 from llama_mcore.convert.formats import huggingface
 from llama_mcore.convert.registry import NAMES, WriteOptions
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import CheckpointError, DataError, MissingInputError
 from llama_mcore.generate.generate import generate, sample
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.sharding import parameter_shapes
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 from llama_mcore.tokenizer.train import train_tokenizer
 from tests.support.errors import refused
 from tests.support.text import write_jsonl

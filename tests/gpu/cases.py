@@ -17,7 +17,7 @@ from llama_mcore.checkpoint.loader import load_checkpoint
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.checkpoint.saver import Saver, save_checkpoint
 from llama_mcore.checkpoint.train_state import TrainState
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.data.loader import MicroBatch
 from llama_mcore.distributed.config import ParallelConfig
 from llama_mcore.distributed.device import DEVICE, hide_gpus

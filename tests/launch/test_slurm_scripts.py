@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llama_mcore.config.run import check_run, load_run
+from llama_mcore.config.checks import check_config
+from llama_mcore.config.load import load_config
 from llama_mcore.launch.slurm import SlurmJob, job_script, write_script
 from llama_mcore.preprocess import preprocess
 from llama_mcore.tokenizer.train import train_tokenizer
@@ -322,8 +323,8 @@ def test_a_site_names_the_first_node(start: Callable, tmp_path: Path) -> None:
 def test_the_nodes_that_it_asks_for_suit_its_run(script: str) -> None:
     text = (ROOT / "slurm" / script).read_text()
     nodes, gpus = (int(re.search(rf"#SBATCH --{name}=(\d+)", text)[1]) for name in ("nodes", "gpus-per-node"))
-    run = load_run(script.removesuffix(".sh"))
-    check_run(run, nodes * gpus)
+    run = load_config(script.removesuffix(".sh"))
+    check_config(run, nodes * gpus)
     assert gpus % run.parallel.tp == 0
     assert f"{nodes * gpus:,} A100" in text
     assert "#SBATCH --signal=B:USR1@180" in text

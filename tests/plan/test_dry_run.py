@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_mcore.config.run import RunConfig, load_run
+from llama_mcore.config.load import load_config
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.plan.dry_run import conclude, describe_run
 from llama_mcore.plan.layout.footprint import memory_of
 from llama_mcore.plan.layout.hardware import GIB
@@ -14,7 +15,7 @@ from llama_mcore.plan.layout.hardware import GIB
 @pytest.fixture
 def run(tmp_path: Path) -> RunConfig:
     data = [f"data.{name}={tmp_path / name}" for name in ("train", "valid")]
-    return load_run(
+    return load_config(
         "tiny", [*data, f"data.tokenizer={tmp_path / 'tokenizer.model'}", f"run.dir={tmp_path / 'run'}"]
     )
 
@@ -34,7 +35,7 @@ def test_the_numbers_of_a_run(run: RunConfig) -> None:
 
 @pytest.mark.parametrize("overrides", [[], ["zero.stage=3", "zero.config=ds_configs/zero3_offload.json"]])
 def test_memory_is_that_of_plan_memory_and_sums_up(overrides: list[str]) -> None:
-    run = load_run("7b", overrides)
+    run = load_config("7b", overrides)
     found = memory_of(run, 8)
     rows = re.findall(r"^.{16}(\S[\w ]*?) +([\d.]+) GiB  (.*)$", describe_run(run, 8), re.MULTILINE)
     *parts, total = [(name, float(size)) for name, size, note in rows if ", host memory" not in note]
@@ -44,7 +45,7 @@ def test_memory_is_that_of_plan_memory_and_sums_up(overrides: list[str]) -> None
 
 
 def test_long_names_of_sources_keep_their_distance() -> None:
-    text = describe_run(load_run("65b"), 2048)
+    text = describe_run(load_config("65b"), 2048)
     assert "stack_exchange.train  data/stack_exchange_text_document.bin" in text
 
 
@@ -73,8 +74,8 @@ def test_the_conclusion(run: RunConfig) -> None:
 
 
 def test_offloaded_state_is_shown_in_host_memory() -> None:
-    plain = load_run("7b", ["zero.stage=3"])
-    offload = load_run("7b", ["zero.stage=3", "zero.config=ds_configs/zero3_offload.json"])
+    plain = load_config("7b", ["zero.stage=3"])
+    offload = load_config("7b", ["zero.stage=3", "zero.config=ds_configs/zero3_offload.json"])
     assert ", host memory" not in describe_run(plain, 8)
     assert describe_run(offload, 8).count(", host memory") == 3
     assert "on each rank, without host memory" in describe_run(offload, 8)
@@ -92,11 +93,11 @@ def test_offloaded_state_is_shown_in_host_memory() -> None:
     ],
 )
 def test_the_host_memory_of_saves_is_said(setting: str, rows: list[str]) -> None:
-    text = describe_run(load_run("7b", [f"checkpoint.host_memory={setting}"]), 8)
+    text = describe_run(load_config("7b", [f"checkpoint.host_memory={setting}"]), 8)
     assert all(row in text for row in rows)
     assert ("training waits" in text) == (setting != "11GB")
 
 
 def test_what_one_tensor_parallel_rank_cannot_do_is_off() -> None:
-    run = load_run("tiny", ["parallel.tp=1"])
+    run = load_config("tiny", ["parallel.tp=1"])
     assert "sequence parallel off" in describe_run(run, 1)

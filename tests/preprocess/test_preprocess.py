@@ -24,12 +24,12 @@ from llama_mcore import progress
 from llama_mcore.cli import app
 from llama_mcore.data.indexed_dataset import IndexedDataset
 from llama_mcore.data.manifest import build_manifest
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import ConfigError, DataError, PreflightError
 from llama_mcore.preprocess import pipeline, preprocess
 from llama_mcore.preprocess import worker as worker_module
 from llama_mcore.preprocess.inputs import Unit
 from llama_mcore.preprocess.worker import shuffle
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 from tests.support.errors import is_shown, refused
 from tests.support.text import write_jsonl
 from tests.support.world import ROOT, TIMEOUT_S, wait_until
@@ -169,7 +169,7 @@ def test_all_formats_at_once_and_several_values_after_one_flag(tokenizer_model: 
     done = run(
         *("--input", folder / "a.jsonl", folder / "b.jsonl.gz", "--json-keys", "text", "text"),
         *("--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", tokenizer_model, "--workers", 1),
-        *("--output-prefix", tmp_path / "two", "--log-interval", 10, "--partitions", 1),
+        *("--output-prefix", tmp_path / "two"),
     )
     assert done.exit_code == 0, done.stderr
     assert "80 documents in = 80 written" in done.stdout

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.data.indexed_dataset import IndexedWriter
 from llama_mcore.model.config import ModelConfig
 

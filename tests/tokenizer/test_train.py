@@ -23,6 +23,7 @@ from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from typer.testing import CliRunner
 
 from llama_mcore.cli import app
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import (
     ConfigError,
     DataError,
@@ -36,7 +37,6 @@ from llama_mcore.tokenizer import train
 from llama_mcore.tokenizer.corpus import find_sources, read_texts
 from llama_mcore.tokenizer.memory import TrainerMemory
 from llama_mcore.tokenizer.report import report_on
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 from llama_mcore.tokenizer.train import train_tokenizer
 from llama_mcore.units import parse_bytes
 from tests.support.errors import refused

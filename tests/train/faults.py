@@ -15,7 +15,7 @@ from llama_mcore.checkpoint.paths import checkpoints_dir
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.checkpoint.saver import save_checkpoint
 from llama_mcore.checkpoint.train_state import HealthState, TrainState
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.data.loader import MicroBatch
 from llama_mcore.distributed.groups import Groups, process_groups
 from llama_mcore.distributed.replicas import check_replicas

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.data.loader import MicroBatch
 from llama_mcore.distributed.config import ParallelConfig
 from llama_mcore.distributed.groups import Groups, model_parallel_groups, process_groups

@@ -11,7 +11,8 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 
 from llama_mcore.config.ds_file import CHECKOUT, KNOWN_KEYS
-from llama_mcore.config.run import RunConfig, load_run
+from llama_mcore.config.load import load_config
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.errors import ConfigError, MissingInputError, Problem
 from llama_mcore.plan.layout.footprint import memory_of
 from llama_mcore.train.ds_config import deepspeed_config
@@ -22,11 +23,11 @@ WORLD_SIZE = 4  # tp 2 x dp 2
 
 
 def filled(run: RunConfig) -> dict[str, Any]:
-    return deepspeed_config(run.zero, run.train, run.optim, run.data_parallel_size(WORLD_SIZE))
+    return deepspeed_config(run.zero, run.train, run.optim, run.parallel.dp(WORLD_SIZE))
 
 
 def tiny(*overrides: str) -> RunConfig:
-    return load_run("tiny", ["train.micro_batch_size=2", "train.global_batch_size=16", *overrides])
+    return load_config("tiny", ["train.micro_batch_size=2", "train.global_batch_size=16", *overrides])
 
 
 def values(run: RunConfig) -> list[tuple[str, object]]:

@@ -2,12 +2,12 @@
 
 import pytest
 
-from llama_mcore.config.run import load_run
+from llama_mcore.config.load import load_config
 from llama_mcore.distributed.device import device_name
 from llama_mcore.train.mfu import step_mfu
 
 A100 = "NVIDIA A100-SXM4-80GB"
-MODEL = load_run("65b").model
+MODEL = load_config("65b").model
 
 
 def test_65b_at_the_papers_speed() -> None:

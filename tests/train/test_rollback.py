@@ -14,7 +14,7 @@ import pytest
 
 from llama_mcore.checkpoint.audit import audit_run
 from llama_mcore.checkpoint.manifest import read_manifest
-from llama_mcore.config.run import load_run
+from llama_mcore.config.load import load_config
 from llama_mcore.data.windows import WindowDataset
 from llama_mcore.errors import DataError
 from llama_mcore.train.optim import learning_rate
@@ -160,7 +160,7 @@ def test_what_was_given_up_is_kept_with_its_decisions(lived: Live, small: Small,
     rows = given_up(lived(name).run_dir)
     assert [row["step"] for row in rows] == list(range(5, 11))
     assert decisions(rows) == {8: "lower the learning rate", 10: "roll back"}
-    optim = load_run("tiny", overrides(small, lived(name).run_dir)).optim
+    optim = load_config("tiny", overrides(small, lived(name).run_dir)).optim
     for row in rows:
         scale = 0.5 if row["step"] in (9, 10) else 1
         assert row["lr"] == learning_rate(row["step"], STEPS, optim) * scale

@@ -11,7 +11,8 @@ from unittest.mock import patch
 import pytest
 
 from llama_mcore.checkpoint.train_state import HealthState, TrainState
-from llama_mcore.config.run import RunConfig, load_run
+from llama_mcore.config.load import load_config
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.distributed.config import ParallelConfig
 from llama_mcore.distributed.groups import TIMEOUT
 from llama_mcore.errors import OutputError, Problem
@@ -44,14 +45,14 @@ def timeout_of_collectives(run: RunConfig) -> timedelta:
 @pytest.mark.parametrize("limit", LIMITS)
 def test_collectives_outlast_every_limit_of_the_watchdog(limit: str) -> None:
     """Else they end the run first, and name nobody."""
-    run = load_run("7b", [f"watchdog.{limit}=7200"])
+    run = load_config("7b", [f"watchdog.{limit}=7200"])
     longest = timedelta(seconds=7200) + timedelta(seconds=run.checkpoint.timeout_s)
     assert timeout_of_collectives(run) > longest
 
 
 def test_short_limits_leave_the_usual_timeout() -> None:
     short = [f"watchdog.{limit}=1" for limit in LIMITS]
-    assert timeout_of_collectives(load_run("7b", [*short, "checkpoint.timeout_s=1"])) == TIMEOUT
+    assert timeout_of_collectives(load_config("7b", [*short, "checkpoint.timeout_s=1"])) == TIMEOUT
 
 
 def trainer(monkeypatch: pytest.MonkeyPatch, **parts: object) -> Trainer:
@@ -76,7 +77,7 @@ def test_a_job_that_loses_its_run_in_a_rollback_archives_nothing(monkeypatch: py
         monkeypatch.setattr(trainer_module, name, noted(what))
     job = trainer(
         monkeypatch,
-        config=load_run("tiny", ["run.dir=run", "data.train=unused"]),
+        config=load_config("tiny", ["run.dir=run", "data.train=unused"]),
         state=TrainState(step=5),
         saver=SimpleNamespace(finish=lambda: None),
         sinks=SimpleNamespace(check=check, go_back=noted("metrics")),

@@ -15,7 +15,8 @@ import torch
 
 from llama_mcore.checkpoint.manifest import manifest_bytes, read_manifest
 from llama_mcore.checkpoint.paths import MANIFEST, step_dir
-from llama_mcore.config.run import RunConfig, load_run
+from llama_mcore.config.load import load_config
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.data.loader import Samples
 from llama_mcore.data.sources import open_sources, plan_run
 from llama_mcore.errors import report_errors
@@ -74,7 +75,7 @@ class Lived:
 
 def all_attempts(folder: Path, overrides: list[str], asked: Run) -> None:
     """One after the other."""
-    run = load_run("tiny", overrides)
+    run = load_config("tiny", overrides)
     ends: list[tuple[int | str | None, int]] = [(kill, 0) for kill in asked.kills]
     ends += [(None, stop) for stop in asked.stops]
     exit_codes = [exit_codes_of(2, live, folder, run, asked, *end) for end in (*ends, (None, 0))]

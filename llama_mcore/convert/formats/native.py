@@ -17,10 +17,10 @@ from llama_mcore.checkpoint.safetensors_io import TensorStream
 from llama_mcore.convert.fused_weights import is_vocabulary, padded
 from llama_mcore.convert.model_weights import Rounded, Weights
 from llama_mcore.convert.registry import Advance, Format, WriteOptions, check_named
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, Problem
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.sharding import local_shape, parameter_shapes, shard, split_of
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 
 def found_in(path: Path) -> bool:

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from llama_mcore.config.run import RunConfig, load_run
+from llama_mcore.config.load import load_config
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.model.config import Recompute
 from llama_mcore.plan.arguments import all_of
@@ -104,7 +105,7 @@ def run_of_config(config: str, world_size: str, others: Mapping[str, str]) -> tu
         again.append(Problem("--world-size", "(not given)", "is required with --config", "add it"))
     if again:
         raise ConfigError(again)
-    run, ranks = all_of(lambda: load_run(config), lambda: whole_number("--world-size", world_size))
+    run, ranks = all_of(lambda: load_config(config), lambda: whole_number("--world-size", world_size))
     return run, ranks
 
 

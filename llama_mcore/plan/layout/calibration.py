@@ -1,4 +1,4 @@
-"""Calibration files: constants by name, or a measurement of `tools/benchmark.py step --json` on one GPU.
+"""Calibration files: constants by name, or a measurement of `llama-mcore benchmark step --json` on one GPU.
 
 Imports no torch.
 """
@@ -122,7 +122,7 @@ class _Environment(BaseModel):
 
 
 class _Measured(BaseModel):
-    """Fields that are read from `tools/benchmark.py step --json`."""
+    """Fields that are read from `llama-mcore benchmark step --json`."""
 
     benchmark: Literal["step"]
     environment: _Environment

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from llama_mcore.config.ds_file import offloads_optimizer, read_ds_file
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.distributed.config import ParallelConfig, ZeroConfig
 from llama_mcore.errors import MissingInputError
 from llama_mcore.model.config import ModelConfig, Recompute

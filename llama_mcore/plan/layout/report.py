@@ -6,7 +6,7 @@ Imports no torch.
 from collections.abc import Sequence
 from typing import Any
 
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.plan.layout.flops import token_flops
 from llama_mcore.plan.layout.footprint import Footprint
 from llama_mcore.plan.layout.hardware import GIB, Gpu

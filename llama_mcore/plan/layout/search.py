@@ -10,7 +10,8 @@ from itertools import product
 from math import ceil
 from typing import get_args
 
-from llama_mcore.config.run import RunConfig, check_run
+from llama_mcore.config.checks import check_config
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.distributed.config import ParallelConfig
 from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.model.config import Recompute
@@ -95,7 +96,7 @@ class Option:
         return {
             "tp": run.parallel.tp,
             "sequence_parallel": run.parallel.sequence_parallel,
-            "dp": run.data_parallel_size(gpus),
+            "dp": run.parallel.dp(gpus),
             "zero_stage": run.zero.stage,
             "micro_batch_size": run.train.micro_batch_size,
             "accumulation_steps": run.accumulation_steps(gpus),
@@ -142,7 +143,7 @@ def _option(
         return f"batch: no multiple of micro-batch x dp is within {NEAR_BATCH:.0%} of {goal.sequences:,.0f}"
     run = _run(goal, batch, tp, stage, micro_batch, recompute)
     try:
-        check_run(run, cluster.gpus)
+        check_config(run, cluster.gpus)
     except ConfigError as error:
         return f"{error.problems[0].field} = {error.problems[0].value}: {error.problems[0].reason}"
     memory = memory_of(run, cluster.gpus)
@@ -190,7 +191,7 @@ def step_time(run: RunConfig, cluster: Cluster) -> StepTime:
 
 def check_model(goal: Goal) -> None:
     """Raise ConfigError for problems that no layout changes: a model that one rank cannot train either."""
-    check_run(_run(goal, 1, tp=1, stage=1, micro_batch=1, recompute="full"), world_size=1)
+    check_config(_run(goal, 1, tp=1, stage=1, micro_batch=1, recompute="full"), world_size=1)
 
 
 def nothing_fits(goal: Goal, cluster: Cluster, rejected: dict[str, int]) -> ConfigError:

@@ -7,7 +7,8 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from llama_mcore.config.run import CONFIG_DIR, RunConfig, dump_run, load_run
+from llama_mcore.config.load import CONFIG_DIR, dump_config, load_config
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.errors import ConfigError, OutputError, Problem, nearest
 from llama_mcore.files import output_errors, published
 from llama_mcore.model.config import PRESETS
@@ -44,8 +45,8 @@ def base_run(
     if model not in PRESETS:
         raise ConfigError(Problem("--model", model, "is not known", nearest(model, PRESETS)))
     if (CONFIG_DIR / f"{model}.yaml").is_file():
-        return load_run(model, length)
-    return _with_paper_lr(load_run(PATTERN, [f"model.preset={model}", f"run.dir=runs/{model}", *length]))
+        return load_config(model, length)
+    return _with_paper_lr(load_config(PATTERN, [f"model.preset={model}", f"run.dir=runs/{model}", *length]))
 
 
 def _shaped(given: Mapping[str, int], length: list[str]) -> RunConfig:
@@ -60,7 +61,7 @@ def _shaped(given: Mapping[str, int], length: list[str]) -> RunConfig:
     if hidden % heads:
         remedy = f"e.g. {heads * max(1, hidden // heads)}"
         raise ConfigError(Problem("--hidden-size", hidden, f"must be divisible by the {heads} heads", remedy))
-    run = load_run(PATTERN, [*(f"model.{name}={value}" for name, value in given.items()), *length])
+    run = load_config(PATTERN, [*(f"model.{name}={value}" for name, value in given.items()), *length])
     folder = f"runs/llama-{format_count(run.model.num_params()).lower()}"
     return run.changed(run={"dir": folder})
 
@@ -85,7 +86,7 @@ def check_files(config: Path | None, script: Path | None) -> None:
 
 
 def write_run(option: Option, config: Path, script: Path | None = None, *, force: bool = False) -> None:
-    """Write the run of a layout as `load_run` reads it; `script` is written later, but checked here too.
+    """Write the run of a layout as `load_config` reads it; `script` is written later, but checked here too.
 
     Raises OutputError, before anything is written, if a file exists and `force` is not given.
     """
@@ -105,7 +106,7 @@ def write_run(option: Option, config: Path, script: Path | None = None, *, force
         f"# Predicted: {option.tokens_per_s_per_gpu:,.0f} tokens/s/GPU, {option.days:,.1f} days.\n"
     )
     with published(config) as temporary, output_errors(config):
-        temporary.write_text(head + dump_run(option.run), encoding="utf-8")
+        temporary.write_text(head + dump_config(option.run), encoding="utf-8")
 
 
 def nodes_of(cluster: Cluster) -> tuple[int, int]:

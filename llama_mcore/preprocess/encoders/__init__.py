@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import DataError, Problem
 from llama_mcore.preprocess.encoders.gigatoken import GigatokenEncoder, why_not_gigatoken
 from llama_mcore.preprocess.encoders.text_split import CHUNK_CHARACTERS, TextSplitter
 from llama_mcore.preprocess.options import EncoderName
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 _QUOTED_CHARACTERS = 60
 

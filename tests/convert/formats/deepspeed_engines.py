@@ -22,7 +22,7 @@ from llama_mcore.checkpoint.deepspeed_export import save_deepspeed_folder
 from llama_mcore.checkpoint.paths import KINDS, WEIGHT
 from llama_mcore.checkpoint.saver import save_checkpoint
 from llama_mcore.checkpoint.train_state import TrainState
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.convert.formats.deepspeed import FORMAT
 from llama_mcore.convert.formats.native import NativeWeights
 from llama_mcore.convert.model_weights import Weights

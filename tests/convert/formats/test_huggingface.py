@@ -29,11 +29,11 @@ from llama_mcore.convert.fused_weights import NameTable
 from llama_mcore.convert.model_weights import Rounded
 from llama_mcore.convert.registry import WriteOptions
 from llama_mcore.convert.verify import Place, Verification, digest
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, OutputError
 from llama_mcore.generate.generate import generate
 from llama_mcore.model.parameters import PARAMETERS
 from llama_mcore.preprocess import preprocess
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 from llama_mcore.tokenizer.train import train_tokenizer
 from tests.checkpoint.damage import edit_manifest, edit_tensors
 from tests.support.errors import ANY, check_problem, refused

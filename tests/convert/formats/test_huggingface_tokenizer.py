@@ -18,9 +18,9 @@ from llama_mcore.convert.formats import huggingface
 from llama_mcore.convert.formats.huggingface import tokenizer as tokenizer_module
 from llama_mcore.convert.registry import WriteOptions
 from llama_mcore.convert.verify import texts_of_pieces
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import CheckpointError, ConfigError
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 from llama_mcore.tokenizer.train import LLAMA_TRAINER
 from tests.convert.invented import SHAPES, Invented
 from tests.support.errors import check_problem, refused

@@ -10,7 +10,7 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from llama_mcore.benchmark.memory import kept_bytes
-from llama_mcore.config.run import RunConfig
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.data.loader import MicroBatch
 from llama_mcore.distributed.config import ParallelConfig
 from llama_mcore.distributed.groups import Groups, process_groups

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_mcore.config.run import load_run
+from llama_mcore.config.load import load_config
 from llama_mcore.distributed.config import ParallelConfig, ZeroConfig
 from llama_mcore.errors import MissingInputError
 from llama_mcore.model.config import PRESETS, ModelConfig
@@ -106,7 +106,7 @@ def test_the_optimizer_s_copy_counts_where_it_is_larger_than_a_backward() -> Non
 
 def test_the_shipped_65b_fits_80_gb_as_its_script_says() -> None:
     """16 GiB of states and 29 GiB of activations."""
-    run = load_run("65b")
+    run = load_config("65b")
     found = footprint(run.model, run.parallel, run.zero, "bf16", run.train.micro_batch_size, 2048)
     assert round(found.state.total / 2**30) == 16
     assert round((found.saved_layers + found.saved_rest) / 2**30) == 29

@@ -3,7 +3,7 @@ names."""
 
 import pytest
 
-from llama_mcore.config.run import check_run
+from llama_mcore.config.checks import check_config
 from llama_mcore.errors import ConfigError
 from llama_mcore.plan.layout.efficiency import Efficiency
 from llama_mcore.plan.layout.flops import token_flops
@@ -60,7 +60,7 @@ def test_every_offered_layout_runs_and_fits(model: str, gpus: int, kind: str) ->
     options = found(model, gpus, kind).options
     assert options
     for option in options:
-        check_run(option.run, gpus)
+        check_config(option.run, gpus)
         layout = option.layout
         assert layout["tp"] * layout["dp"] == gpus  # type: ignore[operator]
         assert layout["sequence_parallel"] == (option.run.parallel.tp > 1)

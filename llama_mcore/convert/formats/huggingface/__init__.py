@@ -34,10 +34,10 @@ from llama_mcore.convert.formats.huggingface.tokenizer import tokenizer_files
 from llama_mcore.convert.fused_weights import HUGGING_FACE, join
 from llama_mcore.convert.model_weights import Weights
 from llama_mcore.convert.registry import Advance, Format, WriteOptions, check_named
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import CheckpointError, ConfigError, Problem, shown
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.sharding import parameter_shapes
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from llama_mcore.convert.formats.huggingface.tokenizer import pad_id
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import CheckpointError, Problem, shown
 from llama_mcore.model.config import ModelConfig, RopeScaling
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 CONFIG = "config.json"
 _DEFAULT_ROPE_THETA = 10000.0  # of LlamaConfig, where config.json is silent

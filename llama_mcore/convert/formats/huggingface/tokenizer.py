@@ -16,8 +16,8 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 from llama_mcore.convert.folder import TOKENIZER_MODEL
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import ConfigError, Problem, shown
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 
 _SPACE = "\u2581"
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.errors import DataError, MissingInputError
-from llama_mcore.tokenizer.tokenizer import Tokenizer
 from tests.support.errors import refused
 
 

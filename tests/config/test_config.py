@@ -1,4 +1,4 @@
-"""llama_mcore.config.run: what is read, and what is refused."""
+"""llama_mcore.config: what is read, and what is refused."""
 
 from pathlib import Path
 
@@ -10,7 +10,9 @@ from pydantic import ValidationError
 from typer.testing import CliRunner, Result
 
 from llama_mcore.cli import app
-from llama_mcore.config.run import RunConfig, check_run, dump_run, load_run
+from llama_mcore.config.checks import check_config
+from llama_mcore.config.load import dump_config, load_config
+from llama_mcore.config.schema import RunConfig
 from llama_mcore.errors import ConfigError, MissingInputError, Problem
 from tests.support.errors import check_problem, is_shown
 
@@ -39,14 +41,14 @@ def config(tmp_path: Path) -> str:
 def refused(config: str, *overrides: str) -> list[Problem]:
     """The problems with which `overrides` are refused when they are read."""
     with pytest.raises(ConfigError) as error:
-        load_run(config, overrides)
+        load_config(config, overrides)
     return error.value.problems
 
 
 def unfit(config: str, *overrides: str, world_size: int = 1) -> list[Problem]:
     """The problems with which settings that are fine one by one are refused together."""
     with pytest.raises(ConfigError) as error:
-        check_run(load_run(config, overrides), world_size)
+        check_config(load_config(config, overrides), world_size)
     return error.value.problems
 
 
@@ -55,18 +57,18 @@ def fields(problems: list[Problem]) -> set[str]:
 
 
 def test_a_valid_file_passes_every_check(config: str) -> None:
-    check_run(load_run(config), world_size=1)
+    check_config(load_config(config), world_size=1)
 
 
 def test_overrides_win_over_the_file_and_are_read_as_yaml(config: str) -> None:
     overrides = ["train.steps=20", "optim.lr=3e-4", "parallel.sequence_parallel=true", "run.dir=out=1"]
-    run = load_run(config, overrides)
+    run = load_config(config, overrides)
     assert (run.train.steps, run.optim.lr, run.parallel.sequence_parallel) == (20, 3e-4, True)
     assert run.run.dir == "out=1"
 
 
 def test_an_empty_override_means_null(config: str) -> None:
-    assert load_run(config, ["data.valid=validation", "data.valid="]).data.valid is None
+    assert load_config(config, ["data.valid=validation", "data.valid="]).data.valid is None
 
 
 @pytest.mark.parametrize("override", ["train.steps", "steps=3", "train.=3", "=3"])
@@ -123,7 +125,7 @@ def test_a_file_of_other_bytes_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_file_names_the_shipped_ones() -> None:
     with pytest.raises(MissingInputError) as error:
-        load_run("no-such-config")
+        load_config("no-such-config")
     remedy = check_problem(error.value.problems, "--config", "no-such-config").remedy
     assert all(name in remedy for name in ("tiny", "7b", "13b", "33b", "65b"))
 
@@ -138,7 +140,7 @@ def test_yaml_tags_build_no_objects(tmp_path: Path) -> None:
 def test_a_preset_stands_for_its_fields_and_fields_beside_it_win(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({**VALID, "model": {"preset": "7b", "vocab_size": 512}}))
-    model = load_run(str(path), ["model.num_layers=3"]).model
+    model = load_config(str(path), ["model.num_layers=3"]).model
     assert (model.num_layers, model.hidden_size, model.vocab_size) == (3, 4096, 512)
 
 
@@ -147,13 +149,13 @@ def test_an_unknown_preset_is_refused_with_the_nearest(config: str) -> None:
 
 
 def test_sections_are_frozen(config: str) -> None:
-    run = load_run(config)
+    run = load_config(config)
     with pytest.raises(ValidationError):
         run.train.steps = 5  # type: ignore[misc]
 
 
 def test_derived_sizes_are_filled(config: str) -> None:
-    model = load_run(config).model
+    model = load_config(config).model
     assert (model.num_query_groups, model.head_dim, model.ffn_hidden_size) == (4, 16, 256)
 
 
@@ -178,8 +180,8 @@ def test_a_dumped_run_reads_back_equal(
         | {"model": VALID["model"] | {"num_layers": layers}, "data": {"train": "t", "valid": valid}}
     )
     path = tmp_path_factory.getbasetemp() / "dumped.yaml"
-    path.write_text(dump_run(run))
-    assert load_run(str(path)) == run
+    path.write_text(dump_config(run))
+    assert load_config(str(path)) == run
 
 
 def test_hidden_size_must_divide_by_heads(config: str) -> None:
@@ -188,7 +190,7 @@ def test_hidden_size_must_divide_by_heads(config: str) -> None:
 
 
 def test_head_dim_frees_hidden_size_from_the_heads(config: str) -> None:
-    check_run(load_run(config, ["model.hidden_size=66", "model.head_dim=32"]), 1)
+    check_config(load_config(config, ["model.hidden_size=66", "model.head_dim=32"]), 1)
 
 
 def test_query_groups_must_divide_heads(config: str) -> None:
@@ -221,7 +223,7 @@ def test_33b_cannot_be_split_by_eight() -> None:
 
 def test_the_sequence_must_divide_only_under_sequence_parallelism(config: str) -> None:
     overrides = ["parallel.tp=2", "model.seq_length=33"]
-    check_run(load_run(config, overrides), 2)
+    check_config(load_config(config, overrides), 2)
     problems = unfit(config, "parallel.sequence_parallel=true", *overrides, world_size=2)
     check_problem(problems, "model.seq_length", 33)
 
@@ -268,7 +270,7 @@ def test_bf16_without_zero_is_refused_with_the_reason(config: str) -> None:
     problem = check_problem(unfit(config, "zero.stage=0"), "zero.stage", 0)
     assert "gradient norm" in problem.reason
     assert "zero.stage=1" in problem.remedy
-    check_run(load_run(config, ["zero.stage=0", "train.precision=fp32"]), 1)
+    check_config(load_config(config, ["zero.stage=0", "train.precision=fp32"]), 1)
 
 
 def test_warm_up_must_end_within_the_run(config: str) -> None:
@@ -284,16 +286,16 @@ def test_a_warm_up_that_nobody_gives_is_the_paper_s_or_a_tenth(
 ) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(VALID | {"optim": {"lr": 1e-3}}))
-    run = load_run(str(path), [f"train.steps={steps}"])
+    run = load_config(str(path), [f"train.steps={steps}"])
     assert run.optim.warmup_steps == warmup
-    check_run(run, 1)
+    check_config(run, 1)
 
 
 def test_evaluation_needs_validation_data(config: str) -> None:
     remedy = check_problem(unfit(config, "eval.interval=5"), "eval.interval", 5).remedy
     assert "data.valid=" in remedy
     assert "eval.interval=0" in remedy
-    check_run(load_run(config, ["eval.interval=5", "data.valid=validation"]), 1)
+    check_config(load_config(config, ["eval.interval=5", "data.valid=validation"]), 1)
 
 
 def test_problems_of_several_sections_come_together(config: str) -> None:
@@ -302,8 +304,8 @@ def test_problems_of_several_sections_come_together(config: str) -> None:
 
 
 def test_batch_arithmetic(config: str) -> None:
-    run = load_run(config, ["parallel.tp=2"])
-    assert run.data_parallel_size(4) == 2
+    run = load_config(config, ["parallel.tp=2"])
+    assert run.parallel.dp(4) == 2
     assert run.accumulation_steps(4) == 2
     assert run.tokens_per_step == 8 * 32
 
@@ -346,8 +348,8 @@ def mixed(tmp_path: Path) -> str:
 
 
 def test_sources_are_read_and_overridden_by_name(mixed: str) -> None:
-    run = load_run(mixed, ["data.sources.prose.epochs=3", "data.sources.code.train=c"])
-    check_run(run, 1)
+    run = load_config(mixed, ["data.sources.prose.epochs=3", "data.sources.code.train=c"])
+    check_config(run, 1)
     assert run.data.sources["prose"].epochs == 3
     assert run.data.sources["code"].train == "c"
     assert run.data.has_validation
@@ -360,8 +362,8 @@ def test_one_source_or_several(config: str, mixed: str, tmp_path: Path) -> None:
     check_problem(unfit(config, "data.sources.prose.train=p"), "data.train", "train_document")
     check_problem(unfit(mixed, "data.epochs=4"), "data.epochs", 4.0)
     # on the command line the one stands for the other
-    run = load_run(mixed, ["data.train=single"])
-    check_run(run, 1)
+    run = load_config(mixed, ["data.train=single"])
+    check_config(run, 1)
     assert list(run.data.named_sources) == ["train"]
 
 
@@ -377,25 +379,25 @@ def test_sources_are_planned_in_one_way(mixed: str) -> None:
 def test_a_mixture_is_a_file_of_sources(config: str, tmp_path: Path) -> None:
     path = tmp_path / "mixture.yaml"
     path.write_text(yaml.safe_dump(SOURCES))
-    run = load_run(config, [f"data.mixture={path}", "data.sources.code.epochs=0.25", "eval.interval=0"])
-    check_run(run, 1)
+    run = load_config(config, [f"data.mixture={path}", "data.sources.code.epochs=0.25", "eval.interval=0"])
+    check_config(run, 1)
     assert (run.data.train, run.data.sources["code"].epochs, run.data.sources["prose"].epochs) == (
         None,
         0.25,
         2,
     )
-    assert load_run(config, [f"data.mixture={path}"]).data.sources["code"].train == ["c1", "c2"]
+    assert load_config(config, [f"data.mixture={path}"]).data.sources["code"].train == ["c1", "c2"]
     with pytest.raises(MissingInputError) as error:
-        load_run(config, ["data.mixture=nowhere"])
+        load_config(config, ["data.mixture=nowhere"])
     assert "mixture_llama1" in check_problem(error.value.problems, "data.mixture", "nowhere").remedy
 
 
 def test_a_resolved_mixture_reads_back(mixed: str, tmp_path: Path) -> None:
-    run = load_run(mixed)
+    run = load_config(mixed)
     resolved = tmp_path / "resolved.yaml"
-    resolved.write_text(dump_run(run))
-    assert load_run(str(resolved)) == run
-    check_run(load_run(str(resolved)), 1)
+    resolved.write_text(dump_config(run))
+    assert load_config(str(resolved)) == run
+    check_config(load_config(str(resolved)), 1)
 
 
 def test_problems_of_overrides_presets_and_values_are_told_together() -> None:
@@ -409,11 +411,11 @@ def test_problems_of_overrides_presets_and_values_are_told_together() -> None:
 def test_a_source_and_a_mixture_on_one_command_line_are_refused(order: int) -> None:
     problems = refused("tiny", *["data.train=mine", "data.mixture=m.yaml"][::order])
     assert "m.yaml" in check_problem(problems, "data.train", "mine").reason
-    assert load_run("tiny", ["data.train=mine", "data.mixture="][::order]).data.train == "mine"
+    assert load_config("tiny", ["data.train=mine", "data.mixture="][::order]).data.train == "mine"
 
 
 def test_no_mixture_is_none(config: str) -> None:
-    assert load_run(config, ["data.mixture=null"]).data.train == "train_document"
+    assert load_config(config, ["data.mixture=null"]).data.train == "train_document"
 
 
 def test_a_missing_mixture_is_told_with_all_other_problems() -> None:
