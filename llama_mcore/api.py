@@ -104,7 +104,7 @@ def open_checkpoint(path: str | Path, *, source: str | None = None, model: str |
     """
     with _device_for_this_call():
         prepare_process()
-        from llama_mcore.generate.generate import open_weights
+        from llama_mcore.convert.open import open_weights
 
         return open_weights(Path(path), source, model)
 

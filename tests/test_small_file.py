@@ -13,7 +13,7 @@ from llama_mcore.config.ds_file import read_ds_file
 from llama_mcore.config.load import dump_config, load_config
 from llama_mcore.convert.folder import read_json_object
 from llama_mcore.convert.formats.huggingface.config import hf_config
-from llama_mcore.convert.registry import named_model
+from llama_mcore.convert.open import named_model
 from llama_mcore.data.manifest import manifest_path, read_manifest
 from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.distributed.config import ZeroConfig

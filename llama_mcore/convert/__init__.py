@@ -8,7 +8,7 @@
     5. verify.py, diagnose.py   the output against the source; any two checkpoints
 
 Pickles are read by torch_pickle/, in a separate process. May import `checkpoint`, `model`,
-`tokenizer/tokenizer.py`, `data`, `config` and `distributed`. Begin with registry.py and formats/native.py.
+`data/tokenizer.py`, `data`, `config` and `distributed`. Begin with registry.py and formats/native.py.
 """
 
 import os

@@ -16,7 +16,8 @@ from llama_mcore.checkpoint.durable_io import sync_folder
 from llama_mcore.checkpoint.paths import KINDS, WEIGHT
 from llama_mcore.convert.folder import RECEIPT, TOKENIZER_MODEL
 from llama_mcore.convert.model_weights import Rounded, Weights
-from llama_mcore.convert.registry import Format, WriteOptions, check_there, detect, get_format, named_model
+from llama_mcore.convert.open import named_model
+from llama_mcore.convert.registry import Format, WriteOptions, check_there, detect, get_format
 from llama_mcore.data.finished import cannot_replace
 from llama_mcore.data.tokenizer import LARGEST_MODEL, Tokenizer
 from llama_mcore.distributed.device import choose_device, on_gpu

@@ -20,7 +20,8 @@ from llama_mcore.checkpoint.manifest import changed_fields
 from llama_mcore.checkpoint.paths import WEIGHT
 from llama_mcore.convert.fused_weights import interleaved, is_vocabulary, join_qkv, split, split_qkv
 from llama_mcore.convert.model_weights import Weights
-from llama_mcore.convert.registry import check_there, open_weights
+from llama_mcore.convert.open import open_weights
+from llama_mcore.convert.registry import check_there
 from llama_mcore.data.data_plan import format_table
 from llama_mcore.errors import shown
 from llama_mcore.model.config import ModelConfig

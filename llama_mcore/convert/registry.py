@@ -6,15 +6,12 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
 from llama_mcore.checkpoint.manifest import changed_fields
 from llama_mcore.checkpoint.paths import unreadable
-from llama_mcore.config.load import LARGEST_CONFIG, load_config
 from llama_mcore.convert.model_weights import Weights
-from llama_mcore.errors import ConfigError, MissingInputError, Problem, input_problem, shown
-from llama_mcore.model.config import PRESETS, ModelConfig
-from llama_mcore.small_file import read_json
+from llama_mcore.errors import ConfigError, MissingInputError, Problem, input_problem
+from llama_mcore.model.config import ModelConfig
 
 NAMES = ("native", "hf", "meta", "megatron", "deepspeed")
 """Each names the FORMAT of a module in formats/."""
@@ -83,16 +80,6 @@ def detect(path: Path, flag: str = "--from") -> Format:
     raise ConfigError(Problem(flag, "(not given)", f"{path} {looks}", f"give one of {', '.join(NAMES)}"))
 
 
-def open_weights(
-    path: Path, source: str | None = None, model: str | None = None, field: str = "--checkpoint"
-) -> Weights:
-    """Weights of a checkpoint, or of a run's newest; in the format `source`, if given, and of the model that
-    the user names, if needed. Raises MissingInputError under `field` where there is none."""
-    check_there(path, field)
-    found = get_format(source, "--from") if source else detect(path)
-    return found.open(path, named_model(model) if model else None)
-
-
 def check_there(path: Path, field: str = "--input") -> None:
     """Raise MissingInputError under `field` where `path` does not exist."""
     if not path.exists():
@@ -109,24 +96,6 @@ def check_native(path: Path, remedy: str) -> None:
     if names and "native" not in names:
         reason = f"is a checkpoint in the format {' or '.join(names)}, not one of a run"
         raise MissingInputError(Problem("folder", path, reason, remedy))
-
-
-def named_model(name: str) -> ModelConfig:
-    """A preset, the model of a run's YAML file, or of a Hugging Face config.json. Raises ConfigError."""
-    if name in PRESETS:
-        return ModelConfig(**PRESETS[name])
-    path = Path(name)
-    remedy = f"give one of {', '.join(PRESETS)}, a run's YAML file, or a config.json of Hugging Face"
-    if not path.is_file():
-        raise ConfigError(Problem("--model", name, "is neither a preset nor a file", remedy))
-    if path.suffix == ".json":
-        from llama_mcore.convert.formats.huggingface.config import model_of
-
-        try:
-            return model_of(read_json(path, LARGEST_CONFIG, follow=True))
-        except (OSError, ValueError, ValidationError, AttributeError) as error:
-            raise ConfigError(Problem("--model", name, f"cannot be read ({shown(error)})", remedy)) from None
-    return load_config(name).model
 
 
 def check_named(named: ModelConfig | None, found: ModelConfig, place: Path) -> None:

@@ -3,5 +3,6 @@
 The order is a function of seed and position, without state: `mixture.py` chooses the source,
 `sample_order.py` the window, `windows.py` reads it, `data_plan.py` ties them together and counts what has
 been consumed, `loader.py` makes batches. `index.py`, `indexed_dataset.py` and `manifest.py` are the files on
-disk. May import the root's files and `tokenizer/tokenizer.py`. Begin with data_plan.py.
+disk, `tokenizer.py` the vocabulary that they are written in. May import the root's files and the section base
+of `config`. Begin with data_plan.py.
 """

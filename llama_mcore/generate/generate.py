@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llama_mcore.convert.model_weights import Weights
-from llama_mcore.convert.registry import open_weights
+from llama_mcore.convert.open import open_weights
 from llama_mcore.data.tokenizer import Tokenizer
 from llama_mcore.distributed.device import choose_device, local_device, on_gpu
 from llama_mcore.errors import CheckpointError, DataError, MissingInputError, Problem, input_problem, say

@@ -3,7 +3,7 @@
 `pipeline.py` tells the story and defines its words: group, unit, batch, part, shard. `readers/` takes
 documents out of files, `encoders/` turns them into tokens, `worker.py` does both for a unit, `part_store.py`
 keeps the parts that are done, and `concatenate.py` makes datasets of them. May import `data` for the formats
-of its output and `tokenizer/tokenizer.py`; nothing of training. Begin with pipeline.py.
+of its output and its tokenizer; nothing of training. Begin with pipeline.py.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,6 @@
-"""SentencePiece tokenizers: `tokenizer.py` loads any, the other modules train one.
+"""Training of SentencePiece tokenizers; `data/tokenizer.py` loads one.
 
 `train.py` is the command, `corpus.py` reads the text and draws a sample of it, `memory.py` estimates what
 training will need, `report.py` measures how well the result compresses. Training reads text with the readers
-of `preprocess` and replaces files by the rules of `data`; `tokenizer.py` imports the root's files alone, so
-that every room may use it. Begin with train.py.
+of `preprocess` and replaces files by the rules of `data`, and imports nothing else. Begin with train.py.
 """
