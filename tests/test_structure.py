@@ -52,7 +52,7 @@ MATHS = ["precision", "rope", "swiglu", "attention"]  # import-linter knows torc
 # `config` names the setting, two describe a machine and its environment; the others place tensors.
 DEVICE_MODULES = {
     *("distributed.device", "distributed.mcore_cpu", "config.schema", "diagnose.gpus"),
-    "diagnose.environment",
+    "diagnose.machine",
 }
 FOREIGN_NAMES = {"fused_layer_norm_cuda", "CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope"}
 
