@@ -38,9 +38,10 @@ class RankDevice:
 
 
 def take_device(store: Store, rank: int, world_size: int) -> torch.device:
-    """Make this rank's device the current one and return it. All ranks must call it.
+    """Make this rank's device the current one and return it.
 
     Raises PreflightError on every rank with the problems of all.
+    Collective: all ranks call it.
     """
     prefix = PrefixStore(f"llama_mcore/devices/{next(_rounds)}", store)
     device, mine = _taken(rank)

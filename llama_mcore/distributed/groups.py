@@ -43,6 +43,7 @@ def process_groups(parallel: ParallelConfig, seed: int, timeout: timedelta = TIM
     Raises PreflightError where ranks cannot compute together (distributed/gpu_check.py), or do not find each
     other. Leaving without an error waits for all ranks (a rank that tears down early breaks the others'
     last collective); leaving with one does not, since the others may never come.
+    Collective: all ranks call it.
     """
     place = rank_info(os.environ)
     store = _store(place, timeout)

@@ -38,7 +38,8 @@ class _Copies:
 def check_replicas(model: nn.Module, groups: Groups, step: int) -> None:
     """Raise NumericalError on all ranks if a copy differs on any, naming those in the minority.
 
-    All ranks must call it. A single element that differs is always found; several are missed once in 2^64.
+    One element that differs is always found; several are missed once in 2^64.
+    Collective: all ranks call it.
     """
     kinds = _copies(model, groups)
     hashes = [_hashes(copies.tensors.values(), groups.device) for copies in kinds]

@@ -25,7 +25,10 @@ class Pending:
 
 
 class TensorParallel:
-    """Collectives of one tensor-parallel group, on [s, b, h] split along s."""
+    """Collectives of one tensor-parallel group, on [s, b, h] split along s.
+
+    Collective: all ranks of the group call every method.
+    """
 
     def __init__(self, group: dist.ProcessGroup, sequence_parallel: bool) -> None:
         self.group = group
