@@ -39,7 +39,10 @@ REMEDY = "check the host's name and GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME; NC
 
 def all_reduce_speed(device: torch.device, group: dist.ProcessGroup | None = None) -> float:
     """Bytes per second of an all_reduce of 16 MB over `group`, or the world: the buffer's size by the time of
-    the fastest. All ranks of the group must call it. Raises ArithmeticError for a wrong sum."""
+    the fastest. Raises ArithmeticError for a wrong sum.
+
+    Collective: all ranks of the group call it.
+    """
     tensor = torch.ones(BYTES // 4, device=device)
     ranks = dist.get_world_size(group)
     fastest = float("inf")

@@ -72,8 +72,11 @@ class Report:
 
 
 def preflight(run: RunConfig, as_json: bool = False, start: StartCheck = start) -> None:
-    """Print, on rank 0, the findings of all ranks, which must all call it. Raises PreflightError on every
-    rank, with all problems, where a run could not start."""
+    """Print, on rank 0, the findings of all ranks.
+
+    Raises PreflightError on every rank, with all problems, where a run could not start.
+    Collective: all ranks call it.
+    """
     with process_groups(run.parallel, run.run.seed, LIMIT) as groups:
         findings = examine(run, groups, start)
         if groups.rank == 0:
@@ -84,7 +87,10 @@ def preflight(run: RunConfig, as_json: bool = False, start: StartCheck = start) 
 
 
 def examine(run: RunConfig, groups: Groups, start: StartCheck = start) -> list[Finding]:
-    """All findings, the same on every rank."""
+    """All findings, the same on every rank.
+
+    Collective: all ranks call it.
+    """
     try:
         speeds = _measured(groups)
         ahead, findings, contents = _check_files(run, groups, start)
@@ -116,7 +122,10 @@ def _measured(groups: Groups) -> list[Speed]:
 def _check_files(
     run: RunConfig, groups: Groups, start: StartCheck
 ) -> tuple[list[Finding], list[Finding], dict[str, str]]:
-    """Rank 0's findings on a start, for all; this rank's on its data; the content of that data."""
+    """Rank 0's findings on a start, for all; this rank's on its data; the content of that data.
+
+    Collective: all ranks call it.
+    """
     contents: dict[str, str] = {}
 
     def check_data() -> list[Finding]:
@@ -136,7 +145,10 @@ def _check_files(
 def _reports(
     run: RunConfig, groups: Groups, speeds: list[Speed], ahead: list[Finding], findings: list[Finding]
 ) -> list[Report]:
-    """Reports of all ranks: the findings so far, and those on their nodes."""
+    """Reports of all ranks: the findings so far, and those on their nodes.
+
+    Collective: all ranks call it.
+    """
     responds = bool(ahead)  # else rank 0 could not even make the folder for the others
     with shared_mark(Path(run.run.dir)) if groups.rank == 0 and responds else nullcontext("") as mark:
         mark = _gathered(mark, groups)[0]

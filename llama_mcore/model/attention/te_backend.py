@@ -30,7 +30,7 @@ BACKEND = AttentionBackend(
     "TransformerEngine's, with model.recompute=none",
     Limits(
         package="transformer-engine",
-        install="by NVIDIA's instructions; it must match CUDA and torch",
+        install="follow NVIDIA's instructions; it must match CUDA and torch",
         manual_backward=False,
     ),
     attend,
