@@ -46,7 +46,7 @@ RULES: dict[str, dict[str, Any]] = {
 
 @cache
 def corpus() -> list[str]:
-    lines = (ROOT / "llama_mcore" / "cli/commands.py").read_text().splitlines()
+    lines = (ROOT / "llama_mcore" / "cli/plan.py").read_text().splitlines()
     return [line for line in lines if line.strip()]
 
 
