@@ -1,4 +1,4 @@
-"""What can go wrong on the user's side: each error names field, value, reason and remedy.
+"""Errors that the user can fix: each names field, value, reason and remedy.
 
 Problems are collected and raised together, so that one run of a command shows all of them.
 A command turns an error into one message and its exit code (`report_errors`); a traceback is
@@ -38,26 +38,26 @@ class Problem:
 
 
 def on_a_line(text: str) -> str:
-    """What a user wrote, without what would steer the terminal, and not endless."""
+    """Text of a user, truncated, without characters that would control the terminal."""
     cut = text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
 def shown(found: object, limit: int = 200) -> str:
-    """What a file says, for a message about it: in ASCII, which steers no terminal, and not endless."""
+    """Content of a file, for a message about it: truncated ASCII, which controls no terminal."""
     text = str(found)
     return ascii(text[:limit])[1:-1] + ("..." if len(text) > limit else "")
 
 
 def nearest(name: str, known: Iterable[str], aliases: Iterable[str] = ()) -> str:
-    """The remedy for a name that is not known. Aliases are suggested, and left out of the list of all."""
+    """Remedy for an unknown name. Aliases are suggested, but left out of the list of known names."""
     names = list(known)
     matches = difflib.get_close_matches(name, [*names, *aliases], n=1, cutoff=0.5)
     return f"did you mean {matches[0]}?" if matches else f"known: {', '.join(names)}"
 
 
 def input_problem(field: str, path: object, remedy: str = "", error: OSError | None = None) -> Problem:
-    """An input that is not there or that, as `error` says, the system refuses: every command says it so."""
+    """Problem of an input that is missing or that, as `error` says, the system refuses, in one wording."""
     if error is None or isinstance(error, FileNotFoundError):
         return Problem(field, path, "no such file or folder", remedy)
     return Problem(field, path, f"cannot be read ({error.strerror})", remedy)
@@ -92,7 +92,7 @@ class ConfigError(LlamaMcoreError):
 
 
 class DataError(LlamaMcoreError):
-    """An input is there but cannot be used."""
+    """An input exists but cannot be used."""
 
     exit_code = 65
     title = "data error"
@@ -105,14 +105,14 @@ class CheckpointError(DataError):
 
 
 class MissingInputError(LlamaMcoreError):
-    """An input is not there."""
+    """An input is missing."""
 
     exit_code = 66
     title = "missing input"
 
 
 class PreflightError(LlamaMcoreError):
-    """The machine, or what is installed on it, cannot do what was asked."""
+    """The machine, or what is installed on it, cannot do what was requested."""
 
     exit_code = 69
     title = "preflight error"
@@ -133,21 +133,21 @@ class OutputError(LlamaMcoreError):
 
 
 class NoProgressError(LlamaMcoreError):
-    """A run ended again and again before it had saved anything."""
+    """The last attempts of a run ended before they had saved anything."""
 
     exit_code = 93
     title = "no progress"
 
 
 def say(text: str) -> None:
-    """A line on stderr. One that cannot be written, as on a full disk, must not change the exit code."""
+    """Print a line on stderr. Failing to, as on a full disk, must not change the exit code."""
     with suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def gathering(errors: list[LlamaMcoreError]) -> Iterator[None]:
-    """An error that is raised here is put by in `errors`, for `raise_all`."""
+    """Collect an error that is raised inside in `errors`, for `raise_all`."""
     try:
         yield
     except LlamaMcoreError as error:
@@ -184,8 +184,8 @@ def report_errors(debug: bool = False) -> Iterator[None]:
 
 
 def leave(exit_code: int) -> NoReturn:
-    """End at once: while an interpreter shuts down, a signal or an output that cannot be written would change
-    the exit code."""
+    """End this process at once with `exit_code`."""
+    # While an interpreter shuts down, a signal or an output that cannot be written would change the code.
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()

@@ -49,11 +49,8 @@ FALSE_ARGUMENTS = {"shell", "allow_pickle", "trust_remote_code"}
 TRUE_ARGUMENTS = {"weights_only", "local_files_only"}
 
 MATHS = ["precision", "rope", "swiglu", "attention"]  # import-linter knows torch as a whole
-# `config` names the setting, two describe a machine and its environment; the others place tensors.
-DEVICE_MODULES = {
-    *("distributed.device", "distributed.mcore_cpu", "config.schema", "diagnose.gpus"),
-    "diagnose.machine",
-}
+# Two place tensors, one has the setting, one describes a machine.
+DEVICE_MODULES = {"distributed.device", "distributed.mcore_cpu", "config.schema", "diagnose.gpus"}
 FOREIGN_NAMES = {"fused_layer_norm_cuda", "CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope"}
 
 DISTRIBUTIONS = {"yaml": "pyyaml", "megatron": "megatron-core"}
@@ -85,7 +82,7 @@ def unsafe_code(source: str) -> list[str]:
 
 
 def device_names(source: str) -> list[str]:
-    """`cuda` in code; docstrings, messages and comments may speak of it."""
+    """`cuda` in code; docstrings, comments, messages and environment variables may have it."""
     nodes = list(ast.walk(ast.parse(source)))
     docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
     words = [(node, node.attr) for node in nodes if isinstance(node, ast.Attribute)]
@@ -97,7 +94,7 @@ def device_names(source: str) -> list[str]:
     return [
         f"{node.lineno}: {word}"
         for node, word in words
-        if "cuda" in word.lower() and " " not in word and word not in FOREIGN_NAMES
+        if "cuda" in word.lower() and " " not in word and not word.isupper() and word not in FOREIGN_NAMES
     ]
 
 

@@ -4,6 +4,7 @@ python tools/build_corpus.py --output-dir runs/demo/corpus
 """
 
 import hashlib
+import json
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -17,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # llama_mcore of this checko
 import llama_mcore.installed  # noqa: F401
 
 # isort: split
-import orjson
 import typer
 
 from llama_mcore.errors import DataError, MissingInputError, Problem, report_errors
@@ -73,7 +73,8 @@ def collect(min_bytes: int) -> dict[bytes, tuple[str, bytes]]:
 
 
 def write(path: Path, documents: list[bytes]) -> str:
-    lines = [orjson.dumps({"text": text.decode()}) + b"\n" for text in documents]
+    compact = {"ensure_ascii": False, "separators": (",", ":")}
+    lines = [json.dumps({"text": text.decode()}, **compact).encode() + b"\n" for text in documents]
     with published(path) as temporary, output_errors(path):
         temporary.write_bytes(b"".join(lines))
     return f"{path}: {len(lines):,} documents, {sum(map(len, documents)) / 1e6:.1f} MB"

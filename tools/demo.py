@@ -48,7 +48,7 @@ GPU_OVERRIDES = ("train.precision=bf16", "run.deterministic=true")
 
 @dataclass(frozen=True)
 class Layout:
-    """How the model is trained on the machine that the demo finds."""
+    """Ranks and settings that fit the machine."""
 
     ranks: int
     overrides: tuple[str, ...]
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def look_at_machine(device: str) -> tuple[int, str]:
-    """How many GPUs can be used, and what to call them. Raises what `choose_device` raises."""
+    """Number of usable GPUs, and the name of the device. Raises what `choose_device` raises."""
     from llama_mcore.distributed.device import choose_device, describe_device, usable_gpus
 
     choose_device(device, field="--device")
@@ -213,7 +213,7 @@ def picture() -> str:
 
 
 def train_command(steps: int, layout: Layout) -> list[object]:
-    """As one would type it; torchrun of llama-mcore, because torchrun's own hides the exit code."""
+    """The training command; with llama-mcore's torchrun, because torchrun's own hides the exit code."""
     fewer = [f"train.steps={steps}"] if steps != configured_steps() else []
     launcher = [sys.executable, "-m", "llama_mcore.cli", "torchrun", "--nproc-per-node", layout.ranks]
     run = ["tools/train.py", "--config", "tiny", "observe.log_interval=50"]

@@ -1,4 +1,4 @@
-"""What this product shows on the GPUs of this machine: what was run, what failed, what is unproven and why.
+"""Report of this product on the GPUs of this machine: what was run, what failed, what is unproven and why.
 
     make gpu                      is it right?       python tools/gpu_report.py
     make gpu-bench PART=step      is it fast?        python tools/gpu_report.py --bench --part step
@@ -111,7 +111,7 @@ def machine(_: Path) -> None:
 
 
 def commit() -> str:
-    """Of the checkout; empty where git cannot say."""
+    """Commit of the checkout; empty where git cannot say."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

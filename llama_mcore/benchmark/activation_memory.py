@@ -1,4 +1,4 @@
-"""`activation-memory`: what one layer keeps for its backward under each recompute policy.
+"""`activation-memory`: bytes that one layer keeps for its backward under each recompute policy.
 
 Measured at a shape with the 7B's proportions, an eighth as wide, in bf16 without tensor parallelism. At fixed
 proportions all of a layer's memory is proportional to s * b * h, so a multiple of it is also the 7B's.
@@ -45,7 +45,7 @@ def mcore_contender(*modules: str) -> Callable[[Workload], Contender]:
 
 
 def recompute_modules(model: nn.Module, modules: tuple[str, ...]) -> None:
-    """What `recompute_granularity="selective"` with these `recompute_modules` sets in megatron-core 0.16.1
+    """Apply `recompute_granularity="selective"` with these `recompute_modules` as megatron-core 0.16.1 does
     (`attention.py:328`, `transformer_layer.py:445`). Its third choice for a dense model, layernorm, needs
     TransformerEngine: without it its backward raises a NameError."""
     for layer in model.decoder.layers:  # type: ignore[union-attr]

@@ -66,7 +66,7 @@ class Billion:
     precision: str = "bf16"
 
     def prepare(self) -> None:
-        """Tokens, of which small ones are frequent, so that there is something to learn; and the settings."""
+        """Write the settings, and tokens of which small ones are frequent: something to learn."""
         batch = self.micro_batch_size * self.accumulation
         draws = np.random.default_rng(0).random((self.steps * batch + 1) * self.shape["seq_length"])
         tokens = (self.shape["vocab_size"] * draws**3).astype(np.uint16)
@@ -94,7 +94,7 @@ class Billion:
 
     @property
     def gigabytes(self) -> float:
-        """Of a checkpoint."""
+        """Size of a checkpoint."""
         return 12 * load_config(str(self.config)).model.num_params() / 1e9
 
     def start(self, *words: str) -> subprocess.Popen[bytes]:
@@ -128,13 +128,13 @@ class Billion:
         return {row["step"]: (row["loss"], row["grad_norm"]) for row in self.rows(name)}
 
     def stall(self) -> list[float]:
-        """Seconds that training waited for the checkpoint beside it; none as long as that is not written."""
+        """Seconds that training waited for the checkpoint beside it; None until that is written."""
         pattern = rf"{step_dir(Path(), self.saved).name} in [\d.]+ s, training waited ([\d.]+) s"
         return [float(seconds) for seconds in re.findall(pattern, self.log())]
 
 
 def show(folder: Path) -> None:
-    """All lines, in a folder that holds nothing of worth; the log of the runs is left in it."""
+    """Report every line. Replaces `folder`'s content, and leaves the log of the runs in it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
@@ -181,7 +181,7 @@ def _show_speed(run: Billion, rows: list[dict[str, Any]]) -> None:
 
 
 def _show_memory(run: Billion, peak: int) -> None:
-    """What torch allocated, beside the plan without what that adds for other libraries and for gaps."""
+    """Compare what torch allocated with the plan, without its allowance for other libraries and gaps."""
     if not on_gpu():
         tell(MEMORY, "unproven", "the plan is that of a GPU")
         return

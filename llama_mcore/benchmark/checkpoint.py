@@ -1,4 +1,4 @@
-"""`checkpoint`: what a save costs a training run, and how fast its bytes are written, verified and loaded.
+"""`checkpoint`: the cost of a save to a run, and how fast its bytes are written, verified and loaded.
 
 A run of one process saves its own state. Every round measures each thing once; what is compared follows
 directly on each other, so that what else the machine does meets both alike.
@@ -132,7 +132,7 @@ class _Bench:
         self._save_in_background(FIRST_STALL, STEP_BESIDE)
 
     def round(self, number: int) -> None:
-        """Which of two writers comes first changes from round to round."""
+        """Run one round; which of the two writers comes first alternates."""
         writers = [(PLAIN, _write_plainly), (HASHED, _write_hashed)]
         for name, write in writers if number % 2 else reversed(writers):
             self._time_writer(name, write)

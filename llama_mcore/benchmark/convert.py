@@ -56,8 +56,8 @@ class _Drawn:
 
 @dataclass
 class Samples:
-    """Of one conversion: seconds of it and of `cp` of its input or output, the larger of the two; bytes of
-    that; memory that it took beyond what was there."""
+    """Samples of one conversion: seconds of it, and of `cp` of the larger of its input and output; bytes of
+    that; memory that it took beyond what was in use."""
 
     seconds: list[float]
     copied: list[float]
@@ -66,7 +66,7 @@ class Samples:
 
     @property
     def share(self) -> float:
-        """Of the speed of `cp`."""
+        """Share of the speed of `cp`."""
         return min(self.copied) / min(self.seconds)
 
 
@@ -98,7 +98,7 @@ def summarize(
     rounds: int,
     others_share: float,
 ) -> Result:
-    """Best of the rounds of each, as other work only makes it slower. `others_share`: see OtherWork."""
+    """Best round of each, as other work only makes it slower. `others_share`: see OtherWork."""
     slowest = min(found, key=lambda name: found[name].share)
     doubt = ": repeat on a quiet machine, the times are not to be trusted" if others_share > QUIET else ""
     return Result(
@@ -133,7 +133,7 @@ def summarize(
 
 
 def _measure(source: Path, output: Path, target: str, rounds: int) -> Samples:
-    """Conversion and copy take turns."""
+    """Measure conversions and copies in turns."""
     output.parent.mkdir(exist_ok=True)
     samples, copy = Samples([], []), output.with_name("copy")
     for number in range(1, rounds + 1):
@@ -193,7 +193,7 @@ class _Peak:
 
 
 def _private_bytes() -> int:
-    """Resident, without the pages of files that are mapped: these are the disk's."""
+    """Resident bytes without the pages of mapped files, which are the disk's."""
     memory = psutil.Process().memory_info()
     return int(memory.rss - memory.shared)
 

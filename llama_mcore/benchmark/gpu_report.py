@@ -1,4 +1,4 @@
-"""What a machine with a GPU has shown, part by part: gpu-report.json, and gpu-report.md for people.
+"""Report of what a machine with a GPU has shown, part by part: gpu-report.json, and gpu-report.md for people.
 
 A part is a command in a process of its own, with a time limit. It tells each line of the report as soon as
 it knows it (`tell`), so that one that hangs or crashes hides neither its own lines nor another part's. Both
@@ -6,6 +6,7 @@ files are written anew after each part; parts of several runs add up in one fold
 the parts.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +19,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-import orjson
 import psutil
 from pydantic import TypeAdapter
 
@@ -71,7 +71,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a part."""
+    """Result of a part."""
 
     sentence: str
     seconds: float = 0.0
@@ -101,13 +101,14 @@ def tell(name: str, status: Status, why: str = "", measured: str = "", bar: str 
         print(line, flush=True)
         return
     with Path(os.environ[LINES]).open("ab", buffering=0) as file:
-        file.write(orjson.dumps(asdict(line)) + b"\n")
+        file.write(json.dumps(asdict(line)).encode() + b"\n")
 
 
 @contextmanager
 def showing(name: str) -> Iterator[dict[str, str]]:
-    """Tell a line of what is done in here: that it ran, or failed by an AssertionError, whose message says
-    why. The dictionary takes `measured` and `bar`."""
+    """Report a line for this block: that it ran, or failed by an AssertionError, whose message says why.
+
+    The dictionary takes `measured` and `bar`."""
     said: dict[str, str] = {}
     tell(name, "begun")
     try:
@@ -119,7 +120,7 @@ def showing(name: str) -> Iterator[dict[str, str]]:
 
 
 def check(holds: bool, failure: str) -> None:
-    """Of a block of `showing`."""
+    """Fail the block of `showing` around it with `why` unless `holds`."""
     if not holds:
         raise AssertionError(failure)
 
@@ -187,7 +188,7 @@ def run_part(part: Part, command: Sequence[str], folder: Path, limit_s: float, m
 
 
 def _follow(process: subprocess.Popen[bytes], told: Path, until: float) -> bool:
-    """Print lines as they come; whether the process ended in time."""
+    """Print lines as they come; return whether the process ended in time."""
     shown: dict[str, Line] = {}
     while True:
         ended, late = process.poll() is not None, time.monotonic() > until
@@ -214,7 +215,7 @@ def _end(leader: subprocess.Popen[bytes]) -> None:
 
 
 def _fate(code: int) -> str:
-    """How a process ended; empty if well."""
+    """Description of how a process failed; empty if it did not."""
     if code == 0:
         return ""
     return f"died by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -223,12 +224,12 @@ def _fate(code: int) -> str:
 def _told(path: Path) -> dict[str, Line]:
     """The newest line of each name, the name's first place kept; a torn line is yet to come."""
     rows = path.read_bytes().splitlines(keepends=True)
-    lines = [Line(**orjson.loads(row)) for row in rows if row.endswith(b"\n")]
+    lines = [Line(**json.loads(row)) for row in rows if row.endswith(b"\n")]
     return {line.name: line for line in lines}
 
 
 def _settled(told: dict[str, Line], expected: Sequence[str], fate: str) -> list[Line]:
-    """All lines of a part that is over: nothing is left open, and what went wrong is on one of them."""
+    """All lines of a finished part: none is left open, and what went wrong is on one of them."""
     how = f"the part {fate or 'ended'}"
     lines = [
         replace(line, status="failed", why=f"at work when {how}") if line.status == "begun" else line
@@ -246,7 +247,7 @@ def _not_run(part: Part, why: str) -> Outcome:
 
 
 def _missing_gpu(machine: Outcome) -> str:
-    """Why there is none; empty if there is one."""
+    """Reason why there is no GPU; empty if there is one."""
     (line,) = (line for line in machine.lines if line.name == GPU)
     return "" if line.status == "run" else line.why or "none was found"
 
@@ -256,8 +257,7 @@ def _described(machine: Outcome) -> str:
 
 
 def merged(report: Report, name: str, outcome: Outcome) -> Report:
-    """The report with what came of a part in place of what came of it before, unless that showed something
-    and this does not."""
+    """The report with the new result of a part, unless the earlier one showed something and this does not."""
     before = report.get(name)
     if before and before.status != "unproven" and outcome.status == "unproven":
         return report
@@ -265,7 +265,7 @@ def merged(report: Report, name: str, outcome: Outcome) -> Report:
 
 
 def read_report(folder: Path) -> Report:
-    """What the folder holds; nothing if there is none. Raises OutputError for a file that is no report."""
+    """Report in a folder; an empty one if it has none. Raises OutputError for a file that is not a report."""
     path = folder / JSON
     if not path.exists():
         return {}

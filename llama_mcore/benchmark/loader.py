@@ -63,7 +63,7 @@ BARS = (
 
 
 def measure(rounds: int = 7, tokens: int = TOKENS, batches: int = 2_000) -> Result:
-    """Run the benchmark: in each round so many micro-batches of each kind."""
+    """Run the benchmark: in each round `batches` micro-batches of each kind."""
     seconds: dict[str, list[float]] = {RANDOM: [], WHOLE: [], "order": [], START: [], FAR_START: []}
     others = OtherWork()
     with tempfile.TemporaryDirectory(prefix="benchmark-loader-") as folder:
@@ -146,7 +146,7 @@ def read_at_random(samples: Samples, batches: int) -> None:
 
 
 def read_in_order(samples: Samples, batches: int) -> None:
-    """As a training run gets them."""
+    """Micro-batches in the order of a training run."""
     with closing(MicroBatches(samples, micro_batch_size=MICRO_BATCH)) as loader:
         for _ in islice(loader, batches):
             pass
@@ -191,7 +191,7 @@ def locate(files: list[list[int]], position: int, number: int) -> tuple[int, int
 
 
 def _memory(number: int) -> int:
-    """Most bytes in use while an order starts, what it keeps included."""
+    """Peak bytes in use while an order starts, including what it keeps."""
     windows = list(windows_of_files())
     tracemalloc.start()
     locate(windows, FAR, number)

@@ -1,4 +1,4 @@
-"""What is compared: our model, megatron-core's own layers, Hugging Face; all on the same batch and recipe.
+"""Contenders: our model, megatron-core's own layers, Hugging Face; all on the same batch and recipe.
 
 Recipe: bf16, AdamW, gradients clipped to norm 1, weight decay 0.1. Hugging Face trains plainly, with weights,
 gradients and Adam states in bf16; the other two as the product does, under ZeRO-1 with fp32 masters, fp32
@@ -24,7 +24,7 @@ from llama_mcore.train.step import mean_loss, train_step
 
 @dataclass(frozen=True)
 class Workload:
-    """What every contender is given."""
+    """Inputs of every contender."""
 
     run: RunConfig
     groups: Groups
@@ -43,10 +43,10 @@ class Contender(Protocol):
     def add_optimizer(self) -> None: ...
 
     def step(self) -> None:
-        """Forward, backward, clipping, update, gradients gone."""
+        """Forward, backward, clipping, update; gradients are dropped."""
 
     def close(self) -> None:
-        """Let go of what would otherwise outlive this object."""
+        """Release what would otherwise outlive this object."""
 
 
 class McoreContender:

@@ -1,4 +1,4 @@
-"""`preprocess`: tools/preprocess_data.py as a whole, beside itself with sentencepiece and the bare encoder.
+"""`preprocess`: tools/preprocess_data.py as a whole, beside the same with sentencepiece and the bare encoder.
 
 The corpus is the distinct source files of this Python, its library and what is installed: real text, code and
 prose in comments, from the start again if that is not enough. gigatoken remembers words, but not from one
@@ -9,6 +9,7 @@ ratio to it, the more the smaller the corpus is.
 """
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -23,7 +24,6 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-import orjson
 import psutil
 
 from llama_mcore.benchmark.runner import Bar, OtherWork, Result, say
@@ -48,7 +48,7 @@ BARS = (
 
 @dataclass
 class Samples:
-    """All that was measured of one contender."""
+    """Measurements of one contender."""
 
     seconds: list[float] = field(default_factory=list)
     peak_bytes: list[int] = field(default_factory=list)
@@ -139,7 +139,7 @@ def _prepare(folder: Path, size: int) -> tuple[Path, Path, list[str]]:
     texts = sources * max(1, round(size / once))
     corpus, model = folder / "corpus.jsonl", folder / "tokenizer.model"
     with corpus.open("wb") as stream:
-        stream.writelines(orjson.dumps({"text": text}) + b"\n" for text in texts)
+        stream.writelines(_json_line(text) for text in texts)
     say(
         f"corpus: {corpus.stat().st_size / 1e6:.1f} MB; learning a vocabulary of {VOCAB_SIZE:,} from a sample"
     )
@@ -147,8 +147,12 @@ def _prepare(folder: Path, size: int) -> tuple[Path, Path, list[str]]:
     return corpus, model, texts
 
 
+def _json_line(text: str) -> bytes:
+    return json.dumps({"text": text}, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
 def _encode(model: Path, texts: Sequence[str]) -> float:
-    """Seconds to encode all texts on all cores: a thread each, as the encoder lets the GIL go."""
+    """Seconds to encode all texts on all cores: a thread each, as the encoder releases the GIL."""
     encoder = load_encoder("gigatoken", model)
     batches: list[list[str]] = [[]]
     size = 0
@@ -195,14 +199,14 @@ def _peak_bytes(pid: int) -> int:
 
 
 def _high_water(pid: int) -> int:
-    """Linux keeps it, so that looking seldom misses nothing (proc(5), VmHWM)."""
+    """Peak of a process so far: Linux keeps it, so that sampling misses nothing (proc(5), VmHWM)."""
     status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
     found = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
     return 1024 * int(found[0]) if found else 0
 
 
 def _check_equal(folder: Path) -> None:
-    """The two encoders must have written the same."""
+    """Raise DataError unless both encoders wrote the same."""
     for suffix in (".bin", ".idx"):
         digests = {
             hashlib.sha256((folder / f"{name}_text_document{suffix}").read_bytes()).digest()

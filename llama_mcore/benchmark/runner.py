@@ -1,4 +1,4 @@
-"""What every benchmark shares: bars, the result, and how both are printed, written and checked."""
+"""Bars and results of benchmarks, and how both are printed, written and checked."""
 
 import json
 import operator
@@ -28,20 +28,20 @@ _HOLDS = {"at most": operator.le, "below": operator.lt, "at least": operator.ge}
 
 @dataclass(frozen=True)
 class Bar:
-    """What a measured quantity is held to."""
+    """Limit that a measured quantity must keep."""
 
     quantity: str
     relation: Relation
     limit: float
 
     def holds(self, measured: float | None) -> bool:
-        """What was not measured does not hold."""
+        """False for a quantity that was not measured."""
         return measured is not None and _HOLDS[self.relation](measured, self.limit)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one benchmark found."""
+    """Result of one benchmark."""
 
     benchmark: str
     settings: dict[str, Any]
@@ -63,31 +63,31 @@ class Result:
 
 
 def use_all_cores() -> None:
-    """Benchmarks are one process on the whole machine, whatever OMP_NUM_THREADS says."""
+    """Use the whole machine in one process, whatever OMP_NUM_THREADS says."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 class OtherWork:
-    """How much of this machine's CPU other processes use while this object lives: timings need it near 0."""
+    """Share of this machine's CPU that other processes use meanwhile: timings need it near 0."""
 
     def __init__(self) -> None:
         self._started = self._read()
 
     def share(self) -> float:
-        """0 to 1, since the start."""
+        """Share from 0 to 1 since the start."""
         busy, own, now = (end - start for end, start in zip(self._read(), self._started, strict=True))
         return max(0.0, busy - own) / (now * (os.cpu_count() or 1))
 
     @staticmethod
     def _read() -> tuple[float, float, float]:
-        """Seconds of all cores at work, of this process at work, on the clock."""
+        """Seconds that all cores worked, that this process worked, and on the clock."""
         all_cores, own = psutil.cpu_times(), psutil.Process().cpu_times()
         busy = all_cores.user + all_cores.nice + all_cores.system
         return busy, own.user + own.system, time.monotonic()
 
 
 def environment() -> dict[str, Any]:
-    """When, with which versions and on what kind of machine; neither its name nor its owner."""
+    """Date, versions and kind of machine; neither its name nor its owner."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
@@ -164,7 +164,7 @@ def markdown_table(rows: Sequence[dict[str, str]]) -> str:
 
 
 def say(text: str) -> None:
-    """Progress: apart from the result, which goes to stdout."""
+    """Print progress, apart from the result, which goes to stdout."""
     print(text, file=sys.stderr, flush=True)
 
 

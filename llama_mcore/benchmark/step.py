@@ -59,7 +59,7 @@ QUIET = 0.05
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure."""
+    """Measurement to make."""
 
     model: ModelConfig
     micro_batch_size: int
@@ -70,7 +70,7 @@ class Request:
 
 @dataclass
 class Samples:
-    """All that was measured of one contender."""
+    """Measurements of one contender."""
 
     forward_backward_s: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
@@ -89,7 +89,7 @@ def request(
     repeats: int,
     contenders: Sequence[str] | None,
 ) -> Request:
-    """What the command line asks for: a preset or the CPU shape, and the fields of it that are not None.
+    """Request of a command line: a preset or the CPU shape, with the fields that are not None.
 
     Raises ConfigError for what is not known or does not fit together.
     """
@@ -100,7 +100,7 @@ def request(
         if name not in CONTENDERS
     ]
     if preset is not None and preset not in PRESETS:
-        problems.append(Problem("--model", preset, "is no preset", f"known: {', '.join(PRESETS)}"))
+        problems.append(Problem("--model", preset, "is not a preset", f"known: {', '.join(PRESETS)}"))
     if problems:
         raise ConfigError(problems)
     given = {name: value for name, value in fields.items() if value is not None}
@@ -176,7 +176,7 @@ def summarize(
 
 
 def _run_block(name: str, workload: Workload, repeats: int, found: Samples) -> None:
-    """Build one contender, add its measurements to `found`, let it go."""
+    """Build one contender, add its measurements to `found`, release it."""
     if found.out_of_memory:
         return
     try:
@@ -187,7 +187,7 @@ def _run_block(name: str, workload: Workload, repeats: int, found: Samples) -> N
 
 
 def _measure_contender(contender: Contender, repeats: int, found: Samples) -> None:
-    """The first pass of each kind is not timed: it fills the libraries' caches and makes the Adam states."""
+    """Time a contender, after a pass of each kind that fills caches and makes the Adam states."""
     module = contender.module
     found.activation_bytes, loss = kept_bytes(contender.loss, module.parameters())
     loss.backward()
@@ -209,7 +209,7 @@ def _forward_backward(contender: Contender) -> None:
 
 
 def _ratios(samples: dict[str, Samples]) -> dict[str, float]:
-    """Ours divided by each other, smaller is better; only of what both did measure."""
+    """Ours divided by each other contender, smaller is better; only of what both measured."""
     ours = _summary(samples["ours"]) if "ours" in samples else {}
     return {
         f"{quantity}, ours / {name}": value / theirs[quantity]
