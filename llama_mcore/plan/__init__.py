@@ -2,5 +2,5 @@
 
 `size/` answers which model on how many tokens, `layout/` which parallel layout of it is fastest and fits,
 `data.py` how the mixture fills the budget; `dry_run.py` prints a run for `train --dry-run`. Imports no torch.
-May import `config` and the sections of other rooms. Begin with size/solve.py and layout/search.py.
+May import `config` and the sections of other packages. Begin with size/solve.py and layout/search.py.
 """
