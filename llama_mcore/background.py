@@ -9,8 +9,8 @@ T = TypeVar("T")
 Name = TypeVar("Name", bound=Hashable)
 
 
-def in_background(work: Callable[[], T]) -> Future[T]:
-    """Run `work` in a daemon thread: Python waits for those of an executor when it exits."""
+def in_background(work: Callable[[], T], name: str | None = None) -> Future[T]:
+    """Run `work` in a daemon thread called `name`: Python waits for those of an executor when it exits."""
     future: Future[T] = Future()
 
     def carry_out() -> None:
@@ -19,7 +19,7 @@ def in_background(work: Callable[[], T]) -> Future[T]:
         except BaseException as error:  # for the thread that asks for the result
             future.set_exception(error)
 
-    Thread(target=carry_out, daemon=True).start()
+    Thread(target=carry_out, name=name, daemon=True).start()
     return future
 
 

@@ -10,12 +10,12 @@ import math
 import os
 import stat
 from collections import Counter
-from concurrent.futures import Future
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import yaml
+
+from llama_mcore.background import in_background
 
 _LARGEST_INT = (1 << 63) - 1
 _DEEPEST = 50
@@ -28,20 +28,12 @@ def read_small_file(path: Path, limit: int, *, follow: bool = False) -> bytes:
 
     Does not wait for a pipe, nor longer than a minute for a file system that does not answer (TimeoutError).
     """
-    answer: Future[bytes] = Future()
     # A system call that the file system does not answer cannot be ended, only left behind in its thread.
-    Thread(target=_settle, args=(answer, path, limit, follow), daemon=True).start()
+    answer = in_background(lambda: _read(path, limit, follow))
     try:
         return answer.result(_TIMEOUT_S)
     except TimeoutError:
         raise TimeoutError(errno.ETIMEDOUT, f"no answer in {_TIMEOUT_S:g} s", str(path)) from None
-
-
-def _settle(answer: "Future[bytes]", path: Path, limit: int, follow: bool) -> None:
-    try:
-        answer.set_result(_read(path, limit, follow))
-    except Exception as error:
-        answer.set_exception(error)
 
 
 def _read(path: Path, limit: int, follow: bool) -> bytes:

@@ -77,7 +77,7 @@ def audit_run(run_dir: Path) -> str:
         raise DataError(problems)
     changed = f" over {len(segments)} plans" if len(segments) > 1 else ""
     jumped = [
-        f"Samples {past.first_sample:,} to {past.end_sample:,} were read and given up: after step "
+        f"Samples {past.first_sample:,} to {past.end_sample:,} were read and abandoned: after step "
         f"{past.at_step:,} the run rolled back to step {past.to_step:,} ({past.reason}).\n"
         for past in rollbacks
     ]

@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 TEMPORARY = ".tmp"
 REPLACED = ".replaced"
 """Suffix of a checkpoint while another of its step takes its name; it counts until that is done."""
-GIVEN_UP = "given-up-"
+ABANDONED = "abandoned-"
 """Prefix of a checkpoint whose steps were abandoned; nothing reads or removes it."""
 LATEST = "latest"
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
@@ -44,9 +44,9 @@ def step_dir(run_dir: Path, step: int) -> Path:
     return checkpoints_dir(run_dir) / f"step-{step:08d}"
 
 
-def given_up_dir(folder: Path) -> Path:
+def abandoned_dir(folder: Path) -> Path:
     """A free name for the checkpoint `folder` once its steps are abandoned."""
-    names = (f"{GIVEN_UP}{folder.name}" + (f".{n}" if n else "") for n in count())
+    names = (f"{ABANDONED}{folder.name}" + (f".{n}" if n else "") for n in count())
     return next(path for name in names if not (path := folder.with_name(name)).exists())
 
 

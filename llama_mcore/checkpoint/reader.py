@@ -45,7 +45,7 @@ class CheckpointReader:
             opened.append(self._open(file, rank))
             working()
         self.model = self._checked_model(opened)
-        health = found.health or HealthState(anchor=found.step)
+        health = found.health or HealthState(last_scheduled=found.step)
         self.state = TrainState(
             step=found.step,
             consumed_samples=found.consumed_samples,

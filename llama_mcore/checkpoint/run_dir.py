@@ -36,14 +36,14 @@ from llama_mcore.config.section import Section
 from llama_mcore.errors import CheckpointError, ConfigError, MissingInputError, Problem, input_problem, shown
 from llama_mcore.observe.goodput.attempts import ATTEMPTS_FILE
 from llama_mcore.observe.goodput.timeline import TIMELINE_FILE
-from llama_mcore.observe.metrics_file import GIVEN_UP_METRICS, METRICS_FILE
+from llama_mcore.observe.metrics_file import ABANDONED_METRICS, METRICS_FILE
 from llama_mcore.small_file import parse_yaml, read_json, read_small_file
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 PREFLIGHT_MARK = ".preflight"
 """Prefix of the files that a preflight writes to try the folder."""
-KNOWN = {CONFIG_FILE, RUN_FILE, METRICS_FILE, GIVEN_UP_METRICS, TIMELINE_FILE, ATTEMPTS_FILE, LEASE} | {
+KNOWN = {CONFIG_FILE, RUN_FILE, METRICS_FILE, ABANDONED_METRICS, TIMELINE_FILE, ATTEMPTS_FILE, LEASE} | {
     "tensorboard",
     "checkpoints",
     "deepspeed",

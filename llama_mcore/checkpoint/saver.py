@@ -16,11 +16,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
-from threading import Thread
 from typing import Any, TypeVar
 
 from deepspeed import DeepSpeedEngine
 
+from llama_mcore.background import in_background
 from llama_mcore.checkpoint.durable_io import (
     make_folder,
     remove_folder,
@@ -36,7 +36,7 @@ from llama_mcore.checkpoint.paths import (
     MANIFEST,
     REPLACED,
     TEMPORARY,
-    given_up_dir,
+    abandoned_dir,
     rank_file,
     room_for,
     step_dir,
@@ -54,6 +54,8 @@ from llama_mcore.errors import Problem, shown
 from llama_mcore.observe.log import get_logger
 
 T = TypeVar("T")
+WRITER = "checkpoint-writer"
+"""Name of the thread that writes, in stack dumps."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class Saver:
         self._on_all_ranks(lambda: self._prepare(temporary), final)
         copying, path = self._copying, temporary / rank_file(self._groups.rank)
         metadata = {"run_id": state.run_id, "step": str(state.step), "rank": str(self._groups.rank)}
-        work = _in_background(lambda: self._write(path, copying, metadata))
+        work = in_background(lambda: self._write(path, copying, metadata), WRITER)
         save = _Save(final, state, lr, copying, work, self._run.checkpoint.timeout_s, started)
         if self._host_copy.is_ring:
             self._on_all_ranks(save.wait_for_copy, final)
@@ -248,10 +250,10 @@ class Saver:
 
         def publish() -> None:
             _publish(save.final, manifest, self._lease)
-            anchor = step_dir(self._run_dir, save.state.health.anchor)
-            _tidy(save.final, self._run.checkpoint.keep, anchor, manifest.run_id)
+            scheduled = step_dir(self._run_dir, save.state.health.last_scheduled)
+            _tidy(save.final, self._run.checkpoint.keep, scheduled, manifest.run_id)
 
-        return _in_background(publish)
+        return in_background(publish, WRITER)
 
     def _manifest(self, save: _Save, files: tuple[RankFile, ...]) -> Manifest:
         state, groups = save.state, self._groups
@@ -285,22 +287,6 @@ def save_checkpoint(engine: DeepSpeedEngine, run: RunConfig, state: TrainState, 
     saver.close()
     assert saved is not None
     return saved.path
-
-
-def _in_background(work: Callable[[], T]) -> Future[T]:
-    """Future result of `work`, which runs in a thread of its own."""
-    # Not an executor: Python joins the threads of those when it exits, and would wait for ever for a disk
-    # that hangs.
-    future: Future[T] = Future()
-
-    def carry_out() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=carry_out, name="checkpoint-writer", daemon=True).start()
-    return future
 
 
 def _make_room(temporary: Path, needed: int) -> None:
@@ -340,7 +326,7 @@ def _make_way(final: Path, run_id: str) -> None:
         if found not in (None, run_id):
             raise OSError(0, f"{path} belongs to another run ({shown(found)}): move it elsewhere")
         if found is None and path.exists():
-            aside = given_up_dir(path)
+            aside = abandoned_dir(path)
             get_logger().warning("%s cannot be read and is renamed to %s", path, aside.name)
             rename(path, aside)
     if replaced.exists():
@@ -349,18 +335,18 @@ def _make_way(final: Path, run_id: str) -> None:
         rename(final, replaced)
 
 
-def _tidy(final: Path, keep: int, anchor: Path, run_id: str) -> None:
-    """Point the hint to the new checkpoint and remove the run's old ones, except `anchor`.
+def _tidy(final: Path, keep: int, scheduled: Path, run_id: str) -> None:
+    """Point the hint to the new checkpoint and remove the run's old ones, except `scheduled`.
 
-    A rollback returns to `anchor`. Checkpoints of later steps neither count nor go: they are damaged, or of
-    abandoned steps. A failure is logged alone: the new checkpoint is on the disk.
+    A rollback returns to `scheduled`. Checkpoints of later steps neither count nor go: they are damaged or
+    of abandoned steps. A failure is logged alone: the new checkpoint is on the disk.
     """
     try:
         replace_hint(final.parent / LATEST, f"{final.name}\n")
         own = [path for path in step_folders(final.parents[1]) if run_id_of(path) == run_id]
         replaced = [path for path in own if path == final.with_suffix(REPLACED)]
         older = [path for path in own if path.stem < final.stem and not problems_of(path)]
-        surplus = [path for path in [*older, final][:-keep] if path != anchor]
+        surplus = [path for path in [*older, final][:-keep] if path != scheduled]
         for path in replaced + surplus:
             _remove(path)
     except OSError as error:

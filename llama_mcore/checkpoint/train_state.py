@@ -50,7 +50,7 @@ class HealthState(Section):
     lowered_until: Count = 0
     rollbacks: tuple[Rollback, ...] = ()
     """All rollbacks of the run, oldest first."""
-    anchor: Count = 0
+    last_scheduled: Count = 0
     """Step of the newest scheduled checkpoint, to which a rollback returns. Checkpoints on a signal do not
     count: they differ from attempt to attempt."""
 

@@ -195,7 +195,7 @@ def describe_device() -> str:
     """This rank's device and communication backend, for people, and the reason if that is the CPU."""
     if on_gpu():
         return f"{device_name()}, {communication_backend()}"
-    reason = "as asked for" if _variable() == "cpu" else why_no_gpu()[0]
+    reason = "as configured" if _variable() == "cpu" else why_no_gpu()[0]
     return f"CPU, {communication_backend()} ({reason})"
 
 

@@ -19,7 +19,7 @@ from llama_mcore.observe.line_file import append, ends_torn, open_to_append, rea
 from llama_mcore.observe.log import get_logger
 
 METRICS_FILE = "metrics.jsonl"
-GIVEN_UP_METRICS = "metrics-given-up.jsonl"
+ABANDONED_METRICS = "metrics-abandoned.jsonl"
 """Steps that rollbacks abandoned. A step may be there twice, if the run was killed just then."""
 _RANGES_SHOWN = 10
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]

@@ -19,7 +19,7 @@ from llama_mcore.observe.line_file import Fence, append, json_line, open_to_appe
 from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.metrics import StepReport, describe_duration, describe_mfu, describe_step
 from llama_mcore.observe.metrics_file import (
-    GIVEN_UP_METRICS,
+    ABANDONED_METRICS,
     METRICS_FILE,
     describe_steps,
     drop_steps_after,
@@ -117,7 +117,7 @@ class MetricSinks:
         """Roll back to `step`: the lines of later steps move to the file of abandoned steps."""
         with _writing(self._run_dir):
             self._lease.check()
-            keep_steps_after(self._run_dir / METRICS_FILE, step, self._run_dir / GIVEN_UP_METRICS)
+            keep_steps_after(self._run_dir / METRICS_FILE, step, self._run_dir / ABANDONED_METRICS)
             self._stack.close()
         self._start_step = step
         self.__enter__()

@@ -73,7 +73,7 @@ def rolled_back(now: TrainState, checkpoint: TrainState, reason: str) -> TrainSt
         end_sample=now.consumed_samples,
         reason=reason,
     )
-    remembered = {"rollbacks": (*now.health.rollbacks, rollback), "anchor": checkpoint.step}
+    remembered = {"rollbacks": (*now.health.rollbacks, rollback), "last_scheduled": checkpoint.step}
     return TrainState(
         step=checkpoint.step,
         consumed_samples=now.consumed_samples,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llama_mcore.checkpoint.diff import changed_settings
 from llama_mcore.checkpoint.loader import check_same_model
-from llama_mcore.checkpoint.paths import given_up_dir, step_of
+from llama_mcore.checkpoint.paths import abandoned_dir, step_of
 from llama_mcore.checkpoint.reader import CheckpointReader
 from llama_mcore.checkpoint.run_dir import not_foreign, read_lineage, write_lineage
 from llama_mcore.checkpoint.run_lock import FOLDER as LEASE
@@ -23,7 +23,7 @@ from llama_mcore.errors import CheckpointError, OutputError, Problem
 from llama_mcore.observe.goodput.attempts import is_requeued
 from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.phases import Phases
-from llama_mcore.observe.sinks import GIVEN_UP_METRICS, METRICS_FILE, keep_steps_after
+from llama_mcore.observe.sinks import ABANDONED_METRICS, METRICS_FILE, keep_steps_after
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _abandon_after(run_dir: Path, state: TrainState) -> None:
     """Keep what the run did after the checkpoint that it returns to, under names that no start reads."""
     if not _later(run_dir, state):
         return
-    metrics, kept = run_dir / METRICS_FILE, run_dir / GIVEN_UP_METRICS
+    metrics, kept = run_dir / METRICS_FILE, run_dir / ABANDONED_METRICS
     if metrics.exists():
         keep_steps_after(metrics, state.step, kept)
     names = ", ".join(path.name for path in archive_checkpoints_after(run_dir, state))
@@ -143,7 +143,7 @@ def _abandon_after(run_dir: Path, state: TrainState) -> None:
 def archive_checkpoints_after(run_dir: Path, state: TrainState) -> list[Path]:
     """Rename the run's checkpoints after `state`, so that no start resumes from them; their new names."""
     try:
-        return [path.rename(given_up_dir(path)) for path in _later(run_dir, state)]
+        return [path.rename(abandoned_dir(path)) for path in _later(run_dir, state)]
     except OSError as error:
         reason = f"cannot be renamed ({error.strerror})"
         remedy = "make its folder writable, then run the same command again"

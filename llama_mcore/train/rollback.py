@@ -67,7 +67,7 @@ def _checkpoint_to_return_to(
         if reader.state.health.is_stable:
             return reader
     remedy = "lower optim.lr or check the data, and start from scratch"
-    missing = f"and there is no valid checkpoint up to step {now.health.anchor:,} to roll back to"
+    missing = f"and there is no valid checkpoint up to step {now.health.last_scheduled:,} to roll back to"
     raise NumericalError(Problem(f"step {now.step:,}", reason, missing, remedy))
 
 
@@ -76,7 +76,7 @@ def _candidates(run_dir: Path, now: TrainState) -> list[Path]:
         folders = not_foreign(run_dir, now.run_id)
     except OSError as error:
         raise unreadable(error) from None
-    return [folder for folder in folders if step_of(folder) <= now.health.anchor]
+    return [folder for folder in folders if step_of(folder) <= now.health.last_scheduled]
 
 
 def _check_data(train: TrainConfig, state: TrainState) -> None:

@@ -145,7 +145,7 @@ class Trainer:
         self.phases.enter(Phase.SAVE, self.state.step)
         run_on_all_ranks(self.groups, lambda: self.sinks.sync() if self.sinks else None)
         if due and self.state.health.is_stable:
-            health = self.state.health.model_copy(update={"anchor": self.state.step})
+            health = self.state.health.model_copy(update={"last_scheduled": self.state.step})
             self.state = replace(self.state, health=health)
         self._announce(self.saver.begin(self.state, self._lr(self.state.step)))
         self.saved = self.state
@@ -298,7 +298,7 @@ class Trainer:
     def _save_is_due(self) -> bool:
         """True at the end, and at the first stable step of each interval."""
         step, health, interval = self.state.step, self.state.health, self.config.checkpoint.interval
-        is_new_interval = step // interval > health.anchor // interval
+        is_new_interval = step // interval > health.last_scheduled // interval
         return step == self.config.train.steps or (health.is_stable and is_new_interval)
 
     def _replica_check_is_due(self, saving: bool) -> bool:

@@ -276,7 +276,7 @@ class AtCreate(Watch):
 
 
 def retention(folder: Path) -> tuple[int, list[str]]:
-    """Save where newer checkpoints are damaged, or belong to a future that was given up."""
+    """Save where newer checkpoints are damaged, or belong to abandoned steps."""
     with joined() as groups:
         before, rank = (Rank(folder / "retention", groups, keep=keep) for keep in (4, 2))
         for step in (1, 2, 7, 8):

@@ -319,7 +319,7 @@ def no_room(rank: Rank) -> dict:
 
 
 def occupied(rank: Rank) -> dict:
-    """A writer that was given up for dead wakes up in the folder of its successor."""
+    """A writer that was presumed dead wakes up in the folder of its successor."""
     rank.train(1)
     save_checkpoint_at(rank, 1)
 

@@ -77,7 +77,7 @@ def test_what_the_run_has_not_written_is_neither_removed_nor_replaced(sample: Tr
     assert names[0] == ["latest", others[0], "step-00000003", others[1], "step-00000006"]
     assert names[1] == ["latest", others[0], "step-00000003", others[1], f"{others[1]}.tmp", "step-00000006"]
     assert f"{others[1]} belongs to another run (other)" in said
-    assert names[2] == ["given-up-step-00000006", "latest", *others, "step-00000006"]
+    assert names[2] == ["abandoned-step-00000006", "latest", *others, "step-00000006"]
 
 
 def check(cases: list[Case]) -> None:

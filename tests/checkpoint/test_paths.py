@@ -10,9 +10,9 @@ import pytest
 from llama_mcore.checkpoint.paths import (
     KINDS,
     MANIFEST,
+    abandoned_dir,
     checkpoints_dir,
     fragment_key,
-    given_up_dir,
     lookalikes,
     parse_fragment_key,
     step_dir,
@@ -195,12 +195,12 @@ def test_a_checkpoint_from_before_health_was_remembered_still_loads(tmp_path: Pa
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
     signed = {"manifest_sha256": hashlib.sha256(canonical).hexdigest(), **content}
     (folder / MANIFEST).write_text(json.dumps(signed))
-    assert CheckpointReader(folder).state.health == HealthState(anchor=4)
+    assert CheckpointReader(folder).state.health == HealthState(last_scheduled=4)
 
 
-def test_given_up_checkpoints_get_free_names_and_are_none(tmp_path: Path) -> None:
-    for name in ("given-up-step-00000004", "given-up-step-00000004.1"):
+def test_abandoned_checkpoints_get_free_names_and_are_none(tmp_path: Path) -> None:
+    for name in ("abandoned-step-00000004", "abandoned-step-00000004.1"):
         folder = write_checkpoint(tmp_path, step=4)
-        folder.rename(given_up_dir(folder))
+        folder.rename(abandoned_dir(folder))
         assert (folder.parent / name).is_dir()
     assert step_folders(tmp_path) == []

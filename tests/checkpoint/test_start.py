@@ -146,7 +146,7 @@ def test_archived_checkpoints_are_the_runs_own(run_dir: Path) -> None:
         write_checkpoint(run_dir, step, run_id=run_id)
     (step_dir(run_dir, 10) / MANIFEST).write_text("{")
     aside = archive_checkpoints_after(run_dir, TrainState(step=4, run_id=RUN_ID))
-    names = ["step-00000004", "step-00000006", "given-up-step-00000008", "given-up-step-00000010"]
+    names = ["step-00000004", "step-00000006", "abandoned-step-00000008", "abandoned-step-00000010"]
     assert sorted(path.name for path in checkpoints_dir(run_dir).iterdir()) == sorted(names)
     assert [path.name for path in aside] == names[2:]
     assert not_foreign(run_dir, OTHER) == [step_dir(run_dir, 6)]

@@ -42,7 +42,7 @@ def test_tests_run_on_the_cpu(two_gpus: None) -> None:
     assert usable_gpus() == 0
     assert local_device() == torch.device("cpu")
     assert communication_backend() == "gloo"
-    assert describe_device() == "CPU, gloo (as asked for)"
+    assert describe_device() == "CPU, gloo (as configured)"
 
 
 @pytest.mark.parametrize("value", ["auto", "", None])

@@ -18,7 +18,7 @@ from llama_mcore.errors import OutputError
 from llama_mcore.observe.config import ObserveConfig
 from llama_mcore.observe.line_file import json_line
 from llama_mcore.observe.metrics import StepReport, ValidationLoss
-from llama_mcore.observe.metrics_file import GIVEN_UP_METRICS, METRICS_FILE, drop_steps_after
+from llama_mcore.observe.metrics_file import ABANDONED_METRICS, METRICS_FILE, drop_steps_after
 from llama_mcore.observe.sinks import TENSORBOARD_DIR, MetricSinks
 from tests.observe.held import Held
 from tests.support.errors import refused
@@ -116,7 +116,7 @@ def test_no_step_appears_twice_after_a_resume(tmp_path: Path) -> None:
     ]
 
 
-def test_steps_that_are_given_up_move_to_their_own_file(tmp_path: Path) -> None:
+def test_abandoned_steps_move_to_their_own_file(tmp_path: Path) -> None:
     with MetricSinks(ObserveConfig(), tmp_path, 40, 0, LEASE, console=Console(file=io.StringIO())) as sinks:
         for step in (1, 2, 3, 4):
             sinks.write(report(step))
@@ -125,8 +125,8 @@ def test_steps_that_are_given_up_move_to_their_own_file(tmp_path: Path) -> None:
             sinks.write(report(step, loss=1.0))
         sinks.go_back(4)
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(1, 2.0), (2, 2.0), (3, 1.0), (4, 1.0)]
-    given_up = (tmp_path / GIVEN_UP_METRICS).read_bytes().splitlines()
-    assert [(row["step"], row["loss"]) for row in map(json.loads, given_up)] == [
+    abandoned = (tmp_path / ABANDONED_METRICS).read_bytes().splitlines()
+    assert [(row["step"], row["loss"]) for row in map(json.loads, abandoned)] == [
         (3, 2.0),
         (4, 2.0),
         (5, 1.0),
@@ -147,7 +147,7 @@ def test_who_lost_the_run_adds_nothing(tmp_path: Path) -> None:
                 action()
             assert "taken over by another job" in str(caught.value)
     assert [row["step"] for row in rows(tmp_path)] == [step for step, _ in losses(tmp_path)] == [1, 2]
-    assert not (tmp_path / GIVEN_UP_METRICS).exists()
+    assert not (tmp_path / ABANDONED_METRICS).exists()
 
 
 def test_who_lost_the_run_before_the_first_step_drops_nothing(tmp_path: Path) -> None:
@@ -210,10 +210,10 @@ def test_lines_are_on_the_disk_when_they_have_to_be(tmp_path: Path, monkeypatch:
         sinks.sync()
         assert synced[1:] == [(tmp_path / METRICS_FILE).stat().st_ino]
         sinks.go_back(0)
-    assert synced[2] == (tmp_path / GIVEN_UP_METRICS).stat().st_ino
+    assert synced[2] == (tmp_path / ABANDONED_METRICS).stat().st_ino
 
 
-@pytest.mark.parametrize("name", [METRICS_FILE, GIVEN_UP_METRICS, f"{METRICS_FILE}.tmp"])
+@pytest.mark.parametrize("name", [METRICS_FILE, ABANDONED_METRICS, f"{METRICS_FILE}.tmp"])
 def test_a_pipe_in_the_way_is_not_waited_for(tmp_path: Path, name: str) -> None:
     with MetricSinks(QUIET, tmp_path, 40, 0, LEASE, console=Console(file=io.StringIO())) as sinks:
         sinks.write(report(1))

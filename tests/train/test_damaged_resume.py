@@ -153,7 +153,7 @@ def test_the_result_is_that_of_a_run_resumed_from_there(
     without, run_dir = went_on(f"without-{damage.ranks}").run_dir, went_on(damage.name).run_dir
     assert losses(run_dir) == losses(without)
     # What cannot be read is nobody's for certain, and not replaced.
-    aside = [f"given-up-{NEWEST}"] if damage.name == "manifest" else []
+    aside = [f"abandoned-{NEWEST}"] if damage.name == "manifest" else []
     every = [f"step-0000000{step}" for step in range(1, STEPS + 1)]
     assert (checkpoints(run_dir), checkpoints(without)) == ([*aside, *every], every)
     for name in (LAST_OF_ONE, LAST_OF_TWO)[: damage.ranks]:

@@ -149,7 +149,7 @@ class Run:
             self.state = self.checkpoint = rolled_back(self.state, self.checkpoint, judgement.reason)
         elif step % INTERVAL == 0 and self.state.health.is_stable:
             self.checkpoint = replace(
-                self.state, health=self.state.health.model_copy(update={"anchor": step})
+                self.state, health=self.state.health.model_copy(update={"last_scheduled": step})
             )
             self.state = self.checkpoint
         return judgement.action is not Action.STOP

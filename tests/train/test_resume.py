@@ -217,13 +217,14 @@ def test_a_named_checkpoint_gives_the_same_steps(started: Callable[[str], Starte
 def test_what_a_run_did_after_the_step_it_goes_back_to_is_kept(started: Callable[[str], Started]) -> None:
     found = started("named-step")
     assert checkpoints(found.run_dir) == [
-        "given-up-step-00000004",
+        "abandoned-step-00000004",
         *(f"step-0000000{step}" for step in (2, 4, 6)),
     ]
-    kept = (found.run_dir / "metrics-given-up.jsonl").read_text().splitlines()
+    kept = (found.run_dir / "metrics-abandoned.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in kept] == metrics(found.finished)[2:]
     (said,) = [line for line in found.ended.lines if "RETURNED to step 2" in line]
-    assert all(name in said for name in ("given-up-step-00000004", "metrics-given-up.jsonl", "--resume off"))
+    named = ("abandoned-step-00000004", "metrics-abandoned.jsonl", "--resume off")
+    assert all(name in said for name in named)
 
 
 def test_weights_alone_are_taken(started: Callable[[str], Started]) -> None:

@@ -128,8 +128,8 @@ def last_tensors(run_dir: Path, step: int = STEPS) -> list[bytes]:
     return [tensor_bytes(path) for path in files]
 
 
-def given_up(run_dir: Path) -> list[dict]:
-    lines = (run_dir / "metrics-given-up.jsonl").read_text().splitlines()
+def abandoned(run_dir: Path) -> list[dict]:
+    lines = (run_dir / "metrics-abandoned.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -156,8 +156,8 @@ def test_a_run_rolls_back_jumps_and_goes_on(lived: Live, name: str) -> None:
 
 @of_stages
 @pytest.mark.parametrize("name", STAGES)
-def test_what_was_given_up_is_kept_with_its_decisions(lived: Live, small: Small, name: str) -> None:
-    rows = given_up(lived(name).run_dir)
+def test_what_was_abandoned_is_kept_with_its_decisions(lived: Live, small: Small, name: str) -> None:
+    rows = abandoned(lived(name).run_dir)
     assert [row["step"] for row in rows] == list(range(5, 11))
     assert decisions(rows) == {8: "lower the learning rate", 10: "roll back"}
     optim = load_config("tiny", overrides(small, lived(name).run_dir)).optim
@@ -217,7 +217,7 @@ def test_checkpoints_of_signals_change_no_decision(lived: Live) -> None:
     assert stopped.exit_codes == [[75, 75], [75, 75], [0, 0]], stopped.output
     assert computed(stopped.run_dir) == computed(whole.run_dir)
     assert last_tensors(stopped.run_dir) == last_tensors(whole.run_dir)
-    assert checkpoints(stopped.run_dir) == ["given-up-step-00000009", "step-00000014"]
+    assert checkpoints(stopped.run_dir) == ["abandoned-step-00000009", "step-00000014"]
 
 
 def test_copies_that_differ_are_not_saved(lived: Live) -> None:
@@ -237,16 +237,16 @@ def test_a_skipped_update_equals_one_that_was_left_out(lived: Live) -> None:
 def test_spikes_are_applied_and_lead_to_the_same(lived: Live) -> None:
     run = lived("spikes")
     assert run.exit_codes == [[0, 0]], run.output
-    rows = given_up(run.run_dir)
+    rows = abandoned(run.run_dir)
     assert decisions(rows) == {8: "lower the learning rate", 10: "roll back"}
     assert not any(row.get("skipped") for row in rows)
     assert [row["step"] for row in metrics(run.run_dir)] == list(range(1, STEPS + 1))
 
 
 @of_stages
-def test_the_audit_tells_what_was_given_up(lived: Live) -> None:
+def test_the_audit_tells_what_was_abandoned(lived: Live) -> None:
     run_dir = lived(WHOLE).run_dir
-    (told,) = [line for line in audit_run(run_dir).splitlines() if "given up" in line]
+    (told,) = [line for line in audit_run(run_dir).splitlines() if "abandoned" in line]
     assert all(part in told for part in ("32 to 80", "step 10", "step 4"))
     manifest = read_manifest(run_dir / f"checkpoints/step-{STEPS:08d}")
     assert sum(manifest.windows_read.values()) == manifest.consumed_samples == 160
@@ -255,7 +255,7 @@ def test_the_audit_tells_what_was_given_up(lived: Live) -> None:
 
 
 @of_stages
-def test_the_audit_finds_a_step_that_read_what_was_given_up(lived: Live, tmp_path: Path) -> None:
+def test_the_audit_finds_a_step_that_read_what_was_abandoned(lived: Live, tmp_path: Path) -> None:
     shutil.copytree(lived(WHOLE).run_dir, tmp_path / "run")
     rows = metrics(tmp_path / "run")
     rows[4] |= {"tokens": 72 * WINDOW, "windows": {"train": 72}}

@@ -177,7 +177,7 @@ def test_repeated_lines_fail_the_audit_until_the_run_is_started_again(run: Taken
 
 
 def test_pipes_in_the_way_of_what_a_run_can_do_without(small: Small, tmp_path: Path) -> None:
-    for name in ("timeline.jsonl", "attempts.jsonl", "metrics-given-up.jsonl"):
+    for name in ("timeline.jsonl", "attempts.jsonl", "metrics-abandoned.jsonl"):
         os.mkfifo(tmp_path / name)
     done = train([*small.overrides(tmp_path), "parallel.tp=1", "train.steps=2", "optim.warmup_steps=1"])
     assert done.exit_code == 0, done.output
