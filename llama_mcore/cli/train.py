@@ -83,7 +83,7 @@ def train(
             ranks = world_size or run.parallel.tp
         check_config(run, ranks)
         if not dry_run:
-            _check_attempts(run, retry or fresh)
+            _check_attempts(Path(run.run.dir), retry or fresh)
             leave(_train_supervised(run, start))
         from llama_mcore.train.ds_config import deepspeed_config
 
@@ -156,15 +156,15 @@ def _check_world_size(world_size: int, dry_run: bool) -> None:
         raise ConfigError(Problem("--world-size", world_size, "must be at least 1"))
 
 
-def _check_attempts(run: "RunConfig", anyway: bool) -> None:
+def _check_attempts(run_dir: Path, anyway: bool) -> None:
     """Refuse a run whose last attempts made no progress; each rank checks for itself, before anything slow.
 
     `anyway`: the user asked to start all the same, which counts for the first start of a job only.
     """
     from llama_mcore.observe.goodput.attempts import check_progress, is_requeued
 
-    if not anyway or is_requeued(Path(run.run.dir)):
-        check_progress(Path(run.run.dir), os.environ.get("SLURM_JOB_ID", ""))
+    if not anyway or is_requeued(run_dir):
+        check_progress(run_dir, os.environ.get("SLURM_JOB_ID", ""))
 
 
 def _train_supervised(run: "RunConfig", start: "Start") -> int:
