@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
-from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -27,6 +26,7 @@ from llama_mcore.diagnose.allreduce import all_reduce_speed
 from llama_mcore.diagnose.checks_node import kernels, memory, run_folder, shared_mark, versions
 from llama_mcore.diagnose.checks_run import data, free_space, start
 from llama_mcore.diagnose.finding import Finding, as_json_text, as_text, problem_of
+from llama_mcore.distributed.collectives import gather_on_all_ranks
 from llama_mcore.distributed.groups import Groups, process_groups
 from llama_mcore.errors import PreflightError, Problem
 from llama_mcore.train.consistency import REMEDY, Difference, contents_of, differences, settings_of, where
@@ -42,7 +42,6 @@ SLOW_REMEDY = "compare that node's links with the others', e.g. by ibstat and nv
 NETWORK_REMEDY = "check NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME; NCCL_DEBUG=INFO shows details"
 
 
-T = TypeVar("T")
 DATA, START, FOLDER = ("data", "datasets"), ("run folder", "start"), ("run folder", "run.dir")
 """Group and name of a check of files."""
 Check = Callable[[], list[Finding]]
@@ -137,7 +136,7 @@ def _check_files(
     if groups.rank == 0:
         checks[START] = lambda: start(run)
     found = run_with_timeout(FILES_LIMIT_S, checks)
-    ahead = _gathered(found.get(START, []), groups)[0]
+    ahead = gather_on_all_ranks(groups, found.get(START, []))[0]
     silent = [_silent(*name) for name in checks if name not in found]
     return ahead, [*found.get(DATA, []), *silent], contents if DATA in found else {}
 
@@ -151,10 +150,10 @@ def _reports(
     """
     responds = bool(ahead)  # else rank 0 could not even make the folder for the others
     with shared_mark(Path(run.run.dir)) if groups.rank == 0 and responds else nullcontext("") as mark:
-        mark = _gathered(mark, groups)[0]
+        mark = gather_on_all_ranks(groups, mark)[0]
         dist.barrier()
         clock, host = time.time(), socket.gethostname()
-        ranks_here = Counter(_gathered(host, groups))[host]
+        ranks_here = Counter(gather_on_all_ranks(groups, host))[host]
         folder = _check_folder(run, groups.rank, mark) if responds else []
         documents = run.data.attention_boundary is not None
         here = [
@@ -162,7 +161,7 @@ def _reports(
             *memory(run, groups.world_size, ranks_here),
             *kernels(run.model, run.train.precision, documents),
         ]
-        return _gathered(Report(host, clock, versions(), speeds, here), groups)
+        return gather_on_all_ranks(groups, Report(host, clock, versions(), speeds, here))
 
 
 def _check_folder(run: RunConfig, rank: int, mark: str) -> list[Finding]:
@@ -176,12 +175,6 @@ def _silent(group: str, name: str) -> Finding:
     value, meaning = f"no answer within {FILES_LIMIT_S:g} s", "a file system hangs"
     remedy = "check that node's mounts; a process that waits for one cannot be killed"
     return Finding(group, name, "problem", value, meaning, remedy, required=True)
-
-
-def _gathered(mine: T, groups: Groups) -> list[T]:
-    everyone: list[T | None] = [None] * groups.world_size
-    dist.all_gather_object(everyone, mine)
-    return [one for one in everyone if one is not None]
 
 
 def _merged(reports: Sequence[Report]) -> list[Finding]:
