@@ -1,7 +1,5 @@
 """llama_mcore.data.inspect through its command: what is printed, and the exit code of damage."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from llama_mcore.data.tokenizer import Tokenizer
 from tests.data.test_indexed_dataset import write
 from tests.support.errors import is_shown
 from tests.support.text import LINES
-from tests.support.world import ROOT, TIMEOUT_S
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
@@ -187,15 +184,6 @@ def test_verify_lists_all_damaged_blocks(damaged: Path) -> None:
 
 
 @pytest.mark.process
-def test_the_script_is_the_command(damaged: Path) -> None:
-    script = ROOT / "tools" / "inspect_dataset.py"
-    assert len(script.read_text().splitlines()) < 60
-    command = [sys.executable, script, damaged, "--verify"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert result.returncode == 65
-    assert result.stderr.startswith("data error: 2 problems\n")
-
-
 def test_ids_outside_the_given_vocabulary_are_damage(tmp_path: Path, tokenizer_model: Path) -> None:
     write(tmp_path / "d", [[5, 399], [400]])
     assert run(tmp_path / "d", "--verify")[0] == 0
