@@ -138,8 +138,8 @@ def _render(config: str, overrides: Sequence[str], run: RunConfig, job: SlurmJob
             f"# ZeRO-{run.zero.stage}; {format_count(run.tokens_per_step * run.train.steps)} tokens. "
             "Written by llama-mcore slurm.",
             "#",
-            "# From the checkout, once slurm/env.sh has this site's settings: sbatch THIS_SCRIPT",
-            "# Options of sbatch come before the script, settings of the run after it.",
+            "# Submit from the checkout, after entering your site's settings in slurm/env.sh: sbatch THIS_SCRIPT",
+            "# sbatch options go before the script, settings of the run after it.",
             "set -euo pipefail",
             'cd "${SLURM_SUBMIT_DIR:-.}"',
             "[[ -e slurm/env.sh ]] || "

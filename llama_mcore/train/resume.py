@@ -67,7 +67,7 @@ def find_start(run: RunConfig, start: Start, groups: Groups, phases: Phases) -> 
         except CheckpointError as error:
             problems += error.problems
             damaged.append(error.message())
-            get_logger().warning("%s IS DAMAGED and passed over: %s", folder, error.message())
+            get_logger().warning("%s IS DAMAGED and skipped: %s", folder, error.message())
             continue
         run_on_all_ranks(groups, partial(check_same_model, reader, run.model))
         found = ResumePoint(plan, reader, damaged)

@@ -62,7 +62,7 @@ def _checkpoint_to_return_to(
         try:
             reader = run_on_all_ranks(groups, partial(open_verified, folder, groups, phases))
         except CheckpointError as error:
-            get_logger().warning("%s IS DAMAGED and passed over: %s", folder, error.message())
+            get_logger().warning("%s IS DAMAGED and skipped: %s", folder, error.message())
             continue
         if reader.state.health.is_stable:
             return reader
