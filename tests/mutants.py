@@ -439,7 +439,7 @@ class Outcome:
     output: str
 
     def __str__(self) -> str:
-        """With the first test that failed."""
+        """Time, verdict and the first test that failed."""
         failed = re.search(r"^(FAILED|ERROR) (\S+)", self.output, re.MULTILINE)
         return f"{self.seconds:4.0f} s  {self.verdict}" + (f" by {failed[2]}" if failed else "")
 

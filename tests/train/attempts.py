@@ -158,7 +158,7 @@ def _live(attempt: Attempt) -> tuple[list[int], int, list[str]]:
 
 
 def _wait_until_served(port: int) -> None:
-    """By rank 0, which then waits for the others."""
+    """Wait until rank 0 serves the port; it then waits for the others."""
     while True:
         with suppress(OSError), socket.create_connection(("localhost", port)):
             return

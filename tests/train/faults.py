@@ -54,7 +54,7 @@ def config(run_dir: Path, precision: str, stage: int, tp: int) -> RunConfig:
 
 
 def examine(run: RunConfig) -> dict[str, Any]:
-    """What this rank found."""
+    """Findings of this rank."""
     with process_groups(run.parallel, seed=1) as groups:
         model = build_model(run.model, run.parallel, groups, dtype_of(run.train), run.run.seed)
         engine = build_engine(model, run.zero, run.train, run.optim, groups)
@@ -93,7 +93,7 @@ def nan_loss(engine: DeepSpeedEngine, groups: Groups) -> Iterator[None]:
 
 @contextmanager
 def inf_gradient(engine: DeepSpeedEngine, groups: Groups) -> Iterator[None]:
-    """In one element of one weight of the last rank."""
+    """Infinite gradient in one element of one weight of the last rank."""
 
     def spoil(gradient: Tensor) -> Tensor:
         spoilt = gradient.clone()
