@@ -38,7 +38,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_hang() -> Iterator[None]:
-    """Nothing here may wait for anything."""
+    """Time limit for every test here, none of which may wait for anything."""
 
     def give_up(number: int, frame: object) -> None:
         raise TimeoutError("hung")

@@ -159,7 +159,7 @@ def check_server() -> None:
 
 
 def _name(function: Callable[..., Any]) -> str:
-    """Also of a partial, which has none."""
+    """Name of a function, or of a partial, which has no name of its own."""
     return getattr(function, "__qualname__", repr(function))
 
 

@@ -82,7 +82,7 @@ def nothing(engine: DeepSpeedEngine, groups: Groups) -> Iterator[None]:
 
 @contextmanager
 def nan_loss(engine: DeepSpeedEngine, groups: Groups) -> Iterator[None]:
-    """On the last rank, and with a gradient that is finite."""
+    """NaN loss on the last rank, with a finite gradient."""
     last = groups.rank == groups.world_size - 1
     hook = engine.module.register_forward_hook(
         lambda module, args, loss: loss + (float("nan") if last else 0.0)
