@@ -305,7 +305,7 @@ def test_what_carries_a_checkpoints_name_and_is_none_is_damage(
 
 
 def test_a_checkpoint_moved_elsewhere_is_read_through_its_link(checkpoint: Path, tmp_path: Path) -> None:
-    """Not to see it would be to start from scratch."""
+    """A checkpoint behind a link; overlooking it would mean starting from scratch."""
     before = everything(checkpoint)
     checkpoint.symlink_to(checkpoint.rename(tmp_path / checkpoint.name))
     assert find_checkpoint(checkpoint.parents[1]) == checkpoint

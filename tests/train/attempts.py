@@ -187,7 +187,7 @@ def _end(ranks: Sequence[BaseProcess]) -> None:
 
 
 def _left_over() -> list[str]:
-    """What is still at work in this session, when it has had time to end."""
+    """Processes still at work in this session after they have had time to end."""
     until = time.monotonic() + LAST_WORDS_S
     while (others := _others_at_work()) and time.monotonic() < until:
         time.sleep(0.05)
