@@ -1,4 +1,4 @@
-"""Whether a change of the code changed a bit of what users compute: for changes that must not.
+"""Bitwise comparison of what users compute, before and after a code change that must not alter it.
 
     python -m tests.bits --record before.json        at the commit before
     python -m tests.bits --compare before.json       after; exit code 1 and a list of what differs

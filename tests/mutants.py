@@ -439,13 +439,13 @@ class Outcome:
     output: str
 
     def __str__(self) -> str:
-        """With the first test that failed."""
+        """Time, verdict and the first test that failed."""
         failed = re.search(r"^(FAILED|ERROR) (\S+)", self.output, re.MULTILINE)
         return f"{self.seconds:4.0f} s  {self.verdict}" + (f" by {failed[2]}" if failed else "")
 
 
 def places_of_symbols(root: Path) -> dict[str, list[Place]]:
-    """Where the package defines what, by qualified name."""
+    """Places of the package's definitions, by qualified name."""
     found = defaultdict(list)
     for path in sorted((root / PACKAGE).rglob("*.py")):
         for name, node in definitions(ast.parse(path.read_text())):
@@ -529,7 +529,7 @@ class Copies:
             self._free.put(copy)
 
     def _test(self, copy: Path, tests: Sequence[str]) -> Outcome:
-        """What these tests leave running is ended."""
+        """Run these tests and end whatever they leave running."""
         command = [*PYTEST, *WITHOUT_XDIST, *tests]
         output, began = copy.with_suffix(".txt"), time.monotonic()
         with output.open("wb") as file:

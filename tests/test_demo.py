@@ -66,7 +66,7 @@ def test_the_command_line_is_the_layout(gpus: int, steps: int, demo: dict[str, A
 @pytest.mark.process
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_each_layout_of_gpus_trains(gpus: int, demo: dict[str, Any], small: Small, tmp_path: Path) -> None:
-    """On the CPU in the place of GPUs."""
+    """Training of each layout, on the CPU in place of GPUs."""
     layout = demo["layout_for"](gpus)
     settings = [*small.overrides(tmp_path / "run"), "train.steps=4", "eval.interval=0", *layout.overrides]
     done = train(settings, ranks=layout.ranks)

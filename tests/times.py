@@ -1,4 +1,4 @@
-"""Where the suite's time goes: seconds by module, and what all processes spend importing the large libraries.
+"""Breakdown of the suite's time: seconds by module, and time spent importing the large libraries.
 
     python tests/times.py [PYTEST_OPTION ...]            or        make test-times
 

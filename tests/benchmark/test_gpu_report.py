@@ -182,7 +182,7 @@ def test_without_a_gpu_each_line_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.process
 def test_what_says_nothing_of_the_gpu_has_none(tmp_path: Path) -> None:
-    """As where torch cannot be imported."""
+    """A part without GPU information, as when torch cannot be imported."""
     assert run_all(tmp_path, machine="sys.exit(1)", first=WELL) == EXIT_FAILED
     assert "ended with exit code 1" in read_report(tmp_path)["first"].lines[0].why
 

@@ -133,7 +133,7 @@ def save(folder: Path, job: Job, groups: Groups) -> None:
 
 
 def load(folder: Path, pairs: list[Pair], job: Job, groups: Groups) -> None:
-    """One after the other into one engine, the job's own layout first: into the engine as it begins."""
+    """Load the pairs in turn into one engine; the job's own layout goes first, into a new engine."""
     loading.SLOT = 1000  # elements: most parameters have more
     engine = new_engine(job.run_config(folder), groups)
     todo = [pair for pair in pairs if pair.loaded == job]

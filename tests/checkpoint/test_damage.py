@@ -38,7 +38,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_hang() -> Iterator[None]:
-    """Nothing here may wait for anything."""
+    """Time limit for every test here, none of which may wait for anything."""
 
     def give_up(number: int, frame: object) -> None:
         raise TimeoutError("hung")
@@ -305,7 +305,7 @@ def test_what_carries_a_checkpoints_name_and_is_none_is_damage(
 
 
 def test_a_checkpoint_moved_elsewhere_is_read_through_its_link(checkpoint: Path, tmp_path: Path) -> None:
-    """Not to see it would be to start from scratch."""
+    """A checkpoint behind a link; overlooking it would mean starting from scratch."""
     before = everything(checkpoint)
     checkpoint.symlink_to(checkpoint.rename(tmp_path / checkpoint.name))
     assert find_checkpoint(checkpoint.parents[1]) == checkpoint

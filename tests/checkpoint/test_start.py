@@ -53,7 +53,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def begun(run_dir: Path, source: Path | None = None) -> Lineage:
-    """What a run leaves that has no checkpoint yet."""
+    """Files of a run that has no checkpoint yet."""
     lineage = new_lineage(RUN_ID, origin_of(source) if source else None)
     write_lineage(run_dir, lineage)
     return lineage

@@ -79,7 +79,7 @@ def test_rounding_passes_and_no_more(dtype: torch.dtype) -> None:
 
 
 def test_a_backward_that_is_wrong_is_found(monkeypatch) -> None:
-    """One that forgets the scale."""
+    """A backward that forgets the scale."""
     reference = smoke.load_backend("reference")
 
     def wrong(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

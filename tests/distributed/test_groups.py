@@ -80,5 +80,5 @@ def test_tensor_and_data_parallel_groups_get_it_too() -> None:
 
 
 def _timeout(group: dist.ProcessGroup) -> timedelta:
-    """Nothing public of torch's shows it."""
+    """Timeout of a group, which no public API of torch shows."""
     return group._get_backend(torch.device("cpu")).options._timeout

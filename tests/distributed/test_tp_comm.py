@@ -14,7 +14,7 @@ pytestmark = pytest.mark.process
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_results_are_the_plain_ones(size: int) -> None:
-    """With and without sequence parallelism."""
+    """Equal results, with and without sequence parallelism."""
     assert run_ranks(size, wrong_collectives, size) == [[]] * size
 
 

@@ -176,7 +176,7 @@ def saved_under_load(folder: Path, shape: Shape) -> tuple[list[Path], list[float
 
 
 def after_nan(stages: Sequence[int]) -> dict[int, dict[str, list[bool]]]:
-    """By ZeRO stage."""
+    """Steps around a NaN gradient, by ZeRO stage."""
     return {stage: _after_nan(stage) for stage in stages}
 
 

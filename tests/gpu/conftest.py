@@ -19,7 +19,7 @@ class Place:
     gpu: bool
 
     def run(self, ranks: int, function: Callable[..., Any], *args: Any) -> Any:
-        """What the first rank found."""
+        """Run a function on all ranks and return the result of the first."""
         self._need(ranks)
         return run_ranks(ranks, function, *args, spawn=self.gpu)[0]
 

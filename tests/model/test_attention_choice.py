@@ -1,4 +1,4 @@
-"""Which attention backend is taken, as a table; and on a GPU each of them against the reference."""
+"""Choice of attention backend, as a table; and on a GPU each of them against the reference."""
 
 from dataclasses import replace
 

@@ -24,7 +24,7 @@ MICRO_BATCH = 2
 
 @dataclass
 class Compiled:
-    """How often a rank had compiled something, or found it in the node's cache."""
+    """Number of times a rank had compiled something, or found it in the node's cache."""
 
     before_the_barrier: int = 0
     at_the_end: int = 0

@@ -71,7 +71,7 @@ class Job:
         raise AssertionError(f"job {self.id} has no step on {node}")
 
     def signal(self, name: str) -> None:
-        """As Slurm does ahead of a time limit: to the script alone."""
+        """Signal the script alone, as Slurm does ahead of a time limit."""
         self.call("scancel", f"--signal={name}", "--batch", self.id)
 
     def wait_for_steps(self, run_dir: Path, count: int) -> None:

@@ -127,7 +127,7 @@ def soon_out_of_time(case: Case) -> Outcome:
 
 
 def out_of_time(case: Case) -> Outcome:
-    """No signal before Slurm ends it."""
+    """Job that Slurm ends at its time limit without a signal."""
     job = case.submit(options=("--signal=B:CONT@1",), until=FEW)
     _limit(job, minutes=1)
     return case.comes_back(job)
@@ -233,7 +233,7 @@ def outcomes(
 
 @pytest.fixture
 def found(request: pytest.FixtureRequest, outcomes: dict[str, Future[Outcome]]) -> Outcome:
-    """What came of the case that is its parameter."""
+    """Outcome of the case given as the parameter."""
     return outcomes[request.param.__name__].result()
 
 

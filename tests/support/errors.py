@@ -1,4 +1,4 @@
-"""What a refusal has to say, however it is worded: the field, its value, and a remedy."""
+"""Required content of a refusal, however it is worded: the field, its value, and a remedy."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

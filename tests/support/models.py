@@ -97,7 +97,7 @@ def run_config(run_dir: Path, shape: Shape = PLAIN, **sections: Mapping[str, obj
 
 
 def overrides(shape: Shape) -> list[str]:
-    """As words of a command line."""
+    """Overrides as words of a command line."""
     return [f"model.{name}={value}" for name, value in shape.items()]
 
 

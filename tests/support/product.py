@@ -119,7 +119,7 @@ def metrics(run_dir: Path) -> list[dict]:
 
 
 def numbers(run_dir: Path) -> list[tuple]:
-    """What a run computed, without how fast it was."""
+    """Results of a run, without its speed."""
     return [
         (row["step"], row["loss"], row["grad_norm"], row["lr"], row["tokens"], row.get("valid"))
         for row in metrics(run_dir)

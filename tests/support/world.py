@@ -114,7 +114,7 @@ class Call:
 
     @property
     def output(self) -> str:
-        """What it and its children have printed so far."""
+        """Output so far of the process and its children."""
         return Path(self._output.name).read_text(errors="replace")
 
     def is_alive(self) -> bool:
@@ -159,7 +159,7 @@ def check_server() -> None:
 
 
 def _name(function: Callable[..., Any]) -> str:
-    """Also of a partial, which has none."""
+    """Name of a function, or of a partial, which has no name of its own."""
     return getattr(function, "__qualname__", repr(function))
 
 
@@ -249,7 +249,7 @@ def _rank_main(
 
 
 def launched_as(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What a launcher tells a rank of a job on this machine."""
+    """Environment that a launcher gives a rank of a job on this machine."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -158,7 +158,7 @@ def _live(attempt: Attempt) -> tuple[list[int], int, list[str]]:
 
 
 def _wait_until_served(port: int) -> None:
-    """By rank 0, which then waits for the others."""
+    """Wait until rank 0 serves the port; it then waits for the others."""
     while True:
         with suppress(OSError), socket.create_connection(("localhost", port)):
             return
@@ -187,7 +187,7 @@ def _end(ranks: Sequence[BaseProcess]) -> None:
 
 
 def _left_over() -> list[str]:
-    """What is still at work in this session, when it has had time to end."""
+    """Processes still at work in this session after they have had time to end."""
     until = time.monotonic() + LAST_WORDS_S
     while (others := _others_at_work()) and time.monotonic() < until:
         time.sleep(0.05)

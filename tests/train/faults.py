@@ -54,7 +54,7 @@ def config(run_dir: Path, precision: str, stage: int, tp: int) -> RunConfig:
 
 
 def examine(run: RunConfig) -> dict[str, Any]:
-    """What this rank found."""
+    """Findings of this rank."""
     with process_groups(run.parallel, seed=1) as groups:
         model = build_model(run.model, run.parallel, groups, dtype_of(run.train), run.run.seed)
         engine = build_engine(model, run.zero, run.train, run.optim, groups)
@@ -82,7 +82,7 @@ def nothing(engine: DeepSpeedEngine, groups: Groups) -> Iterator[None]:
 
 @contextmanager
 def nan_loss(engine: DeepSpeedEngine, groups: Groups) -> Iterator[None]:
-    """On the last rank, and with a gradient that is finite."""
+    """NaN loss on the last rank, with a finite gradient."""
     last = groups.rank == groups.world_size - 1
     hook = engine.module.register_forward_hook(
         lambda module, args, loss: loss + (float("nan") if last else 0.0)
@@ -93,7 +93,7 @@ def nan_loss(engine: DeepSpeedEngine, groups: Groups) -> Iterator[None]:
 
 @contextmanager
 def inf_gradient(engine: DeepSpeedEngine, groups: Groups) -> Iterator[None]:
-    """In one element of one weight of the last rank."""
+    """Infinite gradient in one element of one weight of the last rank."""
 
     def spoil(gradient: Tensor) -> Tensor:
         spoilt = gradient.clone()

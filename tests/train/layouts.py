@@ -91,7 +91,7 @@ class Trained:
 
 
 def train_layouts(todo: Sequence[Layout]) -> dict[str, Trained]:
-    """By name; all ranks call it."""
+    """Train the layouts; return the results by name. Called by all ranks."""
     found = {}
     dist.init_process_group("gloo")
     for tp in sorted({layout.tp for layout in todo}):

@@ -28,7 +28,7 @@ LAST_OF_ONE, LAST_OF_TWO = "rank-00000.safetensors", "rank-00001.safetensors"
 
 
 def flip_a_bit(path: Path) -> None:
-    """Of the last element: sizes, header and manifest stay as they are."""
+    """Flip a bit of the last element; sizes, header and manifest stay as they are."""
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -122,7 +122,7 @@ def losses(run_dir: Path) -> dict[int, tuple[float, float]]:
 
 
 def kept(found: WentOn) -> int:
-    """How many steps of the run before are still in its metrics."""
+    """Number of the earlier run's steps that are still in its metrics."""
     before = found.before["metrics.jsonl"].splitlines()
     now = (found.run_dir / "metrics.jsonl").read_bytes().splitlines()
     return sum(line in before for line in now)

@@ -149,6 +149,6 @@ def test_goodput_accounts_for_every_second(disturbed: Disturbed) -> None:
 
 
 def test_goodput_has_every_attempt_with_its_end(disturbed: Disturbed) -> None:
-    """As rank 0 ended."""
+    """Each attempt's end is that of rank 0."""
     left = [attempt.left for attempt in read_attempts(disturbed.run_dir)]
     assert left == [attempt.codes[0] for attempt in disturbed.attempts]

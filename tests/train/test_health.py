@@ -137,7 +137,7 @@ class Run:
         self.decided: list[tuple[int, int, str]] = []
 
     def step(self) -> bool:
-        """Whether the run goes on."""
+        """Take a step and return whether the run goes on."""
         number = self.state.consumed_samples // BATCH
         if number >= len(self.outcomes):
             return False

@@ -87,7 +87,7 @@ def test_leaving_out_the_norm_gradient_sum_is_caught(reference: Trained) -> None
 
 
 def errors(found: Trained, expected: Trained) -> dict[str, float]:
-    """Of each weight, relative to its norm."""
+    """Error of each weight, relative to its norm."""
     return {
         name: float(np.linalg.norm(found.weights[name] - weight) / np.linalg.norm(weight))
         for name, weight in expected.weights.items()

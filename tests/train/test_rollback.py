@@ -117,7 +117,7 @@ def reference(once: Once, small: Small, lived: Live) -> Live:
 
 
 def computed(run_dir: Path, after: int = 0) -> list[tuple]:
-    """What a run computed and decided, without how fast it was."""
+    """Results and decisions of a run, without its speed."""
     keys = ("step", "loss", "grad_norm", "lr", "tokens", "windows", "skipped", "decision", "rolled_back")
     return [tuple(row.get(key) for key in keys) for row in metrics(run_dir) if row["step"] > after]
 
@@ -134,7 +134,7 @@ def abandoned(run_dir: Path) -> list[dict]:
 
 
 def decisions(rows: list[dict]) -> dict[int, str]:
-    """What was decided after a step, without the reason."""
+    """Decision after each step, without the reason."""
     return {row["step"]: row["decision"].partition(":")[0] for row in rows if "decision" in row}
 
 

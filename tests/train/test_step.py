@@ -25,7 +25,7 @@ CASES = {
 
 
 def steps_of_all_cases() -> dict[str, dict[str, Any]]:
-    """In one process."""
+    """Steps of all cases, run in one process."""
     with process_groups(ParallelConfig(), seed=1) as groups:
         return {name: steps(config(*case), groups) for name, case in CASES.items()}
 

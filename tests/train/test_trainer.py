@@ -31,7 +31,7 @@ class Joining(Exception):
 
 
 def timeout_of_collectives(run: RunConfig) -> timedelta:
-    """That with which a run of these settings joins its groups."""
+    """Timeout with which a run of these settings joins its groups."""
 
     def join(parallel: ParallelConfig, seed: int, timeout: timedelta) -> NoReturn:
         raise Joining(timeout)

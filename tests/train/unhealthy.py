@@ -65,7 +65,7 @@ class Lived:
 
     @property
     def exit_codes(self) -> list[list[int]]:
-        """Of both ranks in each attempt."""
+        """Exit codes of both ranks in each attempt."""
         return json.loads((self.folder / "exit_codes.json").read_text())
 
     def phases(self, rank: int) -> list[list[Any]]:
@@ -74,7 +74,7 @@ class Lived:
 
 
 def all_attempts(folder: Path, overrides: list[str], asked: Run) -> None:
-    """One after the other."""
+    """All attempts of the run, one after the other."""
     run = load_config("tiny", overrides)
     ends: list[tuple[int | str | None, int]] = [(kill, 0) for kill in asked.kills]
     ends += [(None, stop) for stop in asked.stops]

@@ -11,6 +11,6 @@ Cases = Callable[[Groups], Iterator[tuple[str, Callable[[], Any]]]]
 
 
 def answers(cases: Cases) -> dict[str, Any]:
-    """What this rank finds in each case, all ranks of the job being one tensor-parallel group."""
+    """Findings of this rank in each case, all ranks of the job being one tensor-parallel group."""
     with process_groups(ParallelConfig(tp=int(os.environ["WORLD_SIZE"])), seed=0) as groups:
         return {name: case() for name, case in cases(groups)}

@@ -1,4 +1,4 @@
-"""What autograd keeps for each layer's backward, to the byte."""
+"""Memory that autograd keeps for each layer's backward, to the byte."""
 
 import itertools
 from collections import Counter

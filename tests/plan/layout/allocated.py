@@ -51,7 +51,7 @@ def savings(tp: int) -> list[str]:
 
 
 def measured(tp: int) -> dict[str, object]:
-    """What this rank finds in each case, in a job of `tp` x DP[tp] ranks."""
+    """Findings of this rank in each case, in a job of `tp` x DP[tp] ranks."""
     # Once: the threads of groups stay, and hundreds of them take all of a machine.
     with process_groups(run_of(STATES[0], tp).parallel, seed=0) as groups:
         return {name: state(name, groups) for name in states(tp)} | {

@@ -20,7 +20,7 @@ Found = dict[int, list[dict]]
 
 @pytest.fixture(scope="module")
 def found() -> Found:
-    """By tensor-parallel ranks: what each rank found, by case."""
+    """Findings of each rank by case, for each number of tensor-parallel ranks."""
     return {tp: run_ranks(tp * dp, allocated.measured, tp) for tp, dp in DP.items()}
 
 

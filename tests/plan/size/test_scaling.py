@@ -197,7 +197,7 @@ def test_a_small_model_does_not_come_to_a_low_loss() -> None:
 
 
 def _grid(centre: float, count: int) -> list[float]:
-    """From a hundredth to a hundred times `centre`."""
+    """Grid from a hundredth to a hundred times `centre`."""
     return [centre * 100 ** (2 * i / count - 1) for i in range(count + 1)]
 
 
