@@ -499,7 +499,7 @@ class Copies:
             self._free.put(shutil.copytree(root, folder / str(number), symlinks=True, ignore=LEFT_OUT))
 
     def run(self, jobs: Sequence[Job], wanted: Sequence[str]) -> list[Outcome]:
-        """What came of each job. A line as one ends, and its output where the verdict is not wanted."""
+        """Outcome of each job. Prints a line as one ends, and its output if the verdict is not wanted."""
         began = time.monotonic()
         with ThreadPoolExecutor(self._count) as pool:
             futures = {pool.submit(self._run, job): job for job in jobs}

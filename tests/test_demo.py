@@ -75,7 +75,7 @@ def test_each_layout_of_gpus_trains(gpus: int, demo: dict[str, Any], small: Smal
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """Of the demo and the package alone, with what an earlier demo left."""
+    """Clone with the demo and the package alone, and what an earlier demo left."""
     (tmp_path / "tools").mkdir()
     shutil.copy(ROOT / "tools/demo.py", tmp_path / "tools")
     (tmp_path / "llama_mcore").symlink_to(ROOT / "llama_mcore")

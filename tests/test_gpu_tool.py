@@ -77,7 +77,7 @@ def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.process
 def test_without_a_gpu_and_not_installed_it_says_so(tmp_path: Path) -> None:
-    """In the folder of another, and with the packages on PYTHONPATH alone."""
+    """The tool runs in another folder, with the packages on PYTHONPATH alone."""
     python = (sys.executable, "-S")
     words = ("--output", tmp_path, "--part", "billion", "--part", "doctor")
     done = run_tool(*words, python=python, PYTHONPATH=sysconfig.get_path("purelib"))

@@ -37,7 +37,7 @@ def uninstalled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def python(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """In the interpreter that the virtual environment was made of, which knows nothing of that."""
+    """Run in the interpreter from which the virtual environment was made, and which does not know it."""
     environment = launched_environment()
     environment |= {"PYTHONPATH": f"{folder}/copy{os.pathsep}{folder}/site"}
     environment.pop("VIRTUAL_ENV", None)

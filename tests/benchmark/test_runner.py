@@ -107,7 +107,7 @@ def test_table() -> None:
 
 
 def test_our_own_work_is_not_that_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is, where this process seems to have done nothing."""
+    """All work counts as that of others where this process seems to have done nothing."""
     at_start = psutil.Process().cpu_times()
     others = OtherWork()
     until = time.process_time() + 0.3

@@ -231,7 +231,7 @@ def slow_copy(rank: Rank) -> dict:
 
 
 def failing_copy(rank: Rank) -> dict:
-    """One rank cannot copy. Training goes on, and learns of it as of a disk that fails."""
+    """A rank that cannot copy: training goes on, and learns of it as of a failing disk."""
     rank.train(1)
     save_checkpoint_at(rank, 1)
 

@@ -58,7 +58,7 @@ def test_every_command_has_help(name: str) -> None:
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_option_is_explained_by_a_phrase(group: str) -> None:
-    """Which stands alone: it does not go on from the option's name."""
+    """Help texts stand alone; none continues from the option's name."""
     helps = {
         f"{command.name} {parameter.name}": getattr(parameter, "help", None) or ""
         for command in GROUPS[group].commands.values()

@@ -37,7 +37,7 @@ FIELDS = [*(name for name, _ in fields(RunConfig)), "data.sources.SOURCE", "data
 
 
 def problems(config: str, ranks: int, override: str) -> list[Problem]:
-    """What is wrong with a run when it is read. What is read must be fit to be checked and described."""
+    """Problems of a run when it is read; what is read must be fit to be checked and described."""
     try:
         run = load_config(config, [override])
     except ConfigError as error:

@@ -42,7 +42,7 @@ def test_masters_and_moments_do_too(converted: Path) -> None:
 
 
 def test_the_limit_is_one(tmp_path: Path) -> None:
-    """One tensor that is larger does not fit."""
+    """A single larger tensor does not fit."""
     assert call(convert_one_large, tmp_path)
 
 

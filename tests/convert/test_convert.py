@@ -116,7 +116,7 @@ def test_masters_and_moments_are_carried(source: str, target: str, tmp_path: Pat
 
 @pytest.mark.parametrize("target", [name for name in NAMES if name != "meta"])
 def test_qk_norm_is_carried(target: str, tmp_path: Path) -> None:
-    """As Hugging Face's Qwen3 and megatron-core's qk_layernorm; Meta's code has none."""
+    """QK-norm is Hugging Face's Qwen3 and megatron-core's qk_layernorm; Meta's code has none."""
     weights = Invented(SHAPES["qk-norm"])
     source = written(weights, tmp_path / "hf", "hf")
     convert(source, tmp_path / "out", target=target, tp=2 if target in CUT else None)

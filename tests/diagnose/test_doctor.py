@@ -42,7 +42,7 @@ def distribution(folder: Path, name: str, version: str, *headers: str) -> None:
 
 
 def environment_with(path: Path, **variables: str) -> dict[str, str]:
-    """With the modules and metadata in `path` before what is installed."""
+    """Environment in which the modules and metadata in `path` come before the installed ones."""
     return launched_environment() | variables | {"PYTHONPATH": f"{path}{os.pathsep}{ROOT}"}
 
 
@@ -296,7 +296,7 @@ def test_a_module_without_metadata_is_there_all_the_same(monkeypatch, tmp_path) 
 
 
 def test_the_tested_versions_are_read(tmp_path: Path) -> None:
-    """This Python's versions, of packages that have one for each Python."""
+    """Versions for this Python, of packages that have one for each."""
     pins = tmp_path / "pins.txt"
     old, new = (f'megatron-core=={n}.0; python_version {c} "3"  # why' for n, c in ((1, "<"), (2, ">=")))
     pins.write_text(f"# exactly\n{new}\n{old}\nPyYAML==6.0.3\n")

@@ -88,7 +88,7 @@ def functions_of(tree: ast.Module) -> Iterator[tuple[str, str, set[str]]]:
 
 
 def test_functions_that_all_ranks_must_call_say_so() -> None:
-    """Those that call a collective of torch, or a function that says so."""
+    """Every function that calls a collective of torch, or a function with the mark, has the mark."""
     found = [
         (path.name, *function)
         for room in ROOMS

@@ -111,7 +111,7 @@ def test_ports_that_are_all_taken_are_named() -> None:
 
 @pytest.mark.parametrize("answer", [b"", b"x" * 20])
 def test_nobody_waits_for_ever(answer: bytes) -> None:
-    """Also where something listens that never ends its line."""
+    """A listener that never ends its line is given up on too."""
     with (
         taken(answer) as port,
         refused(PreflightError, "MASTER_ADDR", f"{HERE} (ports {port} to {port})") as caught,

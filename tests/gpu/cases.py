@@ -1,4 +1,4 @@
-"""What tests of GPUs compute on each rank. On the CPU their twins compute the same.
+"""Computations of the GPU tests on each rank; their twins on the CPU compute the same.
 
 Imports nothing that sets the device: ranks on a GPU are new interpreters, which find it themselves.
 """
@@ -74,7 +74,7 @@ def _errors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, fl
 def gradients(
     groups: Groups, *, dtype: torch.dtype, documents: bool = False, **fields: str
 ) -> dict[str, Tensor]:
-    """On the CPU in fp32; `fields` of the model's configuration."""
+    """Gradients on the CPU in fp32; `fields` are of the model's configuration."""
     model = model_config(PARITY, **fields)
     gpt = build_model(model, ParallelConfig(), groups, dtype, seed=None, documents=documents)
     weights = {name: weight * 0.5 for name, weight in random_weights(model).items()}

@@ -14,7 +14,7 @@ BOTH = ("cpu", pytest.param("gpu", marks=pytest.mark.gpu))
 
 @dataclass(frozen=True)
 class Place:
-    """Where a test runs: on this machine's GPUs; or on the CPU, as a twin that shows the test to be sound."""
+    """Place of a test: this machine's GPUs, or the CPU, where a twin shows the test to be valid."""
 
     gpu: bool
 

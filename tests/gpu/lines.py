@@ -10,7 +10,7 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Of each of a test's three phases; the last word has the first that did not pass."""
+    """Note each of a test's three phases; the first that did not pass decides."""
     if report.failed:
         tell(report.nodeid, "failed", _last_line(report))
     elif report.skipped:
@@ -29,7 +29,7 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 
 def _last_line(report: pytest.TestReport | pytest.CollectReport) -> str:
-    """What the error said; the whole of it is in the part's log."""
+    """Last line of the error; the part's log has all of it."""
     crash = getattr(report.longrepr, "reprcrash", None)
     said = crash.message if crash else str(report.longrepr)
     return said.strip().splitlines()[0 if crash else -1][:300]

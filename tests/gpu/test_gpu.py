@@ -1,4 +1,4 @@
-"""What a GPU has to compute as the CPU does, and each time the same. A twin on the CPU runs the same code.
+"""Results of a GPU: those of the CPU, and the same each time. A twin on the CPU runs the same code.
 
 Bounds. Rounding errors of operations that follow on each other add up like a random walk. fp32 rounds by
 6e-8: five steps stay within 1e-5, as in tests/train/test_layouts.py. bf16 rounds by 2^-9, and some thirty

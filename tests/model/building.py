@@ -49,7 +49,7 @@ def build(
     weights: dict[str, Tensor] | None = None,
     layer: ModuleSpec | None = None,
 ) -> GPTModel:
-    """This rank's model with these full weights; without them as it is initialised from seed 0."""
+    """This rank's model with these full weights, or as initialised from seed 0 without them."""
     parallel = ParallelConfig(tp=groups.tp_size, sequence_parallel=sequence_parallel)
     gpt = build_model(model, parallel, groups, dtype, seed=0, layer=layer)
     if weights is not None:

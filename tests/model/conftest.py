@@ -27,7 +27,7 @@ def alone() -> Iterator[Groups]:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """This machine's GPU, which all other tests leave alone; for tests marked `gpu`."""
+    """This machine's GPU, for tests marked `gpu`; no other test uses it."""
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     monkeypatch.delenv(DEVICE, raising=False)

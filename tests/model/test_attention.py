@@ -32,7 +32,7 @@ def qkv(request: pytest.FixtureRequest) -> list[Tensor]:
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One row at a time: position i sees positions 0 to i."""
+    """Attention one row at a time: position i sees positions 0 to i."""
     k, v = (x[:, :, torch.arange(q.size(2)) // (q.size(2) // k.size(2))] for x in (k, v))
     rows = []
     for i in range(q.size(0)):

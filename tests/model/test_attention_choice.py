@@ -156,7 +156,7 @@ def test_the_case_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["cudnn", "flash", "efficient"])
 @pytest.mark.parametrize("groups", [4, 2])
 def test_torchs_gpu_operators_take_what_they_are_given(name: str, groups: int) -> None:
-    """By torch's account of their shapes alone, which needs no GPU."""
+    """Shapes agree by torch's meta functions, which need no GPU."""
     q, grad = (torch.empty(33, 2, 4, 64, device="meta", dtype=BF16) for _ in range(2))
     k, v = (torch.empty(33, 2, groups, 64, device="meta", dtype=BF16) for _ in range(2))
     backend = load_backend(name)
@@ -209,7 +209,7 @@ def test_gpu_backends_agree_with_the_reference(
 
 
 def step(dtype: torch.dtype) -> float:
-    """Of the arithmetic: fp32 products may be made of pieces with TF32's 10 bits, three of which keep 20."""
+    """Rounding step: fp32 products may be made of pieces with TF32's 10 bits, three of which keep 20."""
     return 2**-20 if dtype == FP32 else torch.finfo(dtype).eps
 
 

@@ -107,7 +107,7 @@ def test_the_gpus_of_a_node_share_what_triton_compiles(
 
 
 def compilations(inputs: list[Tensor]) -> tuple[int, str]:
-    """Of one function for all of these, and what torch says meanwhile."""
+    """Number of compilations of one function for all of these, and torch's output meanwhile."""
     said = StringIO()
     logging.getLogger("torch._dynamo").addHandler(logging.StreamHandler(said))
     function = load_kernels("compile").swiglu

@@ -139,7 +139,7 @@ SAVED = {
 
 @pytest.mark.parametrize("name", SAVED)
 def test_every_saved_tensor_is_needed(alone: Groups, name: str) -> None:
-    """One that comes back as zeros makes gradients wrong."""
+    """Gradients are wrong if any saved tensor comes back as zeros."""
     one = OneLayer(alone)
     parameters = {parameter.data_ptr() for parameter in one.module.parameters()}
     saved: list[tuple[int, ...]] = []

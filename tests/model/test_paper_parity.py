@@ -64,7 +64,7 @@ def test_a_sequence_of_2048(alone: Groups, attention: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_loss_is_the_papers(alone: Groups, dtype: torch.dtype) -> None:
-    """With labels the model gives the mean loss itself."""
+    """Given labels, the model returns the mean loss itself."""
     model, tokens = model_config(), torch.randint(52, (3, 17))
     weights = random_weights(model)
     found = build(model, alone, dtype=dtype, weights=weights)(tokens[:, :-1], labels=tokens[:, 1:])

@@ -1,4 +1,4 @@
-"""What a run compiles is compiled before its first step, by one rank of each node for all."""
+"""Compilation before a run's first step, by one rank of each node for all."""
 
 import os
 from dataclasses import asdict, dataclass

@@ -377,7 +377,7 @@ def test_splitting_where_no_piece_reaches_across(models: dict[str, ModelProto], 
 def test_gigatoken_gets_batches_of_a_chunk(
     models: dict[str, ModelProto], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No batch is longer than 50 characters, but for a text that is."""
+    """Batches have at most 50 characters, except for a text that is longer."""
     batches: list[list[int]] = []
 
     class Recorded(SimpleNamespace):

@@ -35,7 +35,7 @@ def cluster(folder: Path, nodes: int) -> Iterator[dict[str, str]]:
 
 
 class Job:
-    """One that was submitted with `words`: options of sbatch, the script, and its arguments."""
+    """A job submitted with `words`: options of sbatch, the script, and its arguments."""
 
     def __init__(self, slurm: dict[str, str], folder: Path, *words: str, cwd: Path = ROOT) -> None:
         self._slurm, self._cwd, self._output = slurm, cwd, folder / "output.txt"
@@ -61,7 +61,7 @@ class Job:
         return self.call("scontrol", "show", "hostnames", self.field("NodeList")).split()
 
     def processes(self, node: str) -> list[psutil.Process]:
-        """Of its step on this node: Slurm's own, and all below, in the order of their start."""
+        """Processes of the job's step on this node, Slurm's own and all below, in order of their start."""
         for own in psutil.process_iter():
             with suppress(psutil.NoSuchProcess):
                 if f"slurmstepd: [{self.id}.0]" in " ".join(own.cmdline()):

@@ -34,7 +34,7 @@ class Node:
     arguments: list[str]
 
     def launch(self, monkeypatch: pytest.MonkeyPatch) -> tuple[LaunchConfig, list[str]]:
-        """What torchrun makes of it: its settings, and the command of every rank."""
+        """torchrun's settings and the command of every rank."""
         monkeypatch.delenv("PET_NODE_RANK", raising=False)
         monkeypatch.setenv("SLURM_NODEID", self.environment["SLURM_NODEID"])
         config, _, command = torch_run.config_from_args(torchrun.parsed(self.arguments[1:]))

@@ -98,7 +98,7 @@ def signalled(case: Case) -> Outcome:
 
 
 def terminated(case: Case) -> Outcome:
-    """By `sbatch --signal=B:TERM@300`, say: srun does not pass TERM on, and would kill all ranks."""
+    """Job that gets TERM, as by `sbatch --signal=B:TERM@300`; srun would not forward it but kill all ranks."""
     job = case.submit(until=FEW)
     job.signal("TERM")
     return case.comes_back(job)
@@ -157,7 +157,7 @@ def node_down(case: Case) -> Outcome:
 
 
 def rank_killed(case: Case) -> Outcome:
-    """That of the second node, while the first one's does not notice, as in a collective of NCCL."""
+    """Rank of the second node that is killed, unnoticed by the first as in a collective of NCCL."""
     job = case.submit("checkpoint.interval=10", until=SOME)
     first, second = job.nodes()
     job.processes(first)[-1].suspend()
@@ -216,7 +216,7 @@ CASES: list[Callable[[Case], Outcome]] = [
 def outcomes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, small: Small
 ) -> Iterator[dict[str, Future[Outcome]]]:
-    """Of the cases that the selected tests are about: all of them at work from the start."""
+    """Outcomes of the cases that the selected tests are about, all running from the start."""
     folder = tmp_path_factory.mktemp("slurm")
     callspecs = [getattr(item, "callspec", None) for item in request.session.items]
     selected = [callspec.params.get("found") for callspec in callspecs if callspec]

@@ -33,7 +33,7 @@ def check_problem(
 
 
 def is_shown(output: str, field: str, value: object = ANY, *, remedy: bool = True) -> bool:
-    """Whether a command has printed a problem of `field` with its value and, unless told else, a remedy."""
+    """True if a command has printed a problem of `field` with its value and, unless told else, a remedy."""
     start = f"{field} = " if value is ANY else f"{field} = {value}: "
     lines = [line for line in output.splitlines() if start in line]
     return any("; " in line.partition(start)[2] or not remedy for line in lines)

@@ -77,7 +77,7 @@ def run_command(words: list[str]) -> None:
 
 
 def launched_environment() -> dict[str, str]:
-    """This environment for real processes; these must find out for themselves that there is no GPU to use."""
+    """Environment for real processes, which must find out for themselves that there is no GPU to use."""
     environment = os.environ | ONE_THREAD | {"PYTHONPATH": PYTHONPATH}
     environment.pop("DS_ACCELERATOR", None)
     return environment

@@ -286,7 +286,7 @@ def _wait(processes: Sequence[BaseProcess], results: Sequence[Connection], timeo
 
 
 def _received(results: Sequence[Connection], known: Mapping[int, Any], seconds: float) -> dict[int, Any]:
-    """What has come, by the number of its pipe, from those that nothing is known of."""
+    """Messages received, by number of the pipe, from ranks that have not reported yet."""
     pending = {pipe: number for number, pipe in enumerate(results) if number not in known}
     if not pending:
         time.sleep(seconds)

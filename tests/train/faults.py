@@ -129,7 +129,7 @@ def take_step(engine: DeepSpeedEngine, run: RunConfig, groups: Groups, fault: Fa
 def saved_and_loaded(
     engine: DeepSpeedEngine, run: RunConfig, groups: Groups, state: TrainState
 ) -> dict[str, Any]:
-    """Whether the engine that went on returns to what it was, and then steps as it did."""
+    """Compare an engine that was loaded with what it was when saved, and its next step with that of then."""
     before = weights(engine)
     path = save_checkpoint(engine, run, state, groups)
     take_step(engine, run, groups, nothing)
@@ -148,7 +148,7 @@ def saved_and_loaded(
 
 
 def replicas(engine: DeepSpeedEngine, groups: Groups) -> dict[str, Any]:
-    """What the check says of equal copies, and of one with a flipped bit on rank 1."""
+    """Verdicts of the check on equal copies, and on one with a flipped bit on rank 1."""
     found = {"equal": problems_of(lambda: check_replicas(engine.module, groups, 1))}
     weight = engine.module.get_parameter(NORM)
     flip_lowest_bit(weight if weight.numel() else weight.ds_tensor, groups.rank == 1)

@@ -118,7 +118,7 @@ def train_layout(layout: Layout, groups: Groups) -> Trained:
 
 
 def train_reference(qk_norm: bool = False) -> Trained:
-    """One process, plain torch: no DeepSpeed, no accumulation."""
+    """Train in one process with plain torch: no DeepSpeed, no accumulation."""
     layout = Layout(1, 1, False, 0, 1, qk_norm=qk_norm)
     run = layout.run_config()
     losses, norms = [], []

@@ -102,7 +102,7 @@ def starve(ballast: Path) -> None:
 
 
 def test_each_attempt_ends_as_its_fault_demands(disturbed: Disturbed) -> None:
-    """By the rank that ended first: a launcher ends the others then."""
+    """The rank that ended first decides, since a launcher ends the others then."""
     codes = [attempt.first for attempt in disturbed.attempts]
     said = "\n".join(attempt.output for attempt in disturbed.attempts)
     assert codes[0] == 75, said

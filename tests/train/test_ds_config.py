@@ -93,7 +93,7 @@ def test_gradients_travel_in_fp32_unless_bf16_is_asked_for() -> None:
 
 
 def problems_of(content: str, folder: Path) -> list[Problem]:
-    """With which a file of this content is refused; each names the file."""
+    """Problems with which a file of this content is refused; each names the file."""
     path = folder / "ds.json"
     path.write_text(content)
     with pytest.raises(ConfigError) as error:
@@ -115,7 +115,7 @@ def problems_of(content: str, folder: Path) -> list[Problem]:
 def test_a_value_set_in_both_places_is_refused_with_both_names(
     tmp_path: Path, content: dict, theirs: str, value: object, ours: str
 ) -> None:
-    """Also where the two agree: nobody should have to compare them."""
+    """Equal values are refused too: nobody should have to compare them."""
     problem = check_problem(problems_of(json.dumps(content), tmp_path), theirs, value)
     assert ours in problem.remedy
     assert '"auto"' in problem.remedy
@@ -148,7 +148,7 @@ def test_keys_that_would_be_ignored_are_refused(tmp_path: Path, content: dict, f
 
 
 def test_the_keys_are_deepspeeds() -> None:
-    """Of the sections that DeepSpeed describes by models of its own."""
+    """Keys of the sections that DeepSpeed describes by models of its own."""
     for section, model in (
         ("bf16", DeepSpeedBF16Config),
         ("zero_optimization", DeepSpeedZeroConfig),

@@ -71,7 +71,7 @@ def test_the_data_and_their_order_are_the_same(attempts: list[Lived], run_dir: P
 def test_the_losses_are_those_of_the_undisturbed_run(
     attempts: list[Lived], run_dir: Path, whole: Path
 ) -> None:
-    """Also the gradients' norms: a window more or less would change both by far more."""
+    """Gradient norms too: a window more or less would change both by far more."""
     found, expected = metrics(run_dir), metrics(whole)
     for key in ("loss", "grad_norm"):
         assert [row[key] for row in found] == pytest.approx([row[key] for row in expected], rel=TOLERANCE)

@@ -35,7 +35,7 @@ def folder_in_place_of_metrics(run_dir: Path, finished: Path) -> None:
 
 
 def pipe_in_place_of_metrics(run_dir: Path, finished: Path) -> None:
-    """In a folder that has been held before: an attempt's number is then not looked for in the lines."""
+    """A pipe in a folder that was held before, so that no attempt's number is looked up in the lines."""
     (run_dir / "lease").mkdir(parents=True)
     (run_dir / "lease/00000001.released.json").write_text("{}")
     os.mkfifo(run_dir / "metrics.jsonl")
@@ -246,7 +246,7 @@ def test_another_runs_checkpoint_stays_where_it_is(started: Callable[[str], Star
 
 
 def test_through_a_launcher_it_is_the_same_one_message(small: Small, bad_data: Path, tmp_path: Path) -> None:
-    """One case in which all ranks find the problem before they meet, and one in which one rank does later."""
+    """Two cases: all ranks find the problem before they rendezvous, or one rank does later."""
     cases = {name: EVERY[name] for name in ("sequence", "ids-too-large")}
     jobs = {
         name: start(settings(bad, small, tmp_path / name, bad_data), ranks=2) for name, bad in cases.items()

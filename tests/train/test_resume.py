@@ -1,4 +1,4 @@
-"""Where a run begins: --resume, --fresh, and the folder that is in use. Never silently anew."""
+"""Start of a run: --resume, --fresh, and a folder that is in use; never from scratch in silence."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def with_a_foreign_checkpoint(run_dir: Path, finished: Path) -> None:
 
 
 def without_checkpoints(run_dir: Path, finished: Path) -> None:
-    """Of a run that was killed before its first save; the settings are those of the case."""
+    """Folder of a run that was killed before its first save; the settings are those of the case."""
     run_dir.mkdir()
     shutil.copy(finished / "metrics.jsonl", run_dir)
 
@@ -68,7 +68,7 @@ def without_checkpoints_of_another_run(run_dir: Path, finished: Path) -> None:
 
 
 def leftovers(run_dir: Path, finished: Path) -> None:
-    """Of a preflight and of a start that were killed; an older version wrote the configuration in place."""
+    """Leftovers of a killed preflight and a killed start; an older version wrote the configuration in place."""
     run_dir.mkdir()
     for name in (
         ".preflight",
@@ -246,7 +246,7 @@ def test_weights_alone_are_taken(started: Callable[[str], Started]) -> None:
 
 
 def test_moments_begin_at_zero(small: Small, started: Callable[[str], Started], tmp_path: Path) -> None:
-    """As from a checkpoint that has none."""
+    """Moments are zero, as from a checkpoint that has none."""
     whole, bare = started("from-weights"), tmp_path / "bare"
     made = llama_mcore(
         "convert", "--input", whole.finished, "--output", bare, "--to", "native", "--no-verify"
@@ -262,7 +262,7 @@ def test_moments_begin_at_zero(small: Small, started: Callable[[str], Started], 
 def test_a_run_that_was_killed_before_its_first_save_begins_with_the_same_weights(
     small: Small, started: Callable[[str], Started], tmp_path: Path
 ) -> None:
-    """Also without the flag; never with drawn ones."""
+    """The weights are the same without the flag too, never drawn ones."""
     whole = started("from-weights")
     settings = [*small.overrides(tmp_path / "run"), *SETTINGS, f"train.steps={STEPS}"]
     flag = ["--init-from", str(whole.finished)]

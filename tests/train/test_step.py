@@ -61,7 +61,7 @@ def take_step(engine: DeepSpeedEngine, groups: Groups) -> dict[str, Any]:
 
 
 def calls_of_a_step(engine: DeepSpeedEngine, groups: Groups) -> list[str]:
-    """What `train_step` calls in two micro-batches, and when the weights have changed."""
+    """Calls of `train_step` in two micro-batches, and when the weights have changed."""
     seen, before = [], state(engine)
 
     def called(name: str) -> None:

@@ -41,7 +41,7 @@ def test_three_ranks_agree_who_was_slow() -> None:
 
 
 def slow_in_each_step() -> list[list[object]]:
-    """One slow step makes no slow window: rank 2 is slow in the first, and in all of the second three."""
+    """A single slow step makes no slow window: rank 2 is slow once, then in all of the second three."""
     with process_groups(ParallelConfig(tp=1), 1) as groups:
         stragglers, found = Stragglers(3, groups), []
         for step in range(6):

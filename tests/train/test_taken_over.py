@@ -163,7 +163,7 @@ def test_lines_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
 
 
 def test_repeated_lines_fail_the_audit_until_the_run_is_started_again(run: TakenOver, tmp_path: Path) -> None:
-    """As an earlier version, which did not look at the lease, wrote them."""
+    """Repeated lines, as an earlier version wrote them, which did not check the lease."""
     run_dir = Path(shutil.copytree(run.run_dir, tmp_path / "run"))
     sound = lines_of(run_dir)
     late = [json.dumps(json.loads(line) | {"attempt": 1}) + "\n" for line in sound[9:12]]

@@ -51,7 +51,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Lived:
-    """What is left of a run in a folder: run, and files beside it."""
+    """Remains of a run in a folder: the run, and files beside it."""
 
     folder: Path
 
@@ -69,7 +69,7 @@ class Lived:
         return json.loads((self.folder / "exit_codes.json").read_text())
 
     def phases(self, rank: int) -> list[list[Any]]:
-        """What it told in its last attempt, as `Told` has it."""
+        """Phases that the run reported in its last attempt, as `Told` has them."""
         return json.loads((self.folder / f"phases-{rank}.json").read_text())
 
 

@@ -100,7 +100,7 @@ def make_old(folder: Path) -> None:
 
 
 def test_rank_0_reads_the_reports_of_this_attempt(tmp_path: Path, clock: Clock) -> None:
-    """One rank has begun the next step, one report is of an attempt before, one is half written."""
+    """Reports: of a rank that has begun the next step, of an earlier attempt, and a half-written one."""
     mine = begun(tmp_path, 0, 4, clock)
     put(tmp_path / "stalls/00000011", report(2, beats=1))
     make_old(tmp_path / "stalls/00000011")

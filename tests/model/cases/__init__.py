@@ -1,4 +1,4 @@
-"""What tests compute on every rank of a tensor-parallel job: each module's `cases(groups)`, by name."""
+"""Computations on every rank of a tensor-parallel job: each module's `cases(groups)`, by name."""
 
 import os
 from collections.abc import Callable, Iterator

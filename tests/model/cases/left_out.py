@@ -1,4 +1,4 @@
-"""One layer of which one collective is left out, against the paper's: how wrong each makes it."""
+"""Error of a layer, against the paper's, for each collective that is left out."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -154,7 +154,7 @@ def test_numbers_may_start_from_scratch_where_the_lease_was_deleted(tmp_path: Pa
 def test_the_kinds_always_add_up(
     tmp_path_factory: pytest.TempPathFactory, attempts: list, order: random.Random
 ) -> None:
-    """Also where clocks were set back between two attempts, or several wrote at once."""
+    """The kinds add up even if clocks were set back between two attempts, or several wrote at once."""
     written: list[list[dict]] = []
     for number, (began, phases, left) in enumerate(attempts, start=1):
         rows: list[dict] = [{"attempt": number, "began": began, "job": "", "host": "", "ranks": 1}]
@@ -306,7 +306,7 @@ def test_a_killed_attempt_ends_when_its_supervisor_said_so(tmp_path: Path) -> No
 
 
 def test_an_attempt_that_never_came_to_a_timeline_was_restarting(tmp_path: Path) -> None:
-    """One before all others, one between, one after."""
+    """Three such attempts: one before all others, one between, one after."""
     write(tmp_path, KILLED + FINISHED)
     note(tmp_path, 990.0, 998.0, 1)
     note(tmp_path, 1060.0, 1075.0, 75)

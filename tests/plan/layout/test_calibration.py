@@ -27,7 +27,7 @@ def write(folder: Path, content: object) -> Path:
 
 
 def measured(seconds: float, device: str = "NVIDIA H200") -> dict[str, Any]:
-    """What the benchmark writes, of a step of 12 sequences."""
+    """Output of the benchmark for a step of 12 sequences."""
     found = {"ours": Samples([seconds / 2], [seconds], 1)}
     result = as_json(summarize(Request(MODEL, 12), found, peak_of(device), 0.0))
     return result | {"environment": {"device": device}}

@@ -43,7 +43,7 @@ def test_mfu_of_the_paper(preset: str) -> None:
 
 
 def test_by_hand() -> None:
-    """One layer with grouped queries and a head wider than hidden / heads, each weight written out."""
+    """A layer with grouped queries and a head wider than hidden / heads, each weight written out."""
     model = ModelConfig(
         num_layers=1,
         hidden_size=8,

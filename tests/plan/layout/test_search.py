@@ -119,7 +119,7 @@ def test_steps_cover_the_tokens_and_warm_up_fits_them() -> None:
 
 
 def test_speed_changes_little_with_the_number_of_gpus() -> None:
-    """Where a batch fits badly, speed would fall for no other reason."""
+    """Batches are chosen to fit: where one fits badly, speed falls for that reason alone."""
     counts = [*range(512, 1100, 8)]
     speeds = [
         search(goal("65b"), cluster("h100", gpus)).options[0].tokens_per_s_per_gpu for gpus in counts[::9]

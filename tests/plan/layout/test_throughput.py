@@ -114,7 +114,7 @@ def test_recomputing_costs_a_forward_of_the_layers_or_of_what_memory_bounds() ->
 
 
 def test_a_kernel_for_each_operation_moves_more_than_one_for_all() -> None:
-    """Of a layer's norms, rotation and SwiGLU: 2 norms of 14 values for 2, 21 for 2, 5 for 3."""
+    """Values moved by a layer's norms, rotation and SwiGLU: 2 norms of 14 for 2, 21 for 2, 5 for 3."""
     fused, plain = step(), step(fused=False)
     local, tokens = TOKENS / 8, TOKENS / 8
     more = 2 * 12 * 8192 * local + 19 * 2 * 8192 * tokens + 2 * 22016 * tokens

@@ -65,7 +65,7 @@ def test_a_loss_alone_is_reached_at_the_least_lifetime_cost() -> None:
 
 
 def test_a_shape_too_small_for_the_loss_is_passed_over() -> None:
-    """For endless inference the optimum is hardly larger than a model that never gets there: here the 7B."""
+    """With endless inference the optimum is hardly larger than a model that never gets there: here the 7B."""
     plan = answer(loss="2.0", inference_tokens="1e20")
     assert LAW.tokens_for(2.0, 6_738_415_616) is None
     assert plan.shape.preset is None
@@ -122,7 +122,7 @@ def test_the_next_command_names_what_was_found() -> None:
 
 
 def test_gpus_that_nobody_named_train_within_a_month() -> None:
-    """On a power of two of nodes, and not on half of them."""
+    """The command is for a power of two of nodes, and half of them would not do."""
     plan = answer(flops="1e23", gpu="h200")
     nodes = plan.gpus // 8
     assert plan.gpus == 8 * nodes
