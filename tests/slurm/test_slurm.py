@@ -98,7 +98,7 @@ def signalled(case: Case) -> Outcome:
 
 
 def terminated(case: Case) -> Outcome:
-    """Job that gets TERM, as by `sbatch --signal=B:TERM@300`; srun would not forward it but kill all ranks."""
+    """Job that gets TERM, as by `sbatch --signal=B:TERM@300`; srun would kill all ranks instead."""
     job = case.submit(until=FEW)
     job.signal("TERM")
     return case.comes_back(job)

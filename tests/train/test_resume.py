@@ -68,7 +68,7 @@ def without_checkpoints_of_another_run(run_dir: Path, finished: Path) -> None:
 
 
 def leftovers(run_dir: Path, finished: Path) -> None:
-    """Leftovers of a killed preflight and a killed start; an older version wrote the configuration in place."""
+    """Leftovers of a killed preflight and start; an older version wrote the configuration in place."""
     run_dir.mkdir()
     for name in (
         ".preflight",
