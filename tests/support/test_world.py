@@ -90,6 +90,18 @@ def test_a_call_that_nobody_waits_for_ends_with_its_test() -> None:
     assert psutil.wait_procs([process], timeout=60)[1] == []
 
 
+def test_ranks_end_with_their_host_where_that_is_killed() -> None:
+    """A test run that is killed ends no session itself."""
+    host = Call(run_ranks, 2, wait_for_ever)
+    process = psutil.Process(host.pid)
+    until = time.monotonic() + 60
+    while len(ranks := process.children()) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    process.kill()
+    assert psutil.wait_procs(ranks, timeout=60)[1] == []
+
+
 def variables() -> tuple[str, ...]:
     return tuple(os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"))
 

@@ -243,6 +243,7 @@ def _run(
 def _rank_main(
     rank: int, world_size: int, port: int, results: Connection, function: Callable[..., Any], args: tuple
 ) -> None:
+    die_with_parent(os.getppid())  # a test run that is killed kills no session, but the fork server goes
     os.environ |= launched_as(rank, world_size, port)
     result = function(*args)
     results.send(result)
