@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 OLDEST_PYTHON = (3, 11)
 NEEDED = ("typer", "pydantic", "orjson", "rich")
-"""Of the packages of requirements.txt, those that the command line is made of."""
+"""Packages of requirements.txt that the command line is made of."""
 NOT_AVAILABLE = 69
 
 

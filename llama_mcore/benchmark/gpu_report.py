@@ -52,7 +52,7 @@ class Line:
     """It failed or is unproven; or what else is to be said."""
     measured: str = ""
     bar: str = ""
-    """What `measured` is held to."""
+    """Bar for `measured`."""
 
     def __str__(self) -> str:
         figure = f"{self.measured}, {self.bar}" if self.bar else self.measured
@@ -65,7 +65,7 @@ class Part:
     sentence: str
     limit_s: float
     lines: tuple[str, ...] = ()
-    """What it tells if nothing goes wrong; it may tell more."""
+    """Names of the lines that it reports if nothing fails; it may report more."""
     needs_gpu: bool = True
 
 
@@ -77,7 +77,7 @@ class Outcome:
     seconds: float = 0.0
     date: str = ""
     machine: str = ""
-    """What it ran on: card and versions."""
+    """Card and versions that it ran on."""
     lines: list[Line] = field(default_factory=list)
     output: list[str] = field(default_factory=list)
     """The last that was printed, where something failed."""

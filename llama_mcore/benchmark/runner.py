@@ -50,7 +50,7 @@ class Result:
     measured: dict[str, Any]
     """The same for programs, with every sample."""
     quantities: dict[str, float]
-    """What bars are stated about."""
+    """Quantities that bars are stated about."""
     figure: str
     """The conclusion: the last line of the output."""
     bars: Sequence[Bar] = ()

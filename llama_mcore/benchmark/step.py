@@ -75,7 +75,7 @@ class Samples:
     forward_backward_s: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
     activation_bytes: int = 0
-    """What autograd keeps between forward and backward."""
+    """Bytes that autograd keeps between forward and backward."""
     peak_bytes: int = 0
     """Most that was allocated on the GPU during whole steps; 0 on a CPU."""
     out_of_memory: bool = False

@@ -27,7 +27,7 @@ class Inspection:
     state: str
     """complete, damaged, or unfinished, if an interrupted save or removal left it."""
     verified: bool
-    """Whether every byte was read."""
+    """True if every byte was read."""
     manifest: Manifest | None
     tokens: int | None
     """Tokens consumed since the start of the run."""

@@ -20,7 +20,7 @@ class RunSection(Section):
     seed: int = Field(default=1234, ge=0, lt=1 << 32)
     """Seed of the initial weights and of the data order: 32 bits, of which torch on a CPU reads no more."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """What ranks compute on: cuda, a GPU each; cpu; auto, GPUs where there are any."""
+    """Device that ranks compute on: cuda, a GPU each; cpu; auto, GPUs if there are any."""
     deterministic: bool = False
     """Choose kernels that give the same bits each time. The CPU's do so anyway; on a GPU the fastest backward
     of attention adds in any order, so that a resumed run has the same state and data, and losses that agree

@@ -38,7 +38,7 @@ Advance = Callable[[int], None]
 class Format:
     name: str
     found_in: Callable[[Path], bool]
-    """Whether a folder looks like one of this format. Opens nothing that may be large or hostile."""
+    """True if a folder looks like one of this format. Opens nothing that may be large or hostile."""
     open: Callable[[Path, ModelConfig | None], Weights]
     """Reads indices and checks that every tensor of the model is there, in its shape, and no other.
 
@@ -51,11 +51,11 @@ class Format:
     Raises ConfigError for a model or options that the format cannot express, before it writes; OSError.
     """
     is_cut: bool
-    """Whether it has a file per tensor-parallel rank, so that WriteOptions.tp matters."""
+    """True if it has a file per tensor-parallel rank, so that WriteOptions.tp matters."""
     has_optimizer: bool
-    """Whether it can hold masters and moments."""
+    """True if it can hold masters and moments."""
     fp32_only: bool = False
-    """Whether its weights are the masters."""
+    """True if its weights are the masters."""
 
 
 def get_format(name: str, flag: str) -> Format:

@@ -25,7 +25,7 @@ class Finding:
     """Consequence for a run: for something missing, what cannot be done without it."""
     remedy: str = ""
     required: bool = False
-    """Whether a training run needs it."""
+    """True if a training run needs it."""
 
     @property
     def stops_training(self) -> bool:

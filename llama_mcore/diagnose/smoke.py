@@ -45,7 +45,7 @@ class Outcome:
 
     passed: bool
     text: str
-    """What it was compared with, or why it failed, on one line."""
+    """Comparison that it passed, or the reason of its failure, on one line."""
     remedy: str = ""
 
 

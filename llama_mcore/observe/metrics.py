@@ -72,9 +72,9 @@ class StepReport:
     valid: dict[str, ValidationLoss] = field(default_factory=dict)
     """By source, after a step with an evaluation."""
     evaluation_stopped: bool = False
-    """Whether a due evaluation was abandoned since the run was asked to stop; it is not made up for."""
+    """True if a due evaluation was abandoned since the run was asked to stop; it is not made up for."""
     skipped: bool = False
-    """Whether the update was left out since loss or gradient was not finite."""
+    """True if the update was skipped since loss or gradient was not finite."""
     decision: str = ""
     """Decision about the run's health after the step, with its reason; "" if there was none."""
     rolled_back: list[dict[str, Any]] = field(default_factory=list)

@@ -25,7 +25,7 @@ ALIVE_S = 1.0
 SILENT_S = 30.0
 """A supervisor that writes no record for so long is stopped or hangs, whatever the run's own timeouts are."""
 WORKERS_END_S = 30.0
-"""As long as torchrun itself waits before it kills."""
+"""The time that torchrun itself waits before it kills."""
 _PAUSED_S = 10.0
 """A longer gap between two checks: the launcher did not run either, as while a job is suspended."""
 _POLL_S = 0.1

@@ -32,7 +32,7 @@ SILENT_S = 3.0
 """A process in which no Python ran for so long is stopped, or one of its threads holds the interpreter's
 lock."""
 COLLECT_S = 15.0
-"""How long rank 0 waits for the reports of the others, and they for its summary."""
+"""Seconds that rank 0 waits for the others' reports, and they for its summary."""
 STACKS_REQUEST = signal.SIGUSR2
 STACKS_WAIT_S = 3.0
 _STACKS_POLL_S = 0.05

@@ -46,7 +46,7 @@ class Limits:
     package: str | None = None
     """Package that it needs besides torch, by its name for pip."""
     install: str = ""
-    """How to install that package, for people."""
+    """Command or hint to install that package."""
     on_cpu: bool = False
     """Runs on the CPU, with every dtype and head width, and gives the same bits each time."""
     oldest: Mapping[torch.dtype, tuple[int, int]] = field(

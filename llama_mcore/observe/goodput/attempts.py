@@ -32,7 +32,7 @@ class AttemptStarted(Section):
     host: str
     ranks: int
     saved: bool
-    """Whether it has saved a checkpoint."""
+    """True if it has saved a checkpoint."""
     step: int
     """Current step when this was noted; 0 before the first."""
 
@@ -44,7 +44,7 @@ class AttemptEnded(AttemptStarted):
     exit_code: int
     """Exit code of the supervisor of rank 0."""
     asked: bool
-    """Whether it ended because it had been asked to stop."""
+    """True if it ended because it was asked to stop."""
 
 
 def add_attempt(run_dir: Path, attempt: AttemptStarted) -> None:
