@@ -26,9 +26,9 @@ from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.metrics import StepReport, ValidationLoss
 from llama_mcore.observe.phases import Phase, Phases
 from llama_mcore.observe.sinks import MetricSinks
+from llama_mcore.plan.layout.flops import step_mfu
 from llama_mcore.train.engine import DeepSpeedEngine
 from llama_mcore.train.health import Action, Judgement, judge, lr_scale
-from llama_mcore.train.mfu import step_mfu
 from llama_mcore.train.optim import learning_rate
 from llama_mcore.train.resume import archive_checkpoints_after
 from llama_mcore.train.rollback import roll_back

@@ -2,11 +2,13 @@
 
 import pytest
 
+from llama_mcore.distributed.device import device_name
 from llama_mcore.model.config import PRESETS, ModelConfig
-from llama_mcore.plan.layout.flops import executed_flops, mfu, token_flops
+from llama_mcore.plan.layout.flops import executed_flops, mfu, step_mfu, token_flops
 from llama_mcore.plan.layout.hardware import peak_of
 
 A100 = "NVIDIA A100-SXM4-80GB"
+MODEL = ModelConfig(**PRESETS["65b"])
 
 # GFLOP per token at s = 2,048: matrix products, full attention, causal attention.
 COUNTS = {
@@ -102,3 +104,22 @@ def test_executed_by_hand() -> None:
     # forward 2 products, again 2, backward 5, where 6 count
     assert executed.full_attention == counted.full_attention * 9 // 6
     assert executed_flops(model, "none").full_attention == counted.full_attention * 7 // 6
+
+
+def test_mfu_of_a_step_of_65b_at_the_papers_speed() -> None:
+    """380 tokens/s/GPU are 48.5 % of an A100's peak with causal, 49.5 % with full attention counted."""
+    assert step_mfu(MODEL, "bf16", 380, A100) == pytest.approx((0.485, 0.495), abs=6e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "NVIDIA H200 MIG 1g.18gb", ""])
+def test_no_mfu_on_a_device_whose_peak_is_not_known(device: str) -> None:
+    assert step_mfu(MODEL, "bf16", 380, device) == (None, None)
+
+
+def test_no_mfu_in_fp32_whose_peak_is_another() -> None:
+    assert step_mfu(MODEL, "fp32", 380, A100) == (None, None)
+
+
+def test_this_machine_says_its_name_as_the_table_has_it() -> None:
+    """Without a GPU there is none to report."""
+    assert device_name() != "cpu" or step_mfu(MODEL, "bf16", 380, device_name()) == (None, None)
