@@ -30,6 +30,7 @@ from llama_mcore.model.attention import AttentionBackend, Documents, per_documen
 from llama_mcore.model.config import RopeScaling
 from llama_mcore.model.kernels import PLAIN, Kernels
 from llama_mcore.model.rope import rope_table
+from llama_mcore.model.weight_grad import weight_grad
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class AttentionBlockFunction(torch.autograd.Function):
 
         gathering_normed = tp.start_gather(normed)
         grad_out = linear_input_grad(whole_grad, proj_weight)
-        grad_proj = linear_weight_grad(whole_grad, out)
+        grad_proj = weight_grad(whole_grad, out, proj_weight)
         heads = (*out.shape[:2], -1, shape.head_dim)
         grad_q, grad_k, grad_v = ctx.backend.backward(
             grad_out.view(heads), attended_q, attended_k, v, out.view(heads), log_sum_exp
@@ -105,7 +106,7 @@ class AttentionBlockFunction(torch.autograd.Function):
         normed = gathering_normed.wait()
 
         reducing = tp.start_reduce(grad_normed)
-        grad_qkv_weight = linear_weight_grad(grad_qkv, normed)
+        grad_qkv_weight = weight_grad(grad_qkv, normed, qkv_weight)
         grad_x, grad_norm = shape.kernels.rmsnorm_backward(reducing.wait(), x, norm_weight, shape.norm_eps)
         summing = tp.start_replicated_sum(grad_norm)
         grad_x += grad
@@ -147,13 +148,13 @@ class MlpBlockFunction(torch.autograd.Function):
 
         gathering_normed = tp.start_gather(normed)
         grad_product = linear_input_grad(whole_grad, fc2_weight)
-        grad_fc2 = linear_weight_grad(whole_grad, product)
+        grad_fc2 = weight_grad(whole_grad, product, fc2_weight)
         grad_gate_up = kernels.swiglu_backward(grad_product, gate_up)
         grad_normed = linear_input_grad(grad_gate_up, fc1_weight)
         normed = gathering_normed.wait()
 
         reducing = tp.start_reduce(grad_normed)
-        grad_fc1 = linear_weight_grad(grad_gate_up, normed)
+        grad_fc1 = weight_grad(grad_gate_up, normed, fc1_weight)
         grad_x, grad_norm = kernels.rmsnorm_backward(reducing.wait(), x, norm_weight, norm_eps)
         summing = tp.start_replicated_sum(grad_norm)
         grad_x += grad
@@ -168,11 +169,6 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def linear_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
     """grad [s, b, o], weight [o, i] -> [s, b, i]."""
     return grad @ weight
-
-
-def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
-    """grad [s, b, o], x [s, b, i] -> [o, i]."""
-    return grad.flatten(0, 1).t() @ x.flatten(0, 1)
 
 
 def split_qkv(qkv: Tensor, heads_per_group: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,6 @@
 """One optimizer step, and the loss on batches that are not trained on."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +13,7 @@ from llama_mcore.distributed.device import Stopwatch
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.model.attention import documents_of
 from llama_mcore.train.engine import DeepSpeedEngine
+from llama_mcore.train.update import finish_micro_batch
 
 
 @dataclass(frozen=True)
@@ -56,17 +55,15 @@ def train_step(
             loss = mean_loss(engine, batch, groups, eod) * weight
         engine.backward(_nan_gradient_if_loss_not_finite(loss))
         beat()
-        unsharded_norm = _unsharded_grad_norm(engine, groups)
         if engine.is_gradient_accumulation_boundary():
             before_update()
-        with _update(engine, unsharded_norm):
-            engine.step()
+        outcome = finish_micro_batch(engine, groups)
         total += loss.detach().float()
         beat()
     mean = _mean_over_dp(total / len(micro_batches), groups)
-    norm = float(engine.get_global_grad_norm() or 0.0) if unsharded_norm is None else unsharded_norm
-    skipped = not (engine.was_step_applied() and math.isfinite(norm))
-    (mean, norm), skipped = agree_on_numbers(groups, (mean, norm), skipped)
+    (mean, norm), skipped = agree_on_numbers(
+        groups, (mean, outcome.grad_norm.item()), outcome.skipped.item() > 0
+    )
     return StepResult(mean, norm, skipped)
 
 
@@ -144,29 +141,6 @@ def _nan_gradient_if_loss_not_finite(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
-def _update(engine: DeepSpeedEngine, unsharded_norm: float | None) -> AbstractContextManager[None]:
-    """Context in which `engine.step` changes nothing if the gradient is not finite.
-
-    At stages 1 to 3 DeepSpeed sees to that by itself; at stage 0 it does not check.
-    """
-    if unsharded_norm is None or math.isfinite(unsharded_norm):
-        return nullcontext()
-    return _without_gradients(engine)
-
-
-@contextmanager
-def _without_gradients(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Drop the gradients just before the optimizer's step, which skips parameters without one.
-
-    Not earlier: DeepSpeed clips them first, and fails without any.
-    """
-    hook = engine.optimizer.register_step_pre_hook(lambda *_: engine.zero_grad())
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def _mean_over_dp(value: Tensor, groups: Groups) -> float:
     """Mean over the data-parallel group.
 
@@ -174,20 +148,3 @@ def _mean_over_dp(value: Tensor, groups: Groups) -> float:
     """
     dist.all_reduce(value, group=groups.dp_group)
     return value.item() / groups.dp_size
-
-
-def _unsharded_grad_norm(engine: DeepSpeedEngine, groups: Groups) -> float | None:
-    """Global gradient norm at ZeRO stage 0, where DeepSpeed clips by it but does not report it; else None.
-
-    Parameters that are replicated count on the first tensor-parallel rank, and wherever they are not finite.
-    Collective: all ranks of a tensor-parallel group call it.
-    """
-    if engine.zero_optimization_stage() > 0 or not engine.is_gradient_accumulation_boundary():
-        return None
-    squares = torch.zeros(2, device=groups.device)  # replicated, split
-    for parameter in engine.module.parameters():
-        squares[int(parameter.tensor_model_parallel)] += parameter.grad.square().sum()
-    if groups.tp_rank:
-        squares[0] *= 0  # what is not finite becomes NaN
-    dist.all_reduce(squares, group=groups.tp_group)
-    return squares.sum().sqrt().item()

@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.model import layer_function as layer
+from llama_mcore.model.weight_grad import weight_grad
 from tests.model import paper
 from tests.model.building import EXACT, build, error, leaves, model_config, random_tensor, random_weights
 from tests.model.cases import layers, left_out
@@ -31,7 +32,7 @@ WRONG = 1e-2
 @pytest.mark.parametrize(("s", "b", "i", "o"), [(1, 1, 3, 2), (3, 2, 5, 7)])
 def test_linear(s: int, b: int, i: int, o: int) -> None:
     def backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return layer.linear_input_grad(grad, weight), layer.linear_weight_grad(grad, x)
+        return layer.linear_input_grad(grad, weight), weight_grad(grad, x, weight)
 
     inputs = [random_tensor(s, b, i), random_tensor(o, i, seed=2)]
     check_pair(layer.linear, backward, inputs, plain=lambda x, w: torch.einsum("sbi,oi->sbo", x, w))
