@@ -406,6 +406,22 @@ MUTANTS = [
         tests=["tests/observe/goodput/test_no_progress.py"],
     ),
     Mutant(
+        name="a profile overwrites none",
+        symbol="Profiler._write",
+        old='if not any(folder.glob(f"{file}.*"))',
+        new="if True",
+        tests=["tests/observe/test_profile.py::test_a_step_that_is_trained_again_goes_to_another_folder"],
+    ),
+    Mutant(
+        name="a profile that cannot be written stops no rank",
+        symbol="Profiler._write",
+        old="except (OSError, OutputError) as error:",
+        new="except ZeroDivisionError as error:",
+        tests=[
+            "tests/observe/test_profile.py::test_training_goes_on_without_a_profile_that_cannot_be_written"
+        ],
+    ),
+    Mutant(
         name="a pickle runs no code",
         symbol="sandbox:_content",
         old="weights_only=True",

@@ -4,7 +4,7 @@
     RUN_DIR/config.yaml      its configuration
     RUN_DIR/checkpoints/     paths.py
     RUN_DIR/lease/           run_lock.py
-    RUN_DIR/metrics.jsonl, timeline.jsonl, attempts.jsonl, tensorboard/, deepspeed/, stalls/
+    RUN_DIR/metrics.jsonl, timeline.jsonl, attempts.jsonl, tensorboard/, deepspeed/, profile/, stalls/
 
 The run id in run.json says which checkpoints are the run's: others are neither read nor removed. Loads no
 torch.
@@ -47,6 +47,7 @@ KNOWN = {CONFIG_FILE, RUN_FILE, METRICS_FILE, ABANDONED_METRICS, TIMELINE_FILE, 
     "tensorboard",
     "checkpoints",
     "deepspeed",
+    "profile",
     "stalls",
 }
 LEFTOVERS = (f"{PREFLIGHT_MARK}*", f"{METRICS_FILE}.tmp", f".{CONFIG_FILE}.tmp", f".{RUN_FILE}.tmp")

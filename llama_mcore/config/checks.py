@@ -138,6 +138,10 @@ def _check_training(run: RunConfig) -> Iterator[Problem]:
             f"train.steps={warmup} or more"
         )
         yield Problem("optim.warmup_steps", warmup, f"must not exceed train.steps = {steps}", remedy)
+    profiled = max((steps[-1] for steps in run.observe.profiled_steps), default=0)
+    if profiled > steps:
+        reason = f"must not exceed train.steps = {steps}"
+        yield Problem("observe.profile", run.observe.profile, reason, "name steps that the run trains")
     if run.eval.interval and not run.data.has_validation:
         remedy = "set data.valid=PREFIX, or valid of a source, or eval.interval=0"
         yield Problem("eval.interval", run.eval.interval, "needs validation data", remedy)

@@ -40,6 +40,7 @@ from llama_mcore.model.warm_up import warm_up
 from llama_mcore.observe.goodput.timeline import Timeline
 from llama_mcore.observe.log import get_logger, setup_logging
 from llama_mcore.observe.phases import Phase, Phases
+from llama_mcore.observe.profile import profiling
 from llama_mcore.observe.sinks import MetricSinks
 from llama_mcore.train.consistency import check_ranks_agree
 from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of
@@ -114,6 +115,7 @@ def open_trainer(
     engine = _loaded_engine(run, groups, phases, found, stop)
     if found.resumes and not computation.is_reproducible:
         get_logger().info(AGREES_TO_ROUNDING)
+    stack.enter_context(profiling(Path(run.run.dir), run.observe, groups.rank, engine, phases))
     state = _with_segments(saved, segments)
     saver = stack.enter_context(closing(run_on_all_ranks(groups, lambda: Saver(engine, run, groups, lease))))
     _announce(run, groups, computation, saver)
