@@ -14,8 +14,7 @@ from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.model.config import Recompute
 from llama_mcore.plan.arguments import all_of
 from llama_mcore.plan.layout import hardware
-from llama_mcore.plan.layout.calibration import load_calibration
-from llama_mcore.plan.layout.efficiency import Efficiency
+from llama_mcore.plan.layout.calibration import constants_of, load_calibration
 from llama_mcore.plan.layout.search import Cluster
 from llama_mcore.plan.layout.to_run import base_run
 from llama_mcore.units import parse_count
@@ -65,10 +64,10 @@ def cluster_from_options(
         lambda: hardware.network(network) if network else None,
         lambda: whole_number("--gpus", gpus),
         lambda: whole_number("--gpus-per-node", gpus_per_node),
-        lambda: load_calibration(calibration) if calibration else Efficiency(),
+        lambda: load_calibration(calibration) if calibration else None,
     )
     usual = kind.network
-    return Cluster(kind, count, between or usual, efficiency, per_node)
+    return Cluster(kind, count, between or usual, efficiency or constants_of(kind), per_node)
 
 
 def tokens_from_options(tokens: str, batch: str) -> tuple[float, float]:

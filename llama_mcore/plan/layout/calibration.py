@@ -13,15 +13,20 @@ from llama_mcore.errors import ConfigError, MissingInputError, Problem, input_pr
 from llama_mcore.model.config import ModelConfig, Recompute
 from llama_mcore.plan.layout.efficiency import Efficiency, parse_efficiency
 from llama_mcore.plan.layout.hardware import Gpu, gpu_of_driver
-from llama_mcore.plan.layout.throughput import Predictor, Shape, Work
+from llama_mcore.plan.layout.throughput import Predictor, Shape, Work, own_traffic
 from llama_mcore.small_file import read_json
 
 LARGEST_FILE = 1 << 20
 HALVINGS = 40  # of the interval from 0 to 1: far below what a measurement can tell
 
 
+def constants_of(gpu: Gpu) -> Efficiency:
+    """Constants of our own runs on a GPU: of its shipped calibration, else those fitted to published runs."""
+    return load_calibration(Path(__file__).with_name(gpu.calibration)) if gpu.calibration else Efficiency()
+
+
 def load_calibration(path: Path) -> Efficiency:
-    """The default constants, with those of the file in their place.
+    """The constants of the file, and for the rest the fitted ones.
 
     A benchmark gives `gemm_share`: the value at which the prediction for that model and GPU equals the
     measurement, so that it absorbs all errors of the prediction. Raises MissingInputError, or ConfigError
@@ -58,10 +63,9 @@ def _from_benchmark(found: dict[str, Any]) -> Efficiency:
         raise ConfigError(
             Problem("--calibration: device", shown(device), "is not a GPU that the planner knows")
         )
-    share = _gemm_share(
-        gpu, measured.settings.shape, measured.settings.work, measured.measured.tokens_per_s.ours
-    )
-    return replace(Efficiency(), gemm_share=share)
+    settings = measured.settings
+    share = _gemm_share(gpu, settings.shape, settings.work_on(gpu), measured.measured.tokens_per_s.ours)
+    return replace(constants_of(gpu), gemm_share=share)
 
 
 _Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -94,8 +98,7 @@ class _Settings(BaseModel):
         )
         return Shape(model)
 
-    @property
-    def work(self) -> Work:
+    def work_on(self, gpu: Gpu) -> Work:
         return Work(
             gpus=1,
             tp=1,
@@ -105,6 +108,8 @@ class _Settings(BaseModel):
             recompute=self.recompute,
             sequence_parallel=False,
             fused=self.recompute != "none",
+            attention=gpu.attention,
+            traffic=own_traffic(gpu, tp=1, stage=1),
         )
 
 
@@ -133,10 +138,11 @@ class _Measured(BaseModel):
 def _gemm_share(gpu: Gpu, shape: Shape, work: Work, speed: float) -> float:
     """The share at which the predicted speed equals the measured one, by bisection."""
     measured = work.micro_batch * shape.model.seq_length / speed
-    one = gpu.network
+    constants = constants_of(gpu)
 
     def predicted(share: float) -> float:
-        return Predictor(gpu, one, replace(Efficiency(), gemm_share=share)).step_time(shape, work).total
+        efficiency = replace(constants, gemm_share=share)
+        return Predictor(gpu, gpu.network, efficiency).step_time(shape, work).total
 
     if predicted(1.0) > measured:
         reason = "is faster than predicted even with matrix products at the GPU's best speed"

@@ -23,8 +23,10 @@ class Efficiency:
     """Fitted. Smallest side of a product at which it reaches half of that, on an A100; in proportion to
     operations per byte of memory on others, as the same side feeds their units for a shorter time."""
     stream_share: float = 0.75
-    """Share of memory bandwidth in norms, rotations, SwiGLU, residual sums, loss and optimizer. NVIDIA
+    """Share of memory bandwidth in norms, rotations, SwiGLU, residual sums and loss. NVIDIA
     cudnn-frontend, benchmark/norms: fused norms move 3.5 to 3.8 of an H200's 4.8 TB/s."""
+    optimizer_share: float = 0.75
+    """The same of the optimizer's step, whose buffers are few and large."""
     nvlink_share: float = 0.77
     """Share of NVLink's bandwidth in collectives of a node. NVIDIA nccl-tests: 230 of an A100's 300 GB/s."""
     network_share: float = 0.90
@@ -41,6 +43,8 @@ class Efficiency:
 
 SMALLEST_SHARE, LARGEST_CONSTANT = 1e-3, 1e6
 """Bounds of a calibration, beyond any machine."""
+ORIGIN = ("measured", "source")
+"""Keys of a calibration file that say when and on what it was measured."""
 FITTED = ("gemm_share", "gemm_half_side", "overlap_cost", "layer_gap_s")
 
 
@@ -56,11 +60,14 @@ class AttentionKernel:
     half_length: int
 
 
-# cudnn: cudnn-frontend, benchmark/sdpa_benchmark_training, H200, llama3.1: 397, 502, 567, 603 TFLOP/s over
-# forward and backward at 2,048 to 16,384 tokens; the form is within 2 % of them.
+# Measured on one H200 with torch 2.11.0+cu130, 2026-11-27, in TFLOP/s of forward and backward, which counts
+# 2.5 forwards. cudnn: 475 and 382 at 2,048 tokens, 562 and 448 at 4,096, 618 and 519 at 8,192: together 404,
+# 475, 544, within 3 % of this form (cudnn-frontend's own benchmark: 397, 502, 567). torch_flash: 24.3 ms in a
+# step of 12 layers of the 7B, which are 237; its form is that of flash2.
 ATTENTION_KERNELS = {
     "flash2": AttentionKernel(None, 500),
-    "cudnn": AttentionKernel(0.65, 1200),
+    "cudnn": AttentionKernel(0.62, 1070),
+    "torch_flash": AttentionKernel(0.298, 500),
 }
 
 
@@ -85,8 +92,9 @@ _A100_OPERATIONS_PER_BYTE = 312e12 / 2.039e12
 def parse_efficiency(found: dict[str, Any]) -> Efficiency:
     """The defaults with these fields replaced. Raises ConfigError with all problems of the fields."""
     known = {field.name for field in fields(Efficiency)}
+    constants = {key: value for key, value in found.items() if key not in ORIGIN}
     problems = []
-    for key, value in found.items():
+    for key, value in constants.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if key not in known:
             reason, remedy = "is not known", f"known: {', '.join(sorted(known))}"
@@ -99,7 +107,7 @@ def parse_efficiency(found: dict[str, Any]) -> Efficiency:
         problems.append(Problem(f"--calibration: {key}", value, reason, remedy))
     if problems:
         raise ConfigError(problems)
-    return replace(Efficiency(), **found)
+    return replace(Efficiency(), **constants)
 
 
 def dump_efficiency(efficiency: Efficiency) -> str:

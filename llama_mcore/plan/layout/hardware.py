@@ -70,6 +70,11 @@ class Gpu:
     """Usual network of its nodes."""
     flash2_share: float
     """Share of the peak that FlashAttention 2 tends to with the sequence, forward and backward."""
+    attention: str = "flash2"
+    """Kernel of our own runs, a key of efficiency.ATTENTION_KERNELS."""
+    calibration: str = ""
+    """Calibration file beside this one that holds for our own runs; without one, the constants that were
+    fitted to published runs."""
 
 
 _A100 = Peak(312e12, "NVIDIA A100 data sheet: 312 TFLOP/s")
@@ -129,6 +134,8 @@ GPUS: dict[str, Gpu] = {
             source="NVIDIA data sheet, SXM",
             network=NETWORKS["ib-400x8"],
             flash2_share=_FLASH2_HOPPER,
+            attention="cudnn",
+            calibration="h200.json",
         ),
         Gpu(
             name="h200",
@@ -144,6 +151,8 @@ GPUS: dict[str, Gpu] = {
             source="NVIDIA data sheet, SXM",
             network=NETWORKS["ib-400x8"],
             flash2_share=_FLASH2_HOPPER,
+            attention="cudnn",
+            calibration="h200.json",
         ),
         Gpu(
             name="b200",

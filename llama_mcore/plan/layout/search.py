@@ -19,7 +19,7 @@ from llama_mcore.plan.layout.efficiency import Efficiency
 from llama_mcore.plan.layout.flops import executed_flops, mfu, token_flops
 from llama_mcore.plan.layout.footprint import Footprint, memory_of
 from llama_mcore.plan.layout.hardware import GIB, GPUS, Gpu, Network
-from llama_mcore.plan.layout.throughput import Predictor, Shape, StepTime, Work
+from llama_mcore.plan.layout.throughput import Predictor, Shape, StepTime, Work, own_traffic
 
 TENSOR_PARALLEL = (1, 2, 4, 8, 16)
 STAGES = (1, 2, 3)
@@ -183,6 +183,8 @@ def step_time(run: RunConfig, cluster: Cluster) -> StepTime:
         recompute=run.model.recompute,
         sequence_parallel=run.parallel.sequence_parallel,
         fused=run.model.recompute != "none",
+        attention=cluster.gpu.attention,
+        traffic=own_traffic(cluster.gpu, run.parallel.tp, run.zero.stage),
         reduce_bytes=4 if run.zero.reduce_dtype == "fp32" else 2,
         gpus_per_node=cluster.gpus_per_node,
     )

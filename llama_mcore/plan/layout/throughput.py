@@ -21,19 +21,58 @@ from llama_mcore.plan.layout.efficiency import Efficiency, attention_flops, gemm
 from llama_mcore.plan.layout.hardware import Gpu, Network
 
 BF16, FP32 = 2, 4  # bytes per value
-# Reads master, two moments and gradient in fp32; writes the first three and the bf16 weight; one more
-# reading of the gradient for its norm.
-OPTIMIZER_BYTES = 4 * FP32 + 3 * FP32 + BF16 + FP32
 # bf16 values that norm, rotation and SwiGLU read and write for each of theirs (an fp32 value counts two).
 # Plain, norm: widened (1 read, 2 written), its norm (2), times 1/rms (2, 2), narrowed (2, 1), times weight
 # (1, 1). Rotation: halves swapped (1, 1) and widened (1, 2), widened (1, 2), times cosine (2, 2), times sine
 # added (4, 2), narrowed (2, 1). SwiGLU: silu (1, 1), times up (2, 1).
 FUSED_VALUES = (2, 2, 3)
 PLAIN_VALUES = (14, 21, 5)
+LOSS_CHUNK = 512 * 2**20  # model/fused_loss.py, on a GPU
 BUCKET_VALUES = 200_000_000
 """ds_configs, reduce_bucket_size."""
 
 Recomputed = Literal["none", "selective", "attention", "full"]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes through memory that depend on how a training system is written. The defaults are those with which
+    the constants were fitted to published runs."""
+
+    logit: float = BF16 + FP32 + FP32 + 2 * 2 * FP32 + BF16
+    """For each logit: cast to fp32, read for maximum, exponential and sum, written twice; bf16 gradient."""
+    loss_chunk: float = 2.0**63
+    """fp32 logits that the loss computes at once."""
+    output_weight: float = 0
+    """For each value of the output weight and chunk of the loss: its gradient added up."""
+    residual: int = 3
+    """bf16 values for each value of a residual sum."""
+    copies: float = 0
+    """bf16 values copied around attention in forward and backward, for each value of its output."""
+    accumulation: float = 0
+    """For each parameter and micro-batch, beyond the bf16 gradient that its matrix product writes."""
+    optimizer: float = 4 * FP32 + 3 * FP32 + BF16 + FP32
+    """For each parameter and step: reads master, two moments and gradient, writes the first three and the
+    bf16 weight; one more reading of the gradient for its norm."""
+
+
+def own_traffic(gpu: Gpu, tp: int, stage: int) -> Traffic:
+    """Traffic of this system on a GPU whose constants were measured with it; else that of their fit.
+
+    The loss reads the logits, then replaces them by their gradient. A residual is read by the product before
+    it, unless a collective stands between. Gradients are added in fp32 by their products, at stage 2 written
+    to the bucket that is reduced; stage 3 copies them there.
+    """
+    if not gpu.calibration:
+        return Traffic()
+    accumulation = {1: 2 * FP32 - BF16, 2: FP32 - BF16, 3: BF16 + FP32}
+    return Traffic(
+        logit=3 * BF16,
+        loss_chunk=LOSS_CHUNK,
+        output_weight=2 * FP32 - BF16,
+        residual=1 if tp == 1 else 3,
+        accumulation=accumulation.get(stage, 0),
+    )
 
 
 @dataclass(frozen=True)
@@ -79,6 +118,7 @@ class Work:
     """Groups of layers on each pipeline rank."""
     attention: str = "flash2"
     """Key of efficiency.ATTENTION_KERNELS; or unfused: scores go through memory, also the masked ones."""
+    traffic: Traffic = Traffic()
     reduce_bytes: int = FP32
     """Bytes per gradient sent between data-parallel ranks."""
     shard_ranks: int = 0
@@ -111,6 +151,8 @@ class StepTime:
     gaps: float
     data_parallel: float = 0.0
     optimizer: float = 0.0
+    accumulation: float = 0.0
+    """Gradients added over micro-batches, or copied to where they are reduced."""
     bubble: float = 0.0
 
     @property
@@ -140,7 +182,7 @@ class Predictor:
         busy = StepTime(
             gemm=m * 3 * (layers * gemm + head_gemm),
             attention=m * layers * attention * (3.0 if work.attention == "unfused" else 3.5),
-            memory_bound=m * (3 * layers * stream + head_stream),
+            memory_bound=m * (layers * (3 * stream + self._layer_copies(shape, work)) + head_stream),
             recompute=m * layers * again[work.recompute],
             tensor_parallel=m * layers * self._layer_transfers(shape, work),
             gaps=m * layers * self.efficiency.layer_gap_s * passes,
@@ -156,6 +198,8 @@ class Predictor:
             bubble=micro_batch * (work.pp - 1) / work.interleaved,
             data_parallel=self._data_parallel(shape, work, forward, micro_batch - forward),
             optimizer=self._optimizer(shape, work),
+            accumulation=work.micro_batches
+            * self._stream(work.traffic.accumulation * rank_params(shape, work)),
         )
 
     def _layer_gemm(self, shape: Shape, work: Work) -> float:
@@ -192,7 +236,7 @@ class Predictor:
         norms = [parameter for parameter in layer_parameters(model) if parameter.is_norm]
         normed = {each: each.vectors(model) * each.size(model) for each in norms}
         of_heads = sum(width for each, width in normed.items() if each.summed == "always")
-        outside = norm * (sum(normed.values()) - of_heads) + 2 * 3 * model.hidden_size
+        outside = norm * (sum(normed.values()) - of_heads) + 2 * work.traffic.residual * model.hidden_size
         heads = model.num_attention_heads + model.num_query_groups
         rotated = rotation * heads * model.head_dim if shape.gated else 0
         inside = norm * of_heads + rotated + (swiglu if shape.gated else 2) * model.ffn_hidden_size
@@ -200,10 +244,20 @@ class Predictor:
 
     def _output_layer(self, shape: Shape, work: Work) -> tuple[float, float]:
         """Seconds of the output layer's product in the forward, and of the loss with its gradient."""
-        # logits cast to fp32, read for maximum, exponential and sum, written twice; gradient written in bf16
-        tokens, vocab = _tokens(shape, work), shape.model.vocab_size / work.tp
-        moved = tokens * vocab * (BF16 + FP32 + FP32 + 2 * 2 * FP32 + BF16)
-        return self._product(tokens, vocab, shape.model.hidden_size), self._stream(moved)
+        tokens, vocab, hidden = (
+            _tokens(shape, work),
+            shape.model.vocab_size / work.tp,
+            shape.model.hidden_size,
+        )
+        traffic, logits = work.traffic, tokens * vocab
+        chunks = ceil(FP32 * logits / traffic.loss_chunk)
+        moved = logits * traffic.logit + chunks * traffic.output_weight * vocab * hidden
+        return self._product(tokens, vocab, hidden), self._stream(moved)
+
+    def _layer_copies(self, shape: Shape, work: Work) -> float:
+        """Seconds of copies around a layer's attention, forward and backward."""
+        width = shape.model.num_attention_heads * shape.model.head_dim / work.tp
+        return self._stream(BF16 * work.traffic.copies * width * _tokens(shape, work))
 
     def _layer_transfers(self, shape: Shape, work: Work) -> float:
         """Seconds of tensor-parallel communication in a layer's forward and backward.
@@ -256,7 +310,8 @@ class Predictor:
 
     def _optimizer(self, shape: Shape, work: Work) -> float:
         owners = (work.shard_ranks or work.dp) if work.stage else 1
-        return self._stream(OPTIMIZER_BYTES * rank_params(shape, work) / owners)
+        moved = work.traffic.optimizer * rank_params(shape, work) / owners
+        return moved / (self.gpu.memory_bandwidth * self.efficiency.optimizer_share)
 
 
 def rank_params(shape: Shape, work: Work) -> float:

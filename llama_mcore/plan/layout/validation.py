@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+from llama_mcore.plan.layout.calibration import constants_of
 from llama_mcore.plan.layout.efficiency import FITTED, Efficiency
 from llama_mcore.plan.layout.hardware import gpu, network
-from llama_mcore.plan.layout.published import FITTED_ON, PUBLISHED, Published
+from llama_mcore.plan.layout.published import FITTED_ON, MEASURED, PUBLISHED, Published
 from llama_mcore.plan.layout.throughput import Predictor
 
 MEDIAN_BAR, LARGEST_BAR = 0.10, 0.25
@@ -42,6 +43,11 @@ def validate(efficiency: Efficiency, rows: Sequence[Published] = PUBLISHED) -> l
         Row(row.name, row.tokens_per_s_per_gpu, predict_speed(row, efficiency), row in FITTED_ON, row.source)
         for row in rows
     ]
+
+
+def validate_measured() -> list[Row]:
+    """Our own measured steps, by the constants of their GPU."""
+    return [row for one in MEASURED for row in validate(constants_of(gpu(one.gpu)), [one])]
 
 
 def predict_speed(row: Published, efficiency: Efficiency) -> float:

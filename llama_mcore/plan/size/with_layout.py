@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from llama_mcore.plan.layout.calibration import constants_of
 from llama_mcore.plan.layout.efficiency import Efficiency
 from llama_mcore.plan.layout.report import LAYOUT_COLUMNS, layout_row
 from llama_mcore.plan.layout.search import Cluster, Found, Goal, search
@@ -59,7 +60,7 @@ def _fastest_layout(plan: SizePlan) -> LayoutForSize | None:
     if not request.gpus:
         return None
     between = request.gpu.network
-    cluster = Cluster(request.gpu, request.gpus, between, Efficiency())
+    cluster = Cluster(request.gpu, request.gpus, between, constants_of(request.gpu))
     run = base_run(plan.shape.preset) if plan.shape.preset else base_run(shape=plan.shape.fields)
     goal = Goal(run, plan.recommended.allocation.tokens, BATCH_TOKENS / run.model.seq_length)
     return LayoutForSize(plan, search(goal, cluster))
