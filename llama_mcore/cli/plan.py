@@ -262,6 +262,41 @@ def layout(
             typer.echo(f"\n{write_config} is written; its job script: {command}")
 
 
+@app.command("timeline")
+def timeline(
+    config: Annotated[str, typer.Option(help="A run's YAML or a shipped name.")],
+    world_size: Annotated[str, typer.Option(help="Ranks, each with a GPU.")],
+    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")],
+    network: Annotated[str, typer.Option(help="Between nodes; default: the GPU's usual.")] = "",
+    gpus_per_node: Annotated[str, typer.Option(help="GPUs that NVLink joins.")] = "8",
+    calibration: Calibration = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show where the time of a run's step goes: one layer piece by piece, and what nothing hides."""
+    with report_errors(debug):
+        from llama_mcore.config.checks import check_config
+        from llama_mcore.plan.arguments import all_of
+        from llama_mcore.plan.layout.arguments import cluster_from_options, run_of_config
+        from llama_mcore.plan.layout.footprint import memory_of
+        from llama_mcore.plan.layout.search import Option, step_time
+        from llama_mcore.plan.layout.timeline import timeline as timeline_of
+        from llama_mcore.plan.layout.timeline import timeline_json, timeline_parts
+
+        (run, ranks), cluster = all_of(
+            lambda: run_of_config(config, world_size, {}),
+            lambda: cluster_from_options(gpu, world_size, network, gpus_per_node, calibration),
+        )
+        check_config(run, ranks)
+        found = timeline_of(Option(run, memory_of(run, ranks), step_time(run, cluster), cluster))
+        if json:
+            _print_json(timeline_json(found))
+        else:
+            from llama_mcore.plan.table import show
+
+            show(timeline_parts(found, config))
+
+
 @app.command("validate")
 def validate(
     fit: Annotated[
@@ -270,7 +305,9 @@ def validate(
             "--fit", help="Print the constants that fit the first half best, as a calibration file."
         ),
     ] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of docs/planner.md.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the tables of docs/planner.md.")
+    ] = False,
     calibration: Calibration = None,
     json: Json = False,
     debug: Debug = False,
@@ -288,12 +325,13 @@ def validate(
             typer.echo(dump_efficiency(validation.fit()), nl=False)
             return
         rows = validation.validate(load_calibration(calibration) if calibration else Efficiency())
+        own = validation.validate_measured()
         if json:
-            _print_json(report.validation_json(rows))
+            _print_json(report.validation_json(rows, own))
         elif markdown:
-            typer.echo(report.validation_markdown(rows))
+            typer.echo(f"{report.validation_markdown(rows)}\n\n{report.measured_markdown(own)}")
         else:
-            report.show_validation(rows)
+            report.show_validation(rows, own)
 
 
 def _print_json(answer: dict[str, Any]) -> None:

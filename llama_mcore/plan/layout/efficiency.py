@@ -19,7 +19,7 @@ class Efficiency:
 
     gemm_share: float = 0.845
     """Fitted. Share of a GPU's best matrix product that the largest ones reach between other kernels."""
-    gemm_half_side: float = 43.6
+    gemm_half_side: float = 44.4
     """Fitted. Smallest side of a product at which it reaches half of that, on an A100; in proportion to
     operations per byte of memory on others, as the same side feeds their units for a shorter time."""
     stream_share: float = 0.75
@@ -34,7 +34,7 @@ class Efficiency:
     hop_s: float = 14e-6
     """Seconds per hop from node to node; a ring has as many hops as nodes. NCCL, src/graph/tuning.cc: latency
     of a ring over the network under its protocol for large messages."""
-    overlap_cost: float = 0.399
+    overlap_cost: float = 0.398
     """Fitted. Remaining cost of a transfer hidden behind computation, whose units and memory it uses."""
     layer_gap_s: float = 1e-3
     """Fitted. Seconds between the kernels of one layer, forward and backward of one micro-batch: a few

@@ -208,10 +208,10 @@ PUBLISHED = _FIRST + _LATER
 FITTED_ON = _FIRST[::2]
 HELD_OUT = _FIRST[1::2] + _LATER
 
-# Of the code at d04d73d. 17 bytes for a value of the output weight and chunk, 58 for a logit: the loss of the
-# 7B took 10.6 ms in chunks of 64 MiB and 6.2 ms in one, its three products 4.1. Copies around attention: 13.7 ms
-# in 12 layers of the 7B. Gradients cast and added 18 bytes a micro-batch, in a step norm 4, clip 8, AdamW 28,
-# copy to bf16 6, zeroing 4.
+# Of the code at d04d73d. The loss of the 7B took 10.6 ms in chunks of 64 MiB and 6.2 ms in one, its three
+# products 4.1: 58 bytes for a logit, 17 for a value of the output weight and chunk. Copies around attention
+# took 13.7 ms in 12 layers. Gradients cast and added: 18 bytes a micro-batch; in a step norm 4, clip 8, AdamW
+# 28, copy to bf16 6, zeroing 4.
 _BEFORE = Traffic(
     logit=58,
     loss_chunk=64 * 2**20,
@@ -222,22 +222,25 @@ _BEFORE = Traffic(
 )
 
 
-def _measured(
-    name: str, model: ModelConfig, micro_batch: int, micro_batches: int, seconds: float, **changes: object
-) -> Published:
+def _measured(name: str, model: ModelConfig, work: Work, seconds: float) -> Published:
     """A step of this project on one H200."""
-    work = Work(
+    speed = work.micro_batch * work.micro_batches * model.seq_length / seconds
+    return Published(name, "h200", "ib-400x8", Shape(model), work, speed, _H200)
+
+
+def _work(
+    micro_batch: int, micro_batches: int, traffic: Traffic = _BEFORE, attention: str = "torch_flash"
+) -> Work:
+    return Work(
         gpus=1,
         tp=1,
         stage=1,
         micro_batch=micro_batch,
         micro_batches=micro_batches,
         recompute="selective",
-        attention="torch_flash",
-        traffic=_BEFORE,
+        attention=attention,
+        traffic=traffic,
     )
-    speed = micro_batch * micro_batches * model.seq_length / seconds
-    return Published(name, "h200", "ib-400x8", Shape(model), replace(work, **changes), speed, _H200)
 
 
 _H200 = "one H200, torch 2.11.0+cu130, 2026-11-27"
@@ -252,18 +255,15 @@ _1B = ModelConfig(
     seq_length=2048,
 )
 MEASURED = (
-    _measured("7B, 8 micro-batches of 2", _7B, 2, 8, 8 * 2 * 2048 / 11_068),
-    _measured("7B, 1 micro-batch of 2", _7B, 2, 1, 0.447),
-    _measured("1.23B, 4 micro-batches of 8", _1B, 8, 4, 4 * 8 * 2048 / 55_400),
-    _measured("7B cut to 12 layers, 1 micro-batch of 4", _12_LAYERS, 4, 1, 0.3046),
+    _measured("7B, 8 micro-batches of 2", _7B, _work(2, 8), 8 * 2 * 2048 / 11_068),
+    _measured("7B, 1 micro-batch of 2", _7B, _work(2, 1), 0.447),
+    _measured("1.23B, 4 micro-batches of 8", _1B, _work(8, 4), 4 * 8 * 2048 / 55_400),
+    _measured("12 layers of the 7B, 1 micro-batch of 4", _12_LAYERS, _work(4, 1), 0.3046),
     _measured(
-        "the same, with the layer rewritten",
+        "the same with the layer rewritten",
         _12_LAYERS,
-        4,
-        1,
+        _work(4, 1, replace(_BEFORE, copies=0, residual=1), "cudnn"),
         0.2791,
-        attention="cudnn",
-        traffic=replace(_BEFORE, copies=0, residual=1),
     ),
 )
-"""Steps of this project on one GPU, of the code before it was made fast there."""
+"""Steps of this project on one GPU, at d04d73d."""

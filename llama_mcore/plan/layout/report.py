@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama_mcore.config.schema import RunConfig
+from llama_mcore.plan.layout.calibration import constants_of
+from llama_mcore.plan.layout.efficiency import Efficiency
 from llama_mcore.plan.layout.flops import token_flops
 from llama_mcore.plan.layout.footprint import Footprint
 from llama_mcore.plan.layout.hardware import GIB, Gpu
@@ -79,6 +81,8 @@ def show_memory(run: RunConfig, world_size: int, found: Footprint, gpu: Gpu | No
 
 # --- layout
 
+_NOT_HERE = {"h100": "; an H100 itself was not measured"}
+
 LAYOUT_COLUMNS = (
     "tp", "dp", "ZeRO", "micro", "batch", "recompute", "tokens/s per GPU", "MFU causal", "MFU full",
     "HFU causal", "days", "GiB",
@@ -146,6 +150,10 @@ def show_layouts(name: str, found: Found, cluster: Cluster, top: int) -> None:
     longest = max(row.shape.model.seq_length for row in PUBLISHED)
     if best.run.model.seq_length > longest:
         notes += f"\nNone of the published runs (plan validate) has more than {longest:,} tokens a sequence."
+    if cluster.efficiency == constants_of(cluster.gpu) != Efficiency():
+        notes += (
+            f"\nConstants measured on one H200, with the code of then{_NOT_HERE.get(cluster.gpu.name, '')}."
+        )
     tables: list[str | Grid] = [
         Grid(f"Fastest of {len(found.options)} layouts that are valid and fit", LAYOUT_COLUMNS, rows),
         Grid("One step of the first", ("", "seconds", "share"), parts),
@@ -193,7 +201,7 @@ def conclude_validation(rows: Sequence[Row]) -> str:
     )
 
 
-def validation_json(rows: Sequence[Row]) -> dict[str, Any]:
+def validation_json(rows: Sequence[Row], own: Sequence[Row]) -> dict[str, Any]:
     held_out = [row for row in rows if not row.fitted]
     return {
         "median_error": median_error(rows),
@@ -201,11 +209,12 @@ def validation_json(rows: Sequence[Row]) -> dict[str, Any]:
         "held_out_median_error": median_error(held_out),
         "held_out_largest_error": largest_error(held_out),
         "rows": [vars(row) | {"error": row.error} for row in rows],
+        "measured": [vars(row) | {"error": row.error} for row in own],
     }
 
 
 def validation_markdown(rows: Sequence[Row]) -> str:
-    """Table of docs/planner.md."""
+    """Table of published runs for docs/planner.md."""
     head = ["| run | predicted | published | error | constants | source |", "|---|---:|---:|---:|---|---|"]
     body = [
         f"| {row.name} | {row.predicted:,.0f} | {row.published:,.0f} | {row.error:+.1%} | "
@@ -215,16 +224,23 @@ def validation_markdown(rows: Sequence[Row]) -> str:
     return "\n".join([*head, *body])
 
 
-def show_validation(rows: Sequence[Row]) -> None:
-    lines = [
-        (
-            row.name,
-            f"{row.predicted:,.0f}",
-            f"{row.published:,.0f}",
-            f"{row.error:+.1%}",
-            "yes" if row.fitted else "",
-        )
-        for row in rows
-    ]
+def measured_markdown(own: Sequence[Row]) -> str:
+    """Table of our own measured steps for docs/planner.md."""
+    head = ["| step | predicted | measured | error |", "|---|---:|---:|---:|"]
+    body = [f"| {row.name} | {row.predicted:,.0f} | {row.published:,.0f} | {row.error:+.1%} |" for row in own]
+    return "\n".join([*head, *body])
+
+
+def show_validation(rows: Sequence[Row], own: Sequence[Row]) -> None:
     columns = ("tokens/s/GPU", "predicted", "published", "error", "fitted")
-    show([conclude_validation(rows), Grid("Predicted against published", columns, lines)])
+    lines = [(*_speeds(row), "yes" if row.fitted else "") for row in rows]
+    measured = Grid(
+        f"Our own steps on {own[0].source}, by the constants of that GPU",
+        ("tokens/s/GPU", "predicted", "measured", "error"),
+        [_speeds(row) for row in own],
+    )
+    show([conclude_validation(rows), Grid("Predicted against published", columns, lines), measured])
+
+
+def _speeds(row: Row) -> tuple[str, str, str, str]:
+    return row.name, f"{row.predicted:,.0f}", f"{row.published:,.0f}", f"{row.error:+.1%}"

@@ -174,7 +174,13 @@ def _run(goal: Goal, batch: int, tp: int, stage: int, micro_batch: int, recomput
 
 
 def step_time(run: RunConfig, cluster: Cluster) -> StepTime:
-    work = Work(
+    predictor = Predictor(cluster.gpu, cluster.network, cluster.efficiency)
+    return predictor.step_time(Shape(run.model), own_work(run, cluster))
+
+
+def own_work(run: RunConfig, cluster: Cluster) -> Work:
+    """Work of a step of this system."""
+    return Work(
         gpus=cluster.gpus,
         tp=run.parallel.tp,
         stage=run.zero.stage,
@@ -188,7 +194,6 @@ def step_time(run: RunConfig, cluster: Cluster) -> StepTime:
         reduce_bytes=4 if run.zero.reduce_dtype == "fp32" else 2,
         gpus_per_node=cluster.gpus_per_node,
     )
-    return Predictor(cluster.gpu, cluster.network, cluster.efficiency).step_time(Shape(run.model), work)
 
 
 def check_model(goal: Goal) -> None:

@@ -126,6 +126,8 @@ class Work:
     other (PyTorch's hybrid sharding); 0: all."""
     overlaps_backward_entry: bool = True
     """The gather of the output gradient runs beside other work, as in model/layer_function.py."""
+    overlaps_forward: bool = False
+    """The forward's gathers and reduce-scatters run in pieces beside their products; ours wait."""
     overlaps_gather: bool = False
     """Stage 2: updated weights are gathered beside the next forward; DeepSpeed gathers them in its step."""
     fused: bool = True
@@ -161,6 +163,26 @@ class StepTime:
 
 
 @dataclass(frozen=True)
+class LayerStream:
+    """Seconds of a layer's memory-bound operators in the forward; it has two norms and two residual sums."""
+
+    norm: float
+    rotation: float
+    """With the norms of queries and keys, if there are any."""
+    swiglu: float
+    residual: float
+
+    @property
+    def total(self) -> float:
+        return 2 * (self.norm + self.residual) + self.rotation + self.swiglu
+
+    @property
+    def again(self) -> tuple[float, float]:
+        """What the manual backward computes again, of the attention and of the MLP block."""
+        return self.norm + self.rotation, self.norm + self.swiglu
+
+
+@dataclass(frozen=True)
 class Predictor:
     """Prediction of step times for one kind of GPU and network at this efficiency."""
 
@@ -169,43 +191,44 @@ class Predictor:
     efficiency: Efficiency
 
     def step_time(self, shape: Shape, work: Work) -> StepTime:
-        layers, m = shape.model.num_layers / work.pp, work.micro_batches
-        gemm, attention, stream = (
-            self._layer_gemm(shape, work),
-            self._layer_attention(shape, work),
-            self._layer_stream(shape, work),
-        )
-        again = {"none": 0.0, "selective": stream, "attention": attention, "full": gemm + attention + stream}
-        passes = 4 / 3 if work.recompute == "full" else 1.0
-        head_gemm, head_stream = self._output_layer(shape, work)
-        # A backward is twice the forward; that of flash attention 2.5 times, as it computes scores again.
-        busy = StepTime(
-            gemm=m * 3 * (layers * gemm + head_gemm),
-            attention=m * layers * attention * (3.0 if work.attention == "unfused" else 3.5),
-            memory_bound=m * (layers * (3 * stream + self._layer_copies(shape, work)) + head_stream),
-            recompute=m * layers * again[work.recompute],
-            tensor_parallel=m * layers * self._layer_transfers(shape, work),
-            gaps=m * layers * self.efficiency.layer_gap_s * passes,
-        )
-        return self._whole_step(shape, work, busy)
-
-    def _whole_step(self, shape: Shape, work: Work, busy: StepTime) -> StepTime:
-        """Times of a whole step, from `busy`, those of its micro-batches."""
-        micro_batch = busy.total / work.micro_batches
-        forward = micro_batch / (4 if work.recompute == "full" else 3)
+        """Times of a whole step."""
+        busy = self._busy(shape, work)
         return replace(
             busy,
-            bubble=micro_batch * (work.pp - 1) / work.interleaved,
-            data_parallel=self._data_parallel(shape, work, forward, micro_batch - forward),
+            bubble=busy.total / work.micro_batches * (work.pp - 1) / work.interleaved,
+            data_parallel=sum(self.data_parallel(shape, work).values()),
             optimizer=self._optimizer(shape, work),
             accumulation=work.micro_batches
             * self._stream(work.traffic.accumulation * rank_params(shape, work)),
         )
 
-    def _layer_gemm(self, shape: Shape, work: Work) -> float:
-        """Seconds of the four matrix products of a layer's forward."""
+    def _busy(self, shape: Shape, work: Work) -> StepTime:
+        """Times of the micro-batches of a step."""
+        layers, m = shape.model.num_layers / work.pp, work.micro_batches
+        gemm, attention = sum(self.layer_products(shape, work)), self.layer_attention(shape, work)
+        stream = self.layer_stream(shape, work)
+        again = {
+            "none": 0.0,
+            "selective": sum(stream.again),
+            "attention": attention,
+            "full": gemm + attention + stream.total,
+        }
+        passes = 4 / 3 if work.recompute == "full" else 1.0
+        head_gemm, head_stream = self._output_layer(shape, work)
+        # A backward is twice the forward; that of flash attention 2.5 times, as it computes scores again.
+        return StepTime(
+            gemm=m * 3 * (layers * gemm + head_gemm),
+            attention=m * layers * attention * (3.0 if work.attention == "unfused" else 3.5),
+            memory_bound=m * (layers * (3 * stream.total + self.layer_copies(shape, work)) + head_stream),
+            recompute=m * layers * again[work.recompute],
+            tensor_parallel=m * layers * self._layer_transfers(shape, work, stream),
+            gaps=m * layers * self.efficiency.layer_gap_s * passes,
+        )
+
+    def layer_products(self, shape: Shape, work: Work) -> list[float]:
+        """Seconds of the four matrix products of a layer's forward: qkv, proj, fc1, fc2."""
         tokens = _tokens(shape, work)
-        return sum(self._product(tokens, *sides) for sides in shape.matrices(work.tp))
+        return [self._product(tokens, *sides) for sides in shape.matrices(work.tp)]
 
     def _product(self, *sides: float) -> float:
         return 2 * prod(sides) / gemm_flops(self.gpu, self.efficiency, min(sides))
@@ -213,7 +236,7 @@ class Predictor:
     def _stream(self, count: float) -> float:
         return count / (self.gpu.memory_bandwidth * self.efficiency.stream_share)
 
-    def _layer_attention(self, shape: Shape, work: Work) -> float:
+    def layer_attention(self, shape: Shape, work: Work) -> float:
         """Seconds of a layer's attention in the forward."""
         tokens, length = _tokens(shape, work), shape.model.seq_length
         heads, head_dim = shape.model.num_attention_heads, shape.model.head_dim
@@ -225,22 +248,22 @@ class Predictor:
         moved = scores * (BF16 + 2 * BF16 + 2 * BF16 + 1)
         return 2 * self._product(head_dim, length, scores / length) + self._stream(moved)
 
-    def _layer_stream(self, shape: Shape, work: Work) -> float:
-        """Seconds of a layer's memory-bound operators in the forward, from the bytes they read and write.
-
-        They are the norms, two residual sums, rotation and activation.
-        """
+    def layer_stream(self, shape: Shape, work: Work) -> LayerStream:
+        """Times of a layer's memory-bound operators in the forward, from the bytes they read and write."""
         tokens, model = _tokens(shape, work), shape.model
         local = tokens / work.tp if work.sequence_parallel else tokens
         norm, rotation, swiglu = FUSED_VALUES if work.fused else PLAIN_VALUES
         norms = [parameter for parameter in layer_parameters(model) if parameter.is_norm]
-        normed = {each: each.vectors(model) * each.size(model) for each in norms}
-        of_heads = sum(width for each, width in normed.items() if each.summed == "always")
-        outside = norm * (sum(normed.values()) - of_heads) + 2 * work.traffic.residual * model.hidden_size
+        of_heads = sum(each.vectors(model) * each.size(model) for each in norms if each.summed == "always")
         heads = model.num_attention_heads + model.num_query_groups
         rotated = rotation * heads * model.head_dim if shape.gated else 0
-        inside = norm * of_heads + rotated + (swiglu if shape.gated else 2) * model.ffn_hidden_size
-        return self._stream(BF16 * (outside * local + inside * tokens / work.tp))
+        split = tokens / work.tp
+        return LayerStream(
+            norm=self._stream(BF16 * norm * model.hidden_size * local),
+            rotation=self._stream(BF16 * (norm * of_heads + rotated) * split),
+            swiglu=self._stream(BF16 * (swiglu if shape.gated else 2) * model.ffn_hidden_size * split),
+            residual=self._stream(BF16 * work.traffic.residual * model.hidden_size * local),
+        )
 
     def _output_layer(self, shape: Shape, work: Work) -> tuple[float, float]:
         """Seconds of the output layer's product in the forward, and of the loss with its gradient."""
@@ -254,29 +277,40 @@ class Predictor:
         moved = logits * traffic.logit + chunks * traffic.output_weight * vocab * hidden
         return self._product(tokens, vocab, hidden), self._stream(moved)
 
-    def _layer_copies(self, shape: Shape, work: Work) -> float:
+    def layer_copies(self, shape: Shape, work: Work) -> float:
         """Seconds of copies around a layer's attention, forward and backward."""
         width = shape.model.num_attention_heads * shape.model.head_dim / work.tp
         return self._stream(BF16 * work.traffic.copies * width * _tokens(shape, work))
 
-    def _layer_transfers(self, shape: Shape, work: Work) -> float:
+    def layer_transfer(self, shape: Shape, work: Work) -> float:
+        """Seconds of one gather or reduce-scatter of a layer's activations."""
+        moved = BF16 * _tokens(shape, work) * shape.model.hidden_size * (work.tp - 1) / work.tp
+        return moved / (self.gpu.nvlink * self.efficiency.nvlink_share)
+
+    def _layer_transfers(self, shape: Shape, work: Work, stream: LayerStream) -> float:
         """Seconds of tensor-parallel communication in a layer's forward and backward.
 
         Each of its two blocks begins with a gather and ends with a reduce-scatter: 4 exposed transfers a
         forward. A backward has 4 more and, under sequence parallelism, gathers both inputs again.
         (Korthikanti et al., section 4.2.2; an all-reduce without sequence parallelism moves as much as both.)
+        Beside the gathers that a backward begins with only norm and rotation or SwiGLU are computed again,
+        beside the other four matrix products.
         """
-        t = work.tp
-        one = BF16 * _tokens(shape, work) * shape.model.hidden_size * (t - 1) / t
-        one /= self.gpu.nvlink * self.efficiency.nvlink_share
-        backward = 6 if work.sequence_parallel else 4
-        waited = 4 * (2 if work.recompute == "full" else 1)
-        if work.sequence_parallel and not work.overlaps_backward_entry:
-            waited, backward = waited + 2, backward - 2
-        return one * (waited + self.efficiency.overlap_cost * backward)
+        one = self.layer_transfer(shape, work)
+        hidden = self.hidden(one, one)
+        forward = 4 * (hidden if work.overlaps_forward else one)
+        if not work.sequence_parallel:
+            return forward * (2 if work.recompute == "full" else 1) + 4 * hidden
+        entry = 2 * one
+        if work.overlaps_backward_entry:
+            entry = sum(self.hidden(one, again) for again in stream.again)
+        return forward * (2 if work.recompute == "full" else 1) + entry + 4 * hidden
 
-    def _data_parallel(self, shape: Shape, work: Work, forward: float, backward: float) -> float:
-        """Seconds of data-parallel communication, next to the `forward` and `backward` of a micro-batch."""
+    def data_parallel(self, shape: Shape, work: Work) -> dict[str, float]:
+        """Seconds that a step's data-parallel communication adds, by what it does."""
+        micro_batch = self._busy(shape, work).total / work.micro_batches
+        forward = micro_batch / (4 if work.recompute == "full" else 3)
+        backward = micro_batch - forward
         ranks = work.shard_ranks or work.dp
         params, m = rank_params(shape, work), work.micro_batches
         # stage 3 moves a layer at a time, the others a bucket
@@ -284,14 +318,23 @@ class Predictor:
         gather = self._transfer(BF16 * params, ranks, parts, work)
         reduce = self._transfer(work.reduce_bytes * params, ranks, parts, work)
         if work.stage <= 1:
-            return 2 * reduce + (gather if work.stage == 1 else 0.0)
+            return {
+                "gradients reduced after the last backward": 2 * reduce,
+                "updated weights gathered": gather if work.stage == 1 else 0.0,
+            }
         copies = work.dp // ranks
         across = 2 * work.reduce_bytes * params / ranks * (copies - 1) / copies
         reduce += across / (self.network.bytes_per_gpu * self.efficiency.network_share)
         if work.stage == 2:
-            waited = self._hidden(gather, forward) if work.overlaps_gather else gather
-            return m * self._hidden(reduce, backward) + waited
-        return m * (self._hidden(gather, forward) + self._hidden(gather + reduce, backward))
+            return {
+                "gradients reduced beside the backward": m * self.hidden(reduce, backward),
+                "updated weights gathered": self.hidden(gather, forward) if work.overlaps_gather else gather,
+            }
+        return {
+            "weights gathered beside the forward": m * self.hidden(gather, forward),
+            "weights gathered and gradients reduced beside the backward": m
+            * self.hidden(gather + reduce, backward),
+        }
 
     def _transfer(self, count: float, ranks: int, parts: float, work: Work) -> float:
         """Seconds of a gather or reduce-scatter of `count` bytes in `parts` rings, within a node or over all
@@ -304,7 +347,7 @@ class Predictor:
             hops = (ranks / in_node - 1) * self.efficiency.hop_s
         return count * (ranks - 1) / ranks / speed + parts * hops
 
-    def _hidden(self, transfer: float, computation: float) -> float:
+    def hidden(self, transfer: float, computation: float) -> float:
         """Cost of a transfer that runs beside computation."""
         return max(0.0, transfer - computation) + self.efficiency.overlap_cost * min(transfer, computation)
 

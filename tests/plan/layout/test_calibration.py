@@ -11,10 +11,11 @@ from llama_mcore.benchmark.runner import as_json
 from llama_mcore.benchmark.step import Request, Samples, summarize
 from llama_mcore.errors import ConfigError, MissingInputError
 from llama_mcore.model.config import PRESETS, ModelConfig
-from llama_mcore.plan.layout.calibration import load_calibration
-from llama_mcore.plan.layout.efficiency import Efficiency
+from llama_mcore.plan.layout import calibration
+from llama_mcore.plan.layout.calibration import constants_of, load_calibration
+from llama_mcore.plan.layout.efficiency import Efficiency, attention_flops, gemm_flops
 from llama_mcore.plan.layout.hardware import gpu, network, peak_of
-from llama_mcore.plan.layout.throughput import Predictor, Shape, Work
+from llama_mcore.plan.layout.throughput import Predictor, Shape, Work, own_traffic
 from tests.support.errors import ANY, refused
 
 MODEL = ModelConfig.model_validate(PRESETS["7b"])
@@ -45,7 +46,7 @@ def test_named_constants_replace_the_defaults(tmp_path: Path) -> None:
 
 def test_a_measured_step_is_then_predicted(tmp_path: Path) -> None:
     efficiency = load_calibration(write(tmp_path, measured(2.0)))
-    assert efficiency == replace(Efficiency(), gemm_share=efficiency.gemm_share)
+    assert efficiency == replace(constants_of(gpu("h200")), gemm_share=efficiency.gemm_share)
     work = Work(
         gpus=1,
         tp=1,
@@ -54,6 +55,8 @@ def test_a_measured_step_is_then_predicted(tmp_path: Path) -> None:
         micro_batches=1,
         recompute="selective",
         sequence_parallel=False,
+        attention="cudnn",
+        traffic=own_traffic(gpu("h200"), tp=1, stage=1),
     )
     step = Predictor(gpu("h200"), network("ib-400x8"), efficiency).step_time(Shape(MODEL), work)
     assert step.total == pytest.approx(2.0, rel=1e-6)
@@ -94,6 +97,27 @@ def test_what_is_no_json_object_is_refused(tmp_path: Path, content: object) -> N
 def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, content: object, name: str, value: object) -> None:
     with refused(ConfigError, f"--calibration: {name}", value, remedy=False):
         load_calibration(write(tmp_path, content))
+
+
+def test_hopper_has_the_constants_measured_on_an_h200() -> None:
+    """The file says when and on what; an A100 stays with those fitted to published runs."""
+    assert constants_of(gpu("a100-80gb")) == constants_of(gpu("b200")) == Efficiency()
+    found = constants_of(gpu("h200"))
+    assert found == constants_of(gpu("h100"))
+    # 690 to 720 TFLOP/s at a side of 4,096; 34 bytes for each of 1e9 parameters in 8.09 ms
+    assert 690e12 <= gemm_flops(gpu("h200"), found, 4096) <= 720e12
+    assert 34e9 / (4.8e12 * found.optimizer_share) == pytest.approx(8.09e-3, rel=0.01)
+    path = Path(calibration.__file__).with_name(gpu("h200").calibration)
+    assert {"measured", "source"} < set(json.loads(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("sequence", "forward", "backward"), [(2048, 475, 382), (4096, 562, 448), (8192, 618, 519)]
+)
+def test_attention_is_as_fast_as_cudnn_was_measured(sequence: int, forward: int, backward: int) -> None:
+    """A backward counts 2.5 forwards."""
+    together = 3.5 / (1 / forward + 2.5 / backward) * 1e12
+    assert attention_flops(gpu("h200"), "cudnn", sequence) == pytest.approx(together, rel=0.03)
 
 
 def test_all_problems_are_said_at_once(tmp_path: Path) -> None:

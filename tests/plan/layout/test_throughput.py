@@ -8,7 +8,15 @@ from llama_mcore.model.config import PRESETS, ModelConfig
 from llama_mcore.plan.layout.efficiency import Efficiency, gemm_flops
 from llama_mcore.plan.layout.flops import token_flops
 from llama_mcore.plan.layout.hardware import gpu, network
-from llama_mcore.plan.layout.throughput import Predictor, Shape, StepTime, Work, rank_params
+from llama_mcore.plan.layout.throughput import (
+    Predictor,
+    Shape,
+    StepTime,
+    Traffic,
+    Work,
+    own_traffic,
+    rank_params,
+)
 
 MODEL = ModelConfig.model_validate(PRESETS["65b"])
 SHAPE = Shape(MODEL)
@@ -18,6 +26,7 @@ IDEAL = Efficiency(
     gemm_share=1.0,
     gemm_half_side=0.0,
     stream_share=1.0,
+    optimizer_share=1.0,
     nvlink_share=1.0,
     network_share=1.0,
     hop_s=0.0,
@@ -96,12 +105,24 @@ def test_a_ring_pays_for_each_node() -> None:
 
 def test_a_forward_waits_for_four_transfers_a_layer() -> None:
     one = 2 * TOKENS * 8192 * 7 / 8 / 300e9
-    assert step().tensor_parallel == pytest.approx(80 * 4 * one)
-    assert step(recompute="full").tensor_parallel == pytest.approx(80 * 8 * one)
     assert step(overlaps_backward_entry=False).tensor_parallel == pytest.approx(80 * 6 * one)
+    full = step(overlaps_backward_entry=False, recompute="full")
+    assert full.tensor_parallel == pytest.approx(80 * 10 * one)
+    piecewise = step(overlaps_backward_entry=False, overlaps_forward=True)
+    assert piecewise.tensor_parallel == pytest.approx(80 * 2 * one)
     assert step(tp=1).tensor_parallel == 0
-    hidden = step(replace(IDEAL, overlap_cost=0.5)).tensor_parallel - step().tensor_parallel
-    assert hidden == pytest.approx(80 * 6 * 0.5 * one)
+    hidden = step(replace(IDEAL, overlap_cost=0.5), overlaps_backward_entry=False).tensor_parallel
+    assert hidden == pytest.approx(80 * (6 + 0.5 * 4) * one)
+
+
+def test_a_backward_begins_with_gathers_beside_what_is_computed_again() -> None:
+    """They are longer than that: two norms, a rotation and a SwiGLU."""
+    one = 2 * TOKENS * 8192 * 7 / 8 / 300e9
+    again = 2 * TOKENS / 8 * (2 * 2 * 8192 + 2 * 2 * 8192 + 3 * 22016) / 2.039e12
+    assert step().recompute == pytest.approx(80 * again)
+    assert step().tensor_parallel == pytest.approx(80 * (6 * one - again))
+    cost = step(replace(IDEAL, overlap_cost=0.5)).tensor_parallel - step().tensor_parallel
+    assert cost == pytest.approx(80 * 0.5 * (4 * one + again))
 
 
 def test_recomputing_costs_a_forward_of_the_layers_or_of_what_memory_bounds() -> None:
@@ -109,7 +130,8 @@ def test_recomputing_costs_a_forward_of_the_layers_or_of_what_memory_bounds() ->
     layers = token_flops(MODEL).matmul - 6 * 32000 * 8192
     assert none.recompute == 0
     assert selective.recompute < 0.1 * full.recompute
-    expected = TOKENS * layers / 3 / 8 / 271.2e12 + full.attention / 3.5 + selective.recompute
+    residuals = 80 * 2 * 3 * 8192 * 2 * TOKENS / 8 / 2.039e12
+    expected = TOKENS * layers / 3 / 8 / 271.2e12 + full.attention / 3.5 + selective.recompute + residuals
     assert full.recompute == pytest.approx(expected)
 
 
@@ -137,3 +159,29 @@ def test_accumulation_repeats_all_but_the_optimizer_s_part() -> None:
     once, twice = step(), step(micro_batches=2)
     assert twice.gemm == pytest.approx(2 * once.gemm)
     assert twice.optimizer == once.optimizer
+
+
+def test_traffic_of_a_system_costs_what_it_moves() -> None:
+    """Bytes for each logit, each value of the output weight and chunk, each parameter and micro-batch; copies
+    in widths of the heads."""
+    logits, weight, memory = TOKENS * 32000 / 8, 32000 * 8192 / 8, 2.039e12
+    plain = step().memory_bound
+    wide = Traffic(logit=30)
+    assert step(traffic=wide).memory_bound - plain == pytest.approx(logits * 2 / memory)
+    chunked = Traffic(output_weight=10, loss_chunk=4 * logits / 3.5)
+    assert step(traffic=chunked).memory_bound - plain == pytest.approx(weight * 10 * 4 / memory)
+    copied = Traffic(copies=5)
+    assert step(traffic=copied).memory_bound - plain == pytest.approx(80 * 5 * 2 * 8192 / 8 * TOKENS / memory)
+    added = Traffic(accumulation=6)
+    assert step(traffic=added, micro_batches=3).accumulation == pytest.approx(3 * 6 * P / memory)
+    joined = Traffic(residual=1)
+    fewer = 3 * 80 * 2 * 2 * 8192 * 2 * TOKENS / 8 / memory
+    assert plain - step(traffic=joined).memory_bound == pytest.approx(fewer)
+
+
+def test_traffic_of_our_own_runs() -> None:
+    """Measured constants go with what is moved now, fitted ones with what they were fitted to."""
+    assert own_traffic(GPU, tp=1, stage=1) == Traffic()
+    hopper = gpu("h200")
+    assert [own_traffic(hopper, 1, stage).accumulation for stage in (1, 2, 3)] == [6, 2, 6]
+    assert [own_traffic(hopper, tp, 1).residual for tp in (1, 2)] == [1, 3]

@@ -10,8 +10,8 @@ from llama_mcore.plan.layout import validation
 from llama_mcore.plan.layout.efficiency import FITTED, Efficiency, dump_efficiency, parse_efficiency
 from llama_mcore.plan.layout.flops import mfu, token_flops
 from llama_mcore.plan.layout.published import FITTED_ON, HELD_OUT, PUBLISHED
-from llama_mcore.plan.layout.report import validation_markdown
-from llama_mcore.plan.layout.validation import fit, largest_error, median_error, validate
+from llama_mcore.plan.layout.report import measured_markdown, validation_markdown
+from llama_mcore.plan.layout.validation import fit, largest_error, median_error, validate, validate_measured
 
 DOC = Path(__file__).parents[3] / "docs" / "planner.md"
 
@@ -21,6 +21,12 @@ def test_the_bar_holds_over_all_rows_and_over_those_held_out() -> None:
     for chosen in (rows, [row for row in rows if not row.fitted]):
         assert median_error(chosen) <= 0.10
         assert largest_error(chosen) <= 0.25
+
+
+def test_our_own_measured_steps_are_predicted_within_5_percent() -> None:
+    rows = validate_measured()
+    assert {row.published for row in rows[::2][:2]} == {pytest.approx(11_068), pytest.approx(55_400)}
+    assert largest_error(rows) <= 0.05
 
 
 def test_half_of_the_rows_or_more_are_held_out() -> None:
@@ -89,5 +95,7 @@ def test_shapes_have_the_published_number_of_parameters(name: str, params: float
     assert shape.model.num_layers * shape.layer_params + embeddings == pytest.approx(params, rel=5e-3)
 
 
-def test_the_documented_table_is_the_command_s() -> None:
-    assert validation_markdown(validate(Efficiency())) in DOC.read_text(encoding="utf-8")
+def test_the_documented_tables_are_the_command_s() -> None:
+    text = DOC.read_text(encoding="utf-8")
+    assert validation_markdown(validate(Efficiency())) in text
+    assert measured_markdown(validate_measured()) in text
