@@ -81,7 +81,7 @@ def show_memory(run: RunConfig, world_size: int, found: Footprint, gpu: Gpu | No
 
 # --- layout
 
-_NOT_HERE = {"h100": "; an H100 itself was not measured"}
+_NOT_HERE = {"h100": ", none on an H100 (docs/planner.md)"}
 
 LAYOUT_COLUMNS = (
     "tp", "dp", "ZeRO", "micro", "batch", "recompute", "tokens/s per GPU", "MFU causal", "MFU full",
@@ -152,7 +152,7 @@ def show_layouts(name: str, found: Found, cluster: Cluster, top: int) -> None:
         notes += f"\nNone of the published runs (plan validate) has more than {longest:,} tokens a sequence."
     if cluster.efficiency == constants_of(cluster.gpu) != Efficiency():
         notes += (
-            f"\nConstants measured on one H200, with the code of then{_NOT_HERE.get(cluster.gpu.name, '')}."
+            f"\nConstants measured on one H200{_NOT_HERE.get(cluster.gpu.name, '')}."
         )
     tables: list[str | Grid] = [
         Grid(f"Fastest of {len(found.options)} layouts that are valid and fit", LAYOUT_COLUMNS, rows),
