@@ -38,17 +38,25 @@ def _chosen_anew() -> Iterator[None]:
 
 def answers(kernels: Kernels, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    x, grad, heads, gate_up = (
-        torch.randn(*shape, generator=generator).to(device, dtype)
-        for shape in ((6, 2, 32), (6, 2, 32), (6, 2, 4, 8), (6, 2, 64))
+    x, grad, q, k, v, qkv, gate_up = (
+        torch.randn(6, 2, *shape, generator=generator).to(device, dtype)
+        for shape in ((32,), (32,), (4, 8), (2, 8), (2, 8), (64,), (64,))
     )
-    weight = torch.rand(32, generator=generator).to(device, dtype) + 0.5
+    weight, q_norm, k_norm = (
+        torch.rand(width, generator=generator).to(device, dtype) + 0.5 for width in (32, 8, 8)
+    )
     cos, sin = rope_table(6, 8, 10000.0, device)
+    heads = cos, sin, 2
+    qk_norms = q_norm, k_norm, 1e-6
     return [
         kernels.rmsnorm(x, weight, 1e-6),
         *kernels.rmsnorm_backward(grad, x, weight, 1e-6),
         *kernels.rmsnorm_backward(grad, x, weight, 1e-6, x),
-        kernels.rope(heads, cos, sin),
+        kernels.rope(q, cos, sin),
+        *kernels.rotated_qkv(qkv, *heads),
+        *kernels.rotated_qkv(qkv, *heads, *qk_norms),
+        kernels.rotated_qkv_backward(q, k, v, qkv, *heads)[0],
+        *kernels.rotated_qkv_backward(q, k, v, qkv, *heads, *qk_norms),
         kernels.swiglu(gate_up),
         kernels.swiglu_backward(grad, gate_up),
     ]
