@@ -159,21 +159,23 @@ def _by_autograd(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, gra
 def _kernels(name: str) -> str:
     """Compare norms, rotations and SwiGLU in the dtype of training here with the plain functions in fp32."""
     device, dtype = select_device(), torch.bfloat16 if on_gpu() else torch.float32
-    shapes = ((S, B, D), (S, B, D), (S, B, N, D), (S, B, 2 * D))
+    shapes = ((S, B, D), (S, B, D), (S, B, N, D), (S, B, G, D), (S, B, (N + 2 * G) * D), (S, B, 2 * D))
     narrow = [_normal(*shape, seed=seed).to(device, dtype) for seed, shape in enumerate(shapes)]
     expected = _answers(PLAIN, *(tensor.float() for tensor in narrow))
     _compare(f"in {short(dtype)}", _answers(load_kernels(name), *narrow), expected, dtype)
     return f"forward and backward agree with plain in {short(dtype)}"
 
 
-def _answers(kernels: Kernels, x: Tensor, grad: Tensor, heads: Tensor, gate_up: Tensor) -> list[Tensor]:
+def _answers(
+    kernels: Kernels, x: Tensor, grad: Tensor, q: Tensor, k: Tensor, qkv: Tensor, gate_up: Tensor
+) -> list[Tensor]:
     weight = torch.ones_like(x[0, 0])
-    cos, sin = rope_table(S, D, 10000.0, x.device)
+    heads = *rope_table(S, D, 10000.0, x.device), N // G
     return [
         kernels.rmsnorm(x, weight, 1e-6),
-        *kernels.rmsnorm_backward(grad, x, weight, 1e-6),
-        kernels.rope(heads, cos, sin),
-        kernels.rope_backward(heads, cos, sin),
+        *kernels.rmsnorm_backward(grad, x, weight, 1e-6, x),
+        *kernels.rotated_qkv(qkv, *heads),
+        kernels.rotated_qkv_backward(q, k, k, qkv, *heads)[0],
         kernels.swiglu(gate_up),
         kernels.swiglu_backward(grad, gate_up),
     ]

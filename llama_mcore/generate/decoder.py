@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llama_mcore.model.attention.torch_layout import heads_first
 from llama_mcore.model.config import ModelConfig
-from llama_mcore.model.layer_function import split_qkv
 from llama_mcore.model.parameters import EMBEDDING, FINAL_NORM, OUTPUT, layer_parameters
+from llama_mcore.model.qkv import split_qkv
 from llama_mcore.model.rmsnorm import rmsnorm
 from llama_mcore.model.rope import rope, rope_table
 from llama_mcore.model.swiglu import swiglu

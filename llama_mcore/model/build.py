@@ -16,7 +16,7 @@ from llama_mcore.distributed.groups import Groups
 from llama_mcore.model.attention import attention_for, load_backend
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.gpt import LlamaModel
-from llama_mcore.model.kernels import kernels_for, load_kernels
+from llama_mcore.model.kernels import PLAIN, Kernels, kernels_for, load_kernels
 from llama_mcore.model.layer import LlamaLayer
 from llama_mcore.model.parameters import parameter_of
 from llama_mcore.model.rmsnorm import RMSNorm
@@ -55,10 +55,12 @@ def construct(
     layer: ModuleSpec | None = None,
 ) -> LlamaModel:
     """The modules on the meta device, without memory for weights, so that no weight ever exists twice."""
-    spec = layer or _llama_layer(model, dtype, documents)
+    kernels = load_kernels(kernels_for(model.kernels).name) if layer is None else PLAIN
+    spec = layer or _llama_layer(model, dtype, documents, kernels)
     with torch.device("meta"):
         return LlamaModel(
             fused_loss=layer is None,
+            kernels=kernels,
             config=transformer_config(model, parallel, dtype),
             transformer_layer_spec=TransformerBlockSubmodules(
                 layer_specs=[spec] * model.num_layers, layer_norm=RMSNorm
@@ -74,9 +76,8 @@ def construct(
         )
 
 
-def _llama_layer(model: ModelConfig, dtype: torch.dtype, documents: bool) -> ModuleSpec:
+def _llama_layer(model: ModelConfig, dtype: torch.dtype, documents: bool, kernels: Kernels) -> ModuleSpec:
     backend = load_backend(attention_for(model, dtype, documents).name)
-    kernels = load_kernels(kernels_for(model.kernels).name)
     params = {"model": model, "backend": backend, "kernels": kernels}
     return ModuleSpec(module=LlamaLayer, params=params)
 

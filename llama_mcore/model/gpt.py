@@ -9,6 +9,7 @@ from torch import Tensor
 from llama_mcore.distributed.tp_comm import TensorParallel
 from llama_mcore.model.attention import Documents
 from llama_mcore.model.fused_loss import linear_cross_entropy
+from llama_mcore.model.kernels import Kernels
 
 
 class OutputLayer(ColumnParallelLinear):
@@ -16,6 +17,10 @@ class OutputLayer(ColumnParallelLinear):
 
     The loss is part of this module because ZeRO-3 gathers a weight when the module that owns it is called.
     """
+
+    def __init__(self, *arguments: Any, kernels: Kernels, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.kernels = kernels
 
     def forward(
         self,
@@ -29,16 +34,17 @@ class OutputLayer(ColumnParallelLinear):
         if labels is None:
             return super().forward(input_, weight, runtime_gather_output)
         tp = TensorParallel(self.tp_group, self.sequence_parallel)
-        return linear_cross_entropy(input_, self.weight if weight is None else weight, labels, loss_mask, tp)
+        weight = self.weight if weight is None else weight
+        return linear_cross_entropy(input_, weight, labels, loss_mask, tp, self.kernels)
 
 
 class LlamaModel(GPTModel):
-    """Tokens to logits, or with labels to the mean loss.
+    """Tokens to logits, or with labels to the mean loss, fused and by `kernels`.
 
     Without `fused_loss` it is megatron-core's own: all logits, then their cross-entropy in fp32.
     """
 
-    def __init__(self, fused_loss: bool, **arguments: Any) -> None:
+    def __init__(self, fused_loss: bool, kernels: Kernels, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.fused_loss = fused_loss
         mcore: ColumnParallelLinear = self.output_layer  # type: ignore[has-type]
@@ -51,6 +57,7 @@ class LlamaModel(GPTModel):
             gather_output=mcore.gather_output,
             skip_weight_param_allocation=mcore.weight is None,
             tp_group=mcore.tp_group,
+            kernels=kernels,
         )
 
     def forward(

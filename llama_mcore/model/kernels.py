@@ -1,9 +1,10 @@
-"""Kernels for the memory-bound operators of the manual backward: norms, rotations, SwiGLU.
+"""Kernels for the memory-bound operators of the manual backward: norms, rotations, SwiGLU, cross-entropy.
 
-    plain      the functions of rmsnorm.py, rope.py and swiglu.py as they stand: one kernel per operation
-    compile    the same functions through torch.compile: on a GPU one Triton kernel each. The second shape
-               of a function is compiled for any; after torch's limit of 8 compilations (recompile_limit)
-               it runs uncompiled, and torch says so
+    plain      the functions of rmsnorm.py, rope.py, qkv.py and swiglu.py as they stand, and by_softmax of
+               cross_entropy.py: one kernel per operation
+    compile    the same functions, and the passes of cross_entropy.py, through torch.compile: on a GPU one
+               Triton kernel each. The second shape of a function is compiled for any; after torch's limit
+               of 8 compilations (recompile_limit) it runs uncompiled, and torch says so
     apex       apex's fused RMSNorm, the rest plain
 
 `auto` is compile on a GPU, if all that compiling needs is installed, and plain on the CPU, where compiling
@@ -25,21 +26,26 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from llama_mcore.distributed.device import on_gpu
 from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.model.attention.choice import Choice
+from llama_mcore.model.cross_entropy import BY_PASSES, ByPasses, by_softmax
+from llama_mcore.model.qkv import rotated_qkv, rotated_qkv_backward
 from llama_mcore.model.rmsnorm import rmsnorm, rmsnorm_backward
-from llama_mcore.model.rope import rope, rope_backward
+from llama_mcore.model.rope import rope
 from llama_mcore.model.swiglu import swiglu, swiglu_backward
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Functions with the signatures of those in rmsnorm.py, rope.py and swiglu.py."""
+    """Functions with the signatures of those in rmsnorm.py, rope.py, qkv.py, swiglu.py, cross_entropy.py."""
 
     rmsnorm: Callable[[Tensor, Tensor, float], Tensor] = rmsnorm
-    rmsnorm_backward: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = rmsnorm_backward
+    rmsnorm_backward: Callable[..., tuple[Tensor, Tensor]] = rmsnorm_backward
     rope: Callable[[Tensor, Tensor, Tensor], Tensor] = rope
-    rope_backward: Callable[[Tensor, Tensor, Tensor], Tensor] = rope_backward
+    """Used by recompute=none, under autograd."""
+    rotated_qkv: Callable[..., tuple[Tensor, Tensor, Tensor]] = rotated_qkv
+    rotated_qkv_backward: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]] = rotated_qkv_backward
     swiglu: Callable[[Tensor], Tensor] = swiglu
     swiglu_backward: Callable[[Tensor, Tensor], Tensor] = swiglu_backward
+    cross_entropy: Callable[..., Tensor] = by_softmax
 
 
 PLAIN = Kernels()
@@ -87,7 +93,9 @@ def load_kernels(name: str) -> Kernels:
     if name == "compile":
         # Inductor would give each GPU its own folder, and no rank would find what another compiled
         os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(cache_dir(), "triton"))
-        return Kernels(**{field: torch.compile(function) for field, function in vars(PLAIN).items()})
+        compiled = {field: torch.compile(function) for field, function in vars(PLAIN).items()}
+        passes = {field: torch.compile(function) for field, function in vars(BY_PASSES).items()}
+        return Kernels(**compiled | {"cross_entropy": ByPasses(**passes)})
     return _apex() if name == "apex" else PLAIN
 
 
@@ -97,11 +105,14 @@ def _apex() -> Kernels:
     def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return extension.rms_forward_affine(x.contiguous(), weight.shape, weight, eps)[0]
 
-    def backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def backward(
+        grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual_grad: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         x = x.contiguous()
         _, inverse_rms = extension.rms_forward_affine(x, weight.shape, weight, eps)
-        return extension.rms_backward_affine(
+        grad_x, grad_weight = extension.rms_backward_affine(
             grad.contiguous(), inverse_rms, x, weight.shape, weight, eps, False
         )
+        return grad_x if residual_grad is None else grad_x.add_(residual_grad), grad_weight
 
     return replace(PLAIN, rmsnorm=forward, rmsnorm_backward=backward)

@@ -16,14 +16,9 @@ from llama_mcore.distributed.tp_comm import TensorParallel
 from llama_mcore.model.attention import AttentionBackend, Documents
 from llama_mcore.model.config import ModelConfig
 from llama_mcore.model.kernels import Kernels
-from llama_mcore.model.layer_function import (
-    AttentionBlockFunction,
-    AttentionShape,
-    MlpBlockFunction,
-    rotated,
-    split_qkv,
-)
+from llama_mcore.model.layer_function import AttentionBlockFunction, AttentionShape, MlpBlockFunction
 from llama_mcore.model.parameters import COLUMNS, layer_parameter
+from llama_mcore.model.qkv import split_qkv
 from llama_mcore.model.rmsnorm import RMSNorm
 from llama_mcore.model.swiglu import swiglu
 
@@ -127,8 +122,8 @@ class LlamaAttention(nn.Module):
         q, k, v = split_qkv(qkv, self.shape.heads_per_group, self.shape.head_dim)
         if self.qk_norms:
             q, k = self.q_layernorm(q), self.k_layernorm(k)
-        backend = self.shape.backend_for(documents)
-        out = backend.attend(rotated(q, self.shape), rotated(k, self.shape), v)  # [s, b, n, d]
+        q, k = (self.shape.kernels.rope(x, *self.shape.table(qkv)) for x in (q, k))
+        out = self.shape.backend_for(documents).attend(q, k, v)  # [s, b, n, d]
         return self.linear_proj(out.flatten(2))[0]
 
 

@@ -14,7 +14,8 @@ repeated.
 
 Each collective of the backward starts before a GEMM that does not need its result and is waited for after
 it: the gather of the output gradient overlaps with recomputation, the gather of the norm output with the
-data-gradient GEMMs, the reduction of the input gradient with the weight-gradient GEMM.
+data-gradient GEMMs, the reduction of the input gradient with the first weight-gradient GEMM, the sum of the
+norm's gradient with the second.
 
 Assumed: no biases, no dropout, causal attention, fused qkv and gate|up in megatron-core's layout.
 """
@@ -48,6 +49,15 @@ class AttentionShape:
     def backend_for(self, documents: Documents | None) -> AttentionBackend:
         return self.backend if documents is None else per_document(self.backend, documents)
 
+    def table(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [s, 1, 1, d] for the positions of qkv [s, b, (n + 2g) d], in fp32 or wider."""
+        dtype = torch.promote_types(qkv.dtype, torch.float32)
+        return rope_table(qkv.size(0), self.head_dim, self.rope_theta, qkv.device, self.rope_scaling, dtype)
+
+    def heads(self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> tuple[Any, ...]:
+        """What `rotated_qkv` and its backward take after qkv."""
+        return *self.table(qkv), self.heads_per_group, q_norm, k_norm, self.norm_eps
+
 
 class AttentionBlockFunction(torch.autograd.Function):
     """x + proj(attention(rope(qkv(norm(x))))), with QK-norm before rope where its weights are given."""
@@ -68,49 +78,44 @@ class AttentionBlockFunction(torch.autograd.Function):
         normed = tp.start_gather(shape.kernels.rmsnorm(x, norm_weight, shape.norm_eps)).wait()
         qkv = linear(normed, qkv_weight)  # [s, b, (n + 2g) d]
         backend = shape.backend_for(documents)
-        q, k, v = split_qkv(qkv, shape.heads_per_group, shape.head_dim)
-        out, log_sum_exp = backend.forward(_prepared(q, q_norm, shape), _prepared(k, k_norm, shape), v)
+        q, k, v = shape.kernels.rotated_qkv(qkv, *shape.heads(qkv, q_norm, k_norm))
+        out, log_sum_exp = backend.forward(q, k, v)
         out = out.flatten(2)  # [s, b, n d]
-        partial = linear(out, proj_weight)
         ctx.save_for_backward(x, qkv, out, log_sum_exp, norm_weight, qkv_weight, proj_weight, q_norm, k_norm)
         ctx.shape, ctx.tp, ctx.backend = shape, tp, backend
-        return x + tp.start_reduce(partial).wait()
+        return linear_added(x, out, proj_weight, tp)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, qkv, out, log_sum_exp, norm_weight, qkv_weight, proj_weight, q_norm, k_norm = ctx.saved_tensors
-        shape, tp = ctx.shape, ctx.tp
+        shape, tp, heads = ctx.shape, ctx.tp, ctx.shape.heads(qkv, q_norm, k_norm)
 
         gathering_grad = tp.start_gather(grad)
         normed = shape.kernels.rmsnorm(x, norm_weight, shape.norm_eps)
-        q, k, v = split_qkv(qkv, shape.heads_per_group, shape.head_dim)
-        attended_q, attended_k = _prepared(q, q_norm, shape), _prepared(k, k_norm, shape)
+        q, k, v = shape.kernels.rotated_qkv(qkv, *heads)
         whole_grad = gathering_grad.wait()
 
         gathering_normed = tp.start_gather(normed)
         grad_out = linear_input_grad(whole_grad, proj_weight)
-        grad_proj = weight_grad(whole_grad, out, proj_weight)
-        heads = (*out.shape[:2], -1, shape.head_dim)
-        grad_q, grad_k, grad_v = ctx.backend.backward(
-            grad_out.view(heads), attended_q, attended_k, v, out.view(heads), log_sum_exp
-        )
-        grad_q, grad_k = _unrotated(grad_q, shape), _unrotated(grad_k, shape)
+        by_head = (*out.shape[:2], -1, shape.head_dim)
+        grads = ctx.backend.backward(grad_out.view(by_head), q, k, v, out.view(by_head), log_sum_exp)
+        grad_qkv, *grads_of_heads = shape.kernels.rotated_qkv_backward(*grads, qkv, *heads)
         if q_norm is not None:
-            grad_q, grad_q_norm = shape.kernels.rmsnorm_backward(grad_q, q, q_norm, shape.norm_eps)
-            grad_k, grad_k_norm = shape.kernels.rmsnorm_backward(grad_k, k, k_norm, shape.norm_eps)
             # each rank has its own heads
-            summing_heads = tp.start_replicated_sum(torch.stack((grad_q_norm, grad_k_norm)), always=True)
-        grad_qkv = join_qkv(grad_q, grad_k, grad_v)
+            summing_heads = tp.start_replicated_sum(torch.stack(grads_of_heads), always=True)
         grad_normed = linear_input_grad(grad_qkv, qkv_weight)
         normed = gathering_normed.wait()
 
         reducing = tp.start_reduce(grad_normed)
         grad_qkv_weight = weight_grad(grad_qkv, normed, qkv_weight)
-        grad_x, grad_norm = shape.kernels.rmsnorm_backward(reducing.wait(), x, norm_weight, shape.norm_eps)
+        grad_x, grad_norm = shape.kernels.rmsnorm_backward(
+            reducing.wait(), x, norm_weight, shape.norm_eps, grad
+        )
         summing = tp.start_replicated_sum(grad_norm)
-        grad_x += grad
-        grads_of_heads = () if q_norm is None else summing_heads.wait().unbind()
+        grad_proj = weight_grad(whole_grad, out, proj_weight)
+        if q_norm is not None:
+            grads_of_heads = summing_heads.wait().unbind()
         return grad_x, summing.wait(), grad_qkv_weight, grad_proj, None, None, None, *grads_of_heads
 
 
@@ -130,10 +135,9 @@ class MlpBlockFunction(torch.autograd.Function):
     ) -> Tensor:
         normed = tp.start_gather(kernels.rmsnorm(x, norm_weight, norm_eps)).wait()
         gate_up = linear(normed, fc1_weight)  # [s, b, 2f]
-        partial = linear(kernels.swiglu(gate_up), fc2_weight)
         ctx.save_for_backward(x, gate_up, norm_weight, fc1_weight, fc2_weight)
         ctx.norm_eps, ctx.tp, ctx.kernels = norm_eps, tp, kernels
-        return x + tp.start_reduce(partial).wait()
+        return linear_added(x, kernels.swiglu(gate_up), fc2_weight, tp)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -148,16 +152,15 @@ class MlpBlockFunction(torch.autograd.Function):
 
         gathering_normed = tp.start_gather(normed)
         grad_product = linear_input_grad(whole_grad, fc2_weight)
-        grad_fc2 = weight_grad(whole_grad, product, fc2_weight)
         grad_gate_up = kernels.swiglu_backward(grad_product, gate_up)
         grad_normed = linear_input_grad(grad_gate_up, fc1_weight)
         normed = gathering_normed.wait()
 
         reducing = tp.start_reduce(grad_normed)
         grad_fc1 = weight_grad(grad_gate_up, normed, fc1_weight)
-        grad_x, grad_norm = kernels.rmsnorm_backward(reducing.wait(), x, norm_weight, norm_eps)
+        grad_x, grad_norm = kernels.rmsnorm_backward(reducing.wait(), x, norm_weight, norm_eps, grad)
         summing = tp.start_replicated_sum(grad_norm)
-        grad_x += grad
+        grad_fc2 = weight_grad(whole_grad, product, fc2_weight)
         return grad_x, summing.wait(), grad_fc1, grad_fc2, None, None, None
 
 
@@ -166,41 +169,17 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight.t()
 
 
+def linear_added(residual: Tensor, x: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
+    """residual [s, b, o] + x weight^T, x [s, b, i] and weight [o, i] of this rank.
+
+    On one rank the GEMM itself adds the residual, in fp32 before it rounds.
+    Collective: tensor-parallel ranks reduce the product.
+    """
+    if tp.size == 1:
+        return torch.addmm(residual.flatten(0, 1), x.flatten(0, 1), weight.t()).view_as(residual)
+    return residual + tp.start_reduce(linear(x, weight)).wait()
+
+
 def linear_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
     """grad [s, b, o], weight [o, i] -> [s, b, i]."""
     return grad @ weight
-
-
-def split_qkv(qkv: Tensor, heads_per_group: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[s, b, (n + 2g) d] -> q [s, b, n, d], k [s, b, g, d], v [s, b, g, d].
-
-    megatron-core's layout: per key/value group its query heads, then k, then v.
-    """
-    grouped = qkv.unflatten(-1, (-1, heads_per_group + 2, head_dim))  # [s, b, g, n/g + 2, d]
-    return grouped[:, :, :, :-2].flatten(2, 3), grouped[:, :, :, -2], grouped[:, :, :, -1]
-
-
-def join_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The inverse of `split_qkv`."""
-    grouped = q.unflatten(2, (k.size(2), -1))  # [s, b, g, n/g, d]
-    return torch.cat((grouped, k[:, :, :, None], v[:, :, :, None]), dim=3).flatten(2)
-
-
-def rotated(x: Tensor, shape: AttentionShape) -> Tensor:
-    """Queries or keys [s, b, n, d] with rotary embedding."""
-    return shape.kernels.rope(x, *_table(x, shape))
-
-
-def _prepared(x: Tensor, weight: Tensor | None, shape: AttentionShape) -> Tensor:
-    """Queries or keys [s, b, n, d] as attention takes them: normed if there is a weight [d], and rotated."""
-    return rotated(x if weight is None else shape.kernels.rmsnorm(x, weight, shape.norm_eps), shape)
-
-
-def _unrotated(grad: Tensor, shape: AttentionShape) -> Tensor:
-    """Gradient of queries or keys from that of rotated ones."""
-    return shape.kernels.rope_backward(grad, *_table(grad, shape))
-
-
-def _table(x: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return rope_table(x.size(0), shape.head_dim, shape.rope_theta, x.device, shape.rope_scaling, dtype)

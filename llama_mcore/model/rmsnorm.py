@@ -14,10 +14,13 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * _inverse_rms(wide, eps)).to(x.dtype) * weight
 
 
-def rmsnorm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rmsnorm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual_grad: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Gradients of x [..., h] and weight [h] from that of the output; statistics are computed again.
 
     With r = 1/rms(x), n = x r and g = grad * weight:  dx = r (g - n mean(g n)),  dweight = sum(grad n).
+    `residual_grad` [..., h] is the gradient that x gets besides, past the norm: it is added to dx.
     """
     wide, wide_grad, wide_weight = widen(x), widen(grad), widen(weight)
     inverse = _inverse_rms(wide, eps)
@@ -26,6 +29,8 @@ def rmsnorm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tup
     grad_weight = products.sum(0).to(weight.dtype)
     projected = (products @ wide_weight / x.size(-1)).view(inverse.shape)
     grad_x = (wide_grad * wide_weight).sub_(normed.mul_(projected)).mul_(inverse)
+    if residual_grad is not None:
+        grad_x += residual_grad
     return grad_x.to(x.dtype), grad_weight
 
 

@@ -14,3 +14,14 @@ def weight_grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
     None where it was added to the weight's `main_grad`.
     """
     return grad.flatten(0, 1).t() @ x.flatten(0, 1)
+
+
+def add_to_main_grad(weight: Tensor, gradient: Tensor, factor: Tensor) -> Tensor | None:
+    """Gradient `factor * gradient` of `weight`, from fp32 or wider of its shape, in the weight's dtype.
+
+    None where it was added to the weight's `main_grad`. `factor` is a scalar; `gradient` is overwritten.
+    """
+    if not hasattr(weight, "main_grad"):
+        return gradient.mul_(factor).to(weight.dtype)
+    weight.main_grad.addcmul_(gradient, factor)
+    return None

@@ -93,7 +93,7 @@ def test_a_backward_that_is_wrong_is_found(monkeypatch) -> None:
 
 
 def test_kernels_that_are_wrong_are_found(monkeypatch) -> None:
-    wrong = replace(smoke.PLAIN, rope_backward=smoke.PLAIN.rope)
+    wrong = replace(smoke.PLAIN, swiglu_backward=lambda grad, gate_up: gate_up)
     monkeypatch.setattr(smoke, "load_kernels", lambda name: wrong)
     with pytest.raises(ArithmeticError):
         smoke._kernels("compile")

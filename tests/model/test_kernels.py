@@ -8,12 +8,17 @@ from collections.abc import Iterator
 from io import StringIO
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from llama_mcore.distributed.tp_comm import TensorParallel
 from llama_mcore.errors import ConfigError
 from llama_mcore.model import kernels
 from llama_mcore.model.kernels import PLAIN, Kernels, kernels_for, load_kernels, missing_for_compile
@@ -38,20 +43,42 @@ def _chosen_anew() -> Iterator[None]:
 
 def answers(kernels: Kernels, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    x, grad, heads, gate_up = (
-        torch.randn(*shape, generator=generator).to(device, dtype)
-        for shape in ((6, 2, 32), (6, 2, 32), (6, 2, 4, 8), (6, 2, 64))
+    x, grad, q, k, v, qkv, gate_up = (
+        torch.randn(6, 2, *shape, generator=generator).to(device, dtype)
+        for shape in ((32,), (32,), (4, 8), (2, 8), (2, 8), (64,), (64,))
     )
-    weight = torch.rand(32, generator=generator).to(device, dtype) + 0.5
+    weight, q_norm, k_norm = (
+        torch.rand(width, generator=generator).to(device, dtype) + 0.5 for width in (32, 8, 8)
+    )
     cos, sin = rope_table(6, 8, 10000.0, device)
+    heads = cos, sin, 2
+    qk_norms = q_norm, k_norm, 1e-6
     return [
         kernels.rmsnorm(x, weight, 1e-6),
         *kernels.rmsnorm_backward(grad, x, weight, 1e-6),
-        kernels.rope(heads, cos, sin),
-        kernels.rope_backward(heads, cos, sin),
+        *kernels.rmsnorm_backward(grad, x, weight, 1e-6, x),
+        kernels.rope(q, cos, sin),
+        *kernels.rotated_qkv(qkv, *heads),
+        *kernels.rotated_qkv(qkv, *heads, *qk_norms),
+        kernels.rotated_qkv_backward(q, k, v, qkv, *heads)[0],
+        *kernels.rotated_qkv_backward(q, k, v, qkv, *heads, *qk_norms),
         kernels.swiglu(gate_up),
         kernels.swiglu_backward(grad, gate_up),
+        *cross_entropies(kernels, gate_up.flatten(0, 1)),
     ]
+
+
+def cross_entropies(kernels: Kernels, logits: Tensor) -> list[Tensor]:
+    """Losses and gradients: of the whole vocabulary without and with a mask, and of one rank's part of it."""
+    targets = torch.arange(len(logits), device=logits.device) * 5
+    mask = (targets % 3 > 0).float()
+    found = []
+    for alone, masked in ((True, None), (True, mask), (False, mask)):
+        chunk = logits.clone()
+        tp = cast(TensorParallel, SimpleNamespace(rank=0, size=1 if alone else 2, group=None))
+        with patch.object(dist, "all_gather_into_tensor", lambda every, own, group: every.copy_(own.repeat(2, 1))):
+            found += [kernels.cross_entropy(chunk, targets, masked, tp), chunk]
+    return found
 
 
 def test_the_cpu_takes_the_plain_functions() -> None:

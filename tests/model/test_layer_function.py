@@ -38,23 +38,6 @@ def test_linear(s: int, b: int, i: int, o: int) -> None:
     check_pair(layer.linear, backward, inputs, plain=lambda x, w: torch.einsum("sbi,oi->sbo", x, w))
 
 
-@pytest.mark.parametrize(("groups", "heads_per_group", "width"), [(3, 1, 2), (2, 3, 4), (1, 4, 1)])
-def test_split_and_join_qkv(groups: int, heads_per_group: int, width: int) -> None:
-    check_pair(
-        lambda qkv: layer.split_qkv(qkv, heads_per_group, width),
-        lambda *grads_and_qkv: layer.join_qkv(*grads_and_qkv[:3]),
-        [random_tensor(2, 3, groups * (heads_per_group + 2) * width)],
-    )
-
-
-def test_qkv_lies_per_group_as_queries_key_value() -> None:
-    # 2 groups of 2 query heads, each head one channel
-    q, k, v = layer.split_qkv(torch.arange(8).view(1, 1, 8), 2, 1)
-    assert q.flatten().tolist() == [0, 1, 4, 5]
-    assert k.flatten().tolist() == [2, 6]
-    assert v.flatten().tolist() == [3, 7]
-
-
 class OneLayer:
     """A layer in float64 on one process, its blocks as functions of their tensors, and the paper's."""
 

@@ -15,12 +15,18 @@ pytestmark = pytest.mark.process
 TP = 2
 MODEL = model_config(num_layers=1)
 QKV = MODEL.head_dim * (MODEL.num_attention_heads + 2 * MODEL.num_query_groups)
-WEIGHT_OF_HALF = {
-    "mlp": [2 * MODEL.ffn_hidden_size // TP, MODEL.hidden_size],
-    "attention": [QKV // TP, MODEL.hidden_size],
+# [weight that the half's input meets, weight that gives its output], in the order of the backward
+WEIGHTS_OF_HALF = {
+    "mlp": (
+        [2 * MODEL.ffn_hidden_size // TP, MODEL.hidden_size],
+        [MODEL.hidden_size, MODEL.ffn_hidden_size // TP],
+    ),
+    "attention": (
+        [QKV // TP, MODEL.hidden_size],
+        [MODEL.hidden_size, MODEL.num_attention_heads * MODEL.head_dim // TP],
+    ),
 }
-# in the order of the backward
-HALVES = list(WEIGHT_OF_HALF)
+HALVES = list(WEIGHTS_OF_HALF)
 
 
 @dataclass(frozen=True)
@@ -86,12 +92,12 @@ def test_reduction_of_the_input_gradient_runs_beside_the_weight_gradient_gemm(
     backwards: Backwards, half: str, layout: str
 ) -> None:
     for _, _, reduction, _ in backwards(f"{layout}/real"):
-        assert WEIGHT_OF_HALF[half] in reduction.gemms
+        assert WEIGHTS_OF_HALF[half][0] in reduction.gemms
 
 
-def test_norm_sum_runs_beside_the_residual_gradient(backwards: Backwards) -> None:
+def test_norm_sum_runs_beside_the_other_weight_gradient_gemm(backwards: Backwards, half: str) -> None:
     for *_, norm_sum in backwards("sp-on/real"):
-        assert "add_" in norm_sum.operators
+        assert WEIGHTS_OF_HALF[half][1] in norm_sum.gemms
 
 
 @pytest.mark.parametrize("layout", ["sp-on", "sp-off"])

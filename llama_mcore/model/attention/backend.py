@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-MAXWELL, AMPERE, HOPPER = (5, 0), (8, 0), (9, 0)
+MAXWELL, AMPERE, HOPPER, BLACKWELL = (5, 0), (8, 0), (9, 0), (10, 0)
 NARROW = (torch.bfloat16, torch.float16)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 ANY_WIDTH = 1 << 16

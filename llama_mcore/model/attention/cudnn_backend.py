@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from llama_mcore.model.attention.backend import HOPPER, NARROW, AttentionBackend, Limits
+from llama_mcore.model.attention.backend import BLACKWELL, HOPPER, NARROW, AttentionBackend, Limits
 from llama_mcore.model.attention.torch_layout import (
     attend_by,
     heads_first,
@@ -22,7 +22,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     q, k, v = (heads_first(x) for x in (q, k, v))
-    k, v = (repeat_heads(x, q.size(1)) for x in (k, v))
+    k, v = _as_it_computes_right(q, k, v)
     # no bias, with log-sum-exp, no dropout, causal, no debug mask
     out, log_sum_exp = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False)[:2]
     return sequence_first(out), log_sum_exp.flatten(2)  # from [b, n, s, 1]
@@ -33,7 +33,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_out, q, k, v, out = (heads_first(x) for x in (grad_out, q, k, v, out))
     groups, length = k.size(1), q.size(2)
-    k, v = (repeat_heads(x, q.size(1)) for x in (k, v))
+    k, v = _as_it_computes_right(q, k, v)
     # the generator's state, from which dropout would be repeated
     no_state = torch.zeros((), dtype=torch.int64, device=q.device)
     grad_q, grad_k, grad_v = aten._scaled_dot_product_cudnn_attention_backward(
@@ -44,6 +44,17 @@ def backward(
     grads = grad_q, sum_groups(grad_k, groups), sum_groups(grad_v, groups)
     grad_q, grad_k, grad_v = (sequence_first(grad) for grad in grads)
     return grad_q, grad_k, grad_v
+
+
+def _as_it_computes_right(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values, repeated where grouped queries are known to go wrong."""
+    repeats = q.is_cuda and _goes_wrong(torch.cuda.get_device_capability(q.device), k.size(1))
+    return (repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))) if repeats else (k, v)
+
+
+def _goes_wrong(capability: tuple[int, int], groups: int) -> bool:
+    """Fewer than eight key heads on Blackwell (PyTorch issue 193893)."""
+    return capability >= BLACKWELL and groups < 8
 
 
 BACKEND = AttentionBackend(

@@ -8,13 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from llama_mcore.model.attention.backend import AttentionBackend, Limits
-from llama_mcore.model.attention.torch_layout import (
-    attend_by,
-    heads_first,
-    repeat_heads,
-    sequence_first,
-    sum_groups,
-)
+from llama_mcore.model.attention.torch_layout import attend_by, from_one_batch, one_batch
 
 aten = torch.ops.aten
 
@@ -24,43 +18,33 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    q, k, v = (heads_first(x) for x in (q, k, v))
+    batch = q.size(1)
+    q, k, v = (one_batch(x) for x in (q, k, v))
     if q.is_cpu:
         out, log_sum_exp = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
     else:
-        k, v = (repeat_heads(x, q.size(1)) for x in (k, v))
         out, log_sum_exp = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[:2]
-    return sequence_first(out), log_sum_exp
+    return from_one_batch(out, batch), log_sum_exp[0].unflatten(0, (batch, -1))
 
 
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_out, q, k, v, out = (heads_first(x) for x in (grad_out, q, k, v, out))
+    """Gradients of q, k and v; on a GPU summed in a fixed order under torch.use_deterministic_algorithms
+    only."""
+    batch, length = q.size(1), q.size(0)
+    grad_out, q, k, v, out = (one_batch(x) for x in (grad_out, q, k, v, out))
+    saved = grad_out, q, k, v, out, log_sum_exp.flatten(0, 1).unsqueeze(0)
     if q.is_cpu:
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out, q, k, v, out, log_sum_exp, 0.0, True
-        )
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(*saved, 0.0, True)
     else:
-        grads = _gpu_backward(grad_out, q, k, v, out, log_sum_exp)
-    grad_q, grad_k, grad_v = (sequence_first(grad) for grad in grads)
+        # the generator's state, from which dropout would be repeated
+        no_state = torch.empty(0, dtype=torch.int64, device=q.device)
+        grads = aten._scaled_dot_product_flash_attention_backward(
+            *saved, None, None, length, length, 0.0, True, no_state, no_state
+        )
+    grad_q, grad_k, grad_v = (from_one_batch(grad, batch) for grad in grads)
     return grad_q, grad_k, grad_v
-
-
-def _gpu_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; summed in a fixed order under torch.use_deterministic_algorithms only."""
-    groups, length = k.size(1), q.size(2)
-    # the generator's state, from which dropout would be repeated
-    no_state = torch.empty(0, dtype=torch.int64, device=q.device)
-    k, v = (repeat_heads(x, q.size(1)) for x in (k, v))
-    grad_q, grad_k, grad_v = aten._scaled_dot_product_flash_attention_backward(
-        *(grad_out, q, k, v, out, log_sum_exp),
-        *(None, None, length, length, 0.0, True),
-        *(no_state, no_state),
-    )
-    return grad_q, sum_groups(grad_k, groups), sum_groups(grad_v, groups)
 
 
 BACKEND = AttentionBackend(

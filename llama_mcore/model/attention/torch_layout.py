@@ -1,4 +1,4 @@
-"""Helpers for torch's own attention kernels: their layout, and repeated heads for grouped queries."""
+"""Helpers for torch's own attention kernels: their layouts, and repeated heads for grouped queries."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,8 +23,22 @@ def sequence_first(x: Tensor) -> Tensor:
     return x.permute(2, 0, 1, 3)
 
 
+def one_batch(x: Tensor) -> Tensor:
+    """[s, b, n, d] -> [1, b n, s, d], a view of x as of v in the fused projection: every head of every row of
+    the batch as a head of its own, which leaves each query with its own key.
+
+    So it lies as kernels want it that copy an output or its gradient unless [b, s, n, d] is contiguous.
+    """
+    return x.flatten(1, 2).transpose(0, 1).unsqueeze(0)
+
+
+def from_one_batch(x: Tensor, batch: int) -> Tensor:
+    """[1, b n, s, d] -> [s, b, n, d], a view."""
+    return x[0].transpose(0, 1).unflatten(1, (batch, -1))
+
+
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """[b, g, s, d] -> [b, n, s, d]: the GPU kernels want as many key heads as query heads."""
+    """[b, g, s, d] -> [b, n, s, d], for kernels that want as many key heads as query heads."""
     return x.repeat_interleave(heads // x.size(1), dim=1) if heads > x.size(1) else x
 
 

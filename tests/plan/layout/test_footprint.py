@@ -10,7 +10,7 @@ from llama_mcore.config.load import load_config
 from llama_mcore.distributed.config import ParallelConfig, ZeroConfig
 from llama_mcore.errors import MissingInputError
 from llama_mcore.model.config import PRESETS, ModelConfig
-from llama_mcore.model.fused_loss import CHUNK_BYTES
+from llama_mcore.model import loss_chunk
 from llama_mcore.plan.layout.activations import saved_bytes_besides_layers, saved_bytes_per_layer
 from llama_mcore.plan.layout.footprint import LOSS_CHUNK, MARGIN, Footprint, footprint, zero_settings
 from llama_mcore.plan.layout.memory import PERSISTENT_VALUES, params_per_rank
@@ -27,7 +27,7 @@ def of(stage: int = 2, model: ModelConfig = MODEL, precision: str = "bf16", **ze
 
 
 def test_what_is_said_elsewhere_is_the_same_here() -> None:
-    assert LOSS_CHUNK == CHUNK_BYTES
+    assert LOSS_CHUNK == loss_chunk._CPU_BYTES
     zero3 = json.loads((DS_CONFIGS / "zero3.json").read_text())["zero_optimization"]
     assert zero3["stage3_param_persistence_threshold"] == PERSISTENT_VALUES
 
