@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.train.engine import DeepSpeedEngine
+from llama_mcore.train.zero import OnePassStep
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ def finish_micro_batch(engine: DeepSpeedEngine, groups: Groups) -> Outcome | Non
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
         return None
+    if isinstance(engine.optimizer, OnePassStep):
+        engine.step()
+        norm = engine.optimizer.grad_norm
+        return Outcome(norm, (~norm.isfinite()).double())
     unsharded_norm = _unsharded_grad_norm(engine, groups)
     with _update(engine, unsharded_norm):
         engine.step()
