@@ -19,6 +19,7 @@ from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import Tensor
 
+from llama_mcore.model.parameters import EMBEDDING
 from llama_mcore.model.weight_grad import add_gradient
 from llama_mcore.train.adamw import update
 
@@ -146,7 +147,51 @@ class Stage1(OnePassStep, BF16_Optimizer):
 
 
 class Stage2(OnePassStep, DeepSpeedZeroOptimizer):
-    """Stage 2, and stage 1 in fp32, where the fp32 gradients are autograd's own."""
+    """Stage 2, and stage 1 in fp32, where the fp32 gradients are autograd's own.
+
+    In bf16 a gradient is made in the fp32 bucket from which it is reduced: a `GradBucket`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._has_fp32_buckets = (
+            self.partition_gradients and self.contiguous_gradients and self.use_separate_grad_accum
+        )
+        if self._has_fp32_buckets:
+            weights = [weight for group in self.bit16_groups for weight in group]
+            self.reduce_bucket_size = max(self.reduce_bucket_size, *map(torch.numel, weights))
+            for weight in weights:
+                # a tied embedding has two gradients in each micro-batch, which autograd adds first
+                if self.param_names[weight] != EMBEDDING:
+                    weight.grad_bucket = self
+
+    def place(self, weight: Any) -> Tensor:
+        """Next place in the bucket, which is reduced first if it has none left."""
+        self.setup_buckets()
+        bucket = self.ipg_buckets[self.communication_data_type]
+        if bucket.elements + weight.numel() > self.reduce_bucket_size:
+            self.reduce_ipg_grads(self.communication_data_type)
+            if self.overlap_comm:
+                bucket.index = 1 - bucket.index
+        return bucket.buffer[bucket.index].narrow(0, bucket.elements, weight.numel()).view(weight.shape)
+
+    def filled(self, weight: Any) -> None:
+        bucket = self.ipg_buckets[self.communication_data_type]
+        bucket.elements += weight.numel()
+        group = self._get_param_group_idx(weight)
+        bucket.params.append((group, weight.param_idx_in_group, self.get_param_id(weight)))
+
+    def _gradient_reduction_buffer_dtype(self) -> torch.dtype:
+        return torch.float32 if self._has_fp32_buckets else super()._gradient_reduction_buffer_dtype()
+
+    def reduce_independent_p_g_buckets_and_remove_grads(self, param: Any, i: int) -> None:
+        # by a parameter's hook, which autograd also calls where it was given no gradient
+        if not self._has_fp32_buckets:
+            super().reduce_independent_p_g_buckets_and_remove_grads(param, i)
+        elif param.grad is not None:
+            self.place(param).copy_(param.grad)
+            self.filled(param)
+            param.grad = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
