@@ -27,7 +27,8 @@ class Outcome:
 def finish_micro_batch(engine: DeepSpeedEngine, groups: Groups) -> Outcome | None:
     """Count a micro-batch whose backward has run; after the last of a step update the weights.
 
-    Returns None before the last one. A gradient that is not finite changes nothing.
+    Returns None before the last one. A gradient that is not finite changes nothing. Waits for the device at
+    stages 0 and 3, with offload and with apex, where DeepSpeed asks whether it is.
     Collective: all ranks call it.
     """
     if not engine.is_gradient_accumulation_boundary():
@@ -35,8 +36,8 @@ def finish_micro_batch(engine: DeepSpeedEngine, groups: Groups) -> Outcome | Non
         return None
     if isinstance(engine.optimizer, OnePassStep):
         engine.step()
-        norm = engine.optimizer.grad_norm
-        return Outcome(norm, (~norm.isfinite()).double())
+        grad_norm = engine.optimizer.grad_norm
+        return Outcome(grad_norm, (~grad_norm.isfinite()).double())
     unsharded_norm = _unsharded_grad_norm(engine, groups)
     with _update(engine, unsharded_norm):
         engine.step()

@@ -42,7 +42,7 @@ class OnePassStep:
 
     def _update(
         self,
-        weights: Sequence[Sequence[Tensor]],
+        weights: Sequence[Sequence[Any]],
         flat: Sequence[Tensor],
         partitions: Sequence[Sequence[Tensor]],
         gradients: Sequence[Tensor],
@@ -67,7 +67,7 @@ class OnePassStep:
         self._lazy_init_hp_params_optimizer_state()  # type: ignore[attr-defined]
         self.grad_norm = self._global_grad_norm = norm
 
-    def _global_norm(self, weights: Sequence[Sequence[Tensor]], gradients: Sequence[Tensor]) -> Tensor:
+    def _global_norm(self, weights: Sequence[Sequence[Any]], gradients: Sequence[Tensor]) -> Tensor:
         """Global norm; parameters that are replicated count on the first tensor-parallel rank, and wherever
         they are not finite. A group is replicated as a whole, as norms are, or not.
 
@@ -164,7 +164,7 @@ class Stage2(OnePassStep, DeepSpeedZeroOptimizer):
         )
         if self._has_fp32_buckets:
             weights = [weight for group in self.bit16_groups for weight in group]
-            self.reduce_bucket_size = max(self.reduce_bucket_size, *map(torch.numel, weights))
+            self.reduce_bucket_size: int = max(self.reduce_bucket_size, *map(torch.numel, weights))
             for weight in weights:
                 # a tied embedding has two gradients in each micro-batch, which autograd adds first
                 if self.param_names[weight] != EMBEDDING:
@@ -205,15 +205,14 @@ class Stage2(OnePassStep, DeepSpeedZeroOptimizer):
         self._update(
             self.bit16_groups, self.bit16_groups_flat, self.parallel_partitioned_bit16_groups, gradients
         )
-        for group in self.averaged_gradients:
-            self.averaged_gradients[group] = self.all_grad_tensors[group] = None
 
     def _flat_gradient(self, group: int) -> Tensor:
-        """Gradient of this rank's partition: kept flat already, or as a list of its parameters'."""
+        """Gradient of this rank's partition, which is no longer kept: flat already, or by parameter."""
         found = self._get_preflattened_grad_partition(group)
         if found is None:
             parts, size = self.averaged_gradients[group], int(self.partition_size[group])
             found = self.flatten_dense_tensors_aligned(parts, size).float()
+        self.averaged_gradients[group] = self.all_grad_tensors[group] = None
         return found
 
 
