@@ -57,6 +57,7 @@ ATTENTION = f"{LAYER}::test_attention_block_by_finite_differences"
 MLP = f"{LAYER}::test_mlp_block_by_finite_differences"
 COLLECTIVES = "tests/distributed/test_tp_comm.py"
 FAULTS = "tests/train/test_faults.py"
+ZERO = "tests/train/test_zero.py"
 POWER_CUT = "tests/checkpoint/test_crash_power.py"
 DAMAGE = "tests/checkpoint/test_damage.py"
 SUPERVISOR = "tests/watchdog/test_supervisor.py"
@@ -376,6 +377,118 @@ MUTANTS = [
         old="return loss * ",
         new="return loss if loss is not None else ",
         tests=[f"{FAULTS}::test_a_nan_in_one_ranks_loss_changes_no_weight"],
+    ),
+    Mutant(
+        name="the first gradient of a step overwrites the last step's sum",
+        symbol="weight_grad:_add",
+        old='0 if getattr(weight, "overwrite_main_grad", False) else 1',
+        new="1",
+        tests=[f"{ZERO}::test_each_step_is_that_of_plain_torch"],
+    ),
+    Mutant(
+        name="later gradients are added to the sum",
+        symbol="weight_grad:_add",
+        old="    weight.overwrite_main_grad = False",
+        new="    pass",
+        tests=[f"{ZERO}::test_each_step_is_that_of_plain_torch"],
+    ),
+    Mutant(
+        name="a weight without a gradient in a step counts as zero",
+        symbol="Stage1.reduce_gradients",
+        old="if weight.overwrite_main_grad:",
+        new="if False:",
+        tests=[f"{ZERO}::test_each_step_is_that_of_plain_torch"],
+    ),
+    Mutant(
+        name="gradients are the mean over data-parallel ranks",
+        symbol="Stage1.reduce_gradients",
+        old="torch.div(received, size, out=part)",
+        new="part.copy_(received)",
+        tests=[f"{ZERO}::test_each_step_is_that_of_plain_torch_on_two_ranks"],
+    ),
+    Mutant(
+        name="a full bucket is reduced before the next gradient",
+        symbol="Stage2.place",
+        old="self.reduce_ipg_grads(self.communication_data_type)",
+        new="pass",
+        tests=[f"{ZERO}::test_each_step_is_that_of_plain_torch_on_two_ranks"],
+    ),
+    Mutant(
+        name="a gradient in its bucket is reduced",
+        symbol="Stage2.filled",
+        old="bucket.elements += weight.numel()",
+        new="pass",
+        tests=[f"{ZERO}::test_each_step_is_that_of_plain_torch"],
+    ),
+    Mutant(
+        name="replicated parameters count once in the norm",
+        symbol="OnePassStep._global_norm",
+        old="squares if counts else squares * 0",
+        new="squares",
+        tests=["tests/train/test_layouts.py"],
+    ),
+    Mutant(
+        name="parameters count on every rank that has a part of them",
+        symbol="OnePassStep._global_norm",
+        old="is_split = all(weight.tensor_model_parallel for weight in group)",
+        new="is_split = False",
+        tests=["tests/train/test_layouts.py"],
+    ),
+    Mutant(
+        name="the norm is that of all ranks",
+        symbol="OnePassStep._global_norm",
+        old="dist.all_reduce(total)",
+        new="pass",
+        tests=[f"{ZERO}::test_each_step_is_that_of_plain_torch_on_two_ranks"],
+    ),
+    Mutant(
+        name="the gradient is clipped",
+        symbol="OnePassStep._update",
+        old="limit = self.clip_grad or torch.inf",
+        new="limit = torch.inf",
+        tests=[f"{ZERO}::test_each_step_is_that_of_plain_torch"],
+    ),
+    Mutant(
+        name="a gradient that is not finite changes nothing",
+        symbol="OnePassStep._update",
+        old="(~norm.isfinite()).float()",
+        new="torch.zeros_like(norm).float()",
+        tests=[f"{ZERO}::test_each_step_is_that_of_plain_torch"],
+    ),
+    Mutant(
+        name="torch's kernel leaves out a step that is not finite",
+        symbol="_fused",
+        old="found_inf=skip",
+        new="found_inf=None",
+        tests=["tests/train/test_adamw.py"],
+    ),
+    Mutant(
+        name="torch's kernel clips",
+        symbol="_fused",
+        old="grad_scale=clip.reciprocal()",
+        new="grad_scale=None",
+        tests=["tests/train/test_adamw.py"],
+    ),
+    Mutant(
+        name="the compiled update leaves out a step that is not finite",
+        symbol="one_pass",
+        old="keep = skip > 0",
+        new="keep = skip > 1",
+        tests=["tests/train/test_adamw.py"],
+    ),
+    Mutant(
+        name="a step left out is not counted",
+        symbol="update",
+        old='state["step"] += 1 - skip',
+        new='state["step"] += 1',
+        tests=["tests/train/test_adamw.py"],
+    ),
+    Mutant(
+        name="the learning rate is no constant of what is compiled",
+        symbol="_factors",
+        old='torch.full((), group["lr"], dtype=torch.float64, device=step.device)',
+        new='group["lr"]',
+        tests=["tests/train/test_adamw.py"],
     ),
     Mutant(
         name="a state with a NaN is not saved",

@@ -1,7 +1,7 @@
 """Fragments: the part of each parameter whose fp32 master weight and Adam moments this rank owns.
 
-ZeRO keeps both in flat fp32 buffers without names. This is the only place that looks into DeepSpeed 0.19.8's
-optimizers, to find the stretch of a buffer that belongs to a parameter, at any stage.
+ZeRO keeps both in flat fp32 buffers without names. This looks into DeepSpeed 0.19.8's optimizers to
+find the stretch of a buffer that belongs to a parameter, at any stage.
 """
 
 from collections.abc import Callable, Iterator

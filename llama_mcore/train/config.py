@@ -28,7 +28,8 @@ class OptimConfig(Section):
     """AdamW with linear warm-up and cosine decay (LLaMA paper, section 2.3)."""
 
     implementation: Literal["torch", "apex"] = "torch"
-    """torch's fused AdamW, or apex's FusedAdam where apex is installed; the same arithmetic."""
+    """torch's AdamW, or apex's FusedAdam where apex is installed: the same arithmetic. torch's runs in one
+    pass with clipping and with the copy that the model computes with, under ZeRO 1 and 2."""
     lr: float = Field(gt=0)
     """Peak learning rate, reached at the end of the warm-up."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)

@@ -51,6 +51,8 @@ def _owned_values(
         # Adds each bf16 gradient to its fp32 sum as soon as it exists and frees it: same bits, less memory.
         "bf16.immediate_grad_update": (bf16 and zero.stage == 1, "zero.stage"),
         "zero_optimization.stage": (zero.stage, "zero.stage"),
+        # Its clock waits for the device twice in each micro-batch.
+        "timers.throughput.enabled": (False, "observe.log_interval"),
         "steps_per_print": (sys.maxsize, "observe.log_interval"),
     }
 

@@ -1,6 +1,7 @@
 """DeepSpeed engine: ZeRO over our model, our optimizer and our process groups."""
 
 import os
+from contextlib import nullcontext
 
 import deepspeed
 import deepspeed.ops
@@ -9,6 +10,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_fp32_param, set_z3_leaf_modules
 from torch import Tensor, nn
 
+from llama_mcore.config.ds_file import offloads_optimizer
 from llama_mcore.distributed.config import ZeroConfig
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.distributed.mpu import Mpu
@@ -17,6 +19,7 @@ from llama_mcore.observe.log import prints_as_debug
 from llama_mcore.train.config import OptimConfig, TrainConfig
 from llama_mcore.train.ds_config import deepspeed_config
 from llama_mcore.train.optim import build_optimizer
+from llama_mcore.train.zero import Stage1, one_pass_optimizers
 
 __all__ = ["DeepSpeedEngine", "build_engine", "dtype_of", "full_fp32_weight"]
 
@@ -34,14 +37,17 @@ def build_engine(
         # The manual backward uses a layer's weights without calling the modules that hold them, so stage 3
         # has to gather the layer as one.
         set_z3_leaf_modules(model, [LlamaLayer], raise_if_not_found=False)
-    with prints_as_debug():
+    optimizer = build_optimizer(model, optim)
+    config = deepspeed_config(zero, train, optim, groups.dp_size)
+    one_pass = isinstance(optimizer, torch.optim.AdamW) and not offloads_optimizer(
+        config["zero_optimization"]
+    )
+    with prints_as_debug(), one_pass_optimizers() if one_pass else nullcontext():
         engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer(model, optim),
-            config=deepspeed_config(zero, train, optim, groups.dp_size),
-            mpu=Mpu(groups),
-            dist_init_required=False,
+            model=model, optimizer=optimizer, config=config, mpu=Mpu(groups), dist_init_required=False
         )
+    if isinstance(engine.optimizer, Stage1):
+        engine.optimizer.reduce_dtype = engine.communication_data_type
     return engine
 
 

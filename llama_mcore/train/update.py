@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.train.engine import DeepSpeedEngine
+from llama_mcore.train.zero import OnePassStep
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,17 @@ class Outcome:
 def finish_micro_batch(engine: DeepSpeedEngine, groups: Groups) -> Outcome | None:
     """Count a micro-batch whose backward has run; after the last of a step update the weights.
 
-    Returns None before the last one. A gradient that is not finite changes nothing.
+    Returns None before the last one. A gradient that is not finite changes nothing. Waits for the device at
+    stages 0 and 3, with offload and with apex, where DeepSpeed asks whether it is.
     Collective: all ranks call it.
     """
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
         return None
+    if isinstance(engine.optimizer, OnePassStep):
+        engine.step()
+        grad_norm = engine.optimizer.grad_norm
+        return Outcome(grad_norm, (~grad_norm.isfinite()).double())
     unsharded_norm = _unsharded_grad_norm(engine, groups)
     with _update(engine, unsharded_norm):
         engine.step()

@@ -100,7 +100,7 @@ def inf_gradient(engine: DeepSpeedEngine, groups: Groups) -> Iterator[None]:
         spoilt.view(-1)[3] = float("inf")
         return spoilt
 
-    weight = engine.module.get_parameter("output_layer.weight")
+    weight = engine.module.get_parameter("embedding.word_embeddings.weight")
     last = groups.rank == groups.world_size - 1
     hook = weight.register_hook(spoil) if last else None
     yield

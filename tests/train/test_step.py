@@ -40,7 +40,7 @@ def steps(run: RunConfig, groups: Groups) -> dict[str, Any]:
     model = build_model(run.model, run.parallel, groups, dtype_of(run.train), run.run.seed)
     engine = build_engine(model, run.zero, run.train, run.optim, groups)
     results = [take_step(engine, groups)]
-    with_nan = model.output_layer.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with_nan = model.decoder.final_layernorm.weight.register_hook(lambda gradient: gradient * float("nan"))
     results.append(take_step(engine, groups))
     with_nan.remove()
     results.append(take_step(engine, groups))
