@@ -58,7 +58,7 @@ def test_short_limits_leave_the_usual_timeout() -> None:
 def trainer(monkeypatch: pytest.MonkeyPatch, **parts: object) -> Trainer:
     """A Trainer of one rank that is made of these parts, and of nothing else."""
     monkeypatch.setattr(trainer_module, "run_on_all_ranks", lambda groups, action: action())
-    fields = {field.name: None for field in dataclasses.fields(Trainer)}
+    fields = {field.name: None for field in dataclasses.fields(Trainer) if field.init}
     return Trainer(**fields | {"phases": Phases()} | parts)  # type: ignore[arg-type]
 
 
