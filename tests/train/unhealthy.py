@@ -69,6 +69,12 @@ class Lived:
         """Exit codes of both ranks in each attempt."""
         return json.loads((self.folder / "exit_codes.json").read_text())
 
+    @property
+    def discarded(self) -> list[int]:
+        """Numbers of the steps that each attempt discarded after they had begun."""
+        path = self.folder / "discarded.txt"
+        return [int(line) for line in path.read_text().split()] if path.exists() else []
+
     def phases(self, rank: int) -> list[list[Any]]:
         """Phases that the run reported in its last attempt, as `Told` has them."""
         return json.loads((self.folder / f"phases-{rank}.json").read_text())
@@ -86,7 +92,7 @@ def all_attempts(folder: Path, overrides: list[str], asked: Run) -> None:
 def live(folder: Path, run: RunConfig, asked: Run, kill: int | str | None, stop_in: int) -> None:
     write_output_to(folder / "output.txt")
     stop = StopRequest()
-    trainer.Step = faulty_step(bad_windows(run, asked.bad), asked, kill, stop, stop_in)  # type: ignore[misc]
+    trainer.Step = faulty_step(folder, bad_windows(run, asked.bad), asked, kill, stop, stop_in)  # type: ignore[misc]
     if kill == "rollback":
         Trainer._archive_abandoned_steps = lambda self: (archive(self), os._exit(KILLED))  # type: ignore[method-assign, assignment, func-returns-value]
     told = Told()
@@ -113,9 +119,9 @@ class Told(PhaseListener):
 
 
 def faulty_step(
-    bad: set[bytes], asked: Run, kill: int | str | None, stop: StopRequest, stop_in: int
+    folder: Path, bad: set[bytes], asked: Run, kill: int | str | None, stop: StopRequest, stop_in: int
 ) -> type[Step]:
-    finished = count(1)
+    finished, discarded = count(1), count(1)
 
     class FaultyStep(Step):
         def _forward(self, number: int) -> Tensor:
@@ -136,6 +142,12 @@ def faulty_step(
                 norm = self._engine.module.get_parameter("decoder.final_layernorm.weight")
                 norm.detach().view(torch.int16)[0] ^= 1
             return numbers
+
+        def discard(self) -> None:
+            super().discard()
+            if os.environ["RANK"] == "0":
+                with (folder / "discarded.txt").open("a") as file:
+                    print(next(discarded), file=file)
 
     return FaultyStep
 
