@@ -119,34 +119,13 @@ class Trainer:
 
     def step(self) -> tuple[Judgement, bool]:
         """Train one step, judge it, evaluate if that is due, and report; also True if any rank was asked to
-        stop.
-
-        So that the device never waits for the host, the result is read when the next step has begun, except
-        where something may be due that needs the device between the two. A step that has begun in vain leaves
-        no trace.
-        """
+        stop."""
         step, lr = self.state.step + 1, self._lr(self.state.step + 1)
-        now = self._ahead or self._begin(Moment(), *run_on_all_ranks(self.groups, self._read))
-        self._ahead = None
-        numbers = now.step.finish(lr, self.saver.before_update)
-        ended = Moment()
-        goes_on = not self._may_pause_after(step)
-        following = self._read_or_stand_in(now) if goes_on else None
-        pending = PendingResult(numbers, self.groups, self._notices())
-        if following:
-            self._ahead = self._begin(ended, *following)
-        result = pending.wait()
-        told = result.notices
-        if told.unwritten:
-            run_on_all_ranks(self.groups, self._raise_unwritten)
-        if not told.saving:
-            self._announce(self.saver.move_on())
-        seconds = ended.seconds_since(now.began)
-        slow = self.stragglers.add(now.read_s + now.step.forwards.seconds())
+        result, seconds, slow = self._train(step, lr)
         judgement = judge(self.state.health, self.config.health, step, result.loss, result.skipped)
-        if self._ahead and (told.stop or told.unread or _gives_up(judgement)):
-            self._ahead.step.discard()
-            self._ahead = None
+        told = result.notices
+        if told.stop or told.unread or _gives_up(judgement):
+            self._discard_ahead()
         self.state = replace(
             self.state,
             step=step,
@@ -220,6 +199,32 @@ class Trainer:
     def is_asked_to_stop(self) -> bool:
         """True on all ranks if any rank was asked."""
         return any_rank(self.groups, self.stop.received is not None)
+
+    def _train(self, step: int, lr: float) -> tuple[StepResult, float, list[dict[str, object]]]:
+        """Result of a step, its seconds on the device, and the stragglers of a window that ends here.
+
+        Unless training may pause after it, the next step begins before the result is waited for: so the
+        device never waits for the host.
+        """
+        now = self._ahead or self._begin(Moment(), *run_on_all_ranks(self.groups, self._read))
+        numbers = now.step.finish(lr, self.saver.before_update)
+        ended = Moment()
+        following = None if self._may_pause_after(step) else self._read_or_stand_in(now)
+        pending = PendingResult(numbers, self.groups, self._notices())
+        self._ahead = self._begin(ended, *following) if following else None
+        result = pending.wait()
+        if result.notices.unwritten:
+            run_on_all_ranks(self.groups, self._raise_unwritten)
+        if not result.notices.saving:
+            self._announce(self.saver.move_on())
+        slow = self.stragglers.add(now.read_s + now.step.forwards.seconds())
+        return result, ended.seconds_since(now.began), slow
+
+    def _discard_ahead(self) -> None:
+        """Go back to where the next step has not begun."""
+        if self._ahead:
+            self._ahead.step.discard()
+        self._ahead = None
 
     def _begin(self, began: Moment, micro_batches: Sequence[MicroBatch], read_s: float) -> _Begun:
         boundary = self.config.data.attention_boundary
