@@ -57,6 +57,7 @@ def steps(run: RunConfig, groups: Groups) -> dict[str, Any]:
         "evaluation": evaluation(engine, groups),
         "queued": [queued(engine, groups, with_mask) for with_mask in (False, True)],
         "garbage": garbage_of_steps(engine, groups),
+        "gathered": gathered_when_discarded(engine, groups),
     }
 
 
@@ -120,6 +121,18 @@ def queued(engine: DeepSpeedEngine, groups: Groups, with_mask: bool) -> dict[str
     }
 
 
+def gathered_when_discarded(engine: DeepSpeedEngine, groups: Groups) -> list[int]:
+    """Elements of weights that this rank holds before a step begins, then, and when it is discarded."""
+
+    def held() -> int:
+        return sum(parameter.numel() for parameter in engine.module.parameters())
+
+    before, step = held(), Step(engine, batches(2), groups)
+    begun = held()
+    step.discard()
+    return [before, begun, held()]
+
+
 def garbage_of_steps(engine: DeepSpeedEngine, groups: Groups) -> list[str]:
     """Types of what steps leave to the collector, which seldom comes."""
     gc.collect()
@@ -181,6 +194,12 @@ def test_a_step_is_queued_without_waiting_for_the_device(results: dict[str, Any]
     plain, masked = results[case]["queued"]
     assert plain == {"collectives": ["allreduce_"], "reads": [], "reads at the end": 1}
     assert masked == plain | {"collectives": ["allreduce_", "allreduce_"]}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.endswith("zero3")])
+def test_a_step_that_is_discarded_leaves_no_weight_gathered(results: dict[str, Any], case: str) -> None:
+    before, begun, discarded = results[case]["gathered"]
+    assert before == discarded == 0 < begun
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -24,6 +24,7 @@ from llama_mcore.train.health import Action, Judgement
 from llama_mcore.train.trainer import Trainer
 from llama_mcore.watchdog.signals import StopRequest
 
+PLACES = ["run.dir=run", "data.train=unused"]
 LIMITS = ("first_step_s", "start_s", "setup_s", "save_s", "evaluate_s", "end_s", "min_step_s")
 
 
@@ -78,7 +79,7 @@ def test_a_job_that_loses_its_run_in_a_rollback_archives_nothing(monkeypatch: py
         monkeypatch.setattr(trainer_module, name, noted(what))
     job = trainer(
         monkeypatch,
-        config=load_config("tiny", ["run.dir=run", "data.train=unused"]),
+        config=load_config("tiny", PLACES),
         state=TrainState(step=5),
         saver=SimpleNamespace(finish=lambda: None),
         sinks=SimpleNamespace(check=check, go_back=noted("metrics")),
@@ -102,9 +103,7 @@ def test_garbage_is_collected_at_fixed_steps_alone(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Trainer, "is_asked_to_stop", lambda _: False)
     job = trainer(
         monkeypatch,
-        config=load_config(
-            "tiny", ["run.dir=run", "data.train=unused", "train.steps=250", "health.replica_interval=0"]
-        ),
+        config=load_config("tiny", [*PLACES, "train.steps=250", "health.replica_interval=0"]),
         state=TrainState(step=30),
         saver=SimpleNamespace(finish=lambda: None),
     )
