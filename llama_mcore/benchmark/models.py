@@ -6,7 +6,7 @@ under ZeRO-1 with fp32 masters, fp32 accumulation and fp32 Adam moments; peers.p
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,13 @@ class Workload:
 class Contender(Protocol):
     """A model on the device: ready for forward and backward, after `add_optimizer` for whole steps."""
 
-    states: ClassVar[str]
-    """Precision of weights / gradients / Adam's moments / masters."""
-    eager: ClassVar[bool]
-    """All that it keeps for the backward goes through autograd's hooks, where its bytes can be counted."""
+    @property
+    def states(self) -> str:
+        """Precision of weights / gradients / Adam's moments / masters."""
+
+    @property
+    def eager(self) -> bool:
+        """All that it keeps for the backward passes autograd's hooks, where its bytes can be counted."""
 
     @property
     def module(self) -> nn.Module: ...

@@ -4,7 +4,7 @@ with, and megatron-core's model with TransformerEngine's layers."""
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -26,8 +26,8 @@ from llama_mcore.train.engine import dtype_of
 class PlainContender:
     """A model in a plain loop: AdamW over whatever precision its weights have, one clipping, no masters."""
 
-    states: ClassVar[str] = "bf16 / bf16 / bf16 / none"
-    eager: ClassVar[bool] = True
+    states = "bf16 / bf16 / bf16 / none"
+    eager = True
 
     def __init__(self, workload: Workload) -> None:
         self.optim = workload.run.optim
@@ -100,7 +100,7 @@ class CompiledContender(HuggingFaceContender):
 
     def build(self, workload: Workload) -> nn.Module:
         model = super().build(workload)
-        for block in model.model.layers:
+        for block in model.model.layers:  # type: ignore[union-attr]
             block.compile()
         return model
 

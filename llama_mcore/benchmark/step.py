@@ -16,9 +16,9 @@ from pydantic import ValidationError
 from llama_mcore.benchmark import step_bars
 from llama_mcore.benchmark.checkout import check_checkout
 from llama_mcore.benchmark.models import benchmark_run
-from llama_mcore.benchmark.runner import Bar, OtherWork, Result
+from llama_mcore.benchmark.runner import Bar, OtherWork, Result, quietness
 from llama_mcore.benchmark.step_bars import CPU_MICRO_BATCH
-from llama_mcore.benchmark.step_samples import CONTENDERS, QUICK, Samples, beside, in_turns
+from llama_mcore.benchmark.step_samples import BEFORE, CONTENDERS, QUICK, Samples, beside, in_turns
 from llama_mcore.config.checks import check_config
 from llama_mcore.distributed.device import device_name, on_gpu
 from llama_mcore.errors import ConfigError, Problem
@@ -28,8 +28,6 @@ from llama_mcore.plan.layout.hardware import Peak, peak_of
 
 MIB = 2**20
 STATES_NOTE = "states: precision of weights / gradients / Adam's moments / masters"
-QUIET = 0.05
-"""Share of the CPU that other processes may use before times are doubted."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def request(
         ) from None
     size = micro_batch_size or CPU_MICRO_BATCH
     check_config(benchmark_run(model, size, accumulation), world_size=1)
-    options = {"--model": preset} if preset else {}
+    options: dict[str, int | str] = {"--model": preset} if preset else {}
     options |= {_option(name): value for name, value in given.items()}
     options |= {"--micro-batch-size": size, "--repeats": repeats}
     if accumulation > 1:  # an older checkout has no such option
@@ -104,9 +102,11 @@ def _option(field: str) -> str:
 
 
 def stated_bars(request: Request) -> Sequence[Bar]:
-    """The bars for this shape on this device, if there are any."""
+    """The bars for this shape on this device, of those that are stated about what is measured."""
+    measured = (BEFORE,) if request.before else request.contenders
     shape = (request.model, request.micro_batch_size, request.accumulation)
-    return step_bars.stated_bars(device_name(), *shape, before=request.before is not None)
+    bars = step_bars.stated_bars(device_name(), *shape, before=request.before is not None)
+    return tuple(bar for bar in bars if bar.quantity.partition(" / ")[2] in ("", *measured))
 
 
 def measure(request: Request) -> Result:
@@ -156,7 +156,7 @@ def summarize(
         quantities=quantities,
         figure=_figure(quantities, speeds),
         bars=stated_bars(request),
-        notes=[_quietness(others_share), STATES_NOTE, *_notes(request, peak)],
+        notes=[quietness(others_share), STATES_NOTE, *_notes(request, peak)],
     )
 
 
@@ -227,11 +227,6 @@ def _settings(request: Request) -> dict[str, Any]:
         "attention": model.attention,
         "rounds x repeats": f"{request.rounds} x {request.repeats}",
     }
-
-
-def _quietness(others_share: float) -> str:
-    doubt = ": repeat on a quiet machine, the times are not to be trusted" if others_share > QUIET else ""
-    return f"other processes used {others_share:.0%} of the CPU meanwhile{doubt}"
 
 
 def _notes(request: Request, peak: Peak | None) -> list[str]:

@@ -42,7 +42,7 @@ CONTENDERS: dict[str, Callable[[Workload], Contender]] = {
     "liger": LigerContender,
 }
 QUICK = ("ours", "mcore", "huggingface")
-"""Contenders on a CPU where none are named: the others need a GPU, or minutes of compiling."""
+"""Contenders on a CPU where none are named: the others need a GPU, or time to compile."""
 BEFORE = "before"
 WHY_NOT: dict[str, Callable[[], str]] = {"liger": why_not_liger, "mcore-te": why_not_transformer_engine}
 """Name of a contender -> why it cannot run here; empty where it can."""
@@ -80,7 +80,7 @@ def in_turns(run: RunConfig, contenders: Sequence[str], rounds: int, repeats: in
 
 
 def beside(before: Path, words: Sequence[str], rounds: int) -> dict[str, Samples]:
-    """Our model of this checkout and of another, by turns, as each one's `benchmark step WORDS` measures it."""
+    """Ours of this checkout and of another, by turns, as `benchmark step WORDS` of each measures it."""
     checkouts = {"ours": THIS, BEFORE: before}
     samples = {name: Samples(states=McoreContender.states) for name in checkouts}
     for number in range(1, rounds + 1):

@@ -78,6 +78,22 @@ def step(
     raise typer.Exit(code)
 
 
+@app.command("loss")
+def loss(
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each.")] = 7,
+    json: Json = None,
+    check: Check = False,
+    debug: Debug = False,
+) -> None:
+    """Measure output layer and cross-entropy beside the three matrix products in them."""
+    with report_errors(debug):
+        _prepare()
+        from llama_mcore.benchmark.loss import default_run, measure, stated_bars
+
+        code = _run("loss", lambda: measure(default_run(), rounds), stated_bars(), json, check)
+    raise typer.Exit(code)
+
+
 @app.command("activation-memory")
 def activation_memory(json: Json = None, check: Check = False, debug: Debug = False) -> None:
     """Measure the bytes that one layer keeps for its backward under each recompute policy."""

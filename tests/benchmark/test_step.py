@@ -124,6 +124,8 @@ def test_running_out_of_memory_ends_one_contender(monkeypatch: pytest.MonkeyPatc
 def test_bars_are_stated_for_one_shape(tmp_path: Path) -> None:
     assert stated_bars(request(None, {})) == CPU_BARS
     assert stated_bars(request(None, {}, before=checkout(tmp_path))) == BEFORE_BARS
+    one = stated_bars(request(None, {}, contenders=("ours", "mcore")))
+    assert one == tuple(bar for bar in CPU_BARS if "mcore" in bar.quantity)
     assert not stated_bars(request(None, {"num_layers": 4}))
     assert not stated_bars(request(None, {}, 8))
     assert not stated_bars(request(None, {}, accumulation=2))
@@ -198,9 +200,10 @@ def own_threads():
 def test_the_command(limit: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bar = Bar("full step, ours / huggingface", "at most", limit)
     monkeypatch.setattr(step_bars, "CPU_SHAPE", TINY)
-    monkeypatch.setattr(step_bars, "STATED", [Stated("cpu", TINY, 4, 1, [bar])])
+    monkeypatch.setattr(step_bars, "STATED", [Stated("cpu", TINY, 4, 2, [bar])])
     path = tmp_path / "result.json"
-    answer = CliRunner().invoke(app, ["step", "--rounds", "1", "--json", str(path), "--check"])
+    words = ["--accumulation", "2", "--rounds", "1", "--json", str(path), "--check"]
+    answer = CliRunner().invoke(app, ["step", *words])
     assert answer.exit_code == code, answer.output
     written = json.loads(path.read_text())
     ratio = written["quantities"]["full step, ours / huggingface"]
@@ -209,6 +212,8 @@ def test_the_command(limit: float, code: int, tmp_path: Path, monkeypatch: pytes
     for name in QUICK:
         assert len(written["measured"][name]["step_s"]) == 2
         assert written["measured"][name]["activation_bytes"] > 0
+    (row,) = (row for row in written["table"] if row[""] == "ours")
+    assert row["states"] == "bf16 / fp32 / fp32 / fp32"
 
 
 def test_the_command_refuses_a_check_without_bars() -> None:
