@@ -107,7 +107,7 @@ def layer_pieces(predictor: Predictor, shape: Shape, work: Work) -> Iterator[Pie
         yield Piece("backward", f"norm and {what} again", "recompute", again)
         inside = f"{what} and products up to the input gradient"
         yield from transfer("backward", f"gather of {name}'s normed input", inside, hidden)
-        yield Piece("backward", f"{name}: second product, both gradients", "gemm", 2 * out)
+        yield Piece("backward", f"{name}: second product, input gradient", "gemm", out)
         yield from between
         yield Piece("backward", f"{name}: first product, input gradient", "gemm", into)
         yield from transfer(
@@ -116,6 +116,7 @@ def layer_pieces(predictor: Predictor, shape: Shape, work: Work) -> Iterator[Pie
         yield Piece("backward", f"{name}: first product, weight gradient", "gemm", into)
         rest = 2 * (stream.norm + stream.residual)
         yield Piece("backward", f"norm and residual of {name}", "memory_bound", rest)
+        yield Piece("backward", f"{name}: second product, weight gradient", "gemm", out)
 
     def both(phase: str, times: float, backwards: float) -> list[Piece]:
         rotation = Piece(phase, "rotation", "memory_bound", times * stream.rotation)

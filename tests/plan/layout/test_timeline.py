@@ -89,9 +89,10 @@ def test_transfers_stand_where_the_layer_starts_them(of_65b: Timeline) -> None:
         ("attention: second product", "reduce-scatter of attention"),
         ("reduce-scatter of MLP", "gather of MLP's output gradient"),
         ("gather of MLP's output gradient", "norm and SwiGLU again"),
-        ("gather of MLP's normed input", "MLP: second product, both gradients"),
+        ("gather of MLP's normed input", "MLP: second product, input gradient"),
         ("reduce-scatter of MLP's input gradient", "MLP: first product, weight gradient"),
-        ("norm and residual of MLP", "gather of attention's output gradient"),
+        ("norm and residual of MLP", "MLP: second product, weight gradient"),
+        ("MLP: second product, weight gradient", "gather of attention's output gradient"),
     ):
         assert names.index(before) < names.index(after)
 
