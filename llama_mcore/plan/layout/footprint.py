@@ -52,8 +52,8 @@ class Footprint:
     workspace: int
     """Working memory of the current layer, or of the loss if that takes more."""
     step_copy: int
-    """Copies of gradients when activations are gone: at stage 1 narrowed to be reduced, in fp32 the rank's own
-    made contiguous."""
+    """Copies of gradients when activations are gone: at stage 1 narrowed to be reduced, in fp32 the rank's
+    own made contiguous."""
     margin: int
     libraries: int = LIBRARIES
 
