@@ -1,6 +1,6 @@
 """Queries, keys and values out of the fused projection, as attention takes them, and the way back.
 
-    s sequence, b micro-batch, n query heads, g key/value heads, d head width, all of this rank
+s sequence, b micro-batch, n query heads, g key/value heads, d head width, all of this rank
 """
 
 import torch

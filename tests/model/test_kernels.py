@@ -76,7 +76,9 @@ def cross_entropies(kernels: Kernels, logits: Tensor) -> list[Tensor]:
     for alone, masked in ((True, None), (True, mask), (False, mask)):
         chunk = logits.clone()
         tp = cast(TensorParallel, SimpleNamespace(rank=0, size=1 if alone else 2, group=None))
-        with patch.object(dist, "all_gather_into_tensor", lambda every, own, group: every.copy_(own.repeat(2, 1))):
+        with patch.object(
+            dist, "all_gather_into_tensor", lambda every, own, group: every.copy_(own.repeat(2, 1))
+        ):
             found += [kernels.cross_entropy(chunk, targets, masked, tp), chunk]
     return found
 
