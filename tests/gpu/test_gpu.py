@@ -87,13 +87,12 @@ def test_documents_show_in_the_gradients(place: Place) -> None:
 
 
 STAGES = (1, 2, 3)
+BACKWARDS = ((1, "none"), (2, "selective"))
+"""Micro-batches of a step, and whose backward: autograd's, and our own, which adds gradients up in fp32."""
 ALONE = [
     Layout(1, 1, False, stage, accumulation, recompute)
     for stage in STAGES
-    for accumulation, recompute in (
-        (1, "none"),
-        (2, "selective"),
-    )  # gradients by autograd, and by our backward
+    for accumulation, recompute in BACKWARDS
 ]
 OFFLOAD = {"config": "ds_configs/zero3_offload.json"}
 
