@@ -66,6 +66,34 @@ SUPERVISOR = "tests/watchdog/test_supervisor.py"
 
 MUTANTS = [
     Mutant(
+        name="which checkout is measured first changes",
+        symbol="beside",
+        old="[:: -1 if number % 2 == 0 else 1]",
+        new="",
+        tests=["tests/benchmark/test_step.py::test_another_checkout_is_measured_by_turns"],
+    ),
+    Mutant(
+        name="a step has the tokens of all its micro-batches",
+        symbol="benchmark.step:summarize",
+        old="tokens * request.accumulation / median",
+        new="tokens / median",
+        tests=["tests/benchmark/test_step.py::test_a_step_of_several_micro_batches_has_as_many_tokens"],
+    ),
+    Mutant(
+        name="Liger's kernels stay with their contender",
+        symbol="LigerContender.close",
+        old="vars(modeling_llama).update(self._names)",
+        new="pass",
+        tests=["tests/benchmark/test_contenders.py::test_liger_replaces_names_only_while_it_is_there"],
+    ),
+    Mutant(
+        name="the contenders' gradients are of the mean loss",
+        symbol="PlainContender.backward",
+        old=" / len(self.batches)",
+        new="",
+        tests=["tests/benchmark/test_contenders.py::test_gradients_add_up_over_micro_batches"],
+    ),
+    Mutant(
         name="backward keeps the layer input",
         symbol="AttentionBlockFunction.forward",
         old="save_for_backward(x, qkv, out,",
