@@ -9,7 +9,6 @@ import pytest
 from llama_mcore.config.load import load_config
 from llama_mcore.distributed.config import ParallelConfig, ZeroConfig
 from llama_mcore.errors import MissingInputError
-from llama_mcore.model import loss_chunk
 from llama_mcore.model.config import PRESETS, ModelConfig
 from llama_mcore.plan.layout.activations import saved_bytes_besides_layers, saved_bytes_per_layer
 from llama_mcore.plan.layout.footprint import MARGIN, Footprint, footprint, zero_settings
