@@ -68,7 +68,7 @@ class ModelConfig(Section):
     and reference that supports this device and precision; see model/attention/choice.py. flash_attn, xformers
     and te are packages to install."""
     kernels: Literal["auto", "plain", "compile", "apex"] = "auto"
-    """Kernels for norms, rotations and SwiGLU in the manual backward; see model/kernels.py."""
+    """Kernels for norms, rotations, SwiGLU and loss; see model/kernels.py."""
     recompute: Recompute = "selective"
     """Activations that the backward computes again instead of keeping them from the forward. none: plain
     autograd keeps all; selective: norms, rotations and the SwiGLU product, by the manual backward; full: the
