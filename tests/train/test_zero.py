@@ -324,14 +324,11 @@ SOURCES: dict[Any, dict[str, str]] = {
     stage_1_and_2.DeepSpeedZeroOptimizer: {
         "step": "9520884fd916",
         "zero_grad": "f303979da7ba",
-        "setup_buckets": "82266aa4880f",
         "process_gradients": "a05fe9cac73c",
-        "reduce_independent_p_g_buckets_and_remove_grads": "500839d3f30c",
-        "reduce_ipg_grads": "a41525b603f1",
-        "average_tensor": "6fd000d730e5",
-        "copy_grads_in_partition": "110f723937b9",
         "independent_gradient_partition_epilogue": "26ceef6d75b3",
-        "_gradient_reduction_buffer_dtype": "386935fd22d8",
+        "initialize_gradient_partition": "c9639269026c",
+        "_build_compact_grad_partition_buffer": "54c896878ee9",
+        "create_gradient_handling_hooks": "b84ceb8d3356",
     },
     engine.DeepSpeedEngine: {
         "allreduce_gradients": "89aab0f80f1a",
