@@ -78,7 +78,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
     """total [o, i] = beta * total + a [o, t] @ b [t, i]; what beta = 0 overwrites may be NaN."""
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=beta, out=total)
-    elif total.is_cuda:  # the CPU has no such kernel
+    elif not total.is_cpu:  # whose GEMM cannot add to a wider total
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     elif beta:
         total.add_(a @ b)
