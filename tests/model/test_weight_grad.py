@@ -1,8 +1,11 @@
 """llama_mcore.model.weight_grad: gradients of a weight in its fp32 sum, its bucket, or autograd's hands."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_mcore.model.weight_grad import add_gradient, add_to_main_grad, weight_grad
 
@@ -83,10 +86,25 @@ def test_a_weight_with_a_bucket_fills_it_once() -> None:
     assert bucket.filled_by == [weight]
 
 
-def test_where_the_gemm_can_it_adds_to_the_fp32_sum() -> None:
-    """Of torch's kernels for no device, which check sizes and dtypes as a GPU's do."""
+class Kernels(TorchDispatchMode):
+    """Notes which of torch's operators are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.called.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_where_the_gemm_can_it_adds_to_the_fp32_sum(overwrite: bool) -> None:
+    """Tensors without memory stand for a GPU's: only the CPU's GEMM cannot."""
     grad, x, weight = (part.detach().to("meta") for part in parts(torch.bfloat16))
-    for overwrite in (True, False):
-        weight.main_grad = torch.empty(weight.shape, device="meta")
-        weight.overwrite_main_grad = overwrite
+    weight.main_grad = torch.empty(weight.shape, device="meta")
+    weight.overwrite_main_grad = overwrite
+    with Kernels() as kernels:
         assert weight_grad(grad, x, weight) is None
+    views = {torch.ops.aten.view.default, torch.ops.aten.t.default}
+    assert [func for func in kernels.called if func not in views] == [torch.ops.aten.addmm.dtype_out]
