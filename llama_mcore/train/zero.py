@@ -1,7 +1,7 @@
 """ZeRO stages 1 and 2 with weight gradients that are summed in fp32 as they are made, and a step that does
 not wait for the device.
 
-Subclasses of DeepSpeed 0.19.8's optimizers: partitions, states and checkpoints are theirs. What is replaced is
+Subclasses of DeepSpeed 0.19.8's optimizers: partitions, states, checkpoints are theirs. What is replaced is
 pinned to that version by tests/train/test_zero.py. Their own step reads and writes the gradients and weights
 in several passes, and asks the host twice whether the gradient is finite.
 """
