@@ -570,13 +570,6 @@ MUTANTS = [
         tests=[BUCKETS],
     ),
     Mutant(
-        name="both gradients of a tied embedding count at stage 2",
-        symbol="Stage2.__init__",
-        old="if self.param_names[weight] != EMBEDDING:",
-        new="if True:",
-        tests=[f"{ZERO}::test_each_step_is_that_of_plain_torch"],
-    ),
-    Mutant(
         name="replicated parameters count once in the norm",
         symbol="OnePassStep._global_norm",
         old="squares if counts else squares * 0",

@@ -1,10 +1,9 @@
 """ZeRO stages 1 and 2 with weight gradients that are summed in fp32 as they are made, and a step that does
 not wait for the device.
 
-Subclasses of DeepSpeed 0.19.8's optimizers: partitions, states, checkpoints and, at stage 2, the reduction
-during the backward are theirs. What is replaced is pinned to that version by tests/train/test_zero.py. Their
-own step reads and writes the gradients and weights in several passes, and asks the host twice whether the
-gradient is finite.
+Subclasses of DeepSpeed 0.19.8's optimizers: partitions, states, checkpoints are theirs. What is replaced is
+pinned to that version by tests/train/test_zero.py. Their own step reads and writes the gradients and weights
+in several passes, and asks the host twice whether the gradient is finite.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,6 @@ from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from llama_mcore.model.parameters import EMBEDDING
 from llama_mcore.model.weight_grad import add_gradient
 from llama_mcore.train.adamw import update
 
@@ -192,9 +190,7 @@ class Stage2(Stages12InFp32):
         weights = [weight for group in self.bit16_groups for weight in group]
         self._bucket_size = max(self.reduce_bucket_size, *map(torch.numel, weights))
         for weight in weights:
-            # a tied embedding has two gradients in each micro-batch, which autograd adds first
-            if self.param_names[weight] != EMBEDDING:
-                weight.grad_bucket = self
+            weight.grad_bucket = self
 
     def place(self, weight: Any) -> Tensor:
         """Next place in the bucket, which is reduced first if it has none left."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import metrics
 
 from llama_mcore.train import adamw
 
@@ -122,6 +123,17 @@ def test_a_run_that_skips_its_first_step_goes_on(kernel: None) -> None:
 def everything(optimizer: torch.optim.AdamW, copies: list[Tensor]) -> list[Tensor]:
     states = [value for master in masters_of(optimizer) for value in optimizer.state[master].values()]
     return [tensor.detach().clone() for tensor in (*masters_of(optimizer), *states, *copies)]
+
+
+@pytest.mark.process
+def test_compiled_it_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw, "on_gpu", lambda: True)
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    torch.compiler.reset()
+    metrics.reset()
+    optimizer = optimizer_of(torch.float32, 0.1)
+    take_step(optimizer, 0, bf16_copies(optimizer))
+    assert metrics.generated_kernel_count == len(optimizer.param_groups)
 
 
 @pytest.mark.process
