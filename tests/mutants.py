@@ -58,6 +58,7 @@ MLP = f"{LAYER}::test_mlp_block_by_finite_differences"
 COLLECTIVES = "tests/distributed/test_tp_comm.py"
 FAULTS = "tests/train/test_faults.py"
 ZERO = "tests/train/test_zero.py"
+BUCKETS = f"{ZERO}::test_a_bucket_is_reduced_beside_the_backward"
 POWER_CUT = "tests/checkpoint/test_crash_power.py"
 DAMAGE = "tests/checkpoint/test_damage.py"
 SUPERVISOR = "tests/watchdog/test_supervisor.py"
@@ -458,15 +459,50 @@ MUTANTS = [
     Mutant(
         name="a full bucket is reduced before the next gradient",
         symbol="Stage2.place",
-        old="self.reduce_ipg_grads(self.communication_data_type)",
+        old="self._reduce_bucket()",
         new="pass",
         tests=[f"{ZERO}::test_each_step_is_that_of_plain_torch_on_two_ranks"],
     ),
     Mutant(
-        name="a gradient in its bucket is reduced",
+        name="each gradient has a place of its own in the bucket",
         symbol="Stage2.filled",
-        old="bucket.elements += weight.numel()",
+        old="self._used += weight.numel()",
         new="pass",
+        tests=[f"{ZERO}::test_each_step_is_that_of_plain_torch"],
+    ),
+    Mutant(
+        name="what is left in the bucket is reduced when a backward has ended",
+        symbol="Stage2.independent_gradient_partition_epilogue",
+        old="        self._reduce_bucket()",
+        new="        pass",
+        tests=[f"{ZERO}::test_each_step_is_that_of_plain_torch"],
+    ),
+    Mutant(
+        name="a bucket is filled again once it is reduced",
+        symbol="Stage2._reduce_bucket",
+        old="device.current_stream().wait_event(before)",
+        new="pass",
+        tests=[BUCKETS],
+    ),
+    Mutant(
+        name="a bucket is reduced once its gradients are made",
+        symbol="Stage2._reduce_bucket",
+        old="self.reduction_stream.wait_stream(device.current_stream())",
+        new="pass",
+        tests=[BUCKETS],
+    ),
+    Mutant(
+        name="the update waits for the last reduction",
+        symbol="Stage2.independent_gradient_partition_epilogue",
+        old="get_accelerator().current_stream().wait_stream(self.reduction_stream)",
+        new="pass",
+        tests=[BUCKETS],
+    ),
+    Mutant(
+        name="both gradients of a tied embedding count at stage 2",
+        symbol="Stage2.__init__",
+        old="if self.param_names[weight] != EMBEDDING:",
+        new="if True:",
         tests=[f"{ZERO}::test_each_step_is_that_of_plain_torch"],
     ),
     Mutant(
