@@ -29,7 +29,7 @@ help:
 	@echo
 	@echo "Also: make test-fast (tests that start no process; quick enough for every save of a file),"
 	@echo "make test-times (where the time goes), make test-coverage,"
-	@echo "make test-mutants (removes 50 guards one by one; each must turn a test red),"
+	@echo "make test-mutants (removes guards one by one; each must turn a test red),"
 	@echo "make test-crash (every fault of a save, every layout, 25 kills; KILLS=1000 for more),"
 	@echo "make test-data (tokens of a whole corpus from both encoders; TEST_CORPUS_MB=25),"
 	@echo "make test-slurm (the job scripts on a real Slurm of virtual nodes; needs root; SAMPLE=1 for four jobs),"

@@ -58,12 +58,41 @@ MLP = f"{LAYER}::test_mlp_block_by_finite_differences"
 COLLECTIVES = "tests/distributed/test_tp_comm.py"
 FAULTS = "tests/train/test_faults.py"
 ZERO = "tests/train/test_zero.py"
+AHEAD = "tests/train/test_rollback.py::test_what_began_in_vain_leaves_no_trace"
 BUCKETS = f"{ZERO}::test_a_bucket_is_reduced_beside_the_backward"
 POWER_CUT = "tests/checkpoint/test_crash_power.py"
 DAMAGE = "tests/checkpoint/test_damage.py"
 SUPERVISOR = "tests/watchdog/test_supervisor.py"
 
 MUTANTS = [
+    Mutant(
+        name="which checkout is measured first changes",
+        symbol="beside",
+        old="[:: -1 if number % 2 == 0 else 1]",
+        new="",
+        tests=["tests/benchmark/test_step.py::test_another_checkout_is_measured_by_turns"],
+    ),
+    Mutant(
+        name="a step has the tokens of all its micro-batches",
+        symbol="benchmark.step:summarize",
+        old="tokens * request.accumulation / median",
+        new="tokens / median",
+        tests=["tests/benchmark/test_step.py::test_a_step_of_several_micro_batches_has_as_many_tokens"],
+    ),
+    Mutant(
+        name="Liger's kernels stay with their contender",
+        symbol="LigerContender.close",
+        old="vars(modeling_llama).update(self._names)",
+        new="pass",
+        tests=["tests/benchmark/test_contenders.py::test_liger_replaces_names_only_while_it_is_there"],
+    ),
+    Mutant(
+        name="the contenders' gradients are of the mean loss",
+        symbol="PlainContender.backward",
+        old=" / len(self.batches)",
+        new="",
+        tests=["tests/benchmark/test_contenders.py::test_gradients_add_up_over_micro_batches"],
+    ),
     Mutant(
         name="backward keeps the layer input",
         symbol="AttentionBlockFunction.forward",
@@ -206,17 +235,59 @@ MUTANTS = [
     ),
     Mutant(
         name="the update after a save waits for the copy of the state",
-        symbol="train_step",
+        symbol="Step.finish",
         old="before_update()",
         new="pass",
         tests=["tests/train/test_step.py", "tests/checkpoint/test_saver.py"],
     ),
     Mutant(
         name="a run lets its updates wait for the copy",
-        symbol="Trainer.step",
-        old="before_update=self.saver.before_update,",
-        new="",
+        symbol="Trainer._train",
+        old=", self.saver.before_update)",
+        new=")",
         tests=["tests/checkpoint/test_saver.py"],
+    ),
+    Mutant(
+        name="the next step begins before the result of this one is read",
+        symbol="Trainer._train",
+        old="self._may_pause_after(step)",
+        new="True",
+        tests=[AHEAD],
+    ),
+    Mutant(
+        name="a rollback discards the step that has begun",
+        symbol="Trainer.step",
+        old="self._discard_ahead()",
+        new="pass",
+        tests=[AHEAD],
+    ),
+    Mutant(
+        name="a step that is discarded leaves no weights gathered",
+        symbol="Step.discard",
+        old="self._engine.empty_partition_cache()",
+        new="pass",
+        tests=["tests/train/test_step.py::test_a_step_that_is_discarded_leaves_no_weight_gathered"],
+    ),
+    Mutant(
+        name="where one rank cannot read the next step, all know before its backward",
+        symbol="Trainer.step",
+        old=" or told.unread",
+        new="",
+        tests=["tests/train/test_ahead.py"],
+    ),
+    Mutant(
+        name="where a report cannot be written, all know at the end of the next step",
+        symbol="Trainer._train",
+        old="result.notices.unwritten",
+        new="False",
+        tests=["tests/train/test_ahead.py"],
+    ),
+    Mutant(
+        name="garbage is collected at fixed steps alone",
+        symbol="Trainer.run",
+        old="with _collected_by_hand():",
+        new="if True:",
+        tests=["tests/train/test_trainer.py"],
     ),
     Mutant(
         name="a run that ends leaves what is copied when that is done",

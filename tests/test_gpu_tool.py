@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from llama_mcore.benchmark.billion import FASTEST, MEMORY, STALL, Billion, show_fastest, show_run
 from llama_mcore.benchmark.billion import LINES as BILLION_LINES
-from llama_mcore.benchmark.billion import MEMORY, STALL, Billion, show_run
 from llama_mcore.benchmark.gpu_report import GPU, LINES, MACHINE, Line, read_report
+from llama_mcore.benchmark.step import request
+from llama_mcore.benchmark.step_bars import stated_bars
+from llama_mcore.cli.benchmark import app
+from llama_mcore.model.config import ModelConfig
 from tests.support.errors import is_shown
 from tests.support.models import PLAIN
 from tests.support.world import ROOT, TIMEOUT_S
@@ -47,6 +52,24 @@ def test_each_part_has_less_time_than_is_said(works: str, limit_s: float, tool: 
     assert all(part.limit_s < limit_s for part in parts)
     assert len({part.name for part in parts}) == len(parts)
     assert tool["BUDGET_S"] < 600
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("WHOLE_7B", "NVIDIA H200"),
+        ("SLICE_OF_65B", "NVIDIA H200"),
+        ("LONG_8B", "NVIDIA H200"),
+        ("THREE_BILLION", "NVIDIA H100 80GB HBM3"),
+    ],
+)
+def test_parts_measure_the_shapes_that_have_bars(name: str, device: str, tool: dict[str, Any]) -> None:
+    (command,) = (one for one in app.registered_commands if one.name == "step")
+    step = typer.main.get_command_from_info(command, pretty_exceptions_short=False, rich_markup_mode=None)
+    given = step.make_context("step", list(tool[name])).params
+    fields = {field: value for field, value in given.items() if field in ModelConfig.model_fields}
+    asked = request(given["model"], fields, given["micro_batch_size"], accumulation=given["accumulation"])
+    assert stated_bars(device, asked.model, asked.micro_batch_size, asked.accumulation)
 
 
 def test_some_parts_or_all(tool: dict[str, Any]) -> None:
@@ -197,3 +220,16 @@ def test_the_long_run_on_the_cpu(told: Told, tmp_path: Path, monkeypatch: pytest
     assert lines.pop(MEMORY).status == "unproven"
     assert lines.pop(STALL).bar == "at most 0.5 s"
     assert [(line.name, line.why) for line in lines.values() if line.status != "run"] == []
+
+
+@pytest.mark.process
+def test_the_fast_run_on_the_cpu(told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bar is of one card; elsewhere the speed is told without."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    sizes = {"micro_batch_size": 1, "accumulation": 2, "steps": 8}
+    run = Billion(tmp_path, {**PLAIN, "vocab_size": 128}, **sizes, precision="fp32", deterministic=False)
+    show_fastest(run)
+    line = told.lines()[FASTEST]
+    assert (line.status, line.bar) == ("run", "")
+    assert "tokens/s" in line.measured
+    assert "deterministic: false" in (tmp_path / "run/config.yaml").read_text()

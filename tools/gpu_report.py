@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))  # llama_mcore of this checkout, also where it is 
 import llama_mcore.installed  # noqa: E402, F401
 
 # isort: split
+from llama_mcore.benchmark.billion import FASTEST  # noqa: E402
 from llama_mcore.benchmark.billion import LINES as BILLION_LINES  # noqa: E402
 from llama_mcore.benchmark.gpu_report import GPU, MACHINE, Part, check, run_parts, showing, tell  # noqa: E402
 from llama_mcore.errors import ConfigError, Problem, nearest, report_errors  # noqa: E402
@@ -35,8 +36,21 @@ BUDGET_S = 585.0
 DOCTOR_GROUPS = ("devices", "attention", "kernels")
 TEST_PACKAGES = ("pytest", "filelock", "hypothesis")
 DEMO = "demo of 30 steps: text to a trained, resumed, exported and generating model"
-LAYERS_OF_7B = ("--model", "7b", "--num-layers", "8", "--micro-batch-size", "2", "--rounds", "3")
-WHOLE_7B = ("--model", "7b", "--micro-batch-size", "2", "--rounds", "2")
+LAYERS_OF_7B = ("--model", "7b", "--num-layers", "8", "--micro-batch-size", "2", "--rounds", "2")
+"""Few enough for every contender's memory."""
+WHOLE_7B = ("--model", "7b", "--micro-batch-size", "2", "--accumulation", "8", "--rounds", "2")
+SLICE_OF_65B = (
+    *("--model", "65b", "--num-layers", "8", "--num-attention-heads", "8", "--num-query-groups", "8"),
+    *("--head-dim", "128", "--ffn-hidden-size", "2752", "--vocab-size", "4000"),
+    *("--micro-batch-size", "8", "--rounds", "3"),
+)
+"""What one of eight tensor-parallel ranks has of each layer."""
+LONG_8B = ("--model", "llama3-8b", "--num-layers", "16", "--micro-batch-size", "1", "--rounds", "3")
+THREE_BILLION = (
+    *("--num-layers", "28", "--hidden-size", "3072", "--num-attention-heads", "24"),
+    *("--ffn-hidden-size", "8192", "--seq-length", "2048"),
+    *("--micro-batch-size", "2", "--accumulation", "8", "--rounds", "2"),
+)
 
 
 def main() -> None:
@@ -155,6 +169,17 @@ def billion(output: Path) -> None:
     show(output / "billion")
 
 
+def billion_speed(output: Path) -> None:
+    from llama_mcore.benchmark.billion import show_speed
+
+    show_speed(output / "billion-speed")
+
+
+def against(*names: str) -> tuple[str, ...]:
+    """Options that choose these contenders beside ours."""
+    return tuple(word for name in ("ours", *names) for word in ("--contender", name))
+
+
 def benchmark(part: str, *words: str) -> Callable[[Path], None]:
     """`llama-mcore benchmark WORDS`."""
 
@@ -207,8 +232,23 @@ RIGHT = (
 FAST = (
     LOOK,
     fast("memory", "what a layer keeps for its backward", "activation-memory"),
-    fast("step", "a step of 8 layers of 7B beside others' layers", "step", *LAYERS_OF_7B),
-    fast("step-7b", "a step of all of 7B beside others' layers", "step", *WHOLE_7B),
+    fast("loss", "the loss beside its three matrix products", "loss"),
+    fast("step", "a step of 8 layers of 7B beside every contender", "step", *LAYERS_OF_7B),
+    fast(
+        *("step-7b", "a step of all of 7B beside torchtitan's recipe", "step"),
+        *(*WHOLE_7B, *against("torchtitan-recipe")),
+    ),
+    fast("step-7b-liger", "the same beside Liger in plain bf16", "step", *WHOLE_7B, *against("liger")),
+    fast("step-65b", "an eighth of each of 8 layers of 65B", "step", *SLICE_OF_65B, *against()),
+    fast("step-8b", "16 layers of 8B at sequence 8,192", "step", *LONG_8B, *against()),
+    fast(
+        *("step-3b", "a step of 3B, which an H100 holds, beside both", "step"),
+        *(*THREE_BILLION, *against("torchtitan-recipe", "liger")),
+    ),
+    Work(
+        Part("billion-speed", "1.2 billion parameters through the command line", 330, (FASTEST,)),
+        billion_speed,
+    ),
     fast("checkpoint", "saving beside training, and loading", "checkpoint"),
     fast("loader", "tokens a second that a process reads", "loader"),
     fast("convert", "conversions beside cp of the same bytes", "convert"),

@@ -9,14 +9,8 @@ from collections.abc import Callable
 from torch import nn
 
 from llama_mcore.benchmark.memory import kept_bytes
-from llama_mcore.benchmark.models import (
-    Contender,
-    HuggingFaceContender,
-    McoreContender,
-    Workload,
-    benchmark_run,
-    random_batch,
-)
+from llama_mcore.benchmark.models import Contender, McoreContender, Workload, benchmark_run, workload_of
+from llama_mcore.benchmark.peers import HuggingFaceContender
 from llama_mcore.benchmark.runner import Bar, Result, say
 from llama_mcore.distributed.groups import Groups, process_groups
 from llama_mcore.model.config import ModelConfig
@@ -102,8 +96,7 @@ def summarize(model: ModelConfig, per_layer: dict[str, int], rest: dict[str, int
 
 
 def _kept(build: Callable[[Workload], Contender], model: ModelConfig, groups: Groups) -> int:
-    run = benchmark_run(model, 1)
-    contender = build(Workload(run, groups, random_batch(model, 1, run.run.seed)))
+    contender = build(workload_of(benchmark_run(model, 1), groups))
     kept, loss = kept_bytes(contender.loss, contender.module.parameters())
     loss.backward()  # what cannot run its backward has no business in the table
     return kept

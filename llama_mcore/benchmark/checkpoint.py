@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from llama_mcore.benchmark.models import benchmark_run, random_batch
-from llama_mcore.benchmark.runner import Bar, OtherWork, Result, say
-from llama_mcore.benchmark.step import QUIET
+from llama_mcore.benchmark.runner import Bar, OtherWork, Result, quietness, say
 from llama_mcore.checkpoint.loader import load_checkpoint
 from llama_mcore.checkpoint.paths import step_dir
 from llama_mcore.checkpoint.reader import CheckpointReader
@@ -84,7 +83,6 @@ def summarize(model: ModelConfig, seconds: Mapping[str, Sequence[float]], others
     medians = {name: median(times) for name, times in seconds.items()}
     speeds = {name: size / 1e9 / medians[name] for name in MOVES_ALL_BYTES}
     stall_share, write_speed = medians[STALL] / medians[SYNCHRONOUS], medians[PLAIN] / medians[HASHED]
-    doubt = ": repeat on a quiet machine, the times are not to be trusted" if others_share > QUIET else ""
     return Result(
         benchmark="checkpoint",
         settings={
@@ -108,7 +106,7 @@ def summarize(model: ModelConfig, seconds: Mapping[str, Sequence[float]], others
         bars=BARS,
         notes=[
             "verify: files that were just dropped from the page cache; load: the same files after that",
-            f"other processes used {others_share:.0%} of the CPU meanwhile{doubt}",
+            quietness(others_share),
         ],
     )
 

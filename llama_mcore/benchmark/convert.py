@@ -21,8 +21,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from llama_mcore.benchmark.runner import Bar, OtherWork, Result, say
-from llama_mcore.benchmark.step import QUIET
+from llama_mcore.benchmark.runner import Bar, OtherWork, Result, quietness, say
 from llama_mcore.checkpoint.paths import WEIGHT
 from llama_mcore.convert.convert import convert
 from llama_mcore.convert.registry import NAMES, WriteOptions, get_format
@@ -100,7 +99,6 @@ def summarize(
 ) -> Result:
     """Best round of each, as other work only makes it slower. `others_share`: see OtherWork."""
     slowest = min(found, key=lambda name: found[name].share)
-    doubt = ": repeat on a quiet machine, the times are not to be trusted" if others_share > QUIET else ""
     return Result(
         benchmark="convert",
         settings={"parameters": f"{model.num_params() / 1e6:,.0f}M", "dtype": "bf16", "rounds": rounds},
@@ -127,7 +125,7 @@ def summarize(
         notes=[
             f"best of {rounds}; memory: most that the process held privately, beyond what it began with",
             f"verification adds {min(verifying):.1f} s to hf to hf: hashes of both sides, and their logits",
-            f"other processes used {others_share:.0%} of the CPU meanwhile{doubt}",
+            quietness(others_share),
         ],
     )
 

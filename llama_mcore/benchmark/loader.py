@@ -17,8 +17,7 @@ from statistics import median
 
 import numpy as np
 
-from llama_mcore.benchmark.runner import Bar, OtherWork, Result, say
-from llama_mcore.benchmark.step import QUIET
+from llama_mcore.benchmark.runner import Bar, OtherWork, Result, quietness, say
 from llama_mcore.data.config import SourceConfig
 from llama_mcore.data.data_plan import Segment, SourcePlan, plan_segment
 from llama_mcore.data.indexed_dataset import IndexedWriter
@@ -90,7 +89,6 @@ def summarize(batches: int, seconds: dict[str, list[float]], memory: int, others
     quantities |= {name: best[name] * 1e3 for name in (START, FAR_START)}
     reading, order, whole = (best[name] / batches * 1e6 for name in (RANDOM, "order", WHOLE))
     start = max(quantities[START], quantities[FAR_START])
-    doubt = ": repeat on a quiet machine, the times are not to be trusted" if others > QUIET else ""
     return Result(
         benchmark="loader",
         settings={
@@ -114,7 +112,7 @@ def summarize(batches: int, seconds: dict[str, list[float]], memory: int, others
             f"a micro-batch takes {whole:.0f} us: reading {reading:.0f}, its windows {order:.0f}, "
             f"handing it to another thread {max(0.0, whole - reading - order):.0f}",
             f"a start of {PLANNED_WINDOWS:,} windows in {FILES:,} files takes {memory / 1024:,.0f} KiB",
-            f"other processes used {others:.0%} of the CPU meanwhile{doubt}",
+            quietness(others),
         ],
     )
 

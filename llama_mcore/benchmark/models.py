@@ -1,17 +1,15 @@
-"""Contenders: our model, megatron-core's own layers, Hugging Face; all on the same batch and recipe.
+"""What contenders work on, and those that train as the product does, with our layer or megatron-core's.
 
-Recipe: bf16, AdamW, gradients clipped to norm 1, weight decay 0.1. Hugging Face trains plainly, with weights,
-gradients and Adam states in bf16; the other two as the product does, under ZeRO-1 with fp32 masters, fp32
-accumulation and fp32 Adam states.
+All take the same batches and settings: bf16, AdamW, gradients clipped to norm 1, weight decay 0.1. These run
+under ZeRO-1 with fp32 masters, fp32 accumulation and fp32 Adam moments; peers.py has the others.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_mcore.config.schema import RunConfig
 from llama_mcore.data.loader import MicroBatch
@@ -28,22 +26,31 @@ class Workload:
 
     run: RunConfig
     groups: Groups
-    batch: MicroBatch
+    batches: Sequence[MicroBatch]
+    """Micro-batches of a step."""
 
 
 class Contender(Protocol):
     """A model on the device: ready for forward and backward, after `add_optimizer` for whole steps."""
 
     @property
+    def states(self) -> str:
+        """Precision of weights / gradients / Adam's moments / masters."""
+
+    @property
+    def eager(self) -> bool:
+        """All that it keeps for the backward passes autograd's hooks, where its bytes can be counted."""
+
+    @property
     def module(self) -> nn.Module: ...
 
     def loss(self) -> Tensor:
-        """Forward of the batch to its mean loss, with the graph of the backward."""
+        """Mean loss of the first micro-batch, with the graph of the backward."""
 
     def add_optimizer(self) -> None: ...
 
     def step(self) -> None:
-        """Forward, backward, clipping, update; gradients are dropped."""
+        """Forward and backward of every micro-batch, clipping, update; gradients are dropped."""
 
     def close(self) -> None:
         """Release what would otherwise outlive this object."""
@@ -51,6 +58,9 @@ class Contender(Protocol):
 
 class McoreContender:
     """A model of this package, under the product's own training step."""
+
+    states = "bf16 / fp32 / fp32 / fp32"
+    eager = True
 
     def __init__(self, workload: Workload, *, own_layer: bool = True, **changes: str) -> None:
         """`own_layer`: ours, not megatron-core's; `changes` of the run's model section: recompute."""
@@ -63,82 +73,18 @@ class McoreContender:
         )
 
     def loss(self) -> Tensor:
-        return mean_loss(self.module, self.workload.batch, self.workload.groups)
+        return mean_loss(self.module, self.workload.batches[0], self.workload.groups)
 
     def add_optimizer(self) -> None:
         run = self.run
         self.engine = build_engine(self.module, run.zero, run.train, run.optim, self.workload.groups)
 
     def step(self) -> None:
-        train_step(self.engine, [self.workload.batch], self.run.optim.lr, self.workload.groups)
+        train_step(self.engine, self.workload.batches, self.run.optim.lr, self.workload.groups)
 
     def close(self) -> None:
         if hasattr(self, "engine"):
             self.engine.destroy()
-
-
-class HuggingFaceContender:
-    """transformers' model with its sdpa attention, in a plain loop."""
-
-    def __init__(self, workload: Workload) -> None:
-        self.optim = workload.run.optim
-        self.tokens = workload.batch.tokens.to(workload.groups.device)
-        config = huggingface_config(workload.run.model)
-        self.module = (
-            LlamaForCausalLM(config).to(workload.groups.device, dtype_of(workload.run.train)).train()
-        )
-
-    def loss(self) -> Tensor:
-        # It shifts the labels by itself.
-        return self.module(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss
-
-    def add_optimizer(self) -> None:
-        optim = self.optim
-        self.optimizer = torch.optim.AdamW(
-            self.module.parameters(),
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
-
-    def step(self) -> None:
-        loss = self.loss()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.module.parameters(), self.optim.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.item()  # as every training loop reads it
-
-    def close(self) -> None:
-        pass
-
-
-CONTENDERS: dict[str, Callable[[Workload], Contender]] = {
-    "ours": McoreContender,
-    "mcore": lambda workload: McoreContender(workload, own_layer=False, recompute="none"),
-    "huggingface": HuggingFaceContender,
-}
-
-
-def huggingface_config(model: ModelConfig) -> LlamaConfig:
-    """The same shape in transformers' words."""
-    return LlamaConfig(
-        num_hidden_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_query_groups,
-        head_dim=model.head_dim,
-        vocab_size=model.vocab_size,
-        max_position_embeddings=model.seq_length,
-        rms_norm_eps=model.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-        tie_word_embeddings=model.tie_embeddings,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
 
 
 def random_batch(model: ModelConfig, micro_batch_size: int, seed: int) -> MicroBatch:
@@ -149,8 +95,8 @@ def random_batch(model: ModelConfig, micro_batch_size: int, seed: int) -> MicroB
     return MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
 
 
-def benchmark_run(model: ModelConfig, micro_batch_size: int) -> RunConfig:
-    """A run of one micro-batch a step on one device; it reads no data and writes nothing."""
+def benchmark_run(model: ModelConfig, micro_batch_size: int, accumulation: int = 1) -> RunConfig:
+    """A run of `accumulation` micro-batches a step on one device; it reads no data and writes nothing."""
     return RunConfig.model_validate(
         {
             "run": {"dir": "unused"},
@@ -160,8 +106,15 @@ def benchmark_run(model: ModelConfig, micro_batch_size: int) -> RunConfig:
             "train": {
                 "steps": 1,
                 "micro_batch_size": micro_batch_size,
-                "global_batch_size": micro_batch_size,
+                "global_batch_size": micro_batch_size * accumulation,
             },
             "optim": {"lr": 1e-4, "warmup_steps": 0},
         }
     )
+
+
+def workload_of(run: RunConfig, groups: Groups) -> Workload:
+    """Random micro-batches of one step, each with tokens of its own."""
+    size, seed = run.train.micro_batch_size, run.run.seed
+    batches = [random_batch(run.model, size, seed + n) for n in range(run.train.accumulation_steps(1))]
+    return Workload(run, groups, batches)

@@ -26,8 +26,7 @@ from statistics import median
 
 import psutil
 
-from llama_mcore.benchmark.runner import Bar, OtherWork, Result, say
-from llama_mcore.benchmark.step import QUIET
+from llama_mcore.benchmark.runner import Bar, OtherWork, Result, quietness, say
 from llama_mcore.errors import DataError, Problem
 from llama_mcore.preprocess.encoders import load_encoder
 from llama_mcore.tokenizer.train import train_tokenizer
@@ -85,7 +84,6 @@ def summarize(size: int, documents: int, found: dict[str, Samples], rounds: int,
         "tool / bare encoder": speeds["tool, gigatoken"] / speeds["bare encoder"],
         "peak memory of the tool, GB": max(found["tool, gigatoken"].peak_bytes) / 1e9,
     }
-    doubt = ": repeat on a quiet machine, the times are not to be trusted" if others > QUIET else ""
     return Result(
         benchmark="preprocess",
         settings={
@@ -109,7 +107,7 @@ def summarize(size: int, documents: int, found: dict[str, Samples], rounds: int,
         f"{quantities['tool / bare encoder']:.0%} of the bare encoder",
         bars=BARS,
         notes=[
-            f"other processes used up to {others:.0%} of the CPU meanwhile{doubt}",
+            quietness(others),
             "best of the rounds; sentencepiece is run once",
         ],
     )

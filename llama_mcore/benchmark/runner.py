@@ -21,6 +21,8 @@ from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.files import prepare_output, published
 
 LIBRARIES = ("torch", "megatron-core", "deepspeed", "transformers")
+QUIET = 0.05
+"""Share of the CPU that other processes may use before times are doubted."""
 
 Relation = Literal["at most", "below", "at least"]
 _HOLDS = {"at most": operator.le, "below": operator.lt, "at least": operator.ge}
@@ -71,19 +73,26 @@ class OtherWork:
     """Share of this machine's CPU that other processes use meanwhile: timings need it near 0."""
 
     def __init__(self) -> None:
-        self._started = self._read()
+        self._started = self.seconds()
 
     def share(self) -> float:
         """Share from 0 to 1 since the start."""
-        busy, own, now = (end - start for end, start in zip(self._read(), self._started, strict=True))
+        busy, own, now = (end - start for end, start in zip(self.seconds(), self._started, strict=True))
         return max(0.0, busy - own) / (now * (os.cpu_count() or 1))
 
     @staticmethod
-    def _read() -> tuple[float, float, float]:
-        """Seconds that all cores worked, that this process worked, and on the clock."""
+    def seconds() -> tuple[float, float, float]:
+        """Seconds that all cores worked, that this process and its past children did, and on the clock."""
         all_cores, own = psutil.cpu_times(), psutil.Process().cpu_times()
         busy = all_cores.user + all_cores.nice + all_cores.system
-        return busy, own.user + own.system, time.monotonic()
+        ours = own.user + own.system + own.children_user + own.children_system
+        return busy, ours, time.monotonic()
+
+
+def quietness(others_share: float) -> str:
+    """What other processes used of the CPU meanwhile (OtherWork), and whether times are to be trusted."""
+    doubt = ": repeat on a quiet machine, the times are not to be trusted" if others_share > QUIET else ""
+    return f"other processes used {others_share:.0%} of the CPU meanwhile{doubt}"
 
 
 def environment() -> dict[str, Any]:

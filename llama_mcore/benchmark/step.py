@@ -1,60 +1,33 @@
-"""`step`: a training step of our model beside megatron-core's own layers and Hugging Face.
+"""`step`: a training step of our model beside megatron-core's own layers, Hugging Face and others' recipes.
 
 One contender at a time is on the device, so that its memory is its own. In every round each is built, warmed
-up and timed; rounds alternate between them, so that what else the machine does meets all alike.
+up and timed; rounds alternate between them, so that what else the machine does meets all alike. Beside
+another checkout of this repository (`--before`) both run in processes of their own, by turns.
 """
 
-import gc
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
-from llama_mcore.benchmark.memory import kept_bytes
-from llama_mcore.benchmark.models import CONTENDERS, Contender, Workload, benchmark_run, random_batch
-from llama_mcore.benchmark.runner import Bar, OtherWork, Result, say
+from llama_mcore.benchmark import step_bars
+from llama_mcore.benchmark.checkout import check_checkout
+from llama_mcore.benchmark.models import benchmark_run
+from llama_mcore.benchmark.runner import Bar, OtherWork, Result, quietness
+from llama_mcore.benchmark.step_bars import CPU_MICRO_BATCH
+from llama_mcore.benchmark.step_samples import BEFORE, CONTENDERS, QUICK, Samples, beside, in_turns
 from llama_mcore.config.checks import check_config
-from llama_mcore.distributed.device import (
-    device_name,
-    on_gpu,
-    peak_memory_bytes,
-    release_cached_memory,
-    reset_peak_memory,
-    seconds_of,
-)
-from llama_mcore.distributed.groups import process_groups
+from llama_mcore.distributed.device import device_name, on_gpu
 from llama_mcore.errors import ConfigError, Problem
 from llama_mcore.model.config import PRESETS, ModelConfig
 from llama_mcore.plan.layout.flops import mfu, token_flops
 from llama_mcore.plan.layout.hardware import Peak, peak_of
 
-# 58M parameters: what two CPU cores step through in seconds.
-CPU_SHAPE = {
-    "num_layers": 8,
-    "hidden_size": 512,
-    "num_attention_heads": 8,
-    "ffn_hidden_size": 1376,
-    "vocab_size": 32000,
-    "seq_length": 512,
-}
-CPU_MICRO_BATCH = 4
-
-CPU_BARS = (
-    Bar("forward+backward, ours / huggingface", "at most", 0.80),
-    Bar("forward+backward, ours / mcore", "at most", 0.80),
-    Bar("full step, ours / huggingface", "at most", 0.90),
-    Bar("activation memory, ours / huggingface", "below", 1.0),
-    Bar("activation memory, ours / mcore", "below", 1.0),
-)
-H200_BARS = (Bar("MFU, ours", "at least", 0.55),)
-
 MIB = 2**20
-QUIET = 0.05
-"""Share of the CPU that other processes may use before times are doubted."""
+STATES_NOTE = "states: precision of weights / gradients / Adam's moments / masters"
 
 
 @dataclass(frozen=True)
@@ -63,37 +36,32 @@ class Request:
 
     model: ModelConfig
     micro_batch_size: int
-    rounds: int = 5
+    rounds: int = 7
     repeats: int = 2
-    contenders: Sequence[str] = tuple(CONTENDERS)
-
-
-@dataclass
-class Samples:
-    """Measurements of one contender."""
-
-    forward_backward_s: list[float] = field(default_factory=list)
-    step_s: list[float] = field(default_factory=list)
-    activation_bytes: int = 0
-    """Bytes that autograd keeps between forward and backward."""
-    peak_bytes: int = 0
-    """Most that was allocated on the GPU during whole steps; 0 on a CPU."""
-    out_of_memory: bool = False
+    contenders: Sequence[str] = QUICK
+    accumulation: int = 1
+    """Micro-batches of a full step."""
+    before: Path | None = None
+    """Another checkout: ours is measured beside it."""
+    words: Sequence[str] = ()
+    """Options of the command line that ask for the same of one contender in one round."""
 
 
 def request(
     preset: str | None,
     fields: dict[str, int | str | None],
-    micro_batch_size: int | None,
-    rounds: int,
-    repeats: int,
-    contenders: Sequence[str] | None,
+    micro_batch_size: int | None = None,
+    rounds: int = Request.rounds,
+    repeats: int = Request.repeats,
+    contenders: Sequence[str] | None = None,
+    accumulation: int = 1,
+    before: Path | None = None,
 ) -> Request:
     """Request of a command line: a preset or the CPU shape, with the fields that are not None.
 
     Raises ConfigError for what is not known or does not fit together.
     """
-    chosen = tuple(contenders or CONTENDERS)
+    chosen = tuple(contenders or (("ours",) if before else CONTENDERS if on_gpu() else QUICK))
     problems = [
         Problem("--contender", name, "is not known", f"known: {', '.join(CONTENDERS)}")
         for name in chosen
@@ -101,47 +69,54 @@ def request(
     ]
     if preset is not None and preset not in PRESETS:
         problems.append(Problem("--model", preset, "is not a preset", f"known: {', '.join(PRESETS)}"))
+    if before and chosen != ("ours",):
+        reason = "is not measured beside another checkout"
+        problems.append(Problem("--contender", ", ".join(chosen), reason, "leave it out, or --before"))
     if problems:
         raise ConfigError(problems)
+    if before:
+        check_checkout("--before", before)
     given = {name: value for name, value in fields.items() if value is not None}
-    base = dict(PRESETS[preset] if preset else CPU_SHAPE)
+    base = dict(PRESETS[preset] if preset else step_bars.CPU_SHAPE)
     if "hidden_size" in given:
         base.pop("ffn_hidden_size", None)  # belongs to the width that it was stated for
     try:
         model = ModelConfig.model_validate(base | given)
     except ValidationError as error:
         raise ConfigError(
-            [Problem(f"--{e['loc'][0]}".replace("_", "-"), e["input"], e["msg"]) for e in error.errors()]
+            [Problem(_option(str(e["loc"][0])), e["input"], e["msg"]) for e in error.errors()]
         ) from None
     size = micro_batch_size or CPU_MICRO_BATCH
-    check_config(benchmark_run(model, size), world_size=1)
-    return Request(model, size, rounds, repeats, chosen)
+    check_config(benchmark_run(model, size, accumulation), world_size=1)
+    options: dict[str, int | str] = {"--model": preset} if preset else {}
+    options |= {_option(name): value for name, value in given.items()}
+    options |= {"--micro-batch-size": size, "--repeats": repeats}
+    if accumulation > 1:  # an older checkout has no such option
+        options["--accumulation"] = accumulation
+    words = [word for option, value in options.items() for word in (option, str(value))]
+    return Request(model, size, rounds, repeats, chosen, accumulation, before, words)
+
+
+def _option(field: str) -> str:
+    return f"--{field}".replace("_", "-")
 
 
 def stated_bars(request: Request) -> Sequence[Bar]:
-    """The bars for this shape on this device, if there are any."""
-    shape = (request.model, request.micro_batch_size)
-    if device_name() == "cpu" and shape == (ModelConfig.model_validate(CPU_SHAPE), CPU_MICRO_BATCH):
-        return CPU_BARS
-    if device_name() == "NVIDIA H200" and request.model == ModelConfig.model_validate(PRESETS["7b"]):
-        return H200_BARS
-    return ()
+    """The bars for this shape on this device, of those that are stated about what is measured."""
+    measured = (BEFORE,) if request.before else request.contenders
+    shape = (request.model, request.micro_batch_size, request.accumulation)
+    bars = step_bars.stated_bars(device_name(), *shape, before=request.before is not None)
+    return tuple(bar for bar in bars if bar.quantity.partition(" / ")[2] in ("", *measured))
 
 
 def measure(request: Request) -> Result:
     """Run the benchmark."""
-    run = benchmark_run(request.model, request.micro_batch_size)
-    batch = random_batch(request.model, request.micro_batch_size, run.run.seed)
-    samples = {name: Samples() for name in request.contenders}
     others = OtherWork()
-    with process_groups(run.parallel, run.run.seed) as groups:
-        workload = Workload(run, groups, batch)
-        for number in range(1, request.rounds + 1):
-            for name, found in samples.items():
-                _run_block(name, workload, request.repeats, found)
-                gc.collect()  # an engine and its hooks refer to each other
-                release_cached_memory()
-                say(f"round {number}/{request.rounds}  {name:<12} {_newest(found)}")
+    if request.before:
+        samples = beside(request.before, request.words, request.rounds)
+    else:
+        run = benchmark_run(request.model, request.micro_batch_size, request.accumulation)
+        samples = in_turns(run, request.contenders, request.rounds, request.repeats)
     return summarize(request, samples, peak_of(device_name()), others.share())
 
 
@@ -151,13 +126,23 @@ def summarize(
     """Medians, ratios and what follows from them. `others_share`: see OtherWork."""
     flops = token_flops(request.model)
     tokens = request.micro_batch_size * request.model.seq_length
-    speeds = {name: tokens / median(found.step_s) for name, found in samples.items() if found.step_s}
+    speeds = {
+        name: tokens * request.accumulation / median(found.step_s)
+        for name, found in samples.items()
+        if found.step_s
+    }
     shares = {
         name: (mfu(speed, flops.causal, peak.bf16_flops), mfu(speed, flops.full, peak.bf16_flops))
         for name, speed in speeds.items()
         if peak
     }
     quantities = _ratios(samples) | {f"MFU, {name}": causal for name, (causal, _) in shares.items()}
+    for name, found in samples.items():
+        if peak and found.forward_backward_s:
+            speed = tokens / median(found.forward_backward_s)
+            quantities[f"MFU of forward+backward, {name}"] = mfu(speed, flops.causal, peak.bf16_flops)
+        if found.peak_bytes:
+            quantities[f"peak memory of {name}, GiB"] = found.peak_bytes / 2**30
     return Result(
         benchmark="step",
         settings=_settings(request),
@@ -171,41 +156,8 @@ def summarize(
         quantities=quantities,
         figure=_figure(quantities, speeds),
         bars=stated_bars(request),
-        notes=[_quietness(others_share), *_notes(request, peak)],
+        notes=[quietness(others_share), STATES_NOTE, *_notes(request, peak)],
     )
-
-
-def _run_block(name: str, workload: Workload, repeats: int, found: Samples) -> None:
-    """Build one contender, add its measurements to `found`, release it."""
-    if found.out_of_memory:
-        return
-    try:
-        with closing(CONTENDERS[name](workload)) as contender:
-            _measure_contender(contender, repeats, found)
-    except torch.OutOfMemoryError:
-        found.out_of_memory = True
-
-
-def _measure_contender(contender: Contender, repeats: int, found: Samples) -> None:
-    """Time a contender, after a pass of each kind that fills caches and makes the Adam states."""
-    module = contender.module
-    found.activation_bytes, loss = kept_bytes(contender.loss, module.parameters())
-    loss.backward()
-    del loss
-    module.zero_grad(set_to_none=True)
-    for _ in range(repeats):
-        found.forward_backward_s.append(seconds_of(lambda: _forward_backward(contender)))
-    contender.add_optimizer()
-    contender.step()
-    reset_peak_memory()
-    for _ in range(repeats):
-        found.step_s.append(seconds_of(contender.step))
-    found.peak_bytes = peak_memory_bytes() if on_gpu() else 0
-
-
-def _forward_backward(contender: Contender) -> None:
-    contender.loss().backward()
-    contender.module.zero_grad(set_to_none=True)
 
 
 def _ratios(samples: dict[str, Samples]) -> dict[str, float]:
@@ -236,29 +188,27 @@ def _summary(found: Samples) -> dict[str, float]:
 def _row(
     name: str, found: Samples, speed: float | None, shares: tuple[float, float] | None
 ) -> dict[str, str]:
-    full_step = "out of memory" if found.out_of_memory else _spread(found.step_s)
     row = {
         "": name,
+        "states": found.states,
         "forward+backward, s": _spread(found.forward_backward_s),
-        "full step, s": full_step,
+        "full step, s": found.why_not or ("out of memory" if found.out_of_memory else _spread(found.step_s)),
         "tokens/s": f"{speed:,.0f}" if speed else "",
-        "activations, MiB": f"{found.activation_bytes / MIB:,.0f}",
+        "activations, MiB": _mebibytes(found.activation_bytes),
     }
     if on_gpu():
-        row["peak, MiB"] = f"{found.peak_bytes / MIB:,.0f}"
+        row["peak, MiB"] = _mebibytes(found.peak_bytes)
         row["MFU causal (full)"] = f"{shares[0]:.1%} ({shares[1]:.1%})" if shares else ""
     return row
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / MIB:,.0f}" if count else ""
 
 
 def _spread(seconds: Sequence[float]) -> str:
     """Median and range."""
     return f"{median(seconds):.3f} ({min(seconds):.3f} to {max(seconds):.3f})" if seconds else ""
-
-
-def _newest(found: Samples) -> str:
-    if found.out_of_memory:
-        return "out of memory"
-    return f"forward+backward {found.forward_backward_s[-1]:.3f} s, full step {found.step_s[-1]:.3f} s"
 
 
 def _settings(request: Request) -> dict[str, Any]:
@@ -272,15 +222,11 @@ def _settings(request: Request) -> dict[str, Any]:
         "vocabulary": model.vocab_size,
         "sequence": model.seq_length,
         "batch": request.micro_batch_size,
+        "accumulation": request.accumulation,
         "recompute": model.recompute,
         "attention": model.attention,
         "rounds x repeats": f"{request.rounds} x {request.repeats}",
     }
-
-
-def _quietness(others_share: float) -> str:
-    doubt = ": repeat on a quiet machine, the times are not to be trusted" if others_share > QUIET else ""
-    return f"other processes used {others_share:.0%} of the CPU meanwhile{doubt}"
 
 
 def _notes(request: Request, peak: Peak | None) -> list[str]:

@@ -128,7 +128,7 @@ class Saver:
 
     All methods raise OutputError on every rank if any rank could not write, or has not within
     `checkpoint.timeout_s`.
-    Collective: all ranks call every method; only `before_update` waits for no other rank.
+    Collective: all ranks call every method; only `before_update` and `is_busy` wait for no other rank.
     """
 
     def __init__(
@@ -171,17 +171,23 @@ class Saver:
             self._save.copying.copied.wait()
             self._save.stalled_s += time.perf_counter() - started
 
+    def is_busy(self) -> bool:
+        """True while this rank is at its part of a stage. Waits for nobody."""
+        return self._save is not None and not self._save.is_over()
+
+    def move_on(self) -> SavedCheckpoint | None:
+        """Enter the next stage of the save in flight, with which no rank is busy; returns it if that was the
+        last."""
+        return self._enter_next_stage(self._save, time.perf_counter()) if self._save else None
+
     def poll(self) -> SavedCheckpoint | None:
         """Enter the next stage if all ranks are done with this one; returns the save if that was the last.
 
         Does not wait for any rank's part.
         """
-        if self._save is None:
+        if self._save is None or any_rank(self._groups, self.is_busy()):
             return None
-        started = time.perf_counter()
-        if any_rank(self._groups, not self._save.is_over()):
-            return None
-        return self._enter_next_stage(self._save, started)
+        return self.move_on()
 
     def finish(self) -> SavedCheckpoint | None:
         """Wait until the save in flight is published."""

@@ -33,20 +33,29 @@ def step(
     vocab_size: Dimension = None,
     seq_length: Dimension = None,
     micro_batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences; default 4.")] = None,
+    accumulation: Annotated[int, typer.Option(min=1, help="Micro-batches of a full step.")] = 1,
     recompute: Annotated[
         str | None, typer.Option(help="Recomputation of our layer: none, selective or full.")
     ] = None,
     attention: Annotated[str | None, typer.Option(help="Attention of our layer: cudnn, flash ...")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each contender.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each contender.")] = 7,
     repeats: Annotated[int, typer.Option(min=1, help="Timed passes in one round.")] = 2,
     contender: Annotated[
-        list[str] | None, typer.Option(help="Only this one; repeat for several: ours, mcore, huggingface.")
+        list[str] | None,
+        typer.Option(
+            help="Only this one; repeat for several: ours, mcore, mcore-te, huggingface, "
+            "huggingface-compiled, torchtitan-recipe, liger. Default: all on a GPU, the quick ones on a CPU."
+        ),
+    ] = None,
+    before: Annotated[
+        Path | None,
+        typer.Option(help="Folder of another checkout: measure ours beside ours as it is there."),
     ] = None,
     json: Json = None,
     check: Check = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a training step beside megatron-core's own layers and Hugging Face: time, memory, MFU."""
+    """Measure a training step beside megatron-core, Hugging Face and others' recipes: time, memory, MFU."""
     fields = {
         "num_layers": num_layers,
         "hidden_size": hidden_size,
@@ -63,8 +72,25 @@ def step(
         _prepare()
         from llama_mcore.benchmark.step import measure, request, stated_bars
 
-        asked = request(model, fields, micro_batch_size, rounds, repeats, contender)
+        others = (contender, accumulation, before and before.resolve())
+        asked = request(model, fields, micro_batch_size, rounds, repeats, *others)
         code = _run("step", lambda: measure(asked), stated_bars(asked), json, check)
+    raise typer.Exit(code)
+
+
+@app.command("loss")
+def loss(
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each.")] = 7,
+    json: Json = None,
+    check: Check = False,
+    debug: Debug = False,
+) -> None:
+    """Measure output layer and cross-entropy beside the three matrix products in them."""
+    with report_errors(debug):
+        _prepare()
+        from llama_mcore.benchmark.loss import default_run, measure, stated_bars
+
+        code = _run("loss", lambda: measure(default_run(), rounds), stated_bars(), json, check)
     raise typer.Exit(code)
 
 

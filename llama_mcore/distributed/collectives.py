@@ -7,12 +7,14 @@ A function that calls a collective has to be called by all ranks itself, and the
 or of its class's, says so: "Collective: ...".
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from llama_mcore.distributed.device import Readback
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.errors import LlamaMcoreError, OutputError, Problem
 
@@ -86,15 +88,11 @@ def any_rank(groups: Groups, flag: bool) -> bool:
     return bool(flags.item())
 
 
-def agree_on_numbers(groups: Groups, numbers: Sequence[float], flag: bool) -> tuple[list[float], bool]:
-    """Rank 0's numbers, and True if the flag is set on any rank: in one exchange, the same on all ranks.
+def begin_sum(values: Tensor) -> Readback:
+    """Sum of a tensor over all ranks, on its way to the host: neither the host nor the device waits for it.
 
-    A number that is not finite on some rank is not finite on any.
     Collective: all ranks call it.
     """
-    values = torch.tensor([*numbers, float(flag)], dtype=torch.float64, device=groups.device)
-    if groups.rank:
-        values[:-1] *= 0  # what is not finite becomes NaN
-    dist.all_reduce(values)
-    *agreed, flags = values.tolist()
-    return agreed, flags > 0
+    work = dist.all_reduce(values, async_op=True)
+    assert work is not None
+    return Readback(values, work.wait)

@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -235,31 +236,65 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+class Moment:
+    """The moment at which this rank's device is done with all that was queued before; nobody waits for it."""
+
+    def __init__(self) -> None:
+        self._host_s = time.perf_counter()
+        self._event = torch.cuda.Event(enable_timing=True) if on_gpu() else None
+        if self._event:
+            self._event.record()
+
+    def seconds_since(self, earlier: "Moment") -> float:
+        """Seconds between two moments, both of which have come."""
+        if self._event and earlier._event:
+            return earlier._event.elapsed_time(self._event) / 1000
+        return self._host_s - earlier._host_s
+
+
 class Stopwatch:
     """Sum of the times of blocks: on a GPU from the start to the end of the work that they queue."""
 
     def __init__(self) -> None:
-        self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._blocks: list[tuple[Moment, Moment]] = []
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        started = time.perf_counter()
-        if not on_gpu():
-            yield
-            self._seconds += time.perf_counter() - started
-            return
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        start = Moment()
         yield
-        end.record()
-        self._events.append((start, end))
+        self._blocks.append((start, Moment()))
 
-    def take(self) -> float:
-        """Seconds since the last call; call it after `synchronize`."""
-        milliseconds = sum(start.elapsed_time(end) for start, end in self._events)
-        seconds, self._seconds, self._events = self._seconds + milliseconds / 1000, 0.0, []
-        return seconds
+    def seconds(self) -> float:
+        """Seconds of all blocks, whose work is done."""
+        return sum(end.seconds_since(start) for start, end in self._blocks)
+
+
+class Readback:
+    """A tensor on its way from this rank's device to the host, while the device goes on with what is queued
+    later."""
+
+    def __init__(self, values: torch.Tensor, wait: Callable[[], object]) -> None:
+        """`wait`: that of the work that fills `values`, as of a collective: on a GPU it makes the current
+        stream wait, on the CPU the caller."""
+        self._values, self._on_host, self._wait = values, values, wait
+        if on_gpu():
+            with torch.cuda.stream(_readback_stream()):
+                wait()
+                self._on_host = values.to("cpu", non_blocking=True)  # to page-locked memory
+                copied = torch.cuda.Event()
+                copied.record()
+            self._wait = copied.synchronize
+
+    def read(self) -> torch.Tensor:
+        """The tensor on the host, as soon as it is there."""
+        self._wait()
+        return self._on_host
+
+
+@cache
+def _readback_stream() -> torch.cuda.Stream:
+    # one for all: torch hands out 32 streams in turn, and another's work is not to be waited for
+    return torch.cuda.Stream()
 
 
 def peak_memory_bytes() -> int:

@@ -61,6 +61,7 @@ class StepReport:
     tokens_per_s: float
     """Tokens per second of the whole job."""
     step_time_s: float
+    """From the end of the step before, or from its own beginning where something came between."""
     memory_bytes: int
     """Peak of the reporting rank's memory."""
     device: str = ""

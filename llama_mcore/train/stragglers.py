@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from llama_mcore.distributed.collectives import gather_on_all_ranks
-from llama_mcore.distributed.device import Stopwatch
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.observe.log import get_logger
 
@@ -41,11 +40,10 @@ class Stragglers:
         self._window, self._groups = window, groups
         self._steps: list[float] = []
         self._hosts: list[str] = []
-        self.forward = Stopwatch()
 
-    def add(self, reading_s: float) -> list[dict[str, object]]:
-        """Add a step whose data took `reading_s` to read; at the end of a window returns the stragglers."""
-        seconds = reading_s + self.forward.take()
+    def add(self, seconds: float) -> list[dict[str, object]]:
+        """Add a step in which this rank worked for `seconds` without the others; at the end of a window
+        returns the stragglers."""
         if not self._window:
             return []
         self._steps.append(seconds)

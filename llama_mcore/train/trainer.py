@@ -3,9 +3,11 @@
 Begin with `Trainer.run`; setup.py opens what a Trainer is made of.
 """
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -17,10 +19,10 @@ from llama_mcore.data.loader import MicroBatch, MicroBatches, eval_batches, vali
 from llama_mcore.data.sources import OpenSource
 from llama_mcore.data.windows import WindowDataset
 from llama_mcore.distributed.collectives import any_rank, run_on_all_ranks
-from llama_mcore.distributed.device import device_name, peak_memory_bytes, synchronize
+from llama_mcore.distributed.device import Moment, device_name, peak_memory_bytes
 from llama_mcore.distributed.groups import Groups
 from llama_mcore.distributed.replicas import check_replicas
-from llama_mcore.errors import EXIT_SAVED, NumericalError, Problem
+from llama_mcore.errors import EXIT_SAVED, LlamaMcoreError, NumericalError, Problem
 from llama_mcore.observe.goodput.timeline import Timeline
 from llama_mcore.observe.log import get_logger
 from llama_mcore.observe.metrics import StepReport, ValidationLoss
@@ -32,12 +34,26 @@ from llama_mcore.train.health import Action, Judgement, judge, lr_scale
 from llama_mcore.train.optim import learning_rate
 from llama_mcore.train.resume import archive_checkpoints_after
 from llama_mcore.train.rollback import roll_back
-from llama_mcore.train.step import StepResult, evaluate, train_step
+from llama_mcore.train.step import Notices, PendingResult, Step, StepResult, evaluate
 from llama_mcore.train.stragglers import Stragglers
 from llama_mcore.watchdog.signals import StopRequest
 
 _BATCHES_AT_ONCE = 16
 """Micro-batches that an evaluation reads between two exchanges with the other ranks."""
+_COLLECTED_EVERY = 100
+"""Steps between two collections of garbage: all ranks collect after the same ones, so that none waits for the
+others'."""
+
+
+@dataclass
+class _Begun:
+    """A step whose first forward is queued."""
+
+    step: Step
+    read_s: float
+    """Seconds in which this rank read its micro-batches."""
+    began: Moment
+    """End of the step before, where nothing came between."""
 
 
 @dataclass(kw_only=True)
@@ -71,56 +87,55 @@ class Trainer:
     """State in the newest checkpoint, or in the one being written."""
     damaged: list[str]
     """Damaged checkpoints that the run did not resume from; empty once they are reported."""
+    _ahead: _Begun | None = field(default=None, init=False)
+    """The next step, if it has begun."""
+    _unread: LlamaMcoreError | None = field(default=None, init=False)
+    """Failure of this rank to read its next micro-batches."""
+    _unwritten: LlamaMcoreError | None = field(default=None, init=False)
+    """Failure of this rank to write its last report."""
 
     def run(self) -> int:
         """Train to the last step, or until any rank is asked to stop, and save; returns the exit code."""
         first = self.state.step
         stopping = self.is_asked_to_stop()  # while all was opened
-        while self.state.step < self.config.train.steps and not stopping:
-            self.phases.enter(Phase.TRAIN, self.state.step + 1)
-            judgement = self.step()
-            self._announce(self.saver.poll())
-            if judgement.action in (Action.ROLL_BACK, Action.STOP):
-                self.recover(judgement)
-            stopping = self.is_asked_to_stop()
-            due = self._save_is_due()
-            if self._replica_check_is_due(stopping or due):
-                check_replicas(self.engine.module, self.groups, self.state.step)
-            if stopping or due:
-                self.save(due)
-                stopping = stopping or self.is_asked_to_stop()
+        with _collected_by_hand():
+            while self.state.step < self.config.train.steps and not stopping:
+                self.phases.enter(Phase.TRAIN, self.state.step + 1)
+                judgement, stopping = self.step()
+                if _gives_up(judgement):
+                    self.recover(judgement)
+                    stopping = stopping or self.is_asked_to_stop()
+                due = self._save_is_due()
+                if self._replica_check_is_due(self.state.step, stopping or due):
+                    check_replicas(self.engine.module, self.groups, self.state.step)
+                if stopping or due:
+                    self.save(due)
+                    stopping = stopping or self.is_asked_to_stop()
+                if self.state.step % _COLLECTED_EVERY == 0:
+                    gc.collect()
         self.phases.enter(Phase.SAVE, self.state.step)
         self._announce(self.saver.finish())
         return self._finish(first)
 
-    def step(self) -> Judgement:
-        """Train one step, judge it, evaluate if that is due, and report."""
-        step, lr, started = self.state.step + 1, self._lr(self.state.step + 1), time.perf_counter()
-        micro_batches, read_s = run_on_all_ranks(self.groups, self._read)
-        result = train_step(
-            self.engine,
-            micro_batches,
-            lr,
-            self.groups,
-            eod=self.config.data.attention_boundary,
-            beat=self.phases.beat,
-            before_update=self.saver.before_update,
-            forward=self.stragglers.forward,
-        )
-        synchronize()
-        seconds = time.perf_counter() - started
-        slow = self.stragglers.add(read_s)
+    def step(self) -> tuple[Judgement, bool]:
+        """Train one step, judge it, evaluate if that is due, and report; also True if any rank was asked to
+        stop."""
+        step, lr = self.state.step + 1, self._lr(self.state.step + 1)
+        result, seconds, slow = self._train(step, lr)
         judgement = judge(self.state.health, self.config.health, step, result.loss, result.skipped)
+        told = result.notices
+        if told.stop or told.unread or _gives_up(judgement):
+            self._discard_ahead()
         self.state = replace(
             self.state,
             step=step,
             consumed_samples=self.state.consumed_samples + self.config.train.global_batch_size,
             health=judgement.state,
         )
-        valid = self.evaluate() if self._evaluation_is_due() else {}
+        valid = self.evaluate() if self._evaluation_is_due(step) else {}
         report = self._report(result, lr, seconds, judgement, valid)
         self._write(replace(report, stragglers=slow))
-        return judgement
+        return judgement, told.stop or valid is None
 
     def evaluate(self) -> dict[str, ValidationLoss] | None:
         """Losses on the validation text by source; None if the run was asked to stop meanwhile."""
@@ -178,14 +193,68 @@ class Trainer:
         )
         run_on_all_ranks(self.groups, self._archive_abandoned_steps)
         self.batches.seek(self.state.consumed_samples)
+        self._unread = None
         self.save()
 
     def is_asked_to_stop(self) -> bool:
         """True on all ranks if any rank was asked."""
         return any_rank(self.groups, self.stop.received is not None)
 
-    def _read(self) -> tuple[list[MicroBatch], float]:
+    def _train(self, step: int, lr: float) -> tuple[StepResult, float, list[dict[str, object]]]:
+        """Result of a step, its seconds on the device, and the stragglers of a window that ends here.
+
+        Unless training may pause after it, the next step begins before the result is waited for: so the
+        device never waits for the host.
+        """
+        now = self._ahead or self._begin(Moment(), *run_on_all_ranks(self.groups, self._read))
+        numbers = now.step.finish(lr, self.saver.before_update)
+        ended = Moment()
+        following = None if self._may_pause_after(step) else self._read_or_stand_in(now)
+        pending = PendingResult(numbers, self.groups, self._notices())
+        self._ahead = self._begin(ended, *following) if following else None
+        result = pending.wait()
+        if result.notices.unwritten:
+            run_on_all_ranks(self.groups, self._raise_unwritten)
+        if not result.notices.saving:
+            self._announce(self.saver.move_on())
+        slow = self.stragglers.add(now.read_s + now.step.forwards.seconds())
+        return result, ended.seconds_since(now.began), slow
+
+    def _discard_ahead(self) -> None:
+        """Go back to where the next step has not begun."""
+        if self._ahead:
+            self._ahead.step.discard()
+        self._ahead = None
+
+    def _begin(self, began: Moment, micro_batches: Sequence[MicroBatch], read_s: float) -> _Begun:
+        boundary = self.config.data.attention_boundary
+        step = Step(self.engine, micro_batches, self.groups, eod=boundary, beat=self.phases.beat)
+        return _Begun(step, read_s, began)
+
+    def _notices(self) -> Notices:
+        return Notices(
+            stop=self.stop.received is not None,
+            unwritten=self._unwritten is not None,
+            unread=self._unread is not None,
+            saving=self.saver.is_busy(),
+        )
+
+    def _read_or_stand_in(self, now: _Begun) -> tuple[Sequence[MicroBatch], float]:
+        """This rank's micro-batches of the next step, and the seconds that they took.
+
+        Where they cannot be read, those of the present step: the others are about to begin the next, and need
+        this rank in its forward. They discard it when they read the notice, and `_read` raises the failure.
+        """
+        try:
+            return self._read()
+        except LlamaMcoreError as error:
+            self._unread = error
+            return now.step.micro_batches, 0.0
+
+    def _read(self) -> tuple[Sequence[MicroBatch], float]:
         """This rank's micro-batches of the next step, and the seconds that they took."""
+        if self._unread:
+            raise self._unread
         started = time.perf_counter()
         accumulation = self.config.accumulation_steps(self.groups.world_size)
         micro_batches = list(islice(self.batches, accumulation))
@@ -237,18 +306,37 @@ class Trainer:
         )
 
     def _write(self, report: StepReport) -> None:
-        """Write the report on rank 0; if that fails, all ranks stop."""
+        """Write the report on rank 0; if that fails all ranks stop, at the end of the next step if that has
+        begun."""
 
         def write() -> None:
             if self.sinks:
                 self.sinks.write(report)
             self.phases.beat()
 
-        run_on_all_ranks(self.groups, write)
+        if self._ahead:
+            try:
+                write()
+            except LlamaMcoreError as error:
+                self._unwritten = error
+        else:
+            run_on_all_ranks(self.groups, write)
         self.damaged = []
 
-    def _evaluation_is_due(self) -> bool:
-        interval, step = self.config.eval.interval, self.state.step
+    def _raise_unwritten(self) -> None:
+        if self._unwritten:
+            raise self._unwritten
+
+    def _may_pause_after(self, step: int) -> bool:
+        """True if an evaluation, a save or a check may be due after `step`, the last one included."""
+        return (
+            self._evaluation_is_due(step)
+            or self._interval_of_saves_begins(step)
+            or self._replica_check_is_due(step, saving=False)
+        )
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        interval = self.config.eval.interval
         return step == self.config.train.steps or (interval > 0 and step % interval == 0)
 
     def _evaluate_on(self, dataset: WindowDataset) -> ValidationLoss | None:
@@ -297,13 +385,16 @@ class Trainer:
 
     def _save_is_due(self) -> bool:
         """True at the end, and at the first stable step of each interval."""
-        step, health, interval = self.state.step, self.state.health, self.config.checkpoint.interval
-        is_new_interval = step // interval > health.last_scheduled // interval
-        return step == self.config.train.steps or (health.is_stable and is_new_interval)
+        step, is_stable = self.state.step, self.state.health.is_stable
+        return step == self.config.train.steps or (is_stable and self._interval_of_saves_begins(step))
 
-    def _replica_check_is_due(self, saving: bool) -> bool:
+    def _interval_of_saves_begins(self, step: int) -> bool:
+        interval = self.config.checkpoint.interval
+        return step // interval > self.state.health.last_scheduled // interval
+
+    def _replica_check_is_due(self, step: int, saving: bool) -> bool:
         interval = self.config.health.replica_interval
-        return interval > 0 and (saving or self.state.step % interval == 0)
+        return interval > 0 and (saving or step % interval == 0)
 
     def _finish(self, first: int) -> int:
         """Say how the run ended, for a start that went on from step `first`; returns the exit code."""
@@ -320,3 +411,24 @@ class Trainer:
         if self.timeline:
             self.timeline.exit_code = exit_code
         return exit_code
+
+
+def _gives_up(judgement: Judgement) -> bool:
+    """True if the run does not go on from this step."""
+    return judgement.action in (Action.ROLL_BACK, Action.STOP)
+
+
+@contextmanager
+def _collected_by_hand() -> Iterator[None]:
+    """Leave garbage to `gc.collect` while the context lasts, and what there is by now out of it.
+
+    Python's own collections come at another step on each rank, and each makes all the others wait.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()

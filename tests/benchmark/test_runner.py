@@ -1,6 +1,8 @@
 """llama_mcore.benchmark.runner: bars, exit codes, the written result."""
 
 import json
+import subprocess
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -104,6 +106,14 @@ def test_the_machine_is_described_without_its_name() -> None:
 def test_table() -> None:
     rows = [{"": "ours", "s": "1"}, {"": "x", "s": "2.5"}]
     assert markdown_table(rows) == "|      | s   |\n| ---- | --- |\n| ours | 1   |\n| x    | 2.5 |"
+
+
+@pytest.mark.process
+def test_the_work_of_a_child_is_our_own() -> None:
+    before = OtherWork.seconds()[1]
+    code = "import time\nwhile time.process_time() < 0.3: pass"
+    subprocess.run([sys.executable, "-S", "-c", code], check=True)
+    assert OtherWork.seconds()[1] - before >= 0.3
 
 
 def test_our_own_work_is_not_that_of_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,27 +2,31 @@
 
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from typer.testing import CliRunner
 
-from llama_mcore.benchmark import step as benchmark
-from llama_mcore.benchmark.models import CONTENDERS, Workload, benchmark_run, huggingface_config, random_batch
+from llama_mcore.benchmark import step_bars, step_samples
+from llama_mcore.benchmark.checkout import measured_by
+from llama_mcore.benchmark.models import Workload
 from llama_mcore.benchmark.runner import Bar
-from llama_mcore.benchmark.step import CPU_BARS, Request, Samples, measure, request, stated_bars, summarize
+from llama_mcore.benchmark.step import Request, measure, request, stated_bars, summarize
+from llama_mcore.benchmark.step_bars import BEFORE_BARS, CPU_BARS, STATED, Stated
+from llama_mcore.benchmark.step_samples import CONTENDERS, QUICK, WHY_NOT, Samples, beside
 from llama_mcore.cli.benchmark import app
 from llama_mcore.distributed.device import on_gpu
-from llama_mcore.distributed.groups import process_groups
 from llama_mcore.errors import ConfigError
 from llama_mcore.model.config import PRESETS, ModelConfig
 from llama_mcore.plan.layout.flops import token_flops
 from llama_mcore.plan.layout.hardware import peak_of
 from tests.support.errors import is_shown, refused
 from tests.support.models import PLAIN, model_config
+from tests.support.world import ROOT
 
 TINY = {**PLAIN, "num_query_groups": 2}
 TINY_MODEL = model_config(TINY)
@@ -78,6 +82,22 @@ def test_times_on_a_busy_machine_are_doubted(share: float, doubted: bool) -> Non
     assert ("not to be trusted" in notes[0]) is doubted
 
 
+def test_a_step_of_several_micro_batches_has_as_many_tokens() -> None:
+    found = {"ours": samples([1.0], [2.0], 1)}
+    result = summarize(Request(TINY_MODEL, 4, accumulation=8), found, H200, 0.0)
+    tokens = 4 * TINY_MODEL.seq_length
+    assert result.measured["tokens_per_s"] == {"ours": 8 * tokens / 2.0}
+    causal = token_flops(TINY_MODEL).causal
+    assert result.quantities["MFU of forward+backward, ours"] == pytest.approx(tokens * causal / 989.4e12)
+
+
+def test_a_contender_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WHY_NOT, "liger", lambda: "liger-kernel is not installed")
+    result = measure(Request(TINY_MODEL, 2, contenders=("liger",)))
+    assert result.table[0]["full step, s"] == "liger-kernel is not installed"
+    assert not result.quantities
+
+
 def test_an_unknown_device_has_no_mfu() -> None:
     result = summarize(Request(TINY_MODEL, 4), FOUND, peak_of("Tesla T4"), 0.0)
     assert not [name for name in result.quantities if "MFU" in name]
@@ -101,24 +121,52 @@ def test_running_out_of_memory_ends_one_contender(monkeypatch: pytest.MonkeyPatc
 
 
 @on_cpu
-def test_bars_are_stated_for_one_shape() -> None:
-    assert stated_bars(request(None, {}, None, 1, 1, None)) == CPU_BARS
-    assert not stated_bars(request(None, {"num_layers": 4}, None, 1, 1, None))
-    assert not stated_bars(request(None, {}, 8, 1, 1, None))
-    assert not stated_bars(request("7b", {}, None, 1, 1, None))
+def test_bars_are_stated_for_one_shape(tmp_path: Path) -> None:
+    assert stated_bars(request(None, {})) == CPU_BARS
+    assert stated_bars(request(None, {}, before=checkout(tmp_path))) == BEFORE_BARS
+    one = stated_bars(request(None, {}, contenders=("ours", "mcore")))
+    assert one == tuple(bar for bar in CPU_BARS if "mcore" in bar.quantity)
+    assert not stated_bars(request(None, {"num_layers": 4}))
+    assert not stated_bars(request(None, {}, 8))
+    assert not stated_bars(request(None, {}, accumulation=2))
+    assert not stated_bars(request("7b", {}))
+
+
+def checkout(folder: Path) -> Path:
+    """What looks like a checkout."""
+    (folder / "llama_mcore/benchmark").mkdir(parents=True)
+    (folder / "llama_mcore/benchmark/step.py").touch()
+    return folder
+
+
+@pytest.mark.parametrize("one", STATED, ids=lambda one: f"{one.device} {len(one.bars)}")
+def test_every_bar_is_about_something_that_is_measured(one: Stated) -> None:
+    model = ModelConfig.model_validate(one.shape)
+    found = {name: Samples([1.0], [1.0], 1, peak_bytes=1) for name in CONTENDERS}
+    asked = Request(model, one.micro_batch_size, accumulation=one.accumulation)
+    quantities = summarize(asked, found, peak_of(one.device), 0.0).quantities
+    assert {bar.quantity for bar in one.bars} <= set(quantities)
+    assert step_bars.stated_bars(one.device, model, one.micro_batch_size, one.accumulation) == one.bars
+
+
+def test_the_bar_of_7b_is_13670_tokens_a_second() -> None:
+    model = ModelConfig.model_validate(PRESETS["7b"])
+    assert 0.57 * H200.bf16_flops / token_flops(model).causal == pytest.approx(13_670, rel=1e-3)
 
 
 def test_the_cpu_shape_has_58_million_parameters() -> None:
-    assert round(request(None, {}, None, 1, 1, None).model.num_params() / 1e6) == 58
+    assert round(request(None, {}).model.num_params() / 1e6) == 58
 
 
 def test_a_preset_with_another_depth() -> None:
-    model = request("7b", {"num_layers": 2}, 1, 1, 1, None).model
+    asked = request("7b", {"num_layers": 2}, 1)
+    model = asked.model
     assert (model.num_layers, model.hidden_size, model.ffn_hidden_size) == (2, 4096, 11008)
+    assert list(asked.words[:4]) == ["--model", "7b", "--num-layers", "2"]
 
 
 def test_another_width_derives_its_ffn() -> None:
-    assert request(None, {"hidden_size": 1024}, None, 1, 1, None).model.ffn_hidden_size == 2816
+    assert request(None, {"hidden_size": 1024}).model.ffn_hidden_size == 2816
 
 
 @pytest.mark.parametrize(
@@ -134,39 +182,7 @@ def test_a_bad_request(
     preset: str | None, fields: dict, contenders: list | None, field: str, value: object
 ) -> None:
     with refused(ConfigError, field, value, remedy=field != "--recompute"):
-        request(preset, fields, None, 1, 1, contenders)
-
-
-@pytest.mark.process  # DeepSpeed asks for a compiler
-def test_contenders_are_the_same_model() -> None:
-    """All three count the same parameters; ours and mcore, from one seed, give the same loss."""
-    run = benchmark_run(TINY_MODEL, 2)
-    with process_groups(run.parallel, run.run.seed) as groups:
-        workload = Workload(run, groups, random_batch(TINY_MODEL, 2, seed=1))
-        built = {name: build(workload) for name, build in CONTENDERS.items()}
-        losses = {name: contender.loss().item() for name, contender in built.items()}
-    counts = {name: count(contender.module) for name, contender in built.items()}
-    assert counts == dict.fromkeys(CONTENDERS, TINY_MODEL.num_params())
-    assert losses["ours"] == pytest.approx(losses["mcore"], rel=0.01)
-    assert losses["huggingface"] == pytest.approx(losses["ours"], rel=0.1)
-    config = huggingface_config(TINY_MODEL)
-    assert (config._attn_implementation, config.use_cache) == ("sdpa", False)
-
-
-@pytest.mark.process  # DeepSpeed asks for a compiler
-def test_a_step_of_every_contender_trains() -> None:
-    run = benchmark_run(TINY_MODEL, 2)
-    with process_groups(run.parallel, run.run.seed) as groups:
-        workload = Workload(run, groups, random_batch(TINY_MODEL, 2, seed=1))
-        for name, build in CONTENDERS.items():
-            contender = build(workload)
-            contender.add_optimizer()
-            before = contender.loss().item()
-            for _ in range(20):
-                contender.step()
-            assert contender.loss().item() < before, name
-            assert all(parameter.grad is None for parameter in contender.module.parameters()), name
-            contender.close()
+        request(preset, fields, contenders=contenders)
 
 
 @pytest.fixture
@@ -183,18 +199,21 @@ def own_threads():
 @pytest.mark.parametrize(("limit", "code"), [(1e9, 0), (0.0, 1)])
 def test_the_command(limit: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bar = Bar("full step, ours / huggingface", "at most", limit)
-    monkeypatch.setattr(benchmark, "CPU_SHAPE", TINY)
-    monkeypatch.setattr(benchmark, "CPU_BARS", [bar])
+    monkeypatch.setattr(step_bars, "CPU_SHAPE", TINY)
+    monkeypatch.setattr(step_bars, "STATED", [Stated("cpu", TINY, 4, 2, [bar])])
     path = tmp_path / "result.json"
-    answer = CliRunner().invoke(app, ["step", "--rounds", "1", "--json", str(path), "--check"])
+    words = ["--accumulation", "2", "--rounds", "1", "--json", str(path), "--check"]
+    answer = CliRunner().invoke(app, ["step", *words])
     assert answer.exit_code == code, answer.output
     written = json.loads(path.read_text())
     ratio = written["quantities"]["full step, ours / huggingface"]
     assert written["held"] is (code == 0)
     assert f"full step, ours / huggingface {ratio:.3f}" in answer.stdout.splitlines()[-1]
-    for name in CONTENDERS:
+    for name in QUICK:
         assert len(written["measured"][name]["step_s"]) == 2
         assert written["measured"][name]["activation_bytes"] > 0
+    (row,) = (row for row in written["table"] if row[""] == "ours")
+    assert row["states"] == "bf16 / fp32 / fp32 / fp32"
 
 
 def test_the_command_refuses_a_check_without_bars() -> None:
@@ -203,5 +222,41 @@ def test_the_command_refuses_a_check_without_bars() -> None:
     assert is_shown(answer.stderr, "--check", "step")
 
 
-def count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def test_a_checkout_that_is_none_is_refused(tmp_path: Path) -> None:
+    with refused(ConfigError, "--before", tmp_path):
+        request(None, {}, before=tmp_path)
+    with refused(ConfigError, "--contender", "mcore"):
+        request(None, {}, contenders=["mcore"], before=checkout(tmp_path))
+
+
+def test_another_checkout_is_measured_by_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkout that comes first changes from round to round; samples of all rounds add up."""
+    calls: list[Path] = []
+
+    def measured(checkout: Path, words: Sequence[str]) -> dict[str, Any]:
+        calls.append(checkout)
+        return asdict(Samples([1.0, 2.0], [float(len(calls))], activation_bytes=3))
+
+    monkeypatch.setattr(step_samples, "measured_by", measured)
+    found = beside(tmp_path, (), rounds=3)
+    assert [checkout == tmp_path for checkout in calls] == [False, True, True, False, False, True]
+    assert found["ours"].step_s == [1.0, 4.0, 5.0]
+    assert found["before"].step_s == [2.0, 3.0, 6.0]
+    assert found["before"].forward_backward_s == [1.0, 2.0] * 3
+
+
+@pytest.mark.process
+def test_a_checkout_measures_itself(tmp_path: Path) -> None:
+    """A link to this checkout stands for another one: the package is found there, with the same shape."""
+    (tmp_path / "before").symlink_to(ROOT)
+    asked = request(None, TINY, 2, repeats=3, accumulation=2, before=tmp_path / "before")
+    found = measured_by(tmp_path / "before", asked.words)
+    assert (len(found["forward_backward_s"]), len(found["step_s"])) == (3, 3)
+    here = measure(Request(TINY_MODEL, 2, rounds=1, repeats=1, contenders=("ours",)))
+    assert found["activation_bytes"] == here.measured["ours"]["activation_bytes"]
+
+
+@pytest.mark.process
+def test_a_checkout_that_fails_says_why(tmp_path: Path) -> None:
+    with refused(ConfigError, "checkout", tmp_path):
+        measured_by(checkout(tmp_path), ())

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from llama_mcore.distributed import collectives
 from llama_mcore.distributed.collectives import (
-    agree_on_numbers,
     any_rank,
+    begin_sum,
     broadcast_from_rank0,
     gather_on_all_ranks,
     gather_results,
@@ -30,7 +31,7 @@ MARK = "Collective: "
 def test_collectives_give_every_rank_the_same() -> None:
     assert run_ranks(3, agreements) == [
         {
-            "numbers": ([0.5, True], True),  # rank 0's, and not finite on rank 2
+            "sum": [3.0, 6.0],
             "any": [True, False],
             "gathered": ["a", "b", "c"],
             "broadcast": 10,
@@ -45,19 +46,18 @@ def test_collectives_give_every_rank_the_same() -> None:
 def agreements() -> dict[str, object]:
     with process_groups(ParallelConfig(), seed=0) as groups:
         rank = groups.rank
-        nan = float("inf") if rank == 2 else 1.0
-        (number, other), flag = agree_on_numbers(groups, (0.5 + rank, nan), rank == 1)
+        on_its_way = begin_sum(torch.tensor([rank, 2.0 * rank]))
 
         def fail_from(first: int) -> None:
             if rank >= first:
                 raise ConfigError(Problem("abc"[rank], rank, "is wrong"))
 
         return {
-            "numbers": ([number, other != other], flag),
             "any": [any_rank(groups, rank == 2), any_rank(groups, False)],
             "gathered": gather_on_all_ranks(groups, "abc"[rank]),
             "broadcast": broadcast_from_rank0(groups, lambda: 10 + rank),
             "own": run_on_all_ranks(groups, lambda: rank),
+            "sum": on_its_way.read().tolist(),
             "failed": problems_of(lambda: run_on_all_ranks(groups, lambda: fail_from(1))),
             "all_failed": problems_of(
                 lambda: gather_results(groups, lambda: fail_from(1), lambda _: Problem("disk", rank, ""))

@@ -5,10 +5,11 @@ Imports nothing that sets the device: ranks on a GPU are new interpreters, which
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -20,14 +21,17 @@ from llama_mcore.checkpoint.train_state import TrainState
 from llama_mcore.config.schema import RunConfig
 from llama_mcore.data.loader import MicroBatch
 from llama_mcore.distributed.config import ParallelConfig
-from llama_mcore.distributed.device import DEVICE, hide_gpus
+from llama_mcore.distributed.device import DEVICE, hide_gpus, local_device, on_gpu
 from llama_mcore.distributed.groups import Groups, process_groups
 from llama_mcore.errors import ConfigError
+from llama_mcore.model import fused_loss
 from llama_mcore.model.attention import documents_of
 from llama_mcore.model.build import build_model
 from llama_mcore.model.config import ModelConfig
+from llama_mcore.model.weight_grad import weight_grad
+from llama_mcore.train.adamw import update
 from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of, full_fp32_weight
-from llama_mcore.train.step import train_step
+from llama_mcore.train.step import PendingResult, Step, train_step
 from tests.model.building import fill, random_weights
 from tests.support.models import GROUPED, Shape, model_config, run_config
 from tests.train.layouts import LR, SEQUENCES, STEPS, Layout, steps_of, train_reference
@@ -54,17 +58,19 @@ def parity(cases: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, float] | 
     leaving them out would make there.
     """
     exact = {"dtype": torch.float32, "attention": "reference", "kernels": "plain", "recompute": "none"}
+    models = {"plain": {}, "documents": {"documents": True}, "qk_norm": {"qk_norm": True}}
     found: dict[str, dict[str, float] | str] = {}
     with process_groups(ParallelConfig(), seed=0) as groups:
-        wanted = {inside: gradients(groups, documents=inside, **exact) for inside in (False, True)}
+        wanted = {name: gradients(groups, **exact, **model) for name, model in models.items()}
         for name, case in cases.items():
             try:
                 ours = gradients(groups, **case)
             except ConfigError as error:
                 found[name] = error.problems[0].reason
                 continue
-            found[name] = _errors(ours, wanted[case.get("documents", False)])
-    return found | {"documents": _errors(wanted[False], wanted[True])}
+            (model,) = {"documents", "qk_norm"} & case.keys() or {"plain"}
+            found[name] = _errors(ours, wanted[model])
+    return found | {"documents": _errors(wanted["plain"], wanted["documents"])}
 
 
 def _errors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
@@ -72,9 +78,10 @@ def _errors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, fl
 
 
 def gradients(
-    groups: Groups, *, dtype: torch.dtype, documents: bool = False, **fields: str
+    groups: Groups, *, dtype: torch.dtype, documents: bool = False, chunk: int = 0, **fields: Any
 ) -> dict[str, Tensor]:
-    """Gradients on the CPU in fp32; `fields` are of the model's configuration."""
+    """Gradients on the CPU in fp32; `fields` are of the model's configuration, `chunk` tokens of the loss's
+    chunks, where not as this device has them."""
     model = model_config(PARITY, **fields)
     gpt = build_model(model, ParallelConfig(), groups, dtype, seed=None, documents=documents)
     weights = {name: weight * 0.5 for name, weight in random_weights(model).items()}
@@ -82,7 +89,8 @@ def gradients(
     tokens = _tokens(model)
     inside = documents_of(tokens[:, :-1], EOD) if documents else None
     there = tokens.to(groups.device)
-    loss = gpt(there[:, :-1], labels=there[:, 1:], documents=inside)
+    with patch.object(fused_loss, "loss_chunk_rows", lambda *_: chunk) if chunk else nullcontext():
+        loss = gpt(there[:, :-1], labels=there[:, 1:], documents=inside)
     loss.backward()
     found = {name: parameter.grad.float().cpu() for name, parameter in gpt.named_parameters()}
     return found | {"loss": loss.detach().float().cpu()}
@@ -198,6 +206,111 @@ def _after_nan(stage: int) -> dict[str, list[bool]]:
     }
 
 
+def waiting_is_noticed() -> bool:
+    """Whether `no_waiting` fails where the host reads a number off its device."""
+    number = torch.ones((), device=local_device())
+    try:
+        with no_waiting():
+            number.item()
+    except RuntimeError:
+        return True
+    return False
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Fail where the host waits for its GPU."""
+    if not on_gpu():
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def queued(stages: Sequence[int]) -> dict[int, list[float]]:
+    """Losses of three steps by ZeRO stage, the last two queued without the host waiting for the device."""
+    return {stage: _queued(stage) for stage in stages}
+
+
+def _queued(stage: int) -> list[float]:
+    run = run_config(Path("unused"), GROUPED, zero={"stage": stage}, train={"precision": "bf16"})
+    with process_groups(run.parallel, seed=0) as groups, engine_of(run, groups) as engine:
+        losses = [_train(engine, groups, run).loss]  # what it compiles, it compiles here
+        for _ in range(2):
+            with no_waiting():
+                pending = PendingResult(Step(engine, [_batch(run)], groups).finish(LR), groups)
+            losses.append(pending.wait().loss)
+    return losses
+
+
+def discarding(stages: Sequence[int]) -> dict[int, tuple[Numbers, Numbers]]:
+    """Steps by ZeRO stage, without and with the forward of another batch begun and discarded before each."""
+    return {stage: (_discarding(stage, False), _discarding(stage, True)) for stage in stages}
+
+
+def _discarding(stage: int, begins: bool) -> Numbers:
+    run = run_config(Path("unused"), GROUPED, zero={"stage": stage}, train={"precision": "bf16"})
+    with process_groups(run.parallel, seed=0) as groups, engine_of(run, groups) as engine:
+        numbers = []
+        for number in range(3):
+            if begins:
+                Step(engine, [_batch(run, seed=7)], groups).discard()
+            result = train_step(engine, [_batch(run, seed=number)], LR, groups)
+            numbers.append((result.loss, result.grad_norm))
+    return numbers
+
+
+def summed_gradient() -> float:
+    """Error of the fp32 sum of two bf16 weight gradients, the first written over NaN, relative to float64."""
+    generator, device = torch.Generator().manual_seed(0), local_device()
+    weight = torch.nn.Parameter(torch.zeros(192, 256, dtype=torch.bfloat16, device=device))
+    weight.main_grad = torch.full(weight.shape, torch.nan, device=device)
+    weight.overwrite_main_grad = True
+    exact = torch.zeros(weight.shape, dtype=torch.float64)
+    for _ in range(2):
+        grad, x = (torch.randn(64, 2, width, generator=generator).bfloat16() for width in weight.shape)
+        exact += grad.flatten(0, 1).double().t() @ x.flatten(0, 1).double()
+        assert weight_grad(grad.to(device), x.to(device), weight) is None
+    return ((weight.main_grad.cpu() - exact).norm() / exact.norm()).item()
+
+
+def adamw_steps(steps: int = 6, skipped: int = 3) -> dict[str, float | bool]:
+    """Steps of AdamW with clipping, one of which is skipped, without the host waiting for the device; beside
+    torch's own on the CPU, which does not take that one."""
+    generator, device = torch.Generator().manual_seed(0), local_device()
+    start = torch.randn(100_003, generator=generator)
+    settings = {"lr": LR, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    ours = torch.optim.AdamW([start.to(device, copy=True).requires_grad_()], **settings)
+    theirs = torch.optim.AdamW([start.clone().requires_grad_()], **settings)
+    (master,), (expected,) = ours.param_groups[0]["params"], theirs.param_groups[0]["params"]
+    copy = master.detach().bfloat16()
+    clip = torch.tensor(0.37).to(device)
+    unchanged = True
+    for step in range(steps):
+        gradient = torch.randn(len(start), generator=generator)
+        skip = torch.tensor(float(step == skipped)).to(device)
+        sent = gradient.to(device)
+        if step == skipped:
+            sent.fill_(torch.nan)
+        before = master.detach().clone()
+        with no_waiting() if step else nullcontext():  # the first compiles
+            update(ours, [sent], [copy], clip, skip)
+        if step == skipped:
+            unchanged = torch.equal(before, master)
+            continue
+        expected.grad = gradient * 0.37
+        theirs.step()
+    return {
+        "error": ((master.cpu() - expected).norm() / (expected - start).norm()).item(),
+        "unchanged": unchanged,
+        "copied": torch.equal(copy, master.bfloat16()),
+        "counted": ours.state[master]["step"].item() == steps - 1,
+    }
+
+
 def _weights(engine: DeepSpeedEngine) -> Tensor:
     return torch.cat([full_fp32_weight(weight).flatten().cpu() for weight in engine.module.parameters()])
 
@@ -208,7 +321,10 @@ def _train(
     run: RunConfig,
     before_update: Callable[[], None] = lambda: None,
 ) -> Any:
+    return train_step(engine, [_batch(run)], LR, groups, before_update=before_update)
+
+
+def _batch(run: RunConfig, seed: int = 0) -> MicroBatch:
     shape = (run.train.micro_batch_size, run.model.seq_length + 1)
-    tokens = torch.randint(run.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    batch = MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-    return train_step(engine, [batch], LR, groups, before_update=before_update)
+    tokens = torch.randint(run.model.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+    return MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())

@@ -39,7 +39,8 @@ BIG = {
 
 
 def parity_cases() -> dict[str, dict[str, Any]]:
-    """Every attention backend, every kernel and documents, in each precision."""
+    """Every attention backend, every kernel, documents, norms of queries and keys, and a loss of several
+    chunks, in each precision."""
     fields = [{"attention": name, "kernels": "plain"} for name in BACKENDS]
     fields += [{"attention": "auto", "kernels": name} for name in ("compile", "apex")]
     found = {}
@@ -48,13 +49,17 @@ def parity_cases() -> dict[str, dict[str, Any]]:
             recompute = "none" if by["attention"] == "te" else "selective"
             name = f"{by['attention']}-{by['kernels']}-{precision}"
             found[name] = by | {"dtype": dtype, "recompute": recompute}
-        documents = {"attention": "auto", "kernels": "plain", "dtype": dtype, "documents": True}
-        found[f"documents-{precision}"] = documents
+        auto = {"attention": "auto", "kernels": "auto", "dtype": dtype}
+        found[f"documents-{precision}"] = auto | {"kernels": "plain", "documents": True}
+        found[f"qk_norm-{precision}"] = auto | {"qk_norm": True}  # compiled on a GPU
+        found[f"chunks-{precision}"] = auto | {"chunk": 128}  # three in the loss
     return found
 
 
 PARITY = parity_cases()
-ON_CPU = [name for name in PARITY if name.startswith(("flash-", "reference-", "documents-"))]
+ON_CPU = [
+    name for name in PARITY if name.startswith(("flash-", "reference-", "documents-", "qk_norm-", "chunks-"))
+]
 PLACED = [("cpu", name) for name in ON_CPU] + [
     pytest.param("gpu", name, marks=pytest.mark.gpu) for name in PARITY
 ]
@@ -82,7 +87,13 @@ def test_documents_show_in_the_gradients(place: Place) -> None:
 
 
 STAGES = (1, 2, 3)
-ALONE = [Layout(1, 1, False, stage, accumulation) for stage in STAGES for accumulation in (1, 2)]
+BACKWARDS = ((1, "none"), (2, "selective"))
+"""Micro-batches of a step, and whose backward: autograd's, and our own, which adds gradients up in fp32."""
+ALONE = [
+    Layout(1, 1, False, stage, accumulation, recompute)
+    for stage in STAGES
+    for accumulation, recompute in BACKWARDS
+]
 OFFLOAD = {"config": "ds_configs/zero3_offload.json"}
 
 
@@ -137,6 +148,54 @@ def test_a_nan_changes_no_weight(place: Place, stage: int) -> None:
     assert found["skipped"] == [False, True, False]
     assert found["finite"] == [True, False, True]
     assert found["changed"] == [True, False, True]
+
+
+def test_waiting_for_a_gpu_is_noticed(place: Place) -> None:
+    """Else the next tests would say nothing."""
+    assert place.run(1, cases.waiting_is_noticed) is place.gpu
+
+
+IN_ONE_PASS = (1, 2)
+"""Stages whose step is ours: DeepSpeed's own of stage 3 waits."""
+
+
+@cache
+def queued(place: Place) -> dict[int, list[float]]:
+    return place.run(1, cases.queued, IN_ONE_PASS)
+
+
+@pytest.mark.parametrize("stage", IN_ONE_PASS)
+def test_a_step_is_queued_without_waiting_for_the_device(place: Place, stage: int) -> None:
+    first, second, third = queued(place)[stage]
+    assert first > second > third > 0
+
+
+@cache
+def discarding(place: Place) -> dict[int, tuple[cases.Numbers, cases.Numbers]]:
+    return place.run(1, cases.discarding, STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_forward_that_is_discarded_leaves_no_trace(place: Place, stage: int) -> None:
+    plain, with_discards = discarding(place)[stage]
+    if place.gpu:  # the backward of attention may add in any order
+        check_numbers(with_discards, plain, BF16_LOSS, BF16)
+    else:
+        assert with_discards == plain
+
+
+def test_a_gpu_adds_a_weight_gradient_in_fp32(place: Place, record_property: Any) -> None:
+    """The GEMM accumulates 128 products in fp32; elsewhere each of the two gradients is rounded to bf16."""
+    error = place.run(1, cases.summed_gradient)
+    record_property("error", f"{error:.1e}")
+    assert error < (1e-6 if place.gpu else 2**-8)
+
+
+def test_adamw_in_one_pass_takes_torchs_steps(place: Place) -> None:
+    """Five updates with some ten roundings each, of 6e-8 of an element of size 1, beside changes of 1e-2."""
+    found = place.run(1, cases.adamw_steps)
+    assert found.pop("error") < 1e-4
+    assert all(found.values()), found
 
 
 def test_a_checkpoint_beside_training_is_of_its_moment(

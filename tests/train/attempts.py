@@ -224,7 +224,7 @@ def _prepare(fault: Callable[[], object], phase: str, step: int) -> None:
 
 
 def _fail_in_read(fault: Callable[[], object], step: int) -> None:
-    """`step`: counted from the first of this attempt."""
+    """`step`: counted from the first of this attempt; most are read while the one before is under way."""
     from llama_mcore.train.trainer import Trainer
 
     read, steps = Trainer._read, count(1)

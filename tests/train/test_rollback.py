@@ -27,6 +27,7 @@ from tests.train.unhealthy import KILLED, Lived, Run, all_attempts, moved_on
 
 pytestmark = pytest.mark.process
 of_stages = pytest.mark.xdist_group("rollback-stages")
+of_ahead = pytest.mark.xdist_group("rollback-ahead")
 of_kills = pytest.mark.xdist_group("rollback-kills")
 
 STEPS, BATCH, WINDOW = 14, 8, 32
@@ -45,10 +46,20 @@ KILLS: dict[str, tuple[int | str, ...]] = {
     "in-rollback": ("rollback",),
     "after": (12, 3),
 }
+LONG = ["checkpoint.interval=6", "checkpoint.keep=9"]
+"""The stop in step 3 and the rollback in step 10 come in the middle of an interval."""
+AHEAD = "health.replica_interval=0"
+"""Each step begins before the one before is read, unless something is due; else, checked in each step, none
+does."""
 RUNS = {
     **{name: ([*settings, "checkpoint.keep=9"], Run(bad=BAD)) for name, settings in STAGES.items()},
     **{f"killed-{name}": (DP, Run(bad=BAD, kills=kills)) for name, kills in KILLS.items()},
     "stopped": (DP, Run(bad=BAD, stops=(6, 3))),
+    **{
+        f"ahead-{name}": ([*settings, *LONG, AHEAD], Run(bad=BAD, stops=(3,)))
+        for name, settings in STAGES.items()
+    },
+    **{f"alone-{name}": ([*settings, *LONG], Run(bad=BAD)) for name, settings in STAGES.items()},
     "flipped": (["zero.stage=1"], Run(flip_after=8)),
     "one-skipped": ([*DP, "train.steps=9"], Run(bad=(48, 56))),
     "one-left-out": ([*DP, "train.steps=9"], Run(left_out=7)),
@@ -197,6 +208,19 @@ def test_signs_of_life_come_all_through_a_start(reference: Live, name: str) -> N
         told = reference(name).phases(rank)
         assert told[0][:2] == ["setup", 0]
         assert told[0][3] >= READS
+
+
+@of_ahead
+@pytest.mark.parametrize("name", STAGES)
+def test_what_began_in_vain_leaves_no_trace(lived: Live, name: str) -> None:
+    """A stop and a rollback each discard a step that has begun. All is as where none begins early."""
+    ahead, alone = lived(f"ahead-{name}"), lived(f"alone-{name}")
+    assert (ahead.exit_codes, alone.exit_codes) == ([[75, 75], [0, 0]], [[0, 0]]), ahead.output
+    assert (ahead.discarded, alone.discarded) == ([1, 1], [])
+    assert checkpoints(ahead.run_dir) == ["step-00000003", *checkpoints(alone.run_dir)]
+    assert computed(ahead.run_dir) == computed(alone.run_dir)
+    assert decisions(abandoned(ahead.run_dir)) == {8: "lower the learning rate", 10: "roll back"}
+    assert last_tensors(ahead.run_dir) == last_tensors(alone.run_dir)
 
 
 @of_kills

@@ -1,11 +1,15 @@
 """llama_mcore.train.step through real engines: an update that must not happen, and evaluation."""
 
+import gc
+import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_mcore.config.schema import RunConfig
 from llama_mcore.data.loader import MicroBatch
@@ -13,12 +17,15 @@ from llama_mcore.distributed.config import ParallelConfig
 from llama_mcore.distributed.groups import Groups, process_groups
 from llama_mcore.model.build import build_model
 from llama_mcore.train.engine import DeepSpeedEngine, build_engine, dtype_of, full_fp32_weight
-from llama_mcore.train.step import evaluate, mean_loss, train_step
+from llama_mcore.train.step import PendingResult, Step, evaluate, mean_loss, train_step
 from tests.support.models import run_config
 from tests.support.world import call
 
 pytestmark = pytest.mark.process
 
+UPDATE = "finish_micro_batch"
+OF_ZERO = (UPDATE, "backward", "fetch_sub_module")
+"""Functions that update weights, reduce gradients and gather weights."""
 CASES = {
     f"{precision}-zero{stage}": (precision, stage) for precision in ("bf16", "fp32") for stage in (1, 2, 3)
 }
@@ -44,8 +51,14 @@ def steps(run: RunConfig, groups: Groups) -> dict[str, Any]:
     results.append(take_step(engine, groups))
     with_nan.remove()
     results.append(take_step(engine, groups))
-    calls = calls_of_a_step(engine, groups)
-    return {"steps": results, "calls": calls, "evaluation": evaluation(engine, groups)}
+    return {
+        "steps": results,
+        "calls": calls_of_a_step(engine, groups),
+        "evaluation": evaluation(engine, groups),
+        "queued": [queued(engine, groups, with_mask) for with_mask in (False, True)],
+        "garbage": garbage_of_steps(engine, groups),
+        "gathered": gathered_when_discarded(engine, groups),
+    }
 
 
 def take_step(engine: DeepSpeedEngine, groups: Groups) -> dict[str, Any]:
@@ -71,6 +84,64 @@ def calls_of_a_step(engine: DeepSpeedEngine, groups: Groups) -> list[str]:
     beat, before_update = (lambda name=name: called(name) for name in ("beat", "before update"))
     train_step(engine, batches(2), 1e-2, groups, beat=beat, before_update=before_update)
     return seen
+
+
+class Calls(TorchDispatchMode):
+    """Collectives but for ZeRO's, and reads of a value by the host, which waits for its device; the update is
+    left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collectives: list[str] = []
+        self.reads: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, stack = str(operator), traceback.extract_stack()
+        callers = {frame.name for frame in stack}
+        if name.startswith("c10d") and callers.isdisjoint(OF_ZERO):
+            self.collectives.append(name.split(".")[1])
+        if "_local_scalar_dense" in name and UPDATE not in callers:
+            self.reads += traceback.format_list(stack)[-2:-1]
+        return operator(*args, **(kwargs or {}))
+
+
+def queued(engine: DeepSpeedEngine, groups: Groups, with_mask: bool) -> dict[str, Any]:
+    """Calls of a step until its result is on its way, and how often that is read in the end."""
+    micro_batches = batches(2)
+    if with_mask:
+        micro_batches = [replace(batch, loss_mask=torch.ones(batch.labels.shape)) for batch in micro_batches]
+    with Calls() as calls:
+        pending = PendingResult(Step(engine, micro_batches, groups).finish(1e-2), groups)
+    with Calls() as at_the_end:
+        pending.wait()
+    return {
+        "collectives": calls.collectives,
+        "reads": calls.reads,
+        "reads at the end": len(at_the_end.reads),
+    }
+
+
+def gathered_when_discarded(engine: DeepSpeedEngine, groups: Groups) -> list[int]:
+    """Elements of weights that this rank holds before a step begins, then, and when it is discarded."""
+
+    def held() -> int:
+        return sum(parameter.numel() for parameter in engine.module.parameters())
+
+    before, step = held(), Step(engine, batches(2), groups)
+    begun = held()
+    step.discard()
+    return [before, begun, held()]
+
+
+def garbage_of_steps(engine: DeepSpeedEngine, groups: Groups) -> list[str]:
+    """Types of what steps leave to the collector, which seldom comes."""
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    for _ in range(3):
+        take_step(engine, groups)
+    gc.collect()
+    gc.set_debug(0)
+    return sorted({type(each).__name__ for each in gc.garbage})
 
 
 def evaluation(engine: DeepSpeedEngine, groups: Groups) -> dict[str, Any]:
@@ -115,6 +186,26 @@ def test_what_has_to_be_before_the_update_is_after_all_backwards(results: dict[s
     """A checkpoint is copied until then."""
     beats = ["beat", "beat", "beat"]  # after two backwards, and the first added up
     assert results[case]["calls"] == [*beats, "before update", "beat, weights changed"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_is_queued_without_waiting_for_the_device(results: dict[str, Any], case: str) -> None:
+    """With one collective of its own: for its result; and one for the weights of masked micro-batches."""
+    plain, masked = results[case]["queued"]
+    assert plain == {"collectives": ["allreduce_"], "reads": [], "reads at the end": 1}
+    assert masked == plain | {"collectives": ["allreduce_", "allreduce_"]}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.endswith("zero3")])
+def test_a_step_that_is_discarded_leaves_no_weight_gathered(results: dict[str, Any], case: str) -> None:
+    before, begun, discarded = results[case]["gathered"]
+    assert before == discarded == 0 < begun
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_leaves_nothing_to_the_garbage_collector(results: dict[str, Any], case: str) -> None:
+    assert "Tensor" not in results[case]["garbage"]
+    assert "Parameter" not in results[case]["garbage"]
 
 
 @pytest.mark.parametrize("case", CASES)

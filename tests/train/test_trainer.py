@@ -1,6 +1,7 @@
 """llama_mcore.train.trainer and setup: what needs no job of several ranks. Whole runs are in test_run.py."""
 
 import dataclasses
+import gc
 import logging
 from collections.abc import Callable
 from datetime import timedelta
@@ -23,6 +24,7 @@ from llama_mcore.train.health import Action, Judgement
 from llama_mcore.train.trainer import Trainer
 from llama_mcore.watchdog.signals import StopRequest
 
+PLACES = ["run.dir=run", "data.train=unused"]
 LIMITS = ("first_step_s", "start_s", "setup_s", "save_s", "evaluate_s", "end_s", "min_step_s")
 
 
@@ -58,7 +60,7 @@ def test_short_limits_leave_the_usual_timeout() -> None:
 def trainer(monkeypatch: pytest.MonkeyPatch, **parts: object) -> Trainer:
     """A Trainer of one rank that is made of these parts, and of nothing else."""
     monkeypatch.setattr(trainer_module, "run_on_all_ranks", lambda groups, action: action())
-    fields = {field.name: None for field in dataclasses.fields(Trainer)}
+    fields = {field.name: None for field in dataclasses.fields(Trainer) if field.init}
     return Trainer(**fields | {"phases": Phases()} | parts)  # type: ignore[arg-type]
 
 
@@ -77,7 +79,7 @@ def test_a_job_that_loses_its_run_in_a_rollback_archives_nothing(monkeypatch: py
         monkeypatch.setattr(trainer_module, name, noted(what))
     job = trainer(
         monkeypatch,
-        config=load_config("tiny", ["run.dir=run", "data.train=unused"]),
+        config=load_config("tiny", PLACES),
         state=TrainState(step=5),
         saver=SimpleNamespace(finish=lambda: None),
         sinks=SimpleNamespace(check=check, go_back=noted("metrics")),
@@ -85,6 +87,31 @@ def test_a_job_that_loses_its_run_in_a_rollback_archives_nothing(monkeypatch: py
     with pytest.raises(OutputError):
         job.recover(Judgement(HealthState(), Action.ROLL_BACK, "too bad"))
     assert done == ["read"]
+
+
+def test_garbage_is_collected_at_fixed_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And as usual again when the run is over."""
+    collected, enabled = [], []
+
+    def step(job: Trainer) -> tuple[Judgement, bool]:
+        enabled.append(gc.isenabled())
+        job.state = TrainState(step=job.state.step + 1)
+        return Judgement(HealthState()), False
+
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "save", lambda *_: None)
+    monkeypatch.setattr(Trainer, "is_asked_to_stop", lambda _: False)
+    job = trainer(
+        monkeypatch,
+        config=load_config("tiny", [*PLACES, "train.steps=250", "health.replica_interval=0"]),
+        state=TrainState(step=30),
+        saver=SimpleNamespace(finish=lambda: None),
+    )
+    monkeypatch.setattr(gc, "collect", lambda: collected.append(job.state.step))
+    assert job.run() == 0
+    assert collected == [30, 100, 200]
+    assert set(enabled) == {False}
+    assert (gc.isenabled(), gc.get_freeze_count()) == (True, 0)
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,16 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from llama_mcore.checkpoint.manifest import manifest_bytes, read_manifest
 from llama_mcore.checkpoint.paths import MANIFEST, step_dir
@@ -23,12 +25,11 @@ from llama_mcore.errors import report_errors
 from llama_mcore.observe.phases import Phase, PhaseListener, Phases
 from llama_mcore.train import trainer
 from llama_mcore.train.setup import train
-from llama_mcore.train.step import StepResult
+from llama_mcore.train.step import Step
 from llama_mcore.train.trainer import Trainer
 from llama_mcore.watchdog.signals import StopRequest
 from tests.support.world import exit_codes_of, write_output_to
 
-train_step = trainer.train_step
 archive = Trainer._archive_abandoned_steps
 KILLED = 9
 
@@ -68,6 +69,12 @@ class Lived:
         """Exit codes of both ranks in each attempt."""
         return json.loads((self.folder / "exit_codes.json").read_text())
 
+    @property
+    def discarded(self) -> list[int]:
+        """Numbers of the steps that each attempt discarded after they had begun."""
+        path = self.folder / "discarded.txt"
+        return [int(line) for line in path.read_text().split()] if path.exists() else []
+
     def phases(self, rank: int) -> list[list[Any]]:
         """Phases that the run reported in its last attempt, as `Told` has them."""
         return json.loads((self.folder / f"phases-{rank}.json").read_text())
@@ -85,7 +92,7 @@ def all_attempts(folder: Path, overrides: list[str], asked: Run) -> None:
 def live(folder: Path, run: RunConfig, asked: Run, kill: int | str | None, stop_in: int) -> None:
     write_output_to(folder / "output.txt")
     stop = StopRequest()
-    trainer.train_step = faulty_step(bad_windows(run, asked.bad), asked, kill, stop, stop_in)
+    trainer.Step = faulty_step(folder, bad_windows(run, asked.bad), asked, kill, stop, stop_in)  # type: ignore[misc]
     if kill == "rollback":
         Trainer._archive_abandoned_steps = lambda self: (archive(self), os._exit(KILLED))  # type: ignore[method-assign, assignment, func-returns-value]
     told = Told()
@@ -112,27 +119,37 @@ class Told(PhaseListener):
 
 
 def faulty_step(
-    bad: set[bytes], asked: Run, kill: int | str | None, stop: StopRequest, stop_in: int
-) -> Callable[..., StepResult]:
-    calls = 0
+    folder: Path, bad: set[bytes], asked: Run, kill: int | str | None, stop: StopRequest, stop_in: int
+) -> type[Step]:
+    finished, discarded = count(1), count(1)
 
-    def step(engine: Any, *arguments: Any, **options: Any) -> StepResult:
-        nonlocal calls
-        calls += 1
-        if calls == kill:
-            os._exit(KILLED)
-        if calls == stop_in:
-            stop.note(signal.SIGTERM, None)
-        if calls == asked.left_out:
-            return StepResult(float("nan"), float("nan"), skipped=True)
-        with wrong_loss(engine.module, bad, asked.add):
-            result = train_step(engine, *arguments, **options)
-        if calls == asked.flip_after and os.environ["RANK"] == "1":
-            norm = engine.module.get_parameter("decoder.final_layernorm.weight")
-            norm.detach().view(torch.int16)[0] ^= 1
-        return result
+    class FaultyStep(Step):
+        def _forward(self, number: int) -> Tensor:
+            with wrong_loss(self._engine.module, bad, asked.add):
+                return super()._forward(number)
 
-    return step
+        def finish(self, *arguments: Any) -> Tensor:
+            calls = next(finished)
+            if calls == kill:
+                os._exit(KILLED)
+            if calls == stop_in:
+                stop.note(signal.SIGTERM, None)
+            if calls == asked.left_out:
+                self.discard()
+                return torch.tensor([float("nan"), float("nan"), 1.0], dtype=torch.float64)
+            numbers = super().finish(*arguments)
+            if calls == asked.flip_after and os.environ["RANK"] == "1":
+                norm = self._engine.module.get_parameter("decoder.final_layernorm.weight")
+                norm.detach().view(torch.int16)[0] ^= 1
+            return numbers
+
+        def discard(self) -> None:
+            super().discard()
+            if os.environ["RANK"] == "0":
+                with (folder / "discarded.txt").open("a") as file:
+                    print(next(discarded), file=file)
+
+    return FaultyStep
 
 
 @contextmanager
