@@ -96,8 +96,8 @@ def test_an_mfu_that_is_given_stays() -> None:
 
 
 def test_an_mfu_that_agrees_with_the_prediction_is_said_to() -> None:
-    printed = run("size", "--gpus", "64", "--gpu", "h100", "--days", "20", "--mfu", "0.5")[1]
-    assert "agrees with --mfu 0.5" in printed
+    printed = run("size", "--gpus", "64", "--gpu", "h100", "--days", "20", "--mfu", "0.55")[1]
+    assert "agrees with --mfu 0.55" in printed
 
 
 def test_without_gpus_there_is_the_command_alone() -> None:
@@ -122,6 +122,7 @@ def test_data_begins_with_its_conclusion() -> None:
 OTHERS = (
     shlex.split("layout --model 65b --gpus 2048 --gpu a100-80gb --tokens 1.4T"),
     shlex.split("memory --model 65b --tp 8 --sp --dp 256 --zero 2 --micro-batch 8 --gpu a100-80gb"),
+    shlex.split("timeline --config 65b --world-size 2048 --gpu a100-80gb"),
     ["validate"],
 )
 

@@ -208,6 +208,6 @@ def timeline_json(found: Timeline) -> dict[str, Any]:
         "step_s": found.option.step.total,
         "step_breakdown_s": vars(found.option.step),
         "layer": [vars(piece) | {"cost": piece.added} for piece in found.layer],
-        "not_computing_s": dict(found.waits),
+        "not_computing": [{"name": name, "seconds": seconds} for name, seconds in found.waits],
         "changes": [vars(change) for change in found.changes],
     }
