@@ -75,7 +75,7 @@ def in_turns(run: RunConfig, contenders: Sequence[str], rounds: int, repeats: in
                 _run_block(name, workload, repeats, found)
                 gc.collect()  # an engine and its hooks refer to each other
                 release_cached_memory()
-                say(f"round {number}/{rounds}  {name:<12} {_newest(found)}")
+                say(f"round {number}/{rounds}  {name:<20} {_newest(found)}")
     return samples
 
 
@@ -91,7 +91,7 @@ def beside(before: Path, words: Sequence[str], rounds: int) -> dict[str, Samples
             found.step_s += one["step_s"]
             found.activation_bytes, found.peak_bytes = one["activation_bytes"], one["peak_bytes"]
             found.out_of_memory |= one["out_of_memory"]
-            say(f"round {number}/{rounds}  {name:<12} {_newest(found)}")
+            say(f"round {number}/{rounds}  {name:<20} {_newest(found)}")
     return samples
 
 
