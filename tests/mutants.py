@@ -59,6 +59,7 @@ COLLECTIVES = "tests/distributed/test_tp_comm.py"
 FAULTS = "tests/train/test_faults.py"
 ZERO = "tests/train/test_zero.py"
 AHEAD = "tests/train/test_rollback.py::test_what_began_in_vain_leaves_no_trace"
+BUCKETS = f"{ZERO}::test_a_bucket_is_reduced_beside_the_backward"
 POWER_CUT = "tests/checkpoint/test_crash_power.py"
 DAMAGE = "tests/checkpoint/test_damage.py"
 SUPERVISOR = "tests/watchdog/test_supervisor.py"
@@ -164,10 +165,59 @@ MUTANTS = [
     ),
     Mutant(
         name="loss is summed over vocabulary parts",
-        symbol="_losses_and_grad",
-        old="dist.all_reduce(target_logits, group=tp.group)",
-        new="pass",
+        symbol="_over_ranks",
+        old="target_logits.sum(0)",
+        new="target_logits[tp.rank]",
         tests=["tests/model/test_fused_loss.py::test_tensor_parallel"],
+    ),
+    Mutant(
+        name="softmax is over all vocabulary parts",
+        symbol="by_softmax",
+        old="if tp.size > 1:",
+        new="if False:",
+        tests=["tests/model/test_fused_loss.py::test_tensor_parallel"],
+    ),
+    Mutant(
+        name="what a mask leaves out has no gradient",
+        symbol="by_softmax",
+        old="probabilities.mul_(mask[:, None])",
+        new="pass",
+        tests=["tests/model/test_fused_loss.py::test_one_process"],
+    ),
+    Mutant(
+        name="a weight with a sum of gradients gets that of the loss there",
+        symbol="_LinearCrossEntropy.backward",
+        old="add_to_main_grad(weight, grad_weight, factor)",
+        new="grad_weight.mul_(factor).to(weight.dtype)",
+        tests=["tests/model/test_fused_loss.py::test_a_weight_that_has_a_sum_gets_its_gradient_there"],
+    ),
+    Mutant(
+        name="the gradient past a norm is added to its own",
+        symbol="rmsnorm_backward",
+        old="grad_x += residual_grad",
+        new="pass",
+        tests=[ATTENTION, MLP],
+    ),
+    Mutant(
+        name="one rank's GEMM adds the residual",
+        symbol="linear_added",
+        old="torch.addmm(residual.flatten(0, 1), x.flatten(0, 1), weight.t())",
+        new="torch.mm(x.flatten(0, 1), weight.t())",
+        tests=[ATTENTION, MLP],
+    ),
+    Mutant(
+        name="values reach attention without a copy",
+        symbol="rotated_qkv",
+        old="rope(k, cos, sin), v",
+        new="rope(k, cos, sin), v.contiguous()",
+        tests=["tests/model/test_qkv.py"],
+    ),
+    Mutant(
+        name="keys of grouped queries are repeated where cuDNN would be wrong",
+        symbol="_goes_wrong",
+        old="groups < 8",
+        new="False",
+        tests=["tests/model/test_attention_choice.py"],
     ),
     Mutant(
         name="gradient norm is summed over tensor-parallel ranks",
@@ -480,15 +530,50 @@ MUTANTS = [
     Mutant(
         name="a full bucket is reduced before the next gradient",
         symbol="Stage2.place",
-        old="self.reduce_ipg_grads(self.communication_data_type)",
+        old="self._reduce_bucket()",
         new="pass",
         tests=[f"{ZERO}::test_each_step_is_that_of_plain_torch_on_two_ranks"],
     ),
     Mutant(
-        name="a gradient in its bucket is reduced",
+        name="each gradient has a place of its own in the bucket",
         symbol="Stage2.filled",
-        old="bucket.elements += weight.numel()",
+        old="self._used += weight.numel()",
         new="pass",
+        tests=[f"{ZERO}::test_each_step_is_that_of_plain_torch"],
+    ),
+    Mutant(
+        name="what is left in the bucket is reduced when a backward has ended",
+        symbol="Stage2.independent_gradient_partition_epilogue",
+        old="        self._reduce_bucket()",
+        new="        pass",
+        tests=[f"{ZERO}::test_each_step_is_that_of_plain_torch"],
+    ),
+    Mutant(
+        name="a bucket is filled again once it is reduced",
+        symbol="Stage2._reduce_bucket",
+        old="device.current_stream().wait_event(before)",
+        new="pass",
+        tests=[BUCKETS],
+    ),
+    Mutant(
+        name="a bucket is reduced once its gradients are made",
+        symbol="Stage2._reduce_bucket",
+        old="self.reduction_stream.wait_stream(device.current_stream())",
+        new="pass",
+        tests=[BUCKETS],
+    ),
+    Mutant(
+        name="the update waits for the last reduction",
+        symbol="Stage2.independent_gradient_partition_epilogue",
+        old="get_accelerator().current_stream().wait_stream(self.reduction_stream)",
+        new="pass",
+        tests=[BUCKETS],
+    ),
+    Mutant(
+        name="both gradients of a tied embedding count at stage 2",
+        symbol="Stage2.__init__",
+        old="if self.param_names[weight] != EMBEDDING:",
+        new="if True:",
         tests=[f"{ZERO}::test_each_step_is_that_of_plain_torch"],
     ),
     Mutant(

@@ -59,3 +59,9 @@ class TensorParallel:
         if self.size == 1 or not (always or self.sequence_parallel):
             return Pending(gradient)
         return Pending(gradient, dist.all_reduce(gradient, group=self.group, async_op=True))
+
+    def gather_each(self, x: Tensor) -> Tensor:
+        """x [...] of every rank, [tp, ...]."""
+        every = x.new_empty(self.size * x.size(0), *x.shape[1:])
+        dist.all_gather_into_tensor(every, x, group=self.group)
+        return every.view(self.size, *x.shape)

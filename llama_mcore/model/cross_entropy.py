@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from llama_mcore.distributed.tp_comm import TensorParallel
@@ -82,7 +81,7 @@ def read(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def write(logits: Tensor, targets: Tensor, lse: Tensor, mask: Tensor | None) -> None:
-    """Overwrite logits [c, v] with the gradient of the sum of losses, given the log-sum-exp [c] of all ranks."""
+    """Overwrite logits [c, v] with the gradient of the sum of losses; lse [c] is that of all ranks."""
     grad = (widen(logits) - lse[:, None]).exp() - _is_target(logits, targets).to(lse.dtype)
     logits.copy_(grad if mask is None else grad * mask[:, None])
 
@@ -101,9 +100,8 @@ def _over_ranks(sums: Tensor, tp: TensorParallel) -> Tensor:
     """Log-sum-exp and target logits [2, c] of all ranks' columns from those of each rank's own."""
     if tp.size == 1:
         return sums
-    every = sums.new_empty(tp.size * 2, sums.size(1))
-    dist.all_gather_into_tensor(every, sums, group=tp.group)
-    return torch.stack((every[::2].logsumexp(0), every[1::2].sum(0)))
+    lse, target_logits = tp.gather_each(sums).unbind(1)  # [tp, c] each
+    return torch.stack((lse.logsumexp(0), target_logits.sum(0)))
 
 
 def _is_target(logits: Tensor, targets: Tensor) -> Tensor:

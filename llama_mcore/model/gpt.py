@@ -73,14 +73,17 @@ class LlamaModel(GPTModel):
             tokens, None, None, labels=labels, loss_mask=loss_mask, packed_seq_params=documents
         )
 
+    def output_weight(self) -> Tensor:
+        """Weight [v, h] of the projection to the vocabulary, the embedding's if they are tied."""
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+
     def _postprocess(
         self, hidden_states: Tensor, *, labels: Tensor | None, loss_mask: Tensor | None, **others: Any
     ) -> Tensor:
         if labels is not None and self.fused_loss:
-            tied = (
-                self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-            )
-            return self.output_layer(hidden_states, weight=tied, labels=labels, loss_mask=loss_mask)
+            weight = self.output_weight()
+            return self.output_layer(hidden_states, weight=weight, labels=labels, loss_mask=loss_mask)
         answer = super()._postprocess(hidden_states, labels=labels, loss_mask=None, **others)
         return answer if labels is None else _mean(answer, loss_mask)
 

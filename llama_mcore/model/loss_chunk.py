@@ -10,6 +10,7 @@ _TILE = 128
 
 
 def loss_chunk_rows(tokens: int, vocabulary: int, device: str) -> int:
-    """Tokens of one chunk, of `tokens` in all; `vocabulary` of one rank, `device` "cpu" or "cuda"."""
-    rows = (_GPU_BYTES if device == "cuda" else _CPU_BYTES) // (4 * vocabulary)
+    """Tokens of one chunk, of `tokens` in all; `vocabulary` of one rank, `device`: "cpu", or a GPU's
+    name."""
+    rows = (_CPU_BYTES if device == "cpu" else _GPU_BYTES) // (4 * vocabulary)
     return min(tokens, rows - rows % _TILE if rows >= _TILE else max(1, rows))

@@ -1,6 +1,8 @@
 """Queries, keys and values out of the fused projection, as attention takes them, and the way back.
 
     s sequence, b micro-batch, n query heads, g key/value heads, d head width, all of this rank
+
+The first pair is compiled as one function each, so that no part of it is copied on its own.
 """
 
 import torch

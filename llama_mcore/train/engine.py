@@ -39,10 +39,9 @@ def build_engine(
         set_z3_leaf_modules(model, [LlamaLayer], raise_if_not_found=False)
     optimizer = build_optimizer(model, optim)
     config = deepspeed_config(zero, train, optim, groups.dp_size)
-    one_pass = isinstance(optimizer, torch.optim.AdamW) and not offloads_optimizer(
-        config["zero_optimization"]
-    )
-    with prints_as_debug(), one_pass_optimizers() if one_pass else nullcontext():
+    is_offloaded = offloads_optimizer(config["zero_optimization"])
+    is_ours = isinstance(optimizer, torch.optim.AdamW) and not is_offloaded
+    with prints_as_debug(), one_pass_optimizers(train.precision) if is_ours else nullcontext():
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, mpu=Mpu(groups), dist_init_required=False
         )

@@ -8,11 +8,14 @@ gradient is finite.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import engine as deepspeed_engine
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import all_gather_dp_groups
@@ -151,52 +154,8 @@ class Stage1(OnePassStep, BF16_Optimizer):
             weight.overwrite_main_grad = True
 
 
-class Stage2(OnePassStep, DeepSpeedZeroOptimizer):
-    """Stage 2, and stage 1 in fp32, where the fp32 gradients are autograd's own.
-
-    In bf16 a gradient is made in the fp32 bucket from which it is reduced: a `GradBucket`.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._has_fp32_buckets = (
-            self.partition_gradients and self.contiguous_gradients and self.use_separate_grad_accum
-        )
-        if self._has_fp32_buckets:
-            weights = [weight for group in self.bit16_groups for weight in group]
-            self.reduce_bucket_size: int = max(self.reduce_bucket_size, *map(torch.numel, weights))
-            for weight in weights:
-                # a tied embedding has two gradients in each micro-batch, which autograd adds first
-                if self.param_names[weight] != EMBEDDING:
-                    weight.grad_bucket = self
-
-    def place(self, weight: Any) -> Tensor:
-        """Next place in the bucket, which is reduced first if it has none left."""
-        self.setup_buckets()
-        bucket = self.ipg_buckets[self.communication_data_type]
-        if bucket.elements + weight.numel() > self.reduce_bucket_size:
-            self.reduce_ipg_grads(self.communication_data_type)
-            if self.overlap_comm:
-                bucket.index = 1 - bucket.index
-        return bucket.buffer[bucket.index].narrow(0, bucket.elements, weight.numel()).view(weight.shape)
-
-    def filled(self, weight: Any) -> None:
-        bucket = self.ipg_buckets[self.communication_data_type]
-        bucket.elements += weight.numel()
-        group = self._get_param_group_idx(weight)
-        bucket.params.append((group, weight.param_idx_in_group, self.get_param_id(weight)))
-
-    def _gradient_reduction_buffer_dtype(self) -> torch.dtype:
-        return torch.float32 if self._has_fp32_buckets else super()._gradient_reduction_buffer_dtype()
-
-    def reduce_independent_p_g_buckets_and_remove_grads(self, param: Any, i: int) -> None:
-        # by a parameter's hook, which autograd also calls where it was given no gradient
-        if not self._has_fp32_buckets:
-            super().reduce_independent_p_g_buckets_and_remove_grads(param, i)
-        elif param.grad is not None:
-            self.place(param).copy_(param.grad)
-            self.filled(param)
-            param.grad = None
+class Stages12InFp32(OnePassStep, DeepSpeedZeroOptimizer):
+    """Stages 1 and 2 in fp32, where autograd's gradients are what is summed."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -207,20 +166,123 @@ class Stage2(OnePassStep, DeepSpeedZeroOptimizer):
         )
 
     def _flat_gradient(self, group: int) -> Tensor:
-        """Gradient of this rank's partition, which is no longer kept: flat already, or by parameter."""
-        found = self._get_preflattened_grad_partition(group)
-        if found is None:
-            parts, size = self.averaged_gradients[group], int(self.partition_size[group])
-            found = self.flatten_dense_tensors_aligned(parts, size).float()
+        """fp32 gradient of this rank's partition, which is no longer kept."""
+        parts, size = self.averaged_gradients[group], int(self.partition_size[group])
         self.averaged_gradients[group] = self.all_grad_tensors[group] = None
+        return self.flatten_dense_tensors_aligned(parts, size)
+
+
+class Stage2(Stages12InFp32):
+    """Stage 2 in bf16: a `GradBucket`.
+
+    Gradients are made in an fp32 bucket, from which each micro-batch is reduced to the ranks that own its
+    parts, during the backward. DeepSpeed's own buckets are bf16, and its host waits for the device before it
+    reduces one.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._buckets: list[Tensor] = []
+        """While a backward runs: the one that is filled, and under overlap_comm the one that is reduced."""
+        self._reduced: Any = None
+        """Event: the other bucket is reduced."""
+        self._pieces: list[tuple[int, Tensor]] = []
+        """What lies in the bucket, in order: the rank that sums it, and where on that rank."""
+        self._used = 0
+        weights = [weight for group in self.bit16_groups for weight in group]
+        self._bucket_size = max(self.reduce_bucket_size, *map(torch.numel, weights))
+        for weight in weights:
+            # a tied embedding has two gradients in each micro-batch, which autograd adds first
+            if self.param_names[weight] != EMBEDDING:
+                weight.grad_bucket = self
+
+    def place(self, weight: Any) -> Tensor:
+        """Next place in the bucket, which is reduced first if it has none left."""
+        if not self._buckets:
+            size, device = self._bucket_size, weight.device
+            self._buckets = [torch.empty(size, device=device) for _ in range(2 if self._overlaps else 1)]
+        if self._used + weight.numel() > self._bucket_size:
+            self._reduce_bucket()
+        return self._buckets[0].narrow(0, self._used, weight.numel()).view(weight.shape)
+
+    def filled(self, weight: Any) -> None:
+        group, number = self._get_param_group_idx(weight), self.get_param_id(weight)
+        partition = self._get_compact_grad_partition_buffer(group).flat_partition
+        for owner in self.param_to_partition_ids[group][number]:
+            first = self.grad_start_offset[group][owner][number]
+            place = self.grad_partition_insertion_offset[group][owner][number]
+            count = min(weight.numel() - first, len(partition) - place)
+            self._pieces.append((owner, partition.narrow(0, place, count)))
+        self._used += weight.numel()
+
+    @property
+    def _overlaps(self) -> bool:
+        return self.overlap_comm and self.reduction_stream is not None
+
+    def _reduce_bucket(self) -> None:
+        """Queue the reduction of the bucket, under overlap_comm beside the backward, which goes on with the
+        other bucket.
+
+        Collective: all ranks of a data-parallel group call it.
+        """
+        device, start = get_accelerator(), 0
+        if self._overlaps:
+            self.reduction_stream.wait_stream(device.current_stream())
+        with device.stream(self.reduction_stream) if self._overlaps else nullcontext():
+            for owner, pieces in groupby(self._pieces, key=itemgetter(0)):
+                totals = [total for _, total in pieces]
+                count = sum(map(len, totals))
+                self._reduce(owner, self._buckets[0].narrow(0, start, count), totals)
+                start += count
+        if self._overlaps:
+            before, self._reduced = self._reduced, self.reduction_stream.record_event()
+            if before:
+                device.current_stream().wait_event(before)
+            self._buckets.reverse()
+        self._pieces, self._used = [], 0
+
+    def _reduce(self, owner: int, values: Tensor, totals: list[Tensor]) -> None:
+        """Add the mean of `values` over ranks to the `totals` of one, which lie there one after another."""
+        size = dist.get_world_size(self.dp_process_group)
+        sent = values.to(self.communication_data_type)
+        if size > 1:
+            dist.reduce(sent, group=self.dp_process_group, group_dst=owner)
+        if owner == dist.get_rank(self.dp_process_group):
+            for total, part in zip(totals, sent.split([len(total) for total in totals]), strict=True):
+                total.add_(part, alpha=1 / size)
+
+    @torch.no_grad()
+    def process_gradients(self, param: Any, i: int) -> None:
+        # by a parameter's hook, which autograd also calls where it was given no gradient
+        if param.grad is not None:
+            self.place(param).copy_(param.grad)
+            self.filled(param)
+            param.grad = None
+
+    @torch.no_grad()
+    def independent_gradient_partition_epilogue(self) -> None:
+        """Reduce what is left in the bucket when a backward has ended.
+
+        Collective: all ranks of a data-parallel group call it.
+        """
+        self._reduce_bucket()
+        if self._overlaps:
+            get_accelerator().current_stream().wait_stream(self.reduction_stream)
+        self._buckets, self._reduced = [], None
+        self._epilogue_ran_this_backward = True
+
+    def _flat_gradient(self, group: int) -> Tensor:
+        found = self._get_compact_grad_partition_buffer(group).flat_partition
+        self.averaged_gradients[group] = None
         return found
 
 
 @contextmanager
-def one_pass_optimizers() -> Iterator[None]:
+def one_pass_optimizers(precision: str) -> Iterator[None]:
     """Context in which DeepSpeed's engine builds these optimizers in place of its own."""
     theirs = deepspeed_engine.BF16_Optimizer, deepspeed_engine.DeepSpeedZeroOptimizer
-    deepspeed_engine.BF16_Optimizer, deepspeed_engine.DeepSpeedZeroOptimizer = Stage1, Stage2
+    ours = Stage1, Stage2 if precision == "bf16" else Stages12InFp32
+    deepspeed_engine.BF16_Optimizer, deepspeed_engine.DeepSpeedZeroOptimizer = ours
     try:
         yield
     finally:

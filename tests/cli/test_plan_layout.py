@@ -1,4 +1,4 @@
-"""`plan memory`, `plan layout` and `plan validate` as a user meets them."""
+"""`plan memory`, `plan layout`, `plan timeline` and `plan validate` as a user meets them."""
 
 import json
 import subprocess
@@ -283,3 +283,44 @@ def test_validate() -> None:
     assert "The bar of 10% and 25% is met." in first
     constants = json.loads(invoke("validate", "--fit").stdout)
     assert 0.7 <= constants["gemm_share"] <= 1
+
+
+TIMELINE = ["timeline", "--config=65b", "--world-size=2048", "--gpu=a100-80gb"]
+
+
+def test_timeline() -> None:
+    found = answer(*TIMELINE)
+    assert found["step_s"] == pytest.approx(sum(found["step_breakdown_s"].values()))
+    assert {piece["phase"] for piece in found["layer"]} == {"forward", "backward"}
+    assert {"name", "part", "seconds", "beside", "cost"} < set(found["layer"][0])
+    waited = list(found["not_computing_s"].values())
+    assert waited == sorted(waited, reverse=True)
+    assert found["changes"][0]["tokens_per_s_per_gpu"] == pytest.approx(found["tokens_per_s_per_gpu"])
+    lines = invoke(*TIMELINE).stdout.splitlines()
+    assert lines[0].startswith("65b on 2,048 x a100-80gb: tp 8 x dp 256")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "field"),
+    [
+        ("--config", "66b", "--config"),
+        ("--world-size", "2044", "world size"),
+        ("--gpu", "h1000", "--gpu"),
+        ("--network", "ib-100x8", "--network"),
+    ],
+)
+def test_what_is_wrong_with_a_timeline_is_said(option: str, value: str, field: str) -> None:
+    result = invoke(*TIMELINE, f"{option}={value}")
+    assert result.exit_code in (64, 66)
+    assert f"{field} = {value}" in result.stderr
+
+
+def test_timeline_loads_no_torch() -> None:
+    loaded, loops = loaded_and_loops(TIMELINE)
+    assert loaded == []
+    assert loops < LOOPS_OF_TWO_SECONDS
+
+
+def test_a_layout_says_where_its_constants_are_from() -> None:
+    assert "measured on one H200, none on an H100" in invoke(*SMALL).stdout
+    assert "measured on one H200" not in invoke(*LAYOUT).stdout

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_mcore.distributed.config import ParallelConfig
 from llama_mcore.errors import ConfigError
@@ -14,12 +15,14 @@ from llama_mcore.model.attention import (
     Case,
     attention_for,
     case_of,
+    cudnn_backend,
     installed_packages,
     load_backend,
 )
 from llama_mcore.model.attention.choice import choose_attention
 from llama_mcore.model.build import construct
 from llama_mcore.model.config import ATTENTION_BACKENDS
+from llama_mcore.model.qkv import split_qkv
 from tests.support.errors import refused
 from tests.support.models import model_config
 
@@ -153,18 +156,61 @@ def test_the_case_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def as_from_a_layer(length: int, heads: int, groups: int, width: int, **where: object) -> list[Tensor]:
+    """q, k and v of two rows as `rotated_qkv` gives them: v is a view of the fused projection."""
+    q, k = (torch.randn(length, 2, number, width, **where) for number in (heads, groups))
+    qkv = torch.randn(length, 2, (heads + 2 * groups) * width, **where)
+    return [q, k, split_qkv(qkv, heads // groups, width)[2]]
+
+
 @pytest.mark.parametrize("name", ["cudnn", "flash", "efficient"])
 @pytest.mark.parametrize("groups", [4, 2])
 def test_torchs_gpu_operators_take_what_they_are_given(name: str, groups: int) -> None:
-    """Shapes agree by torch's meta functions, which need no GPU."""
-    q, grad = (torch.empty(33, 2, 4, 64, device="meta", dtype=BF16) for _ in range(2))
-    k, v = (torch.empty(33, 2, groups, 64, device="meta", dtype=BF16) for _ in range(2))
+    """Shapes and layouts agree by torch's meta functions, which need no GPU. Nothing is copied around the
+    operators, and those that want [b, s, n, d] contiguous get it; only `efficient` repeats keys."""
+    q, k, v = as_from_a_layer(33, 4, groups, 64, device="meta", dtype=BF16)
+    grad = torch.empty_like(q)
     backend = load_backend(name)
-    out, log_sum_exp = backend.forward(q, k, v)
+    with _Operators() as forward:
+        out, log_sum_exp = backend.forward(q, k, v)
     assert (out.shape, out.dtype) == (q.shape, BF16)
+    assert out.is_contiguous()
     assert (log_sum_exp.shape, log_sum_exp.dtype) == ((2, 4, 33), FP32)
-    for found, x in zip(backend.backward(grad, q, k, v, out, log_sum_exp), (q, k, v), strict=True):
+    with _Operators() as backward:
+        grads = backend.backward(grad, q, k, v, out, log_sum_exp)
+    for found, x in zip(grads, (q, k, v), strict=True):
         assert (found.shape, found.dtype) == (x.shape, BF16)
+        assert found.is_contiguous() or (name, groups) == ("efficient", 2)
+    if (name, groups) != ("efficient", 2):
+        copies = {"clone", "copy_", "contiguous", "_to_copy", "repeat_interleave", "sum"}
+        assert not copies & (forward.calls.keys() | backward.calls.keys())
+    (arguments,) = (found for called, found in backward.calls.items() if "attention" in called)
+    grad_out, *_ = arguments
+    saved_out = arguments[5 if name == "efficient" else 4]
+    assert grad_out.stride() == saved_out.stride()
+    assert name == "cudnn" or grad_out.transpose(1, 2).is_contiguous()
+
+
+class _Operators(TorchDispatchMode):
+    """Operators that were called, by name, with the arguments of the last call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[function.overloadpacket.__name__] = args
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("capability", "groups", "wrong"),
+    [(HOPPER, 1, False), (HOPPER, 8, False), (BLACKWELL, 4, True), (BLACKWELL, 8, False), ((10, 3), 1, True)],
+)
+def test_where_cudnn_would_be_wrong_keys_are_repeated(
+    capability: tuple[int, int], groups: int, wrong: bool
+) -> None:
+    assert cudnn_backend._goes_wrong(capability, groups) == wrong
 
 
 @pytest.mark.gpu
@@ -186,10 +232,9 @@ def test_gpu_backends_agree_with_the_reference(
         pytest.skip(f"{name} {reason}")
     backend, reference = load_backend(name), load_backend("reference")
     generator = torch.Generator(gpu).manual_seed(0)
-    q, k, v, grad = (
-        torch.randn(length, 2, heads, head_dim, device=gpu, dtype=dtype, generator=generator)
-        for heads in (8, groups, groups, 8)
-    )
+    where = {"device": gpu, "dtype": dtype, "generator": generator}
+    q, k, v = as_from_a_layer(length, 8, groups, head_dim, **where)
+    grad = torch.randn(q.shape, **where)
     wide = [x.double() for x in (q, k, v)]
     expected, log_sum_exp = reference.forward(*wide)
     expected_grads = reference.backward(grad.double(), *wide, expected, log_sum_exp)

@@ -108,17 +108,18 @@ def compare_on_ranks(size: int) -> None:
 def test_bf16_rounds_logits_and_their_gradients_alone(
     rows: int, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against fp64: logits up to 15 and gradients up to 1 are off by 2^-9 of that, a weight's gradient also by
-    its own rounding and, by chunk, that of a part."""
+    """Against fp64: a logit below 16 is off by 2^-5 at most, so a loss by 2^-4 and a probability by 2^-4 of
+    itself; the terms of a gradient's sums differ in sign."""
     in_chunks_of(rows, monkeypatch)
     hidden, weight, labels, mask = inputs(torch.bfloat16)
+    assert (hidden @ weight.t()).abs().max() < 16
     expected = plain(hidden.double(), weight.double(), labels, mask)
     with process_groups(ParallelConfig(), seed=0) as groups:
         tp = TensorParallel(groups.tp_group, sequence_parallel=False)
         found = fused(hidden, weight, labels, mask, tp, KERNELS[kernels])
     assert [x.dtype for x in found] == [torch.float32, torch.bfloat16, torch.bfloat16]
     for ours, theirs in zip(found, expected, strict=True):
-        assert (ours.double() - theirs).abs().max() / theirs.abs().max() < 2**-5
+        assert (ours.double() - theirs).abs().max() / theirs.abs().max() < 2**-4
 
 
 def test_a_weight_that_has_a_sum_gets_its_gradient_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,8 +130,8 @@ def test_a_weight_that_has_a_sum_gets_its_gradient_there(monkeypatch: pytest.Mon
     with process_groups(ParallelConfig(), seed=0) as groups:
         tp = TensorParallel(groups.tp_group, sequence_parallel=False)
         linear_cross_entropy(hidden, weight, labels, mask, tp).backward()
-        found, weight.grad = weight.main_grad - 1, None
-        assert not hasattr(weight, "grad") or weight.grad is None
+        assert weight.grad is None
+        found = weight.main_grad - 1
         del weight.main_grad
         linear_cross_entropy(hidden, weight, labels, mask, tp).backward()
     torch.testing.assert_close(found.bfloat16(), weight.grad, rtol=2**-7, atol=1e-6)

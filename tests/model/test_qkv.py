@@ -54,7 +54,9 @@ def test_rotated(groups: int, heads_per_group: int, width: int, norms: bool) -> 
         return rope(q, cos, sin), rope(k, cos, sin), v
 
     weights = [1.5 + random_tensor(width, seed=seed) for seed in (2, 3)] if norms else []
-    check_pair(forward, backward, [random_tensor(S, B, groups * (heads_per_group + 2) * width), *weights], plain)
+    check_pair(
+        forward, backward, [random_tensor(S, B, groups * (heads_per_group + 2) * width), *weights], plain
+    )
 
 
 def test_attention_gets_contiguous_queries_and_keys_and_values_without_a_copy() -> None:

@@ -57,7 +57,7 @@ def compiled(shared: Path, sequence_parallel: bool, fields: dict[str, object]) -
 def train_and_evaluate(gpt: LlamaModel, tokens: torch.Tensor) -> None:
     gpt(tokens, labels=tokens).backward()
     with torch.no_grad():
-        gpt(tokens, labels=tokens)
+        gpt(tokens, labels=tokens, loss_mask=torch.ones_like(tokens, dtype=torch.float32))
 
 
 @pytest.mark.process

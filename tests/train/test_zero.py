@@ -7,10 +7,13 @@ ten operations, and the errors of Adam's moments (tests/train/test_adamw.py), wi
 
 import hashlib
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import pytest
@@ -26,9 +29,11 @@ from llama_mcore.data.loader import MicroBatch
 from llama_mcore.distributed.config import ParallelConfig
 from llama_mcore.distributed.groups import Groups, process_groups
 from llama_mcore.model.build import build_model
+from llama_mcore.train import zero
 from llama_mcore.train.engine import build_engine, full_fp32_weight
 from llama_mcore.train.optim import build_optimizer
 from llama_mcore.train.step import train_step
+from llama_mcore.train.zero import Stage2
 from tests.support.models import UNEVEN, run_config
 from tests.support.world import call, run_ranks
 
@@ -176,12 +181,12 @@ def relative(x: Tensor, expected: Tensor) -> float:
     return largest(x - expected) / max(largest(expected), 1e-30)
 
 
-def config(stage: int, recompute: str, tied: bool, dp: int = 1, **zero: Any) -> RunConfig:
+def config(stage: int, recompute: str, tied: bool, **settings: Any) -> RunConfig:
     return run_config(
         Path("unused"),
         UNEVEN,
         model={"recompute": recompute, "tie_embeddings": tied},
-        zero={"stage": stage} | zero,
+        zero={"stage": stage} | settings,
         train={
             "precision": "bf16",
             "micro_batch_size": 2,
@@ -250,6 +255,61 @@ def test_gradients_of_the_layers_matrices_are_not_made_by_autograd(
 ) -> None:
     assert not any("linear" in name for name in alone[f"zero{stage}-selective"].by_autograd)
     assert any("linear" in name for name in alone[f"zero{stage}-none"].by_autograd)
+
+
+class Stream:
+    """Stands for a stream: notes what is queued where."""
+
+    def __init__(self, name: str, queued: list[str]) -> None:
+        self.name, self.queued = name, queued
+        self.events = 0
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.queued.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> str:
+        self.events += 1
+        return f"bucket {self.events} reduced"
+
+    def wait_event(self, event: str) -> None:
+        self.queued.append(f"{self.name} waits until {event}")
+
+
+def queued_in_a_backward() -> list[str]:
+    """Order of fills, reductions and waits in a backward whose buckets hold one matrix, as on a GPU."""
+    queued: list[str] = []
+    main, side = Stream("backward", queued), Stream("reduction", queued)
+    with process_groups(ParallelConfig(), seed=0) as groups:
+        run = config(2, "selective", False)
+        model = build_model(run.model, run.parallel, groups, torch.bfloat16, run.run.seed)
+        optimizer = build_engine(model, run.zero, run.train, run.optim, groups).optimizer
+        optimizer.reduction_stream, optimizer.overlap_comm = side, True
+        weights = [weight for name, weight in model.named_parameters() if "linear_fc2" in name] * 2
+        optimizer._bucket_size = weights[0].numel()
+        accelerator = SimpleNamespace(current_stream=lambda: main, stream=lambda stream: nullcontext())
+        with (
+            patch.object(zero, "get_accelerator", lambda: accelerator),
+            patch.object(Stage2, "_reduce", lambda *_: queued.append("reduction reduces")),
+        ):
+            for weight in weights:
+                optimizer.place(weight)
+                queued.append("backward fills")
+                optimizer.filled(weight)
+            optimizer.independent_gradient_partition_epilogue()
+    return queued
+
+
+@pytest.mark.process
+def test_a_bucket_is_reduced_beside_the_backward() -> None:
+    """The two only wait where one needs what the other has made, or would overwrite what it reads."""
+    fills, reduces = "backward fills", ["reduction waits for backward", "reduction reduces"]
+    assert call(queued_in_a_backward) == [
+        *(fills, *reduces),
+        *(fills, *reduces, "backward waits until bucket 1 reduced"),
+        *(fills, *reduces, "backward waits until bucket 2 reduced"),
+        *(fills, *reduces, "backward waits until bucket 3 reduced"),
+        "backward waits for reduction",
+    ]
 
 
 SOURCES: dict[Any, dict[str, str]] = {

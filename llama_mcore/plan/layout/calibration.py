@@ -109,7 +109,7 @@ class _Settings(BaseModel):
             sequence_parallel=False,
             fused=self.recompute != "none",
             attention=gpu.attention,
-            traffic=own_traffic(gpu, tp=1, stage=1),
+            traffic=own_traffic(gpu, self.shape.model, tp=1, stage=1),
         )
 
 

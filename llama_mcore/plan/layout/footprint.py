@@ -13,7 +13,8 @@ from llama_mcore.config.schema import RunConfig
 from llama_mcore.distributed.config import ParallelConfig, ZeroConfig
 from llama_mcore.errors import MissingInputError
 from llama_mcore.model.config import ModelConfig, Recompute
-from llama_mcore.model.parameters import EMBEDDING, layer_parameters, parameter_of
+from llama_mcore.model.loss_chunk import loss_chunk_rows
+from llama_mcore.model.parameters import EMBEDDING, layer_parameters, parameter_of, parameters_of
 from llama_mcore.plan.layout.activations import (
     rotary_tables,
     saved_bytes_besides_layers,
@@ -22,8 +23,7 @@ from llama_mcore.plan.layout.activations import (
 from llama_mcore.plan.layout.memory import ModelState, model_state, params_per_rank
 
 FP32, BF16 = 4, 2  # bytes per value
-LOSS_CHUNK = 64 * 2**20  # model/fused_loss.py, CHUNK_BYTES
-# engine.py, MEMORY_OPT_ALLREDUCE_SIZE: BF16_Optimizer copies gradients together up to so many values.
+# DeepSpeed's engine.py, MEMORY_OPT_ALLREDUCE_SIZE: stage 0 copies gradients together up to so many values.
 COPIED_VALUES = 500_000_000
 LIBRARIES = 3 * 2**29
 """The device's context, workspaces of cuBLAS, channels of NCCL."""
@@ -42,7 +42,8 @@ class Footprint:
     gathered_weights: int
     """Stage 3: weights of the current layer, and those fetched ahead."""
     gradients_in_flight: int
-    """Gradients of the current layer, before they are reduced or accumulated."""
+    """Gradients that are made before they are reduced or accumulated: of the current layer, unless its
+    products write them to where that happens (model/weight_grad.py)."""
     layer_activations: dict[str, int]
     """Activations that one layer keeps under each recompute policy."""
     saved_layers: int
@@ -51,7 +52,8 @@ class Footprint:
     workspace: int
     """Working memory of the current layer, or of the loss if that takes more."""
     step_copy: int
-    """Optimizer step: DeepSpeed copies the gradients into one buffer, when activations are gone."""
+    """Copies of gradients when activations are gone: at stage 1 narrowed to be reduced, in fp32 the rank's
+    own made contiguous."""
     margin: int
     libraries: int = LIBRARIES
 
@@ -95,19 +97,19 @@ def footprint(
     found = Footprint(
         state=state,
         host_state=state.total - state.weights if offloads_optimizer(settings) else 0,
-        buckets=_buckets(settings, zero, precision, params_per_rank(model, parallel.tp)),
+        buckets=_buckets(settings, model, parallel.tp, zero, precision),
         gathered_weights=0
         if zero.stage < 3
         else layer_weights + value * min(prefetched, params_per_rank(model, parallel.tp)),
-        gradients_in_flight=layer_weights,
+        gradients_in_flight=_gradients_in_flight(model, parallel.tp, zero, precision),
         layer_activations=layers,
         saved_layers=model.num_layers * layers[model.recompute],
         saved_rest=rest + rotary_tables(model),
         workspace=max(
             _layer_workspace(model, parallel, tokens, layers, value),
-            _loss_workspace(model, parallel.tp, tokens, value),
+            _loss_workspace(model, parallel.tp, splits, tokens, value),
         ),
-        step_copy=state.gradients if zero.stage == 2 else 0,
+        step_copy=_step_copy(state, zero, precision, parallel.dp(world_size)),
         margin=0,
     )
     return Footprint(**(vars(found) | {"margin": int(MARGIN * found.coming_and_going)}))
@@ -132,15 +134,38 @@ def _largest_module(model: ModelConfig, tp: int) -> int:
     return max(layer, parameter_of(EMBEDDING).size(model, tp))
 
 
-def _buckets(settings: dict[str, Any], zero: ZeroConfig, precision: str, params: int) -> int:
+def _gradients_in_flight(model: ModelConfig, tp: int, zero: ZeroConfig, precision: str) -> int:
+    value = FP32 if precision == "fp32" else BF16
+    if precision == "fp32" or zero.stage == 3 or model.recompute == "none":
+        return value * _largest_module(model, tp)
+    # the output layer's, until autograd has added that of the input
+    is_held = model.tie_embeddings and zero.stage == 2
+    return value * parameter_of(EMBEDDING).size(model, tp) if is_held else 0
+
+
+def _step_copy(state: ModelState, zero: ZeroConfig, precision: str, dp: int) -> int:
+    if precision == "fp32":
+        return state.masters if zero.stage in (1, 2) else 0
+    narrowed = zero.stage == 1 and zero.reduce_dtype == "bf16" and dp > 1
+    return state.weights + state.weights // dp if narrowed else 0
+
+
+def _buckets(settings: dict[str, Any], model: ModelConfig, tp: int, zero: ZeroConfig, precision: str) -> int:
     """Buffers in which gradients are reduced."""
-    value = FP32 if zero.reduce_dtype == "fp32" else BF16
-    if zero.stage == 0 or (zero.stage == 1 and precision == "bf16"):
+    narrow = zero.reduce_dtype == "bf16"
+    if zero.stage == 0:
         # A flat buffer above COPIED_VALUES travels as it is, if its dtype is that of the journey.
-        copied = FP32 * params if params <= COPIED_VALUES else 0
-        return copied + (BF16 * params if zero.reduce_dtype == "bf16" else 0)
+        params = params_per_rank(model, tp)
+        return (FP32 * params if params <= COPIED_VALUES else 0) + (BF16 * params if narrow else 0)
+    if zero.stage == 1 and precision == "bf16":
+        return 0  # the fp32 sums are reduced where they lie
+    values = int(settings.get("reduce_bucket_size", 500_000_000))
     alive = 2 if zero.stage <= 2 and settings.get("overlap_comm") else 1
-    return alive * value * int(settings.get("reduce_bucket_size", 500_000_000))
+    if zero.stage == 2 and precision == "bf16":
+        # fp32 whatever the journey's dtype, and room for each weight: train/zero.py
+        values = max(values, *(each.size(model, tp) for _, each in parameters_of(model)))
+        return alive * FP32 * values + (BF16 * values if narrow else 0)
+    return alive * (BF16 if narrow else FP32) * values
 
 
 def _layer_workspace(
@@ -156,8 +181,11 @@ def _layer_workspace(
     return again + value * tokens * (inside + 3 * model.hidden_size)
 
 
-def _loss_workspace(model: ModelConfig, tp: int, tokens: int, value: int) -> int:
-    """Working memory of the loss: a chunk's logits, fp32 probabilities and weight gradient."""
+def _loss_workspace(model: ModelConfig, tp: int, splits: bool, tokens: int, value: int) -> int:
+    """Working memory of the loss: a chunk's logits, which become their gradient; in its backward, the scaled
+    gradient of the hidden states and this rank's part of its sum."""
     vocab = model.vocab_size // tp
-    probabilities = min(LOSS_CHUNK, FP32 * tokens * vocab)
-    return probabilities + probabilities * value // FP32 + value * vocab * model.hidden_size
+    hidden = value * tokens * model.hidden_size
+    return max(
+        value * loss_chunk_rows(tokens, vocab, "gpu") * vocab, hidden + (hidden // tp if splits else 0)
+    )

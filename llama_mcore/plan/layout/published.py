@@ -214,7 +214,6 @@ HELD_OUT = _FIRST[1::2] + _LATER
 # 28, copy to bf16 6, zeroing 4.
 _BEFORE = Traffic(
     logit=58,
-    loss_chunk=64 * 2**20,
     output_weight=17,
     copies=61,
     accumulation=18,
@@ -225,6 +224,8 @@ _BEFORE = Traffic(
 def _measured(name: str, model: ModelConfig, work: Work, seconds: float) -> Published:
     """A step of this project on one H200."""
     speed = work.micro_batch * work.micro_batches * model.seq_length / seconds
+    traffic = replace(work.traffic, loss_chunk=64 * 2**20 // (4 * model.vocab_size))
+    work = replace(work, traffic=traffic)
     return Published(name, "h200", "ib-400x8", Shape(model), work, speed, _H200)
 
 

@@ -151,9 +151,7 @@ def show_layouts(name: str, found: Found, cluster: Cluster, top: int) -> None:
     if best.run.model.seq_length > longest:
         notes += f"\nNone of the published runs (plan validate) has more than {longest:,} tokens a sequence."
     if cluster.efficiency == constants_of(cluster.gpu) != Efficiency():
-        notes += (
-            f"\nConstants measured on one H200{_NOT_HERE.get(cluster.gpu.name, '')}."
-        )
+        notes += f"\nConstants measured on one H200{_NOT_HERE.get(cluster.gpu.name, '')}."
     tables: list[str | Grid] = [
         Grid(f"Fastest of {len(found.options)} layouts that are valid and fit", LAYOUT_COLUMNS, rows),
         Grid("One step of the first", ("", "seconds", "share"), parts),

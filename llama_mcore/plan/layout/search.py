@@ -190,7 +190,7 @@ def own_work(run: RunConfig, cluster: Cluster) -> Work:
         sequence_parallel=run.parallel.sequence_parallel,
         fused=run.model.recompute != "none",
         attention=cluster.gpu.attention,
-        traffic=own_traffic(cluster.gpu, run.parallel.tp, run.zero.stage),
+        traffic=own_traffic(cluster.gpu, run.model, run.parallel.tp, run.zero.stage),
         reduce_bytes=4 if run.zero.reduce_dtype == "fp32" else 2,
         gpus_per_node=cluster.gpus_per_node,
     )

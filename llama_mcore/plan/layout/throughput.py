@@ -16,6 +16,7 @@ from math import ceil, prod
 from typing import Literal
 
 from llama_mcore.model.config import ModelConfig
+from llama_mcore.model.loss_chunk import loss_chunk_rows
 from llama_mcore.model.parameters import TpSplit, layer_parameters
 from llama_mcore.plan.layout.efficiency import Efficiency, attention_flops, gemm_flops
 from llama_mcore.plan.layout.hardware import Gpu, Network
@@ -27,7 +28,6 @@ BF16, FP32 = 2, 4  # bytes per value
 # added (4, 2), narrowed (2, 1). SwiGLU: silu (1, 1), times up (2, 1).
 FUSED_VALUES = (2, 2, 3)
 PLAIN_VALUES = (14, 21, 5)
-LOSS_CHUNK = 512 * 2**20  # model/fused_loss.py, on a GPU
 BUCKET_VALUES = 200_000_000
 """ds_configs, reduce_bucket_size."""
 
@@ -41,8 +41,8 @@ class Traffic:
 
     logit: float = BF16 + FP32 + FP32 + 2 * 2 * FP32 + BF16
     """For each logit: cast to fp32, read for maximum, exponential and sum, written twice; bf16 gradient."""
-    loss_chunk: float = 2.0**63
-    """fp32 logits that the loss computes at once."""
+    loss_chunk: float = float("inf")
+    """Tokens of which the loss computes the logits at once."""
     output_weight: float = 0
     """For each value of the output weight and chunk of the loss: its gradient added up."""
     residual: int = 3
@@ -56,7 +56,7 @@ class Traffic:
     bf16 weight; one more reading of the gradient for its norm."""
 
 
-def own_traffic(gpu: Gpu, tp: int, stage: int) -> Traffic:
+def own_traffic(gpu: Gpu, model: ModelConfig, tp: int, stage: int) -> Traffic:
     """Traffic of this system on a GPU whose constants were measured with it; else that of their fit.
 
     The loss reads the logits, then replaces them by their gradient. A residual is read by the product before
@@ -65,10 +65,11 @@ def own_traffic(gpu: Gpu, tp: int, stage: int) -> Traffic:
     """
     if not gpu.calibration:
         return Traffic()
+    any_tokens = 2**62
     accumulation = {1: 2 * FP32 - BF16, 2: FP32 - BF16, 3: BF16 + FP32}
     return Traffic(
         logit=3 * BF16,
-        loss_chunk=LOSS_CHUNK,
+        loss_chunk=loss_chunk_rows(any_tokens, model.vocab_size // tp, "gpu"),
         output_weight=2 * FP32 - BF16,
         residual=1 if tp == 1 else 3,
         accumulation=accumulation.get(stage, 0),
@@ -273,7 +274,7 @@ class Predictor:
             shape.model.hidden_size,
         )
         traffic, logits = work.traffic, tokens * vocab
-        chunks = ceil(FP32 * logits / traffic.loss_chunk)
+        chunks = max(1, ceil(tokens / traffic.loss_chunk))
         moved = logits * traffic.logit + chunks * traffic.output_weight * vocab * hidden
         return self._product(tokens, vocab, hidden), self._stream(moved)
 

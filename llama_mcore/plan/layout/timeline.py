@@ -105,9 +105,9 @@ def layer_pieces(predictor: Predictor, shape: Shape, work: Work) -> Iterator[Pie
             "backward", f"gather of {name}'s output gradient", f"norm and {what} again", entry
         )
         yield Piece("backward", f"norm and {what} again", "recompute", again)
-        inside = f"{what} and products up to the input gradient"
+        inside = f"all up to the input gradient of {name}"
         yield from transfer("backward", f"gather of {name}'s normed input", inside, hidden)
-        yield Piece("backward", f"{name}: second product, both gradients", "gemm", 2 * out)
+        yield Piece("backward", f"{name}: second product, input gradient", "gemm", out)
         yield from between
         yield Piece("backward", f"{name}: first product, input gradient", "gemm", into)
         yield from transfer(
@@ -116,6 +116,7 @@ def layer_pieces(predictor: Predictor, shape: Shape, work: Work) -> Iterator[Pie
         yield Piece("backward", f"{name}: first product, weight gradient", "gemm", into)
         rest = 2 * (stream.norm + stream.residual)
         yield Piece("backward", f"norm and residual of {name}", "memory_bound", rest)
+        yield Piece("backward", f"{name}: second product, weight gradient", "gemm", out)
 
     def both(phase: str, times: float, backwards: float) -> list[Piece]:
         rotation = Piece(phase, "rotation", "memory_bound", times * stream.rotation)
@@ -176,19 +177,24 @@ def timeline_parts(found: Timeline, name: str) -> list[str | Grid]:
     """Output for a person."""
     step = found.option.step
     rows = [
-        (piece.phase, piece.name, f"{piece.seconds * _MS:.2f}", f"{piece.added * _MS:.2f}", piece.beside)
+        (
+            f"{piece.phase}: {piece.name}",
+            f"{piece.seconds * _MS:.2f}",
+            f"{piece.added * _MS:.2f}",
+            piece.beside,
+        )
         for piece in found.layer
     ]
     total = sum(piece.added for piece in found.layer)
     computing = sum(piece.added for piece in found.layer if piece.part in COMPUTING)
-    rows.append(("", "all of it", "", f"{total * _MS:.2f}", f"of which computing {computing * _MS:.2f}"))
+    rows.append(("all of it", "", f"{total * _MS:.2f}", f"computing: {computing * _MS:.2f}"))
     unhidden = [
         (what, f"{seconds * _MS:,.0f}", f"{seconds / step.total:.1%}") for what, seconds in found.waits
     ]
     changes = [(change.name, f"{change.tokens_per_s_per_gpu:,.0f}") for change in found.changes]
     return [
         conclude(found.option, name),
-        Grid("One layer and micro-batch", ("", "", "ms", "adds, ms", "beside"), rows),
+        Grid("One layer and micro-batch", ("", "ms", "adds, ms", "beside"), rows),
         Grid(f"What computes nothing, of a step of {step.total:.2f} s", ("", "ms", "share"), unhidden),
         Grid("What would make it faster, one after the other", ("", "tokens/s/GPU"), changes),
         "Predicted (plan validate); nothing here was measured.",

@@ -56,7 +56,7 @@ def test_a_measured_step_is_then_predicted(tmp_path: Path) -> None:
         recompute="selective",
         sequence_parallel=False,
         attention="cudnn",
-        traffic=own_traffic(gpu("h200"), tp=1, stage=1),
+        traffic=own_traffic(gpu("h200"), MODEL, tp=1, stage=1),
     )
     step = Predictor(gpu("h200"), network("ib-400x8"), efficiency).step_time(Shape(MODEL), work)
     assert step.total == pytest.approx(2.0, rel=1e-6)

@@ -168,7 +168,7 @@ def test_traffic_of_a_system_costs_what_it_moves() -> None:
     plain = step().memory_bound
     wide = Traffic(logit=30)
     assert step(traffic=wide).memory_bound - plain == pytest.approx(logits * 2 / memory)
-    chunked = Traffic(output_weight=10, loss_chunk=4 * logits / 3.5)
+    chunked = Traffic(output_weight=10, loss_chunk=TOKENS / 3.5)
     assert step(traffic=chunked).memory_bound - plain == pytest.approx(weight * 10 * 4 / memory)
     copied = Traffic(copies=5)
     assert step(traffic=copied).memory_bound - plain == pytest.approx(80 * 5 * 2 * 8192 / 8 * TOKENS / memory)
@@ -181,7 +181,9 @@ def test_traffic_of_a_system_costs_what_it_moves() -> None:
 
 def test_traffic_of_our_own_runs() -> None:
     """Measured constants go with what is moved now, fitted ones with what they were fitted to."""
-    assert own_traffic(GPU, tp=1, stage=1) == Traffic()
+    assert own_traffic(GPU, MODEL, tp=1, stage=1) == Traffic()
     hopper = gpu("h200")
-    assert [own_traffic(hopper, 1, stage).accumulation for stage in (1, 2, 3)] == [6, 2, 6]
-    assert [own_traffic(hopper, tp, 1).residual for tp in (1, 2)] == [1, 3]
+    assert [own_traffic(hopper, MODEL, 1, stage).accumulation for stage in (1, 2, 3)] == [6, 2, 6]
+    # 512 MiB of fp32 logits, in whole tiles of 128 tokens
+    assert own_traffic(hopper, MODEL, 1, 1).loss_chunk == 2**29 // (4 * 32000) // 128 * 128
+    assert [own_traffic(hopper, MODEL, tp, 1).residual for tp in (1, 2)] == [1, 3]

@@ -1,6 +1,9 @@
 """llama_mcore.plan.layout.timeline: a layer's pieces add up to the planner's step, in the layer's order."""
 
+import io
 from dataclasses import replace
+from pathlib import Path
+from textwrap import indent
 
 import pytest
 
@@ -13,7 +16,8 @@ from llama_mcore.plan.layout.hardware import gpu
 from llama_mcore.plan.layout.published import MEASURED, Published
 from llama_mcore.plan.layout.search import Cluster, Option, own_work, step_time
 from llama_mcore.plan.layout.throughput import Predictor, Shape, Work
-from llama_mcore.plan.layout.timeline import Piece, Timeline, layer_pieces, timeline
+from llama_mcore.plan.layout.timeline import Piece, Timeline, layer_pieces, timeline, timeline_parts
+from llama_mcore.plan.table import show
 from tests.support.errors import refused
 
 
@@ -89,9 +93,10 @@ def test_transfers_stand_where_the_layer_starts_them(of_65b: Timeline) -> None:
         ("attention: second product", "reduce-scatter of attention"),
         ("reduce-scatter of MLP", "gather of MLP's output gradient"),
         ("gather of MLP's output gradient", "norm and SwiGLU again"),
-        ("gather of MLP's normed input", "MLP: second product, both gradients"),
+        ("gather of MLP's normed input", "MLP: second product, input gradient"),
         ("reduce-scatter of MLP's input gradient", "MLP: first product, weight gradient"),
-        ("norm and residual of MLP", "gather of attention's output gradient"),
+        ("norm and residual of MLP", "MLP: second product, weight gradient"),
+        ("MLP: second product, weight gradient", "gather of attention's output gradient"),
     ):
         assert names.index(before) < names.index(after)
 
@@ -110,6 +115,13 @@ def test_without_tensor_parallelism_there_is_nothing_to_hide() -> None:
     found = timeline(option(run, "h200", 1))
     assert not any(piece.part == "tensor_parallel" for piece in found.layer)
     assert [change.name for change in found.changes] == ["as it is", "no gaps between kernels (CUDA graphs)"]
+
+
+def test_the_documented_timeline_is_the_command_s(of_65b: Timeline) -> None:
+    shown = io.StringIO()
+    show(timeline_parts(of_65b, "65b"), shown)
+    text = (Path(__file__).parents[3] / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert indent(shown.getvalue().rstrip(), "    ") in text
 
 
 @pytest.mark.parametrize("policy", ["none", "full"])
