@@ -230,19 +230,19 @@ def test_a_checkout_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_checkout_is_measured_by_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checkout that comes first changes from round to round; samples of all rounds add up."""
+    """The checkout that comes first changes from round to round; each round adds its best pass."""
     calls: list[Path] = []
 
     def measured(checkout: Path, words: Sequence[str]) -> dict[str, Any]:
         calls.append(checkout)
-        return asdict(Samples([1.0, 2.0], [float(len(calls))], activation_bytes=3))
+        return asdict(Samples([1.0, 2.0], [9.0, float(len(calls))], activation_bytes=3))
 
     monkeypatch.setattr(step_samples, "measured_by", measured)
     found = beside(tmp_path, (), rounds=3)
     assert [checkout == tmp_path for checkout in calls] == [False, True, True, False, False, True]
     assert found["ours"].step_s == [1.0, 4.0, 5.0]
     assert found["before"].step_s == [2.0, 3.0, 6.0]
-    assert found["before"].forward_backward_s == [1.0, 2.0] * 3
+    assert found["before"].forward_backward_s == [1.0] * 3
 
 
 @pytest.mark.process
