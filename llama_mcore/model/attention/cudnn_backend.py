@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from llama_mcore.distributed.device import compute_capability
 from llama_mcore.model.attention.backend import BLACKWELL, HOPPER, NARROW, AttentionBackend, Limits
 from llama_mcore.model.attention.torch_layout import (
     attend_by,
@@ -48,8 +49,10 @@ def backward(
 
 def _as_it_computes_right(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values, repeated where grouped queries are known to go wrong."""
-    repeats = q.is_cuda and _goes_wrong(torch.cuda.get_device_capability(q.device), k.size(1))
-    return (repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))) if repeats else (k, v)
+    capability = compute_capability()
+    if capability is None or not _goes_wrong(capability, k.size(1)):
+        return k, v
+    return repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
 
 
 def _goes_wrong(capability: tuple[int, int], groups: int) -> bool:
