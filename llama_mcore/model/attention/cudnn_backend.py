@@ -48,7 +48,10 @@ def backward(
 
 def _as_it_computes_right(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values, repeated where grouped queries are known to go wrong."""
-    repeats = q.is_cuda and _goes_wrong(torch.cuda.get_device_capability(q.device), k.size(1))
+    if q.is_meta:  # which has no capability
+        return k, v
+    capability = torch.get_device_module(q.device).get_device_capability(q.device)
+    repeats = _goes_wrong(capability, k.size(1))
     return (repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))) if repeats else (k, v)
 
 
