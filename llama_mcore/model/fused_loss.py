@@ -55,7 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=weight.device)
         grad_tokens = torch.empty_like(tokens) if with_gradients else None
         grad_weight = torch.empty_like(weight, dtype=wide) if with_gradients else None
-        size = loss_chunk_rows(len(tokens), len(weight), weight.device.type)
+        size = loss_chunk_rows(len(tokens), len(weight), on_gpu=not weight.is_cpu)
         all_logits = tokens.new_empty(size, len(weight))
         # On a CPU large fresh memory costs more than what is computed in it: every chunk uses the same.
         reuses = weight.is_cpu and weight.dtype != wide

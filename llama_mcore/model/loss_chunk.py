@@ -9,8 +9,7 @@ _TILE = 128
 """Rows of a GEMM's tile."""
 
 
-def loss_chunk_rows(tokens: int, vocabulary: int, device: str) -> int:
-    """Tokens of one chunk, of `tokens` in all; `vocabulary` of one rank, `device`: "cpu", or a GPU's
-    name."""
-    rows = (_CPU_BYTES if device == "cpu" else _GPU_BYTES) // (4 * vocabulary)
+def loss_chunk_rows(tokens: int, vocabulary: int, *, on_gpu: bool) -> int:
+    """Tokens of one chunk, of `tokens` in all; `vocabulary` of one rank."""
+    rows = (_GPU_BYTES if on_gpu else _CPU_BYTES) // (4 * vocabulary)
     return min(tokens, rows - rows % _TILE if rows >= _TILE else max(1, rows))

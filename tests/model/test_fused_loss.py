@@ -78,7 +78,7 @@ def compare(tp: TensorParallel, kernels: Kernels) -> None:
 
 
 def in_chunks_of(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "loss_chunk_rows", lambda tokens, *_: min(tokens, rows))
+    monkeypatch.setattr(loss_module, "loss_chunk_rows", lambda tokens, *_, **__: min(tokens, rows))
 
 
 @pytest.mark.parametrize("rows", [ROWS_PER_CHUNK, S * B])
@@ -148,22 +148,22 @@ def test_logits_are_never_held_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert largest.numel == max(V * H, S * B * H, V * ROWS_PER_CHUNK) < S * B * V
 
 
-# tokens, vocabulary of a rank, device -> rows
+# tokens, vocabulary of a rank, on a GPU -> rows
 CHUNKS = [
-    (4096, 32_000, "cuda", 4096),
-    (8192, 32_000, "cuda", 4096),
-    (8192, 32_000, "cpu", 512),
-    (8192, 128_256, "cuda", 1024),
-    (8192, 128_256, "cpu", 128),
-    (100, 32_000, "cuda", 100),
-    (8192, 250_000, "cpu", 67),
-    (8192, 10**9, "cpu", 1),
+    (4096, 32_000, True, 4096),
+    (8192, 32_000, True, 4096),
+    (8192, 32_000, False, 512),
+    (8192, 128_256, True, 1024),
+    (8192, 128_256, False, 128),
+    (100, 32_000, True, 100),
+    (8192, 250_000, False, 67),
+    (8192, 10**9, False, 1),
 ]
 
 
-@pytest.mark.parametrize(("tokens", "vocabulary", "device", "rows"), CHUNKS)
-def test_rows_of_a_chunk(tokens: int, vocabulary: int, device: str, rows: int) -> None:
-    assert loss_chunk_rows(tokens, vocabulary, device) == rows
+@pytest.mark.parametrize(("tokens", "vocabulary", "on_gpu", "rows"), CHUNKS)
+def test_rows_of_a_chunk(tokens: int, vocabulary: int, on_gpu: bool, rows: int) -> None:
+    assert loss_chunk_rows(tokens, vocabulary, on_gpu=on_gpu) == rows
 
 
 def test_without_gradients_none_are_computed() -> None:

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from llama_mcore.distributed.device import compute_capability
 from llama_mcore.model.attention.backend import BLACKWELL, HOPPER, NARROW, AttentionBackend, Limits
 from llama_mcore.model.attention.torch_layout import (
     attend_by,
@@ -49,10 +48,11 @@ def backward(
 
 def _as_it_computes_right(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values, repeated where grouped queries are known to go wrong."""
-    capability = compute_capability()
-    if capability is None or not _goes_wrong(capability, k.size(1)):
+    if q.is_meta:  # which has no capability
         return k, v
-    return repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
+    capability = torch.get_device_module(q.device).get_device_capability(q.device)
+    repeats = _goes_wrong(capability, k.size(1))
+    return (repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))) if repeats else (k, v)
 
 
 def _goes_wrong(capability: tuple[int, int], groups: int) -> bool:

@@ -187,5 +187,5 @@ def _loss_workspace(model: ModelConfig, tp: int, splits: bool, tokens: int, valu
     vocab = model.vocab_size // tp
     hidden = value * tokens * model.hidden_size
     return max(
-        value * loss_chunk_rows(tokens, vocab, "gpu") * vocab, hidden + (hidden // tp if splits else 0)
+        value * loss_chunk_rows(tokens, vocab, on_gpu=True) * vocab, hidden + (hidden // tp if splits else 0)
     )

@@ -69,7 +69,7 @@ def own_traffic(gpu: Gpu, model: ModelConfig, tp: int, stage: int) -> Traffic:
     accumulation = {1: 2 * FP32 - BF16, 2: FP32 - BF16, 3: BF16 + FP32}
     return Traffic(
         logit=3 * BF16,
-        loss_chunk=loss_chunk_rows(any_tokens, model.vocab_size // tp, "gpu"),
+        loss_chunk=loss_chunk_rows(any_tokens, model.vocab_size // tp, on_gpu=True),
         output_weight=2 * FP32 - BF16,
         residual=1 if tp == 1 else 3,
         accumulation=accumulation.get(stage, 0),
