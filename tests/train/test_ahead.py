@@ -1,4 +1,5 @@
-"""What fails on one rank while the next step has begun ends all ranks together, for the same reason."""
+"""A step that begins before the result of the one before is read: what ranks exchange for that, and that what
+fails on one of them meanwhile ends all together, for the same reason."""
 
 import os
 import sys
@@ -19,7 +20,8 @@ from llama_mcore.watchdog.signals import StopRequest
 from tests.support.errors import is_shown
 from tests.support.models import Small
 from tests.support.product import checkpoints, metrics
-from tests.support.world import exit_codes_of, write_output_to
+from tests.support.world import exit_codes_of, run_ranks, write_output_to
+from tests.train.test_step import Calls
 
 pytestmark = pytest.mark.process
 
@@ -27,6 +29,21 @@ STEPS = ["train.steps=9", "eval.interval=0", "checkpoint.interval=9"]
 LAYOUTS = {"dp-zero3": ["parallel.tp=1", "zero.stage=3"], "tp-sp-zero1": ["parallel.tp=2"]}
 """In whose forwards ranks wait for each other."""
 of_layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def calls_of_steps(overrides: list[str]) -> list[tuple[list[str], int]]:
+    """Collectives of each step of a run, and how often the host reads a value from its device."""
+    found, step = [], Trainer.step
+
+    def counted(trainer: Trainer) -> Any:
+        with Calls() as calls:
+            judged = step(trainer)
+        found.append((calls.collectives, len(calls.reads)))
+        return judged
+
+    with patch.object(Trainer, "step", counted):
+        assert train(load_config("tiny", overrides), StopRequest()) == 0
+    return found
 
 
 def run_with_a_fault(overrides: list[str], output: Path, owner: type, name: str, rank: int) -> None:
@@ -53,6 +70,17 @@ def error_of(name: str) -> LlamaMcoreError:
     if name == "write":
         return OutputError(Problem("run.dir", "here", "is full"))
     return DataError(Problem("window", 7, "cannot be read"))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_ranks_exchange_one_sum_a_step(small: Small, tmp_path: Path, stage: int) -> None:
+    """Step 5 is read at once, since a check of replicas is due after it, and so is the last: what they report
+    is written on all ranks or none, and step 6 reads its data likewise. In the first two ZeRO 3 notes the
+    order of the modules."""
+    settings = ["parallel.tp=1", "train.precision=fp32", "train.steps=7", "health.replica_interval=5"]
+    overrides = [*small.overrides(tmp_path / "run"), *STEPS, *settings, f"zero.stage={stage}", "data.valid="]
+    one, two = (["allreduce_"], 1), (["allreduce_", "allreduce_"], 2)
+    assert [found[2:] for found in run_ranks(2, calls_of_steps, overrides)] == [[one, one, two, two, two]] * 2
 
 
 @of_layouts
