@@ -318,11 +318,10 @@ class Predictor:
         parts = shape.model.num_layers / work.pp if work.stage == 3 else ceil(params / BUCKET_VALUES)
         gather = self._transfer(BF16 * params, ranks, parts, work)
         reduce = self._transfer(work.reduce_bytes * params, ranks, parts, work)
-        if work.stage <= 1:
-            return {
-                "gradients reduced after the last backward": 2 * reduce,
-                "updated weights gathered": gather if work.stage == 1 else 0.0,
-            }
+        if work.stage == 0:  # an all-reduce is a reduce-scatter and a gather
+            return {"gradients reduced after the last backward": 2 * reduce}
+        if work.stage == 1:
+            return {"gradients reduced after the last backward": reduce, "updated weights gathered": gather}
         copies = work.dp // ranks
         across = 2 * work.reduce_bytes * params / ranks * (copies - 1) / copies
         reduce += across / (self.network.bytes_per_gpu * self.efficiency.network_share)
