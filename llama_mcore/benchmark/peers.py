@@ -20,6 +20,7 @@ from llama_mcore.data.loader import MicroBatch
 from llama_mcore.distributed.device import on_gpu
 from llama_mcore.model.build import transformer_config
 from llama_mcore.model.config import ModelConfig
+from llama_mcore.model.kernels import missing_for_compile
 from llama_mcore.train.engine import dtype_of
 
 
@@ -170,6 +171,10 @@ class TransformerEngineContender(PlainContender):
     def loss_of(self, batch: MicroBatch) -> Tensor:
         positions = torch.arange(batch.tokens.size(1), device=batch.tokens.device).expand_as(batch.tokens)
         return self.module(batch.tokens, positions, attention_mask=None, labels=batch.labels).float().mean()
+
+
+def why_not_compiled() -> str:
+    return f"torch.compile needs {missing}" if (missing := missing_for_compile()) else ""
 
 
 def why_not_liger() -> str:

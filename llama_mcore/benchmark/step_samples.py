@@ -18,6 +18,7 @@ from llama_mcore.benchmark.peers import (
     LigerContender,
     TorchtitanContender,
     TransformerEngineContender,
+    why_not_compiled,
     why_not_liger,
     why_not_transformer_engine,
 )
@@ -44,7 +45,12 @@ CONTENDERS: dict[str, Callable[[Workload], Contender]] = {
 QUICK = ("ours", "mcore", "huggingface")
 """Contenders on a CPU where none are named: the others need a GPU, or time to compile."""
 BEFORE = "before"
-WHY_NOT: dict[str, Callable[[], str]] = {"liger": why_not_liger, "mcore-te": why_not_transformer_engine}
+WHY_NOT: dict[str, Callable[[], str]] = {
+    "huggingface-compiled": why_not_compiled,
+    "torchtitan-recipe": why_not_compiled,
+    "liger": why_not_liger,
+    "mcore-te": why_not_transformer_engine,
+}
 """Name of a contender -> why it cannot run here; empty where it can."""
 
 

@@ -13,6 +13,7 @@ costs more than it saves.
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -80,7 +81,10 @@ def missing_for_compile() -> str:
     """Tool that torch.compile needs on this device and that is missing; "" if none is."""
     if not on_gpu():
         found = any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")))
-        return "" if found else "a C++ compiler (g++ or clang++)"
+        if not found:
+            return "a C++ compiler (g++ or clang++)"
+        # Inductor gives the compiler torch's folders unquoted
+        return f"an environment whose path has no space, unlike {sys.prefix}" if " " in sys.prefix else ""
     if find_spec("triton") is None:
         return "the package triton"
     found = any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang", "cc")))

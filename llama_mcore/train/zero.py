@@ -238,7 +238,10 @@ class Stage2(Stages12InFp32):
         self._pieces, self._used = [], 0
 
     def _reduce(self, owner: int, values: Tensor, totals: list[Tensor]) -> None:
-        """Add the mean of `values` over ranks to the `totals` of one, which lie there one after another."""
+        """Add the mean of `values` over ranks to the `totals` of one, which lie there one after another.
+
+        Collective: all ranks of a data-parallel group call it.
+        """
         size = dist.get_world_size(self.dp_process_group)
         sent = values.to(self.communication_data_type)
         if size > 1:

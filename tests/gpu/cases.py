@@ -89,7 +89,7 @@ def gradients(
     tokens = _tokens(model)
     inside = documents_of(tokens[:, :-1], EOD) if documents else None
     there = tokens.to(groups.device)
-    with patch.object(fused_loss, "loss_chunk_rows", lambda *_: chunk) if chunk else nullcontext():
+    with patch.object(fused_loss, "loss_chunk_rows", lambda *_, **__: chunk) if chunk else nullcontext():
         loss = gpt(there[:, :-1], labels=there[:, 1:], documents=inside)
     loss.backward()
     found = {name: parameter.grad.float().cpu() for name, parameter in gpt.named_parameters()}

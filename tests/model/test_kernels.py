@@ -123,10 +123,19 @@ def test_a_gpu_takes_compiled_functions_where_they_can_be_compiled(
 
 def test_the_compiler_that_a_variable_names_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/opt/mine/c++")
+    monkeypatch.setattr(sys, "prefix", "/opt/environment")
     monkeypatch.setattr(shutil, "which", lambda program: program if program == "/opt/mine/c++" else None)
     assert missing_for_compile() == ""
     monkeypatch.delenv("CXX")
     assert "C++ compiler" in missing_for_compile()
+
+
+def test_a_path_with_a_space_is_more_than_inductor_can_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda program: program)
+    monkeypatch.setattr(sys, "prefix", "/opt/my environment")
+    with refused(ConfigError, "model.kernels", "compile") as caught:
+        kernels_for("compile")
+    assert "/opt/my environment" in caught.value.problems[0].reason
 
 
 def test_the_gpus_of_a_node_share_what_triton_compiles(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._inductor import metrics
 
 from llama_mcore.train import adamw
+from tests.model.test_kernels import compiles
 
 EPS = 2.0**-24
 BETAS, LR, STEPS, SIZE = (0.9, 0.95), 1e-2, 30, 1003
@@ -20,7 +21,7 @@ UPDATE = 10 * EPS + sum(MOMENTS.values())
 CLIP = {"not clipped": 1.0, "clipped": 0.37}
 
 
-@pytest.fixture(params=["fused", pytest.param("compiled", marks=pytest.mark.process)])
+@pytest.fixture(params=["fused", pytest.param("compiled", marks=[pytest.mark.process, compiles])])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch's fused kernel, or the function that is compiled on a GPU, compiled here for the CPU."""
     if request.param == "compiled":
@@ -126,6 +127,7 @@ def everything(optimizer: torch.optim.AdamW, copies: list[Tensor]) -> list[Tenso
 
 
 @pytest.mark.process
+@compiles
 def test_compiled_it_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adamw, "on_gpu", lambda: True)
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
@@ -137,6 +139,7 @@ def test_compiled_it_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.process
+@compiles
 def test_nothing_is_compiled_again_as_rate_clip_and_step_change(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
