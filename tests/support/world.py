@@ -243,7 +243,10 @@ def _run(
 def _rank_main(
     rank: int, world_size: int, port: int, results: Connection, function: Callable[..., Any], args: tuple
 ) -> None:
-    die_with_parent(os.getppid())  # a test run that is killed kills no session, but the fork server goes
+    host = multiprocessing.parent_process()  # os.getppid() is another process's if it has just been killed
+    assert host is not None
+    assert host.pid is not None
+    die_with_parent(host.pid)  # a test run that is killed kills no session, but the fork server goes
     os.environ |= launched_as(rank, world_size, port)
     result = function(*args)
     results.send(result)
