@@ -23,7 +23,7 @@ def check_checkout(field: str, folder: Path) -> None:
 
 
 def measured_by(checkout: Path, words: Sequence[str]) -> dict[str, Any]:
-    """What `benchmark step WORDS` of that checkout measured of its own model in one round.
+    """Measurements of that checkout's own model by its `benchmark step WORDS`, one round.
 
     Takes the environment of this process. Raises ConfigError with the last that it printed if it fails.
     """

@@ -1,4 +1,4 @@
-"""What contenders work on, and those that train as the product does, with our layer or megatron-core's.
+"""Workload of the contenders, and those that train as the product does, with our layer or megatron-core's.
 
 All take the same batches and settings: bf16, AdamW, gradients clipped to norm 1, weight decay 0.1. These run
 under ZeRO-1 with fp32 masters, fp32 accumulation and fp32 Adam moments; peers.py has the others.

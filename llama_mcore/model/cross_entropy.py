@@ -61,7 +61,7 @@ class ByPasses:
         tp: TensorParallel,
         scratch: Tensor | None = None,
     ) -> Tensor:
-        """As `by_softmax`; leaves scratch alone."""
+        """Same as `by_softmax`; leaves scratch alone."""
         if tp.size == 1:
             lse, target_logits = self.both(logits, targets, mask)
         else:

@@ -55,7 +55,7 @@ class AttentionShape:
         return rope_table(qkv.size(0), self.head_dim, self.rope_theta, qkv.device, self.rope_scaling, dtype)
 
     def heads(self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> tuple[Any, ...]:
-        """What `rotated_qkv` and its backward take after qkv."""
+        """Arguments of `rotated_qkv` and of its backward, after qkv."""
         return *self.table(qkv), self.heads_per_group, q_norm, k_norm, self.norm_eps
 
 

@@ -144,7 +144,7 @@ def spans(trace: dict[str, Any], categories: Iterable[str]) -> list[Span]:
 
 
 def kernels(trace: dict[str, Any]) -> list[Span]:
-    """What a GPU did: kernels and copies."""
+    """Work of a GPU: kernels and copies."""
     return spans(trace, _ON_DEVICE)
 
 

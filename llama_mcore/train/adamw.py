@@ -49,7 +49,7 @@ def _state(optimizer: torch.optim.AdamW, master: Tensor) -> dict[str, Tensor]:
 
 
 def _factors(group: dict, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What changes from step to step, as fp32 scalars on the device, so that nothing is compiled again: lr
+    """Factors of this step, as fp32 scalars on the device so that nothing is compiled again: lr
     over the first moment's bias correction, root of the second's, and what weight decay leaves."""
     beta1, beta2 = group["betas"]
     lr = torch.full((), group["lr"], dtype=torch.float64, device=step.device)

@@ -41,7 +41,7 @@ class StepResult:
     skipped: bool
     """Loss or gradient was not finite on some rank, so no weight changed on any."""
     notices: Notices
-    """Those that any rank gave."""
+    """Notices that any rank gave."""
 
 
 class Step:

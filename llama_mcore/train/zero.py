@@ -185,7 +185,7 @@ class Stage2(Stages12InFp32):
         self._reduced: Any = None
         """Event: the other bucket is reduced."""
         self._pieces: list[tuple[int, Tensor]] = []
-        """What lies in the bucket, in order: the rank that sums it, and where on that rank."""
+        """Content of the bucket, in order: the rank that sums it, and where on that rank."""
         self._used = 0
         weights = [weight for group in self.bit16_groups for weight in group]
         self._bucket_size = max(self.reduce_bucket_size, *map(torch.numel, weights))

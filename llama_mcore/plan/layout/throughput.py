@@ -179,7 +179,7 @@ class LayerStream:
 
     @property
     def again(self) -> tuple[float, float]:
-        """What the manual backward computes again, of the attention and of the MLP block."""
+        """Seconds of what the manual backward computes again, of the attention and of the MLP block."""
         return self.norm + self.rotation, self.norm + self.swiglu
 
 

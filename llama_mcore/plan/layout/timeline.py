@@ -29,7 +29,7 @@ class Piece:
     """Part of StepTime that it counts in."""
     seconds: float
     beside: str = ""
-    """What is computed meanwhile, of a transfer that does not wait."""
+    """Computation beside a transfer that does not wait."""
     cost: float | None = None
     """Seconds by which it lengthens the layer, where that is not all of it."""
 
@@ -48,11 +48,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Where the time of a step goes."""
+    """Time of a step, piece by piece."""
 
     option: Option
     layer: list[Piece]
-    """Of one micro-batch, in order."""
+    """Pieces of one micro-batch, in order."""
     waits: list[tuple[str, float]]
     """Name and seconds of all in a step that computes nothing of a layer or the loss, the longest first."""
     changes: list[Change]
@@ -138,7 +138,7 @@ def layer_pieces(predictor: Predictor, shape: Shape, work: Work) -> Iterator[Pie
 
 
 def _changes(option: Option, shape: Shape, work: Work) -> Iterator[Change]:
-    """What would make the step faster, each with those before it."""
+    """Changes that would make the step faster, each with those before it."""
     cluster = option.cluster
     efficiency = cluster.efficiency
 
