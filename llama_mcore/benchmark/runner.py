@@ -90,7 +90,7 @@ class OtherWork:
 
 
 def quietness(others_share: float) -> str:
-    """Share of the CPU that other processes used meanwhile (OtherWork), with a doubt of the times if large."""
+    """Share of the CPU that other processes used meanwhile (OtherWork); a doubt of the times if large."""
     doubt = ": repeat on a quiet machine, the times are not to be trusted" if others_share > QUIET else ""
     return f"other processes used {others_share:.0%} of the CPU meanwhile{doubt}"
 
