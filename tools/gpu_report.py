@@ -44,7 +44,7 @@ SLICE_OF_65B = (
     *("--head-dim", "128", "--ffn-hidden-size", "2752", "--vocab-size", "4000"),
     *("--micro-batch-size", "8", "--rounds", "3"),
 )
-"""What one of eight tensor-parallel ranks has of each layer."""
+"""The part of each layer that one of eight tensor-parallel ranks has."""
 LONG_8B = ("--model", "llama3-8b", "--num-layers", "16", "--micro-batch-size", "1", "--rounds", "3")
 THREE_BILLION = (
     *("--num-layers", "28", "--hidden-size", "3072", "--num-attention-heads", "24"),

@@ -1,6 +1,7 @@
 """Peers of our model, each in a plain loop of torch: Hugging Face's Llama under the recipes that others train
 with, and megatron-core's model with TransformerEngine's layers."""
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -24,7 +25,7 @@ from llama_mcore.model.kernels import missing_for_compile
 from llama_mcore.train.engine import dtype_of
 
 
-class PlainContender:
+class PlainContender(ABC):
     """A model in a plain loop: AdamW over whatever precision its weights have, one clipping, no masters."""
 
     states = "bf16 / bf16 / bf16 / none"
@@ -40,16 +41,16 @@ class PlainContender:
         with torch.device(device):
             self.module = self.build(workload).train()
 
+    @abstractmethod
     def build(self, workload: Workload) -> nn.Module:
         """The model on the current device, initialised from torch's generator."""
-        raise NotImplementedError
 
     def loss(self) -> Tensor:
         return self.loss_of(self.batches[0])
 
+    @abstractmethod
     def loss_of(self, batch: MicroBatch) -> Tensor:
         """Mean loss of a micro-batch in nats, a scalar with the graph of the backward."""
-        raise NotImplementedError
 
     def add_optimizer(self) -> None:
         optim = self.optim
@@ -78,7 +79,7 @@ class PlainContender:
         self.optimizer.zero_grad(set_to_none=True)
         loss.item()  # as every training loop reads it
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  most leave nothing behind
         pass
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from llama_mcore.distributed.tp_comm import TensorParallel
 from llama_mcore.model.kernels import PLAIN, Kernels
 from llama_mcore.model.loss_chunk import loss_chunk_rows
-from llama_mcore.model.weight_grad import add_to_main_grad
+from llama_mcore.model.weight_grad import add_product, add_to_main_grad
 
 
 def linear_cross_entropy(
@@ -74,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_tokens is not None and grad_weight is not None:
                 grad = logits  # by now
                 torch.mm(grad, weight, out=grad_tokens[rows])
-                _add_product(grad_weight, grad.t(), tokens[rows], is_first=start == 0, part=part)
+                add_product(grad_weight, grad.t(), tokens[rows], beta=int(start > 0), scratch=part)
         count = len(tokens) if mask is None else mask.sum().clamp(min=1)
         ctx.save_for_backward(grad_tokens, grad_weight, weight if with_gradients else None)
         ctx.count, ctx.tp, ctx.shape = count, tp, whole.shape
@@ -87,16 +87,3 @@ class _LinearCrossEntropy(torch.autograd.Function):
         reducing = ctx.tp.start_reduce((grad_tokens * factor.to(grad_tokens.dtype)).view(ctx.shape))
         grad = add_to_main_grad(weight, grad_weight, factor)
         return reducing.wait(), grad, None, None, None, None, None
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool, part: Tensor | None) -> None:
-    """total [v, h] += a [v, c] @ b [c, h], or = if this is the first; by the GEMM itself where it can add in
-    total's dtype. The CPU's cannot add to a wider total; `part` then holds the product."""
-    beta = 0 if is_first else 1
-    if part is not None:
-        torch.mm(a, b, out=part)
-        total.copy_(part) if is_first else total.add_(part)
-    elif total.dtype == a.dtype:
-        torch.addmm(total, a, b, beta=beta, out=total)
-    else:
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)

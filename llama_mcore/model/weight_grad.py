@@ -35,7 +35,7 @@ def weight_grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
     grad, x = grad.flatten(0, 1).t(), x.flatten(0, 1)
     if not _has_sum(weight):
         return grad @ x
-    _add(weight, lambda total, beta: _add_product(total, grad, x, beta))
+    _add(weight, lambda total, beta: add_product(total, grad, x, beta))
     return None
 
 
@@ -74,13 +74,16 @@ def _add(weight: Any, write: Callable[[Tensor, int], object]) -> None:
     weight.overwrite_main_grad = False
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
-    """total [o, i] = beta * total + a [o, t] @ b [t, i]; what beta = 0 overwrites may be NaN."""
+def add_product(total: Tensor, a: Tensor, b: Tensor, beta: int, scratch: Tensor | None = None) -> None:
+    """total [o, i] = beta * total + a [o, t] @ b [t, i], by the GEMM itself where it adds in that dtype.
+
+    beta is 0 or 1; what 0 overwrites may be NaN. `scratch` [o, i] in a's dtype holds the product where the
+    GEMM cannot: on a CPU, if total is wider.
+    """
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=beta, out=total)
-    elif not total.is_cpu:  # whose GEMM cannot add to a wider total
+    elif not total.is_cpu:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
-    elif beta:
-        total.add_(a @ b)
     else:
-        total.copy_(a @ b)
+        product = torch.mm(a, b, out=scratch)
+        total.add_(product) if beta else total.copy_(product)

@@ -133,7 +133,7 @@ def test_bars_are_stated_for_one_shape(tmp_path: Path) -> None:
 
 
 def checkout(folder: Path) -> Path:
-    """What looks like a checkout."""
+    """A folder that looks like a checkout."""
     (folder / "llama_mcore/benchmark").mkdir(parents=True)
     (folder / "llama_mcore/benchmark/step.py").touch()
     return folder

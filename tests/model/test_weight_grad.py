@@ -56,7 +56,7 @@ def test_the_first_gradient_overwrites_the_sum_and_others_add(dtype: torch.dtype
 
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_gradients_of_other_kinds_do_so_too(overwrite: bool) -> None:
-    """Those of the loss, in fp32 and without its factor, and those that autograd made."""
+    """Gradients of the loss, in fp32 and without its factor, and those that autograd made."""
     gradient, before = torch.rand(6, 4), 0.0 if overwrite else 3.0
     _, _, weight = parts(torch.bfloat16)
     total = with_sum(weight, torch.nan if overwrite else before, overwrite)

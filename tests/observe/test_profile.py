@@ -65,7 +65,7 @@ def test_steps_that_the_run_does_not_train_are_refused() -> None:
 
 
 class Engine:
-    """What of an engine is profiled; the parts compute something."""
+    """Profiled parts of an engine, which compute something."""
 
     def forward(self) -> None:
         torch.ones(2, 2) @ torch.ones(2, 2)

@@ -82,7 +82,7 @@ def largest(x: Tensor) -> float:
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_it_is_torchs_adamw(kernel: None, dtype: torch.dtype, decay: float, clip: float) -> None:
-    """Of both precisions: the one differs from ours by its own rounding too."""
+    """Results of both precisions: the one differs from ours by its own rounding too."""
     found, expected = optimizer_of(torch.float32, decay), reference(dtype, decay, clip)
     copies = bf16_copies(found)
     for step in range(STEPS):

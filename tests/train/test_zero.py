@@ -39,7 +39,7 @@ from tests.support.world import call, run_ranks
 
 EPS = 2.0**-24
 NORM_ERROR = 16 * EPS
-"""Of the fp32 norm of a row: its sum of 4,096 squares runs in at least 8 lanes, and errors mostly cancel."""
+"""Error of a row's norm in fp32: its 4,096 squares are summed in at least 8 lanes, and errors cancel."""
 LR, CLIP = 1e-2, 0.05
 MICRO_BATCHES = 2
 NORM = "decoder.final_layernorm.weight"
@@ -54,7 +54,7 @@ TIED = [case for case in CASES if case.endswith("tied")]
 @dataclass
 class Found:
     norms: list[tuple[float, float]] = field(default_factory=list)
-    """Of each step: the engine's, plain torch's."""
+    """Results of each step: the engine's, plain torch's."""
     gradients: list[float] = field(default_factory=list)
     """Error of the gradient that a user reads before the update, relative to the largest."""
     masters: list[float] = field(default_factory=list)
@@ -344,7 +344,7 @@ SOURCES: dict[Any, dict[str, str]] = {
 
 @pytest.mark.parametrize("owner", SOURCES, ids=lambda owner: owner.__name__)
 def test_deepspeeds_functions_are_those_that_were_read(owner: Any) -> None:
-    """Those that are replaced, and those that call the replacements: others have to be read again."""
+    """Functions that are replaced, and those that call the replacements: others have to be read again."""
     sources = {name: inspect.getsource(getattr(owner, name)) for name in SOURCES[owner]}
     found = {name: hashlib.sha256(source.encode()).hexdigest()[:12] for name, source in sources.items()}
     assert found == SOURCES[owner], deepspeed.__version__
